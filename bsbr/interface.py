@@ -142,12 +142,18 @@ class MultiHeadAttention(Attention):
         return self.dropout if self.training else 0.0
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        q = split_heads(self.q_proj(hidden_states), self.num_heads)
-        k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
-        v = split_heads(self.v_proj(hidden_states), self.num_kv_heads)
+        q, k, v = self.project_heads(hidden_states)
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
         return q, k, v
+
+    def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v without positions."""
+        return (
+            split_heads(self.q_proj(hidden_states), self.num_heads),
+            split_heads(self.k_proj(hidden_states), self.num_kv_heads),
+            split_heads(self.v_proj(hidden_states), self.num_kv_heads),
+        )
 
     def output(self, attended: Tensor) -> Tensor:
         return cast(Tensor, self.out_proj(merge_heads(attended)))

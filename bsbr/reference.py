@@ -1,0 +1,71 @@
+"""BSBR as its definition reads: float64, loops over chunks and tokens, no code shared with `bsbr.attention`.
+
+Slow on purpose. This is what the fast path has to equal, so everything here is meant to be checked by eye.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def bsbr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    h: Tensor,
+    *,
+    chunk_size: int,
+    q_features: Tensor | None = None,
+    k_features: Tensor | None = None,
+    chunk_overlap: int = 0,
+    top_k: int | None = None,
+) -> Tensor:
+    """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
+
+    Arguments, shapes and result as `bsbr.bsbr_attention`, in float64 whatever comes in; differentiable.
+    """
+    q, k, v, r, h = (tensor.double() for tensor in (q, k, v, r, h))
+    phi_q = unit_norm(q) if q_features is None else q_features.double()
+    phi_k = unit_norm(k) if k_features is None else k_features.double()
+    heads, time, head_dim = q.shape[1:]
+    group = heads // k.shape[1]
+
+    rows = []
+    for head in range(heads):
+        shared = head // group  # the key-value head that this query head reads
+        keys, values, features = k[:, shared], v[:, shared], phi_k[:, shared]
+        outputs = []
+        for i in range(time):
+            chunk = i // chunk_size
+            first = max(0, chunk * chunk_size - chunk_overlap)
+            scores = torch.einsum("bd,bjd->bj", q[:, head, i], keys[:, first : i + 1]) / math.sqrt(head_dim)
+            output = torch.einsum("bj,bjd->bd", torch.softmax(scores, dim=1), values[:, first : i + 1])
+            if chunk > 0:
+                if i % chunk_size == 0:
+                    retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], features, values, chunk_size, top_k)
+                output = output + torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
+            outputs.append(output)
+        rows.append(torch.stack(outputs, dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def _retrieve(r_t: Tensor, h: Tensor, features: Tensor, values: Tensor, chunk_size: int, top_k: int | None) -> Tensor:
+    """F̄_t [batch, d_r, head_dim] for one head: r_t [batch, d] against the meta keys h [batch, t, d] of every earlier chunk."""
+    scores = torch.einsum("bd,bsd->bs", r_t, h) / math.sqrt(r_t.shape[-1])
+    if top_k is not None and top_k < scores.shape[1]:
+        worst_kept = scores.sort(dim=1, descending=True).values[:, top_k - 1 : top_k]
+        scores = torch.where(scores >= worst_kept, scores, -torch.inf)
+    weights = torch.softmax(scores, dim=1)
+    retrieved = torch.zeros(len(r_t), features.shape[-1], values.shape[-1], dtype=torch.float64, device=r_t.device)
+    for s in range(h.shape[1]):
+        tokens = slice(s * chunk_size, (s + 1) * chunk_size)
+        state = torch.einsum("bjr,bjd->brd", features[:, tokens], values[:, tokens])
+        retrieved = retrieved + weights[:, s, None, None] * state
+    return retrieved
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """x / sqrt(|x|² + 1e-6), the feature map where none is given."""
+    return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
