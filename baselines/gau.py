@@ -1,0 +1,200 @@
+"""The gated attention unit with mixed-chunk attention (FLASH): one shared head, gated, exact nearby and linear far away.
+
+Hua et al. 2022, "Transformer Quality in Linear Time", arXiv:2202.10447.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsbr.interface import Attention, State, check_hidden_states, count, next_position, require_positive, rotate
+
+
+def gated_attention_unit(
+    u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
+) -> Tensor:
+    """o_t = u_t ⊙ (Σ_s relu(quad_q_t·quad_k_s / c)² v_s + (1/p) Σ_r (lin_q_t·lin_k_r) v_r).
+
+    s runs over the chunk of t up to t, r over the p tokens of all chunks before it (none: 0); c = chunk_size, also in a
+    chunk that is not full, or the past would change as it fills.
+    u, v: [batch, time, value_dim]; the others: [batch, time, key_dim]. Returns the shape and dtype of u; sums accumulate
+    in float32 or better. O(n·(chunk_size + key_dim)·(key_dim + value_dim)), no n×n tensor.
+    Raises ValueError if the shapes do not fit or chunk_size is no positive integer.
+    arXiv:2202.10447, section 3.2: the far term is the mean over the past, as in the causal branch of the paper's code,
+    so that it does not grow with n. Without its relative position bias: positions come from the decoder or rotary.
+    """
+    if u.dim() != 3 or u.shape != v.shape or u.shape[1] < 1:
+        raise ValueError(f"u and v must both be [batch, time >= 1, value_dim], got u {list(u.shape)}, v {list(v.shape)}")
+    shapes = [list(x.shape) for x in (quad_q, quad_k, lin_q, lin_k)]
+    if quad_q.dim() != 3 or quad_q.shape[:2] != u.shape[:2] or shapes != [shapes[0]] * 4:
+        raise ValueError(
+            "quad_q, quad_k, lin_q and lin_k must all be [batch, time, key_dim] with the batch and time of u, "
+            f"got {shapes} and u {list(u.shape)}"
+        )
+    require_positive(chunk_size=chunk_size)
+    attended, _ = _mixed_chunks(v, quad_q, quad_k, lin_q, lin_k, chunk_size, None, 0)
+    return (u * attended).to(u.dtype)
+
+
+def gated_attention_unit_reference(
+    u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
+) -> Tensor:
+    """The equation of `gated_attention_unit`, one output after another, in float64."""
+    u, v, quad_q, quad_k, lin_q, lin_k = (x.double() for x in (u, v, quad_q, quad_k, lin_q, lin_k))
+    outputs = []
+    for t in range(u.shape[1]):
+        border = t - t % chunk_size
+        near = torch.einsum("bd,bsd->bs", quad_q[:, t], quad_k[:, border : t + 1]) / chunk_size
+        attended = torch.einsum("bs,bse->be", near.clamp(min=0) ** 2, v[:, border : t + 1])
+        if border:
+            far = torch.einsum("bd,bsd->bs", lin_q[:, t], lin_k[:, :border]) / border
+            attended = attended + torch.einsum("bs,bse->be", far, v[:, :border])
+        outputs.append(u[:, t] * attended)
+    return torch.stack(outputs, dim=1)
+
+
+def _near(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """The sum over the own chunk: [..., new, key_dim], [..., seen, key_dim], [..., seen, value_dim] -> [..., new, value_dim].
+
+    The rows of quad_q are the last ones of quad_k.
+    """
+    scores = (quad_q @ quad_k.mT).tril(quad_k.shape[-2] - quad_q.shape[-2])
+    return (scores / chunk_size).relu().square() @ v
+
+
+def _mixed_chunks(
+    v: Tensor,
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    chunk_size: int,
+    past: Tensor | None,
+    chunks_before: int,
+) -> tuple[Tensor, Tensor | None]:
+    """What u gates, from the start of a chunk on, and Σ lin_k vᵀ over all chunks that are full by then.
+
+    `past` is that sum over the `chunks_before` chunks before, [batch, key_dim, value_dim]. From none, and where nobody
+    reads it because all is a single chunk, none comes back.
+    """
+    time, size = v.shape[1], min(chunk_size, v.shape[1])
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    v, quad_q, quad_k, lin_q, lin_k = (_chunks(x.to(dtype), size) for x in (v, quad_q, quad_k, lin_q, lin_k))
+    attended = _near(quad_q, quad_k, v, chunk_size)
+    chunks = v.shape[1]
+    if past is not None or chunks > 1:
+        written = lin_k.mT @ v
+        # The extra columns keep the stride over chunks off the powers of two, at which the additions of cumsum miss
+        # the cache every time: five times slower.
+        before = F.pad(written.flatten(2), (0, 16, 1, -1)).cumsum(1)[..., :-16].view_as(written)
+        if past is not None:
+            before = before + past.unsqueeze(1)
+        seen = torch.arange(chunks_before, chunks_before + chunks, device=v.device, dtype=dtype) * chunk_size
+        attended = attended + (lin_q / seen.clamp(min=1).view(-1, 1, 1)) @ before
+        past = before[:, -1] + written[:, -1] if time % chunk_size == 0 else before[:, -1].clone()
+    return attended.flatten(1, 2)[:, :time], past
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """[batch, time, dim] -> [batch, chunks, size, dim], zeros behind the last token."""
+    missing = -x.shape[1] % size
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return padded.reshape(x.shape[0], -1, size, x.shape[2])
+
+
+class GatedAttentionUnit(Attention):
+    """`gated_attention_unit` with projections: u, v, z = SiLU(x W), then four scales and offsets of z give queries and keys.
+
+    One head of `key_dim` is the layer's point, the gate making up for the others, so num_heads, which every attention is
+    given, changes nothing here. value_dim (the paper's e) is 2·hidden_dim unless said; the paper has this layer replace
+    both attention and feed-forward, hence its 3·hidden_dim·value_dim parameters.
+
+    The state is Σ lin_k vᵀ of the full chunks and the keys and values of the open one.
+    rotary=True turns all queries and keys, as the paper does.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        chunk_size: int = 256,
+        key_dim: int = 128,
+        value_dim: int | None = None,
+        rotary: bool = False,
+    ) -> None:
+        super().__init__(hidden_dim, num_heads)
+        value_dim = 2 * hidden_dim if value_dim is None else value_dim
+        require_positive(chunk_size=chunk_size, key_dim=key_dim, value_dim=value_dim)
+        if rotary and key_dim % 2:
+            raise ValueError(f"rotary=True needs an even key_dim, got {key_dim}")
+        self.chunk_size, self.key_dim, self.value_dim, self.rotary = chunk_size, key_dim, value_dim, rotary
+        self.u_proj = nn.Linear(hidden_dim, value_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_dim, value_dim, bias=False)
+        self.z_proj = nn.Linear(hidden_dim, key_dim, bias=False)
+        # Ones, where the paper draws from N(0, 0.02²): without its position bias such scores, squared, would stand at
+        # 1e-12 with no gradient to leave.
+        self.scale = nn.Parameter(torch.ones(4, key_dim))
+        self.offset = nn.Parameter(torch.zeros(4, key_dim))
+        self.out_proj = nn.Linear(value_dim, hidden_dim, bias=False)
+
+    @property
+    def block_length(self) -> int:
+        return self.chunk_size
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        u, v, z = (F.silu(projection(hidden_states)) for projection in (self.u_proj, self.v_proj, self.z_proj))
+        heads = [torch.addcmul(offset, z, scale) for scale, offset in zip(self.scale, self.offset, strict=True)]
+        if self.rotary:
+            heads = [rotate(head, start) for head in heads]
+        return u, v, *heads
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        u, v, quad_q, quad_k, lin_q, lin_k = tensors
+        return gated_attention_unit(u, v, quad_q, quad_k, lin_q, lin_k, chunk_size=self.chunk_size)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        u, v, quad_q, quad_k, lin_q, lin_k = tensors
+        return gated_attention_unit_reference(u, v, quad_q, quad_k, lin_q, lin_k, chunk_size=self.chunk_size)
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        check_hidden_states(hidden_states, self.hidden_dim)
+        position, new = next_position(state), hidden_states.shape[1]
+        u, v, quad_q, quad_k, lin_q, lin_k = self.project(hidden_states, position)
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        if state is None:
+            past = u.new_zeros(u.shape[0], self.key_dim, self.value_dim, dtype=dtype)
+        else:
+            past = state["past"]
+            v, quad_k, lin_k = (torch.cat([state[name], x], dim=1) for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k)))
+        # First what still falls into the open chunk, unpadded so that a single token stays cheap, then the chunks behind.
+        size, (chunks_before, opened) = self.chunk_size, divmod(position, self.chunk_size)
+        head = min(new, size - opened)
+        attended = _near(quad_q[:, :head].to(dtype), quad_k[:, :size].to(dtype), v[:, :size].to(dtype), size)
+        attended = attended + lin_q[:, :head].to(dtype) @ past / max(chunks_before * size, 1)
+        if opened + head == size:
+            past = past + lin_k[:, :size].to(dtype).mT @ v[:, :size].to(dtype)
+        if head < new:
+            behind = (v[:, size:], quad_q[:, head:], quad_k[:, size:], lin_q[:, head:], lin_k[:, size:])
+            rest, final = _mixed_chunks(*behind, size, past, chunks_before + 1)
+            assert final is not None
+            attended, past = torch.cat([attended, rest], dim=1), final
+        closed = (opened + new) // size * size
+        # Copies, so that a state holds no more than it needs.
+        kept = {name: x[:, closed:].clone() for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k))}
+        return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": count(position + new)}
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        """2(key_dim + value_dim) per causal pair within a chunk; 2·key_dim·value_dim per token of all chunks but the last for
+        writing Σ lin_k vᵀ, and of all but the first for reading it."""
+        size = min(self.chunk_size, seq_len)
+        full, rest = divmod(seq_len, size)
+        pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
+        written, read = seq_len - (rest or size), seq_len - size
+        return batch_size * 2 * (pairs * (self.key_dim + self.value_dim) + (written + read) * self.key_dim * self.value_dim)
+
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        """Σ lin_k vᵀ, in float32 or better whatever the parameters are in, and v, quad_k, lin_k of the open chunk."""
+        past = self.key_dim * self.value_dim * torch.promote_types(self.dtype, torch.float32).itemsize
+        opened = seq_len % self.chunk_size * (2 * self.key_dim + self.value_dim) * self.dtype.itemsize
+        return batch_size * (past + opened)

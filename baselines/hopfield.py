@@ -1,0 +1,93 @@
+"""The modern Hopfield network (Ramsauer 2021): queries move towards stored keys before the read-out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from bsbr.interface import MultiHeadAttention, check_heads, require_positive
+
+
+def hopfield_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1, dropout_p: float = 0.0
+) -> Tensor:
+    """ξ = q; num_steps − 1 times ξ ← softmax(β ξ kᵀ + causal) k; then softmax(β ξ kᵀ + causal) v.
+
+    Ramsauer 2021, arXiv:2008.02217, eq. 3 and 10. With num_steps = 1 and β = 1/√head_dim, which is the default, it is
+    softmax attention. q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim], m <= n; the rows of q are
+    the last m positions. dropout_p acts on the weights of the read-out. Returns [batch, heads, m, head_dim].
+    Cost O(num_steps·m·n·head_dim), memory as softmax attention.
+    Raises ValueError if the shapes do not fit, num_steps < 1 or beta <= 0.
+    """
+    check_options(beta, num_steps)
+    check_heads(q, k, v)
+    m, n = q.shape[2], k.shape[2]
+    mask = causal_lower_right(m, n) if 1 < m < n else None
+    grouped = q.shape[1] != k.shape[1]
+
+    def retrieve(state: Tensor, patterns: Tensor, dropout_p: float) -> Tensor:
+        return F.scaled_dot_product_attention(
+            state, k, patterns, mask, dropout_p, is_causal=m == n > 1, scale=beta, enable_gqa=grouped
+        )
+
+    state = q
+    for _ in range(num_steps - 1):
+        state = retrieve(state, k, 0.0)
+    return retrieve(state, v, dropout_p)
+
+
+def hopfield_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1) -> Tensor:
+    """`hopfield_attention` in float64, query by query: each moves among its own past."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    inverse_temperature = q.shape[-1] ** -0.5 if beta is None else beta
+    m, n = q.shape[2], k.shape[2]
+    outputs = []
+    for row in range(m):
+        past = n - m + row + 1
+        stored, values = k[:, :, :past], v[:, :, :past]
+        state = q[:, :, row]
+        for step in range(num_steps):
+            weights = torch.einsum("bhd,bhtd->bht", inverse_temperature * state, stored).softmax(dim=-1)
+            state = torch.einsum("bht,bhtd->bhd", weights, values if step == num_steps - 1 else stored)
+        outputs.append(state)
+    return torch.stack(outputs, dim=2)
+
+
+class HopfieldAttention(MultiHeadAttention):
+    """`hopfield_attention` between projections: num_steps − 1 updates of every query over its past, then the read-out."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        beta: float | None = None,
+        num_steps: int = 2,
+        num_kv_heads: int | None = None,
+        rotary: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        check_options(beta, num_steps)
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
+        self.beta = beta
+        self.num_steps = num_steps
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return hopfield_attention(q, k, v, beta=self.beta, num_steps=self.num_steps, dropout_p=self.dropout_p)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return hopfield_attention_reference(q, k, v, beta=self.beta, num_steps=self.num_steps)
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        pairs = seq_len * (seq_len + 1) // 2
+        return 4 * batch_size * self.num_heads * self.head_dim * pairs * self.num_steps
+
+
+def check_options(beta: float | None, num_steps: int) -> None:
+    require_positive(num_steps=num_steps)
+    if beta is not None and not beta > 0:
+        raise ValueError(f"beta must be above 0, or None for 1/sqrt(head_dim), got {beta!r}")

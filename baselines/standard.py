@@ -1,0 +1,54 @@
+"""Causal softmax attention (Vaswani 2017): the fused kernel that everybody has."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from bsbr.interface import MultiHeadAttention, check_heads
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q kᵀ/√head_dim + causal) v.   Vaswani 2017, arXiv:1706.03762, eq. 1.
+
+    q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads;
+    the rows of q are the last m positions. dropout_p acts on the weights. Returns [batch, heads, m, head_dim].
+    Cost O(m·n·head_dim). With m = n or m = 1 no m×n tensor; with others, one mask for all heads unless the device has a
+    kernel for it (CUDA has). On the CPU, torch has no fused kernel with dropout, and there dropout costs m×n a head.
+    Raises ValueError if the shapes of q, k and v do not fit.
+    """
+    check_heads(q, k, v)
+    m, n = q.shape[2], k.shape[2]
+    # is_causal aligns the first positions of q and k; a single query at the end sees everything and needs neither.
+    mask = causal_lower_right(m, n) if 1 < m < n else None
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
+
+
+def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`softmax_attention` in float64 with the m×n scores written out."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    m, n = q.shape[2], k.shape[2]
+    query = torch.arange(n - m, n, device=q.device)[:, None]
+    key = torch.arange(n, device=q.device)[None, :]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(key > query, -torch.inf).softmax(dim=-1) @ v
+
+
+class StandardAttention(MultiHeadAttention):
+    """softmax(q kᵀ/√d + causal) v for every head: `softmax_attention` between projections."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return softmax_attention(q, k, v, dropout_p=self.dropout_p)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        return softmax_attention_reference(*tensors)
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        pairs = seq_len * (seq_len + 1) // 2
+        return 4 * batch_size * self.num_heads * self.head_dim * pairs

@@ -1,0 +1,1 @@
+"""The harness: it certifies, measures, summarises and draws; run from a checkout."""

@@ -1,0 +1,92 @@
+"""What every Hydra command here shares: the config folder, the import path of a user's own variants, and plain errors."""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from evals.config import UsageError, one_sentence
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+class Session(Callback):
+    """What Hydra's jobs cannot know of each other: how many there are, and under which config all of them run."""
+
+    jobs: int = 1
+    config: DictConfig | None = None
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        Session.config = config
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        Session.config = config
+        # As Hydra's basic sweeper does: the sweep's own parameters, over which the command line wins.
+        swept = dict(config.hydra.sweeper.get("params") or {})
+        given = [f"{key}={value}" for key, value in swept.items()] + list(config.hydra.overrides.task)
+        counts = {
+            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            for override in OverridesParser.create().parse_overrides(given)
+            if override.is_sweep_override()
+        }
+        Session.jobs = math.prod(counts.values())
+
+
+def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] | None = None) -> int:
+    """Runs `task` once a job under Hydra, then `report` once; returns the exit code.
+
+    Whatever a user can get wrong is one sentence on standard error and exit code 2.
+    """
+    # Hydra would otherwise print its errors itself, in several lines, and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def job(cfg: DictConfig) -> None:
+        for source in HydraConfig.get().runtime.config_sources:
+            if source.provider == "command-line":
+                add_import_path(Path(source.path))
+        task(cfg)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        return report(Session.config) if report is not None and Session.config is not None else 0
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except MissingConfigException as error:
+        print(f"error: {missing(error)}", file=sys.stderr)
+    except (UsageError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+def add_import_path(config_dir: Path) -> None:
+    """Lets a user's YAML name a module that stands in its config folder, or beside it."""
+    for folder in (config_dir.resolve().parent, config_dir.resolve()):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
+def missing(error: MissingConfigException) -> str:
+    """An unknown choice in a config group, with the known ones."""
+    if error.missing_cfg_file is None or not error.options:
+        return one_sentence(error)
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    return f"unknown {group} '{name}'; known are {', '.join(sorted(error.options))}"
+
+

@@ -1,0 +1,193 @@
+"""The door between Hydra and the harness: what comes in is checked here, once, and goes on as frozen dataclasses."""
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bsbr.interface import Attention
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCOPES = ("attention", "model")
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be: one sentence, said without a traceback, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch_size: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Model:
+    scope: Literal["attention", "model"]
+    hidden_dim: int
+    num_heads: int
+    ff_dim: int
+    num_layers: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Device:
+    kind: Literal["cpu", "cuda"]
+    dtype: str
+    threads: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    rounds: int
+    budget_s: float
+    min_samples: int
+    timeout_s: float
+    memory_limit_gib: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One attention of a comparison: its name, and the node of `conf/attention/` that builds it."""
+
+    name: str
+    node: dict[str, Any]
+
+    def build(self, model: Model) -> Attention:
+        """Raises UsageError if the node names nothing that can be built, or no `Attention`."""
+        try:
+            attention = instantiate(self.node, hidden_dim=model.hidden_dim, num_heads=model.num_heads)
+        except InstantiationException as error:
+            # Hydra's message wraps the one that says what is wrong.
+            cause = error.__cause__ or error
+            raise UsageError(f"attention '{self.name}' cannot be built: {one_sentence(cause)}") from error
+        if not isinstance(attention, Attention):
+            raise UsageError(
+                f"attention '{self.name}': _target_ {self.node['_target_']} is {type(attention).__name__}, "
+                "not a subclass of bsbr.Attention"
+            )
+        return attention
+
+    def code(self, attention: Attention) -> str:
+        """A digest of the source that this attention runs: its own file and the core. Changed code makes new results."""
+        own = {inspect.getsourcefile(cls) for cls in type(attention).__mro__ if issubclass(cls, Attention)}
+        core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
+        files = {Path(path) for path in own if path} | set(Path(core).glob("*.py"))
+        return digest([path.read_text() for path in sorted(files)])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several attentions, one shape, one workload, one machine: the unit of work."""
+
+    sweep: str
+    contestants: tuple[Contestant, ...]
+    relative_to: str
+    workload: dict[str, Any]
+    shape: Shape
+    model: Model
+    device: Device
+    sampling: Sampling
+
+    @property
+    def workload_name(self) -> str:
+        return str(self.workload["_target_"]).rpartition(".")[2]
+
+    def cell(self, contestant: Contestant) -> dict[str, Any]:
+        """What identifies one contestant's measurement, as stored beside its samples and shown in the table."""
+        return {
+            "attention": contestant.name,
+            "options": contestant.node,
+            "workload": self.workload,
+            **asdict(self.shape),
+            **asdict(self.model),
+            "device": self.device.kind,
+            "dtype": self.device.dtype,
+            "threads": self.device.threads,
+        }
+
+
+def read_comparison(cfg: DictConfig) -> Comparison:
+    """The comparison that a composed config describes. Raises UsageError for what cannot be measured."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    attentions = values["attention"]
+    if not attentions:
+        raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
+    for name, node in attentions.items():
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise UsageError(f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}")
+    comparison = Comparison(
+        sweep=str(values["sweep_name"]),
+        contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
+        relative_to=str(values["relative_to"]),
+        workload=values["workload"],
+        shape=Shape(**_integers("shape", values["shape"])),
+        model=_model(values["model"]),
+        device=_device(values["device"]),
+        sampling=_sampling(values["sampling"]),
+    )
+    with torch.device("meta"):  # nothing is allocated, whatever the size
+        for contestant in comparison.contestants:
+            contestant.build(comparison.model)
+    return comparison
+
+
+def _model(values: dict[str, Any]) -> Model:
+    if values["scope"] not in SCOPES:
+        raise UsageError(f"model.scope must be one of {', '.join(SCOPES)}, got {values['scope']!r}")
+    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope"})
+    return Model(scope=values["scope"], **sizes)
+
+
+def _device(values: dict[str, Any]) -> Device:
+    kind, dtype = values["kind"], values["dtype"]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device.kind must be cpu or cuda, got {kind!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda was asked for, but torch sees no CUDA device here; use device=cpu, or a CUDA build of torch")
+    if dtype not in DTYPES:
+        raise UsageError(f"device.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    threads = torch.get_num_threads() if values["threads"] is None else values["threads"]
+    return Device(kind=kind, dtype=dtype, **_integers("device", {"threads": threads}))
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    _integers("sampling", {key: values[key] for key in ("rounds", "min_samples")})
+    for key in ("budget_s", "timeout_s", "memory_limit_gib"):
+        value = values[key]
+        if not (value is None and key == "memory_limit_gib") and not (isinstance(value, int | float) and value > 0):
+            raise UsageError(f"sampling.{key} must be a number above 0, got {value!r}")
+    if not isinstance(values["seed"], int):
+        raise UsageError(f"sampling.seed must be an integer, got {values['seed']!r}")
+    return Sampling(**values)
+
+
+def _integers(group: str, values: dict[str, Any]) -> dict[str, int]:
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{group}.{key} must be a positive integer, got {value!r}")
+    return values
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that change when `value` (of JSON's types) does."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def one_sentence(error: BaseException) -> str:
+    """An error's message on one line."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
