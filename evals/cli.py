@@ -44,6 +44,13 @@ class Session(Callback):
         Session.jobs = math.prod(counts.values())
 
 
+class Stop(BaseException):
+    """Carries a job's error past Hydra, which would go on with the other jobs before it raises an Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] | None = None) -> int:
     """Runs `task` once a job under Hydra, then `report` once; returns the exit code.
 
@@ -56,12 +63,18 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
         for source in HydraConfig.get().runtime.config_sources:
             if source.provider == "command-line":
                 add_import_path(Path(source.path))
-        task(cfg)
+        try:
+            task(cfg)
+        except Exception as error:  # Hydra keeps it until the last job is done
+            raise Stop(error) from error
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+            except Stop as stop:
+                raise stop.error from None
         return report(Session.config) if report is not None and Session.config is not None else 0
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
@@ -88,5 +101,3 @@ def missing(error: MissingConfigException) -> str:
         return one_sentence(error)
     group, _, name = error.missing_cfg_file.rpartition("/")
     return f"unknown {group} '{name}'; known are {', '.join(sorted(error.options))}"
-
-

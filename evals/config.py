@@ -94,6 +94,7 @@ class Comparison:
     """Several attentions, one shape, one workload, one machine: the unit of work."""
 
     sweep: str
+    swept: str | None  # the config key that the sweep varies
     contestants: tuple[Contestant, ...]
     relative_to: str
     workload: dict[str, Any]
@@ -103,20 +104,18 @@ class Comparison:
     sampling: Sampling
 
     @property
-    def workload_name(self) -> str:
-        return str(self.workload["_target_"]).rpartition(".")[2]
-
-    def cell(self, contestant: Contestant) -> dict[str, Any]:
-        """What identifies one contestant's measurement, as stored beside its samples and shown in the table."""
+    def settings(self) -> dict[str, str | int]:
+        """What all its contestants are measured under, as the table of results names it."""
+        model = asdict(self.model)
+        if self.model.scope == "attention":  # of the decoder nothing is built
+            model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads")}
         return {
-            "attention": contestant.name,
-            "options": contestant.node,
-            "workload": self.workload,
-            **asdict(self.shape),
-            **asdict(self.model),
+            "workload": str(self.workload["_target_"]).rpartition(".")[2],
             "device": self.device.kind,
             "dtype": self.device.dtype,
             "threads": self.device.threads,
+            **asdict(self.shape),
+            **model,
         }
 
 
@@ -128,9 +127,12 @@ def read_comparison(cfg: DictConfig) -> Comparison:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
     for name, node in attentions.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise UsageError(f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}")
+            raise UsageError(
+                f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}"
+            )
     comparison = Comparison(
         sweep=str(values["sweep_name"]),
+        swept=values["swept"],
         contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
         workload=values["workload"],

@@ -8,8 +8,7 @@ bytes wherever the same matplotlib runs: its own fonts, and no setting of the us
 import argparse
 import math
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,15 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.path import Path as Shape
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from evals.looks import FAILURES, GREY, MARK, RC, Look, looks
 from evals.statistics import CONFIDENCE
 
 Numbers = NDArray[np.float64]
+
+LEFT, RIGHT = 0.092, 0.8  # edges of the plot, of the figure's width; right of it stand the names
 
 # --- units: SI in the table, human on the axes -----------------------------------------------------
 
@@ -94,6 +95,8 @@ QUANTITIES = (
 
 SETTINGS = {
     "workload": "{}",
+    "scope": "{}",
+    "num_layers": "{} layers",
     "batch_size": "batch {}",
     "seq_len": "{} tokens",
     "hidden_dim": "hidden {}",
@@ -101,6 +104,8 @@ SETTINGS = {
     "dtype": "{}",
     "device": "{}",
     "threads": "{} threads",
+    "processor": "{}",
+    "torch": "torch {}",
 }
 """What else a comparison was measured under, and how a subtitle says it."""
 
@@ -112,102 +117,12 @@ AXIS_NAMES = {
 }
 
 NUMBERS = (
-    *("latency_s", "latency_low_s", "latency_high_s", "tokens_per_s"),
+    *("latency_s", "latency_low_s", "latency_high_s", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
     *("speedup", "speedup_low", "speedup_high", "peak_bytes", "samples", "rounds"),
 )
 COLUMNS = ("swept", "attention", "outcome", "relative_to", *SETTINGS, *NUMBERS)
-
-# --- looks ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an attention is drawn, everywhere. Marker and dashes tell it apart where colour cannot."""
-
-    colour: str
-    marker: str
-    dashes: tuple[float, ...] = ()
-    width: float = 1.2
-
-    def line(self, discrete: bool) -> dict[str, Any]:
-        """As matplotlib's properties of a line; points alone where `discrete`."""
-        style = "none" if discrete else (0, self.dashes) if self.dashes else "solid"
-        size = 3.5 + self.width / 2
-        return {"color": self.colour, "marker": self.marker, "linestyle": style, "linewidth": self.width, "markersize": size}
-
-
-# After Okabe & Ito 2008 and Tol 2021, told apart under protanopia and deuteranopia (tests/evals/test_figures.py).
-LOOKS = {
-    "bsbr": Look("#d55e00", "o", width=2.6),
-    "standard": Look("#000000", "s"),
-    "linear": Look("#0072b2", "^", (5, 1.5)),
-    "sliding_window": Look("#56b4e9", "D", (1.2, 1.2)),
-    "sparse": Look("#009e73", "v", (5, 1.2, 1.2, 1.2)),
-    "hopfield": Look("#cc79a7", "P", (3, 1.5)),
-    "delta_net": Look("#e69f00", "<", (7, 1.2, 1.2, 1.2, 1.2, 1.2)),
-    "gau": Look("#882255", ">", (1.2, 2.4)),
-}
-SPARE_COLOURS = ("#332288", "#999933", "#44aa99", "#aa4499", "#777777", "#661100", "#6699cc", "#117733")
-SPARE_MARKERS = ("h", "p", "X", "d", "H", "8", "*")
-
-HOURGLASS = Shape([(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1)])
-FAILURES: dict[str, str | Shape] = {"oom": "x", "timeout": HOURGLASS, "crash": "*", "unsupported": "_", "uncertified": "$?$"}
 OUTCOMES = ("ok", *FAILURES)
-
-MARK: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.1, "markeredgecolor": "auto", "linestyle": "none", "clip_on": False}
-
-LEFT, RIGHT = 0.092, 0.8  # edges of the plot, of the figure's width; right of it stand the names
-GREY = "#555555"
-RC = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": "black",
-    "ytick.labelcolor": "black",
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 0,
-    "lines.markeredgewidth": 0.4,
-    "lines.markeredgecolor": "white",
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "legend.borderpad": 0,
-    "legend.borderaxespad": 0.4,
-    "legend.handletextpad": 0.1,
-    "legend.columnspacing": 1.2,
-    "savefig.dpi": 200,
-    # Ids in an SVG are random without it, and redrawing would change every file.
-    "svg.hashsalt": "bsbr",
-}
-
-
-def looks(attentions: Iterable[str]) -> dict[str, Look]:
-    """A look for each name: fixed for the built-in, by a stable hash for others, the next one free where two hashes meet.
-
-    No two are alike. With up to 8 of other names, no two share a colour.
-    """
-    names = set(attentions)
-    chosen = {name: look for name, look in LOOKS.items() if name in names}
-    for name in sorted(names - chosen.keys()):
-        start, attempt = zlib.crc32(name.encode()), 0
-        while (look := _spare(start, attempt)) in chosen.values():
-            attempt += 1
-        chosen[name] = look
-    return chosen
-
-
-def _spare(start: int, attempt: int) -> Look:
-    # All colours at the first dashes come before any colour again; marker follows colour, so each pair is fixed.
-    turn, step = divmod(attempt, len(SPARE_COLOURS))
-    index = (start + step) % len(SPARE_COLOURS)
-    return Look(SPARE_COLOURS[index], SPARE_MARKERS[(index + turn) % len(SPARE_MARKERS)], (2 + 1.5 * turn, 1))
-
+KINDS = ("png", "svg")
 
 # --- the table ------------------------------------------------------------------------------------
 
@@ -226,7 +141,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def checked(results: pd.DataFrame) -> pd.DataFrame:
-    """The table as the figures need it: only `ok` rows carry numbers, throughput has its interval.
+    """The table as the figures need it: only `ok` rows carry numbers.
 
     Raises ValueError if a column is missing, there is no row, an outcome is unknown, a number is none, or
     an `ok` row has no latency.
@@ -251,17 +166,17 @@ def checked(results: pd.DataFrame) -> pd.DataFrame:
     if len(unmeasured):
         row = unmeasured.iloc[0]
         raise ValueError(f"an ok row needs a finite latency_s above 0, got {row['latency_s']} for {row['attention']}")
-    results["tokens_per_s_low"] = results["tokens_per_s"] * results["latency_s"] / results["latency_high_s"]
-    results["tokens_per_s_high"] = results["tokens_per_s"] * results["latency_s"] / results["latency_low_s"]
     return results
 
 
 def swept_column(results: pd.DataFrame) -> str:
-    """The column of the swept config key (`shape.seq_len` -> seq_len); seq_len where nothing was swept."""
+    """The column of the swept config key (`shape.seq_len` -> seq_len); where none is named, the setting that varies most."""
     keys = results["swept"].dropna().unique()
     if len(keys) > 1:
         raise ValueError(f"one table holds one sweep, got swept = {', '.join(map(str, keys))}")
-    column = str(keys[0]).rsplit(".", 1)[-1] if len(keys) and keys[0] else "seq_len"
+    if not len(keys):
+        return max(("seq_len", *SETTINGS), key=lambda column: results[column].nunique())  # seq_len where nothing does
+    column = str(keys[0]).rsplit(".", 1)[-1]
     if column not in results.columns:
         raise ValueError(f"the swept key {keys[0]!r} needs a column {column!r}, found {', '.join(map(str, results.columns))}")
     return column
@@ -281,22 +196,25 @@ def comparable(results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes {latency,throughput,peak_memory,speedup}.{png,svg} into folder, over what is there; returns the paths.
+    """Writes {latency,throughput,peak_memory,speedup}.{png,svg} into folder, in place of what was drawn there; returns the paths.
 
     Rows that differ in another setting than the swept one go to figures of their own, named after it
     (latency-decode.svg). Raises ValueError as `checked`, and if one attention has two rows at one place.
     """
     results = checked(results)
     folder.mkdir(parents=True, exist_ok=True)
+    stale = {path for quantity in QUANTITIES for kind in KINDS for path in folder.glob(f"{quantity.name}*.{kind}")}
     paths = []
     for suffix, rows in comparable(results):
         for quantity in QUANTITIES:
             picture = figure(rows, quantity)
-            for kind in ("png", "svg"):
+            for kind in KINDS:
                 paths.append(folder / f"{quantity.name}{suffix}.{kind}")
                 with style.context(["default", RC]):
                     # No date: unchanged data must give unchanged bytes.
                     picture.savefig(paths[-1], metadata={"Date": None} if kind == "svg" else None)
+    for path in stale - {*paths}:
+        path.unlink()
     return paths
 
 
