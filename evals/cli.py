@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -58,6 +60,7 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
     """
     # Hydra would otherwise print its errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    Session.jobs, Session.config = 1, None
 
     def job(cfg: DictConfig) -> None:
         for source in HydraConfig.get().runtime.config_sources:
@@ -67,6 +70,10 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
             task(cfg)
         except Exception as error:  # Hydra keeps it until the last job is done
             raise Stop(error) from error
+
+    # Hydra's parser wants all overrides in one piece; people write options between them.
+    overrides = get_args_parser().parse_intermixed_args().overrides
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
 
     try:
         with warnings.catch_warnings():
@@ -97,7 +104,10 @@ def add_import_path(config_dir: Path) -> None:
 
 def missing(error: MissingConfigException) -> str:
     """An unknown choice in a config group, with the known ones."""
-    if error.missing_cfg_file is None or not error.options:
+    if error.missing_cfg_file is None:
         return one_sentence(error)
     group, _, name = error.missing_cfg_file.rpartition("/")
-    return f"unknown {group} '{name}'; known are {', '.join(sorted(error.options))}"
+    # Hydra names the known ones only where a group takes a single choice, but always the folders that it looked into.
+    folders = [Path(path) for path in re.findall(r"path=file://(\S+)", str(error))]
+    known = set(error.options or ()) | {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    return f"unknown {group} '{name}'; known are {', '.join(sorted(known))}" if known else one_sentence(error)

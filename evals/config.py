@@ -3,19 +3,27 @@
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bsbr.interface import Attention
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("attention", "model")
+KEYS = (
+    *("attention", "workload", "shape", "model", "device", "sampling"),
+    *("relative_to", "swept", "sweep_name", "results_dir", "plots_dir"),
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class UsageError(ValueError):
@@ -122,9 +130,10 @@ class Comparison:
 def read_comparison(cfg: DictConfig) -> Comparison:
     """The comparison that a composed config describes. Raises UsageError for what cannot be measured."""
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    attentions = values["attention"]
+    attentions = values.get("attention")
     if not attentions:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
+    _check_keys("", values, KEYS)
     for name, node in attentions.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise UsageError(
@@ -136,18 +145,30 @@ def read_comparison(cfg: DictConfig) -> Comparison:
         contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
         workload=values["workload"],
-        shape=Shape(**_integers("shape", values["shape"])),
+        shape=_shape(values["shape"]),
         model=_model(values["model"]),
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
+    if comparison.swept is not None and comparison.swept.rpartition(".")[2] not in comparison.settings:
+        raise UsageError(f"swept must name a setting, such as shape.seq_len or shape.batch_size, got {comparison.swept!r}")
+    try:
+        get_method(comparison.workload["_target_"])
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"workload._target_ must be a function such as evals.workloads.prefill: {one_sentence(error)}") from error
     with torch.device("meta"):  # nothing is allocated, whatever the size
         for contestant in comparison.contestants:
             contestant.build(comparison.model)
     return comparison
 
 
+def _shape(values: dict[str, Any]) -> Shape:
+    _check_keys("shape.", values, names(Shape))
+    return Shape(**_integers("shape", values))
+
+
 def _model(values: dict[str, Any]) -> Model:
+    _check_keys("model.", values, names(Model))
     if values["scope"] not in SCOPES:
         raise UsageError(f"model.scope must be one of {', '.join(SCOPES)}, got {values['scope']!r}")
     sizes = _integers("model", {key: value for key, value in values.items() if key != "scope"})
@@ -155,6 +176,7 @@ def _model(values: dict[str, Any]) -> Model:
 
 
 def _device(values: dict[str, Any]) -> Device:
+    _check_keys("device.", values, names(Device))
     kind, dtype = values["kind"], values["dtype"]
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"device.kind must be cpu or cuda, got {kind!r}")
@@ -167,6 +189,7 @@ def _device(values: dict[str, Any]) -> Device:
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
+    _check_keys("sampling.", values, names(Sampling))
     _integers("sampling", {key: values[key] for key in ("rounds", "min_samples")})
     for key in ("budget_s", "timeout_s", "memory_limit_gib"):
         value = values[key]
@@ -177,11 +200,26 @@ def _sampling(values: dict[str, Any]) -> Sampling:
     return Sampling(**values)
 
 
+def _check_keys(group: str, values: dict[str, Any], expected: Sequence[str]) -> None:
+    """Raises UsageError unless `values` has the expected keys and no others."""
+    known = ", ".join(group + key for key in expected)
+    for key in values:
+        if key not in expected:
+            raise UsageError(f"unknown config key '{group}{key}'; known are {known}")
+    for key in expected:
+        if key not in values:
+            raise UsageError(f"config key '{group}{key}' is missing; there must be {known}")
+
+
 def _integers(group: str, values: dict[str, Any]) -> dict[str, int]:
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{group}.{key} must be a positive integer, got {value!r}")
     return values
+
+
+def names(cls: "type[DataclassInstance]") -> list[str]:
+    return [field.name for field in fields(cls)]
 
 
 def digest(value: Any) -> str:

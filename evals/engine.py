@@ -122,8 +122,9 @@ class Engine:
         for record in self.certificates.read()[0]:
             if record.get("key") == key:
                 return str(record["objection"])
-        limits = {"timeout_s": CERTIFICATE_TIMEOUT_S, "memory_limit_bytes": self.memory_limit}
-        result = run_isolated(objection, contestant, model, **limits)
+        result = run_isolated(
+            objection, contestant, model, timeout_s=CERTIFICATE_TIMEOUT_S, memory_limit_bytes=self.memory_limit
+        )
         words: str = result.value if result.outcome == "ok" else f"the certificate ended as {result.outcome}: {result.detail}"
         self.certificates.append({"key": key, "attention": contestant.name, "objection": words, "time": now()})
         return words

@@ -95,7 +95,7 @@ QUANTITIES = (
 
 SETTINGS = {
     "workload": "{}",
-    "scope": "{}",
+    "scope": "one {}",
     "num_layers": "{} layers",
     "batch_size": "batch {}",
     "seq_len": "{} tokens",

@@ -19,7 +19,7 @@ def processor(device: str) -> str:
     except OSError:  # no Linux
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{models[0] if models else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def provenance() -> dict[str, str | int | bool | None]:

@@ -42,7 +42,7 @@ def sample_latency(work: Work, device: str, *, budget_s: float, min_samples: int
         warm = time.perf_counter() + budget_s / 10 - first
         while time.perf_counter() < warm:
             seconds(work)
-        samples = []
+        samples: list[float] = []
         end = time.perf_counter() + budget_s
         while len(samples) < min_samples or (time.perf_counter() < end and len(samples) < MAX_SAMPLES):
             samples.append(seconds(work))
@@ -70,7 +70,7 @@ def cuda_timer() -> Callable[[Work], float]:
         work()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
+        return float(start.elapsed_time(stop)) / 1e3
 
     return seconds
 
@@ -109,7 +109,7 @@ def _cuda_peak_bytes(work: Work) -> int:
     torch.cuda.reset_peak_memory_stats()
     work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return int(torch.cuda.max_memory_allocated()) - before
 
 
 def available_bytes() -> int:

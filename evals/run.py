@@ -21,7 +21,7 @@ class Run:
     """What the jobs of one command share: the progress bar, and which comparisons were made."""
 
     def __init__(self) -> None:
-        self.bar: tqdm[None] = tqdm(total=0, disable=None, leave=False, dynamic_ncols=True, bar_format=BAR)
+        self.bar = tqdm(total=0, disable=None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
 
     def compare(self, cfg: DictConfig) -> None:

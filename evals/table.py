@@ -33,7 +33,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
     """One row an attention and setting, from all of a ledger's records; of comparisons that say the same, the last counts."""
     described: dict[str, Record] = {}
     for record in records:
-        if record["kind"] == "comparison":
+        if record.get("kind") == "comparison":
             described.pop(record["comparison"], None)  # so that the order is that of the last time
             described[record["comparison"]] = record
     measured: dict[tuple[str, str], list[Record]] = {}
@@ -171,7 +171,8 @@ def _cell(row: pd.Series | None, quantity: Quantity) -> str:
     value = row[quantity.column] / quantity.unit
     if math.isnan(value):
         return "?"
-    text = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    text = f"{value:.{digits}f}" if value >= 0.1 else f"{value:.2g}"
     if quantity.bounds is None:
         return text
     low, high = (row[bound] for bound in quantity.bounds)

@@ -1,0 +1,119 @@
+"""Whatever happens in a child process comes back as a result, and nothing of it stays."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+
+import psutil
+import pytest
+import torch
+
+from evals.worker import Result, outcome_of, run_isolated
+
+
+def product(a: int, b: int) -> int:
+    return a * b
+
+
+def fail() -> None:
+    raise KeyError("no such thing")
+
+
+def leave() -> None:
+    print("the last thing it said", file=sys.stderr)
+    os._exit(7)
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+def hold(mebibytes: int) -> int:
+    return len(torch.ones(mebibytes, 2**18))
+
+
+def not_made() -> None:
+    raise NotImplementedError("no backward for this")
+
+
+def chatter() -> int:
+    print("on stdout", flush=True)
+    os.write(2, b"on stderr")
+    return 1
+
+
+def test_a_value_comes_back() -> None:
+    assert run_isolated(product, 6, 7, timeout_s=60) == Result("ok", 42)
+
+
+def test_a_child_does_not_inherit_what_the_parent_did() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 3)
+        assert run_isolated(torch.get_num_threads, timeout_s=60).value == before
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("function", "outcome", "words"),
+    [
+        (fail, "crash", r"KeyError: 'no such thing' \(test_worker.py:\d+\)"),
+        (leave, "crash", "exited with code 7 before it had a result; its last words: the last thing it said"),
+        (segfault, "crash", "killed by SIGSEGV"),
+        (killed, "oom", "killed by SIGKILL"),
+        (not_made, "unsupported", "NotImplementedError: no backward for this"),
+    ],
+)
+def test_what_happened_is_typed_and_told(function: object, outcome: str, words: str) -> None:
+    result = run_isolated(function, timeout_s=60)  # type: ignore[arg-type]
+    assert result.outcome == outcome
+    assert re.match(words, result.detail)
+
+
+def test_a_hang_ends_at_its_time_limit_and_leaves_no_process() -> None:
+    children = psutil.Process().children(recursive=True)
+    assert run_isolated(hang, timeout_s=0.5) == Result("timeout", detail="took longer than 0.5 s")
+    left = [child for child in psutil.Process().children(recursive=True) if child not in children]
+    # The forkserver itself may have been started by this very call.
+    assert all("forkserver" in " ".join(child.cmdline()) or "resource_tracker" in " ".join(child.cmdline()) for child in left)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+def test_memory_beyond_the_limit_is_oom_and_below_it_is_fine() -> None:
+    limit = 256 * 2**20
+    assert run_isolated(hold, 128, timeout_s=60, memory_limit_bytes=limit) == Result("ok", 128)
+    result = run_isolated(hold, 300, timeout_s=60, memory_limit_bytes=limit)
+    assert result.outcome == "oom"
+    assert "can't allocate memory" in result.detail
+
+
+def test_a_child_does_not_write_on_the_parents_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_isolated(chatter, timeout_s=60).outcome == "ok"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (MemoryError(), "oom"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"), "oom"),
+        (RuntimeError("std::bad_alloc"), "oom"),
+        (RuntimeError("\"triangular_solve\" not implemented for 'Half'"), "unsupported"),
+        (RuntimeError("shapes cannot be multiplied"), "crash"),
+    ],
+)
+def test_exceptions_are_told_apart(error: Exception, outcome: str) -> None:
+    assert outcome_of(error) == outcome
