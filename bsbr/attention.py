@@ -5,6 +5,7 @@ same function as the definition reads; the two share no code.
 """
 
 import math
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ from bsbr.interface import (
     check_heads,
     check_hidden_states,
     count,
-    merge_heads,
     next_position,
     require_positive,
     rotate,
@@ -49,7 +49,8 @@ def bsbr_attention(
     r: [batch, heads, C, head_dim], the meta query of each chunk, which must be known at its first token.
     h: [batch, kv_heads, C - 1 or more, head_dim], the meta key of each chunk that a later one can retrieve.
     q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
-    top_k keeps only the top_k best-scored chunks in each retrieval. dropout_p acts on both softmaxes' weights.
+    top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. dropout_p acts on the weights
+    of both softmaxes.
 
     Returns [batch, heads, time, head_dim]. Cost per head: local O(n·chunk_size·d), states and read-out O(n·d_r·d),
     mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
@@ -59,14 +60,25 @@ def bsbr_attention(
     _check_options(chunk_size, chunk_overlap, top_k)
     time = q.shape[2]
     if k.shape[2] != time:
-        raise ValueError(f"q and k must have the same time, got {time} and {k.shape[2]}; to continue a sequence use BSBRAttention.extend")
+        raise ValueError(
+            f"q and k must have the same time, got {time} and {k.shape[2]}; to continue a sequence use BSBRAttention.extend"
+        )
     chunks = -(-time // chunk_size)
     if r.shape != (*q.shape[:2], chunks, q.shape[3]):
-        raise ValueError(f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}")
+        raise ValueError(
+            f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}"
+        )
     if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < chunks - 1 or h.shape[3] != q.shape[3]:
-        raise ValueError(f"h must be [batch, kv_heads, {chunks - 1} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}")
+        raise ValueError(
+            f"h must be [batch, kv_heads, {chunks - 1} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
+        )
     q_features = unit_norm(q) if q_features is None else q_features
     k_features = unit_norm(k) if k_features is None else k_features
+    if q_features.shape[:-1] != q.shape[:-1] or k_features.shape != (*k.shape[:-1], q_features.shape[-1]):
+        raise ValueError(
+            "q_features and k_features must be those of q and k in all but their common last size, d_r: "
+            f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
+        )
 
     local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
     if chunks == 1:
@@ -79,9 +91,7 @@ def bsbr_attention(
 # --- the four steps -----------------------------------------------------------------------------
 
 
-def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_overlap: int = 0, dropout_p: float = 0.0
-) -> Tensor:
+def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_overlap: int = 0, dropout_p: float = 0.0) -> Tensor:
     """softmax(QKᵀ/√d ⊙ M_in) V, M_in: a token sees its chunk up to itself and the `chunk_overlap` tokens before its chunk.
 
     q: [batch, heads, time, head_dim], its first row at a chunk's beginning; k and v may hold up to
@@ -93,7 +103,7 @@ def local_attention(
     # and an incomplete last one. Only the middle kind grows with the sequence, and it is one batched call.
     lead = min(time // chunk_size, -(-max(0, chunk_overlap - before) // chunk_size)) * chunk_size
     full = (time - lead) // chunk_size * chunk_size
-    pieces = []
+    pieces: list[Tensor] = []
     for start, stop in ((0, lead), (lead + full, time)):
         if start < stop:
             first_key = max(0, before + start - chunk_overlap)
@@ -130,14 +140,12 @@ def local_attention(
 def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) -> Tensor:
     """F_s = φ(K_s)ᵀ V_s for the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]."""
     tokens = chunks * chunk_size
-    keys = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
-    values = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
+    keys: Tensor = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
+    values: Tensor = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
     return keys.mT @ values
 
 
-def retrieve(
-    r: Tensor, h: Tensor, states: Tensor, *, first: int = 0, top_k: int | None = None, dropout_p: float = 0.0
-) -> Tensor:
+def retrieve(r: Tensor, h: Tensor, states: Tensor, *, first: int = 0, top_k: int | None = None, dropout_p: float = 0.0) -> Tensor:
     """F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
 
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
@@ -149,8 +157,10 @@ def retrieve(
     if chunks == 0:
         return states.new_zeros(batch, heads, rows, *states.shape[3:])
     # Query heads of one group stand side by side as rows against the states that they share.
-    grouped = r.reshape(batch, kv_heads, heads // kv_heads, rows, head_dim)
-    scores = (grouped @ h.unsqueeze(2).mT).to(torch.promote_types(r.dtype, torch.float32)) / math.sqrt(head_dim)
+    # Scores in float32: rounded to bfloat16, they would tie, and top_k would keep other chunks than the best.
+    wide = torch.promote_types(r.dtype, torch.float32)
+    grouped = r.reshape(batch, kv_heads, heads // kv_heads, rows, head_dim).to(wide)
+    scores = grouped @ h.unsqueeze(2).mT.to(wide) / math.sqrt(head_dim)
     visible = torch.ones(rows, chunks, dtype=torch.bool, device=r.device).tril(first - 1)
     # Not -inf: a chunk that sees nothing would be 0/0, and its gradient too.
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
@@ -159,13 +169,15 @@ def retrieve(
         weights = F.dropout(weights, dropout_p)
         mixed = weights.flatten(2, 3) @ states.flatten(3)
     else:
-        kept = scores.topk(top_k, dim=-1)
-        weights = torch.softmax(kept.values, dim=-1).where(visible.expand_as(scores).gather(-1, kept.indices), 0)
+        # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+        kept, chosen = ranked[..., :top_k], order[..., :top_k]
+        weights = torch.softmax(kept, dim=-1).where(visible.expand_as(scores).gather(-1, chosen), 0)
         weights = F.dropout(weights.to(states.dtype), dropout_p)
         # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
         owner = torch.arange(batch * kv_heads, device=r.device).view(batch, kv_heads, 1, 1, 1) * chunks
         mixed = F.embedding_bag(
-            (kept.indices + owner).flatten(0, -2),
+            (chosen + owner).flatten(0, -2),
             states.reshape(batch * kv_heads * chunks, -1),
             per_sample_weights=weights.flatten(0, -2),
             mode="sum",
@@ -202,7 +214,7 @@ def _visible(queries: Tensor, keys: Tensor, chunk_size: int, chunk_overlap: int)
 
 
 def _windows(x: Tensor, step: int, length: int) -> Tensor:
-    """[batch, heads, time, dim] -> [batch * windows, heads, length, dim], one window every `step` tokens, without a copy if it can be."""
+    """[batch, heads, time, dim] -> [batch * windows, heads, length, dim], one window every `step` tokens, a view where possible."""
     return x.unfold(2, length, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
@@ -222,6 +234,12 @@ def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> No
 
 
 # --- the module ---------------------------------------------------------------------------------
+
+
+class _Options(TypedDict):
+    chunk_size: int
+    chunk_overlap: int
+    top_k: int | None
 
 
 class BSBRAttention(MultiHeadAttention):
@@ -280,17 +298,17 @@ class BSBRAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, r, h, q_features, k_features = tensors
-        features = {"q_features": q_features, "k_features": k_features}
-        return bsbr_attention(q, k, v, r, h, **features, **self._options, dropout_p=self.dropout_p)  # type: ignore[arg-type]
+        return bsbr_attention(
+            q, k, v, r, h, q_features=q_features, k_features=k_features, **self._options, dropout_p=self.dropout_p
+        )
 
     def reference(self, *tensors: Tensor) -> Tensor:
         """`attend` by `bsbr.reference.bsbr_attention`."""
         q, k, v, r, h, q_features, k_features = tensors
-        features = {"q_features": q_features, "k_features": k_features}
-        return reference.bsbr_attention(q, k, v, r, h, **features, **self._options)  # type: ignore[arg-type]
+        return reference.bsbr_attention(q, k, v, r, h, q_features=q_features, k_features=k_features, **self._options)
 
     @property
-    def _options(self) -> dict[str, int | None]:
+    def _options(self) -> _Options:
         return {"chunk_size": self.chunk_size, "chunk_overlap": self.chunk_overlap, "top_k": self.retrieval_top_k}
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
@@ -364,23 +382,24 @@ class BSBRAttention(MultiHeadAttention):
         attended = local_attention(
             q, keys, values, chunk_size=size, chunk_overlap=self.chunk_overlap, dropout_p=self.dropout_p
         ) + read(q_features, retrieved, size)
-        after = self._keep(keys, values, position + tokens)
         rest = complete * size
         wide = state["open_hidden"].dtype
-        return attended, after | {
+        after = self._keep(keys, values, position + tokens)
+        after |= {
             "meta_keys": meta_keys,
             "states": states,
             "retrieved": retrieved[:, :, -1].clone(),  # a view would keep every chunk's alive
             "open_state": k_features[:, :, rest:].to(wide).mT @ v[:, :, rest:].to(wide),
             "open_hidden": hidden_states[:, rest:].to(wide).sum(dim=1),
         }
+        return attended, after
 
     def _continue_chunk(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that all fall into the open chunk, its last one perhaps included: no chunk but this one is touched."""
         q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         tokens = q.shape[2]
-        # Everything kept is visible: it is the open chunk and its overlap. One new token needs no mask at all.
+        # Everything kept is visible: it is the open chunk and its overlap.
         visible = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - tokens)
         attended = _sdpa(q, keys, values, visible, self.dropout_p) + q_features @ state["retrieved"]
         wide = state["open_hidden"].dtype
@@ -393,13 +412,14 @@ class BSBRAttention(MultiHeadAttention):
             states = torch.cat([states, open_state.to(states.dtype).unsqueeze(2)], dim=2)
             open_state, open_hidden = torch.zeros_like(open_state), torch.zeros_like(open_hidden)
         after = self._keep(keys, values, position + tokens)
-        return attended, after | {
+        after |= {
             "meta_keys": meta_keys,
             "states": states,
             "retrieved": state["retrieved"],
             "open_state": open_state,
             "open_hidden": open_hidden,
         }
+        return attended, after
 
     def _keep(self, keys: Tensor, values: Tensor, position: int) -> State:
         """The keys and values that the next token may see: the open chunk and the overlap before it."""

@@ -122,7 +122,9 @@ class MultiHeadAttention(Attention):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_positive(num_kv_heads=num_kv_heads)
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, num_kv_heads={num_kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+            )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.head_dim = hidden_dim // num_heads
@@ -177,7 +179,7 @@ class MultiHeadAttention(Attention):
 
 def split_heads(hidden_states: Tensor, num_heads: int) -> Tensor:
     """[batch, time, heads * head_dim] -> [batch, heads, time, head_dim], a view."""
-    return hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return cast(Tensor, hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2))
 
 
 def merge_heads(heads: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ BuildAttention = Callable[..., Attention]
 class TransformerLayer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(feed_forward(norm(x))).
 
-    hidden_states: [batch, time, hidden_dim], in and out. ff_dim is the width inside the feed-forward part.
+    hidden_states: [batch, time, hidden_dim], in and out, 0 at padding. ff_dim is the width inside the feed-forward part.
     Source: Vaswani 2017 (arXiv:1706.03762), with the norms in front as in Xiong 2020 (arXiv:2002.04745).
     """
 
@@ -36,7 +36,10 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states), attention_mask))
+        if attention_mask is not None:
+            packed, unpack = pack(hidden_states, attention_mask)
+            return unpack(self(packed))
+        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states)))
         return self._feed_forward(hidden_states)
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -145,6 +148,7 @@ class CausalLM(nn.Module):
 
         Raises ValueError if there is no such token.
         """
+        check_input_ids(input_ids)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         # Packed, "the token before" is the neighbour, whatever padding stood between them.
         ids, _ = pack(input_ids, real)

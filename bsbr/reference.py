@@ -55,8 +55,8 @@ def _retrieve(r_t: Tensor, h: Tensor, features: Tensor, values: Tensor, chunk_si
     """F̄_t [batch, d_r, head_dim] for one head: r_t [batch, d] against the meta keys h [batch, t, d] of every earlier chunk."""
     scores = torch.einsum("bd,bsd->bs", r_t, h) / math.sqrt(r_t.shape[-1])
     if top_k is not None and top_k < scores.shape[1]:
-        worst_kept = scores.sort(dim=1, descending=True).values[:, top_k - 1 : top_k]
-        scores = torch.where(scores >= worst_kept, scores, -torch.inf)
+        dropped = scores.argsort(dim=1, descending=True, stable=True)[:, top_k:]  # stable: of equals the earliest is kept
+        scores = scores.scatter(1, dropped, -torch.inf)
     weights = torch.softmax(scores, dim=1)
     retrieved = torch.zeros(len(r_t), features.shape[-1], values.shape[-1], dtype=torch.float64, device=r_t.device)
     for s in range(h.shape[1]):

@@ -1,0 +1,307 @@
+"""`BSBRAttention`: what it projects, what it may know when, dropout, padding, cost, and bad options.
+
+`attend` is held to `bsbr.reference`, which test_reference.py holds to masks in numpy.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bsbr import BSBRAttention
+
+CHUNK = 5
+LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"chunk_overlap": 2, "compression_factor": 2},
+    {"chunk_overlap": CHUNK + 3, "num_kv_heads": 2, "rotary": True},
+    {"retrieval_top_k": 1, "compression_factor": 4, "num_kv_heads": 1},
+    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2},
+    {"retrieval_top_k": 100, "rotary": True, "compression_factor": 1},
+]
+options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+def build(**options: Any) -> BSBRAttention:
+    """hidden_dim 16, 4 heads of 4, float64, with gains that differ from head to head."""
+    torch.manual_seed(0)
+    attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
+    with torch.no_grad():
+        attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
+    return attention
+
+
+def hidden(time: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, time, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
+
+
+# --- what it computes -----------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("time", LENGTHS)
+def test_the_projections_are_those_of_the_definition(time: int, options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden(time).numpy()
+    weights = {name: parameter.detach().numpy() for name, parameter in attention.named_parameters()}
+
+    def heads(values: Any, name: str) -> Any:
+        weight = weights[f"{name}.weight"].reshape(-1, 4, 16)
+        return np.einsum("bti,hdi->bhtd", values, weight)
+
+    def turned(values: Any) -> Any:
+        if not options.get("rotary"):
+            return values
+        z = (values[..., :2] + 1j * values[..., 2:]) * np.exp(1j * np.outer(np.arange(time), [1, 0.01]))
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    def phi(values: Any) -> Any:
+        features = np.einsum("bhti,oi->bhto", values, weights.get("feature_proj.weight", np.eye(4)))
+        return features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-6)
+
+    q, k, v = heads(x, "q_proj"), heads(x, "k_proj"), heads(x, "v_proj")
+    begins = range(0, time, CHUNK)
+    first_tokens = np.stack([x[:, begin] for begin in begins], axis=1)
+    means = np.zeros((2, 0, 16)) if len(begins) == 1 else np.stack([x[:, b : b + CHUNK].mean(axis=1) for b in begins[:-1]], axis=1)
+    gain = weights["retrieval_gain"][None, :, None, None]
+    expected = [turned(q), turned(k), v, heads(first_tokens, "meta_q_proj"), heads(means, "meta_k_proj"), phi(q) * gain, phi(k)]
+
+    tensors = attention.project(torch.from_numpy(x))
+    for actual, wanted in zip(tensors, expected, strict=True):
+        np.testing.assert_allclose(actual.detach().numpy(), wanted, rtol=0, atol=1e-12)
+
+    attended = attention.reference(*tensors).detach().numpy().transpose(0, 2, 1, 3).reshape(2, time, 16)
+    output = attention(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(output, attended @ weights["out_proj.weight"].T, rtol=0, atol=1e-9)
+
+
+@options_of_all_kinds
+def test_gradients_are_those_of_the_reference(options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden(3 * CHUNK + 7).requires_grad_()
+    leaves = [x, *attention.parameters()]
+    by_fast, by_reference = (
+        torch.autograd.grad(attention.output(attend(*attention.project(x))).square().mean(), leaves)
+        for attend in (attention.attend, attention.reference)
+    )
+    for a, b in zip(by_fast, by_reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_one_block_of_tokens_is_softmax_attention() -> None:
+    for attention, time in ((build(), CHUNK), (build(chunk_size=1000, chunk_overlap=3), 23)):
+        x = hidden(time)
+        q, k, v, *_ = attention.project(x)
+        weights = torch.softmax((q @ k.mT / 2).masked_fill(~torch.ones(time, time, dtype=torch.bool).tril(), -torch.inf), dim=-1)
+        torch.testing.assert_close(attention(x), attention.output(weights @ v), rtol=0, atol=1e-12)
+
+
+def test_the_state_shrinks_by_exactly_the_compression_factor() -> None:
+    for factor, feature_dim in ((None, 4), (1, 4), (2, 2), (4, 1)):
+        attention = build(compression_factor=factor)
+        assert attention.feature_dim == feature_dim
+        assert attention.project(hidden(9))[5].shape == (2, 4, 9, feature_dim)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e6, 1e18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_inputs_give_finite_values_and_gradients(dtype: torch.dtype, scale: float) -> None:
+    attention = build(chunk_overlap=2, compression_factor=2).to(dtype)
+    x = (scale * hidden(3 * CHUNK + 2)).to(dtype).requires_grad_()
+    out = attention(x)
+    (gradient,) = torch.autograd.grad(out.float().sum(), x)
+    assert out.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+# --- what it may know when ------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+def test_later_tokens_change_no_earlier_output(options: dict[str, Any]) -> None:
+    # Every t, so also within one chunk: the meta query is known at a chunk's first token.
+    attention, time = build(**options), 3 * CHUNK + 3
+    x = hidden(time)
+    before = attention(x)
+    for t in range(time - 1):
+        after = attention(torch.cat([x[:, : t + 1], 10 * hidden(99)[:, t + 1 : time]], dim=1))
+        torch.testing.assert_close(after[:, : t + 1], before[:, : t + 1], rtol=0, atol=1e-12)
+        assert not torch.allclose(after[:, t + 1], before[:, t + 1])
+
+
+@options_of_all_kinds
+def test_the_gradient_reaches_all_of_the_past_and_none_of_the_future(options: dict[str, Any]) -> None:
+    attention, time = build(**options), 3 * CHUNK + 3
+    x = hidden(time, batch=1).requires_grad_()
+    out = attention(x)
+    for t in range(time):
+        (gradient,) = torch.autograd.grad(out[:, t].square().sum(), x, retain_graph=True)
+        reached = gradient[0].abs().amax(dim=1) > 0
+        assert not reached[t + 1 :].any()
+        if options.get("retrieval_top_k", 100) == 100:
+            assert reached[: t + 1].all()
+
+
+def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
+    # Nothing of v but the token's own chunk: what remains is retrieval, of complete earlier chunks.
+    attention = build()
+    for end in (CHUNK + 2, 2 * CHUNK, 3 * CHUNK):
+        x = hidden(end + 1)
+        q, k, v, r, h, q_features, k_features = attention.project(x)
+        begin = end // CHUNK * CHUNK
+        v = torch.cat([v[:, :, :begin], torch.zeros_like(v[:, :, begin:])], dim=2)
+        retrieved = attention.attend(q, k, v, r, h, q_features, k_features)[:, :, end]
+        assert retrieved.abs().max() > 1e-3
+        for s in range(end // CHUNK):
+            without = v.clone()
+            without[:, :, s * CHUNK : (s + 1) * CHUNK] = 0
+            other = attention.attend(q, k, without, r, h, q_features, k_features)[:, :, end]
+            assert not torch.allclose(other, retrieved)
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[str, Any]) -> None:
+    attention, runs, time = build(dropout=0.3, **options), 4000, 2 * CHUNK + 2
+    x = hidden(time, batch=1)
+    expected = attention.eval()(x)
+    assert torch.equal(attention(x), expected)
+    torch.testing.assert_close(expected, build(**options)(x), rtol=0, atol=0)
+
+    torch.manual_seed(1)
+    samples = attention.train()(x.expand(runs, -1, -1)).detach()
+    assert not torch.equal(samples[0], samples[1])
+    # 192 means of 4000 draws: one of them strays by more than 6 standard errors in 10^6 such tests.
+    stray = (samples.mean(dim=0) - expected[0]).abs() / (samples.std(dim=0) / runs**0.5)
+    assert stray.max() < 6
+
+
+def test_dropout_acts_on_both_softmaxes() -> None:
+    attention, x = build(dropout=0.5), hidden(2 * CHUNK)
+    torch.manual_seed(0)
+    q, k, v, r, h, q_features, k_features = attention.project(x)
+    exact = attention.eval().attend(q, k, v, r, h, q_features, k_features)
+    inside = attention.eval().attend(q, k, v, r, h, 0 * q_features, k_features)
+    outside = exact - inside
+    # Without retrieval the first part is seen alone; without local values, the second: all or nothing, twice the size.
+    local = attention.train().attend(q, k, v, r, h, 0 * q_features, k_features)
+    assert not torch.allclose(local, inside)
+    v = torch.cat([v[:, :, :CHUNK], torch.zeros_like(v[:, :, CHUNK:])], dim=2)
+    retrieved = attention.attend(q, k, v, r, h, q_features, k_features)[:, :, CHUNK:]
+    ratio = (retrieved / outside[:, :, CHUNK:]).detach()
+    assert {round(number, 6) for number in ratio.flatten().tolist()} == {0, 2}
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def masks(time: int) -> Tensor:
+    """Left, right, holes, a chunk's length of holes, one token, none, all."""
+    mask = torch.zeros(7, time, dtype=torch.int64)
+    mask[0, 4:] = 1
+    mask[1, :-3] = 1
+    mask[2, ::2] = 1
+    mask[3] = 1
+    mask[3, CHUNK - 1 : 2 * CHUNK] = 0
+    mask[4, 7] = 1
+    mask[6] = 1
+    return mask
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("garbage", [0.0, torch.nan, torch.inf, -1e30])
+def test_padding_anywhere_is_as_if_it_were_not_there(garbage: float, options: dict[str, Any]) -> None:
+    attention, time = build(**options), 3 * CHUNK + 2
+    mask = masks(time)
+    x = hidden(time, batch=len(mask)).masked_fill(mask[..., None] == 0, garbage).requires_grad_()
+    out = attention(x, mask)
+    for row, real, result in zip(x, mask != 0, out, strict=True):
+        assert (result[~real] == 0).all()
+        if real.any():
+            torch.testing.assert_close(result[real], attention(row[real][None])[0], rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(out.square().sum(), [x, *attention.parameters()])
+    assert (gradients[0][mask == 0] == 0).all()
+    assert (gradients[0][:4][mask[:4] != 0] != 0).all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"compression_factor": 1}, *OPTIONS[1:]], ids=str)
+@pytest.mark.parametrize("time", [*LENGTHS, 2 * CHUNK, 6 * CHUNK + 1])
+def test_declared_flops_are_those_of_a_count_over_the_masks(time: int, options: dict[str, Any]) -> None:
+    attention = build(**options)
+    heads, kv_heads, dim, feature_dim = 4, attention.num_kv_heads, 4, attention.feature_dim
+    overlap, top_k = attention.chunk_overlap, attention.retrieval_top_k
+    chunks = (time - 1) // CHUNK + 1
+    total = 0
+    for i in range(time):
+        chunk = i // CHUNK
+        seen = sum(chunk * CHUNK - overlap <= j <= i for j in range(time))
+        total += heads * seen * 2 * (2 * dim)  # a score and a weighted value
+        total += kv_heads * 2 * feature_dim * dim * (chunk < chunks - 1)  # into F, where a later chunk can ask for it
+        total += heads * 2 * feature_dim * dim * (chunk > 0)  # out of F̄
+    for chunk in range(chunks):
+        total += heads * 2 * dim * chunk
+        total += heads * 2 * feature_dim * dim * (chunk if top_k is None else min(top_k, chunk))
+    assert attention.flops(time) == total
+    assert attention.flops(time, batch_size=3) == 3 * total
+
+
+@options_of_all_kinds
+def test_the_work_done_is_that_declared_and_at_most_three_times_it(options: dict[str, Any]) -> None:
+    # Masked products are computed and thrown away: half of a chunk's square, half of C × C, and, with overlap, more.
+    attention, chunk, time = build(**options | {"chunk_size": 16}), 16, 40 * 16
+    tensors = attention.project(hidden(time))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        attention.attend(*tensors)
+    counted = counter.get_total_flops()
+    if attention.retrieval_top_k in (None, 100):  # the counter knows nothing of embedding_bag
+        assert counted >= attention.flops(time, batch_size=2)
+    assert counted < 3 * attention.flops(time, batch_size=2)
+    n_by_n = 2 * 4 * time * time * 4 * 4
+    assert counted < n_by_n / 2, f"as much work as {time} × {time} scores, at chunks of {chunk}"
+
+
+def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
+    attention = build(retrieval_top_k=2)
+    scores = [4 * 2 * 4 * (chunks * (chunks - 1) // 2) for chunks in (64, 128, 256)]
+    rest = [attention.flops(chunks * CHUNK) - s for chunks, s in zip((64, 128, 256), scores, strict=True)]
+    assert rest[2] - rest[1] == 2 * (rest[1] - rest[0])
+
+
+# --- bad options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
+        ({"chunk_size": None}, "chunk_size must be a positive integer, got None"),
+        ({"chunk_size": "128"}, "chunk_size must be a positive integer, got '128'"),
+        ({"compression_factor": 3}, "compression_factor must divide head_dim = 4 (16 / 4), got 3"),
+        ({"compression_factor": 8}, "compression_factor must divide head_dim = 4 (16 / 4), got 8"),
+        ({"compression_factor": 0}, "compression_factor must be a positive integer, got 0"),
+        ({"chunk_overlap": -1}, "chunk_overlap must be an integer of at least 0, got -1"),
+        ({"chunk_overlap": 1.5}, "chunk_overlap must be an integer of at least 0, got 1.5"),
+        ({"chunk_overlap": True}, "chunk_overlap must be an integer of at least 0, got True"),
+        ({"retrieval_top_k": 0}, "retrieval_top_k must be a positive integer, got 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=4, num_kv_heads=3"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
+        BSBRAttention(16, 4, **options)
+    assert str(caught.value) == sentence
+
+
+def test_heads_that_do_not_divide_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^hidden_dim must be a multiple of num_heads, got hidden_dim=16, num_heads=5$"):
+        BSBRAttention(16, 5)

@@ -1,0 +1,199 @@
+"""What every attention inherits: padding, heads, rotary positions, the default streaming and the checks."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bsbr.interface import Attention, MultiHeadAttention, State, check_hidden_states, merge_heads, pack, rotate, split_heads
+
+
+class RunningSum(Attention):
+    """o_t = Σ_{s ≤ t} x_s + 1: the least that fulfils the contract, and wrong wherever padding gets in."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        with torch.no_grad():
+            self.out_proj.weight.copy_(torch.eye(hidden_dim))
+            self.out_proj.bias.fill_(1)
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        return (hidden_states,)
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].cumsum(dim=1)
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        before = torch.zeros_like(hidden_states[:, 0]) if state is None else state["sum"]
+        sums = before[:, None] + hidden_states.cumsum(dim=1)
+        return self.output(sums), {"sum": sums[:, -1]}
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 0
+
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        return batch_size * self.hidden_dim * self.dtype.itemsize
+
+
+class PlainSoftmax(MultiHeadAttention):
+    """The shortest `attend` that takes q with fewer rows than k and v, and grouped heads."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
+        new, time = q.shape[2], k.shape[2]
+        future = torch.ones(new, time, dtype=torch.bool).triu(time - new + 1)
+        return torch.softmax((q @ k.mT / math.sqrt(self.head_dim)).masked_fill(future, -torch.inf), dim=-1) @ v
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 0
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def test_pack_moves_the_real_tokens_to_the_front_in_order_and_back() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    tokens = torch.tensor([[8, 9, 1, 2, 3], [1, 8, 2, 9, 3], [1, 2, 7, 8, 9], [5, 6, 7, 8, 9]])
+    packed, unpack = pack(tokens, mask)
+    assert packed.tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 0, 0], [1, 2, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert unpack(10 * packed + 4).tolist() == [[0, 0, 14, 24, 34], [14, 0, 24, 0, 34], [14, 24, 0, 0, 0], [0] * 5]
+    # Whatever is appended after `time` and `batch` travels along.
+    wide, unpack = pack(tokens[..., None, None].expand(4, 5, 2, 3), mask)
+    assert torch.equal(wide, packed[..., None, None].expand(4, 5, 2, 3))
+    assert unpack(torch.ones(4, 5, 7)).sum().item() == 7 * mask.sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.bfloat16])
+def test_forward_sees_only_real_tokens(dtype: torch.dtype) -> None:
+    attention = RunningSum(1, 1)
+    x = torch.tensor([[5, 1, torch.nan, 2, torch.inf], [torch.nan] * 5])[..., None]
+    mask = torch.tensor([[0, 1, 0, 1, 0], [0] * 5]).to(dtype)
+    assert attention(x, mask)[..., 0].tolist() == [[0, 2, 0, 4, 0], [0] * 5]
+
+
+def test_any_nonzero_is_a_token() -> None:
+    attention, x = RunningSum(1, 1), torch.ones(1, 3, 1)
+    assert attention(x, torch.tensor([[-1, 0, 7]]))[..., 0].tolist() == [[2, 0, 3]]
+
+
+def test_gradients_pass_the_padding_by() -> None:
+    x = torch.tensor([[torch.nan, 1, torch.inf, 2]])[..., None].requires_grad_()
+    attention = RunningSum(1, 1)
+    attention(x, torch.tensor([[0, 1, 0, 1]])).sum().backward()
+    assert x.grad is not None
+    assert x.grad[..., 0].tolist() == [[0, 2, 0, 1]]
+    assert attention.out_proj.weight.grad is not None
+    assert attention.out_proj.weight.grad.item() == 1 + 3
+
+
+# --- heads and positions --------------------------------------------------------------------------
+
+
+def test_heads_are_neighbouring_columns() -> None:
+    x = torch.arange(12.0).view(1, 2, 6)
+    assert split_heads(x, 2).tolist() == [[[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]]
+    assert torch.equal(merge_heads(split_heads(x, 3)), x)
+
+
+@pytest.mark.parametrize(("time", "start", "head_dim"), [(1, 0, 2), (7, 0, 6), (5, 1_000_003, 8)])
+def test_rotation_is_multiplication_by_a_complex_unit(time: int, start: int, head_dim: int) -> None:
+    x = torch.randn(2, 3, time, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    half = head_dim // 2
+    z = x.numpy()[..., :half] + 1j * x.numpy()[..., half:]
+    positions, pairs = np.arange(start, start + time)[:, None], np.arange(half)[None, :]
+    z = z * np.exp(1j * positions * 10_000.0 ** (-2 * pairs / head_dim))
+    np.testing.assert_allclose(rotate(x, start).numpy(), np.concatenate([z.real, z.imag], axis=-1), rtol=0, atol=1e-9)
+    if start == 0:
+        assert torch.equal(rotate(x)[:, :, 0], x[:, :, 0])
+
+
+def test_rotated_products_depend_on_the_distance_alone_even_far_out() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    near = (rotate(q, 5) * rotate(k, 2)).sum()
+    far = (rotate(q, 1_000_005) * rotate(k, 1_000_002)).sum()
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-5)
+
+
+# --- the default streaming ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
+def test_the_default_extend_continues_at_any_point(num_kv_heads: int | None, rotary: bool) -> None:
+    attention = PlainSoftmax(16, 4, num_kv_heads=num_kv_heads, rotary=rotary).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = attention(x)
+    for split in range(1, 9):
+        first, state = attention.extend(x[:, :split])
+        second, after = attention.extend(x[:, split:], state)
+        torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-12)
+        for length, kept in ((split, state), (9, after)):
+            assert attention.state_bytes(length, 2) == sum(tensor.nbytes for key, tensor in kept.items() if key != "position")
+            assert kept["position"].tolist() == length
+
+
+def test_rotation_changes_what_attention_says() -> None:
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    attention = PlainSoftmax(8, 2)
+    plain = attention(x)
+    attention.rotary = True
+    assert torch.equal(attention(x)[:, 0], plain[:, 0])
+    assert not torch.allclose(attention(x)[:, 1:], plain[:, 1:])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    attention = PlainSoftmax(8, 2, dropout=0.25)
+    assert attention.dropout_p == 0.25
+    assert attention.eval().dropout_p == 0
+
+
+def test_dtype_is_that_of_the_parameters() -> None:
+    assert PlainSoftmax(8, 2).to(torch.bfloat16).dtype == torch.bfloat16
+    assert PlainSoftmax(8, 2).block_length == 64
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hidden_dim": 0}, "hidden_dim must be a positive integer, got 0"),
+        ({"hidden_dim": True}, "hidden_dim must be a positive integer, got True"),
+        ({"num_heads": -2}, "num_heads must be a positive integer, got -2"),
+        ({"num_heads": 3}, "hidden_dim must be a multiple of num_heads, got hidden_dim=16, num_heads=3"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be a positive integer, got 0"),
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=4, num_kv_heads=3"),
+        ({"num_kv_heads": 8}, "num_heads must be a multiple of num_kv_heads, got num_heads=4, num_kv_heads=8"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1"),
+        ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
+        ({"hidden_dim": 12, "rotary": True}, "rotary=True needs an even head_dim, got 3 = 12 / 4"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
+        PlainSoftmax(**{"hidden_dim": 16, "num_heads": 4} | options)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 0, 16), (2, 3, 15), (2, 3, 16, 1)])
+def test_hidden_states_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
+    attention = PlainSoftmax(16, 4)
+    sentence = f"hidden_states must be [batch, time >= 1, hidden_dim = 16], got {list(shape)}"
+    for call in (attention, attention.extend, lambda x: check_hidden_states(x, 16)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            call(torch.zeros(shape))
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 3), (3,), (2, 3, 1)])
+def test_a_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        PlainSoftmax(16, 4)(torch.zeros(2, 3, 16), torch.ones(shape))
+    assert str(caught.value) == f"attention_mask must be [batch, time] = [2, 3], got {list(shape)}"

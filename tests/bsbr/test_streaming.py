@@ -1,0 +1,229 @@
+"""`extend` of the attention, the layer and the model: any split, states as values, on disk, and what a token costs."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bsbr import BSBRAttention, BSBRLayer, BSBRModel, State
+
+CHUNK = 5
+TIME = 3 * CHUNK + 7
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"chunk_overlap": 2, "compression_factor": 2},
+    {"chunk_overlap": 2 * CHUNK + 3, "num_kv_heads": 2, "rotary": True},
+    {"chunk_overlap": 1000},
+    {"retrieval_top_k": 1, "compression_factor": 4, "num_kv_heads": 1, "rotary": True},
+    {"retrieval_top_k": 2, "chunk_overlap": CHUNK, "num_kv_heads": 2},
+    {"retrieval_top_k": 100, "rotary": True},
+    {"chunk_size": 1},
+    {"chunk_size": 1, "chunk_overlap": 2, "retrieval_top_k": 2},
+    {"chunk_size": 1000, "rotary": True},
+]
+options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
+Extend = Callable[[Tensor, State | None], tuple[Tensor, State]]
+
+
+def build(**options: Any) -> BSBRAttention:
+    torch.manual_seed(0)
+    attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
+    with torch.no_grad():
+        attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
+    return attention
+
+
+def hidden(time: int = TIME) -> Tensor:
+    return torch.randn(2, time, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
+
+
+def in_pieces(extend: Extend, inputs: Tensor, sizes: list[int], state: State | None = None) -> tuple[Tensor, State]:
+    outputs = []
+    for piece in inputs.split(sizes, dim=1):
+        output, state = extend(piece, state)
+        outputs.append(output)
+    assert state is not None
+    return torch.cat(outputs, dim=1), state
+
+
+def assert_same(first: State, second: State, **tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(
+            first[key], second[key], **tolerance or {"rtol": 0, "atol": 0}, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# --- any split ------------------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+def test_two_parts_cut_anywhere_are_the_whole(options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden()
+    whole = attention(x)
+    output, state = attention.extend(x)
+    torch.testing.assert_close(output, whole, rtol=0, atol=1e-10)
+    for cut in range(1, TIME):
+        output, after = in_pieces(attention.extend, x, [cut, TIME - cut])
+        torch.testing.assert_close(output, whole, rtol=0, atol=1e-10)
+        assert_same(after, state, rtol=0, atol=1e-10)
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("sizes", [[1] * TIME, [3] * 7 + [1], [CHUNK] * 4 + [2], [1, 13, 2, 6], [4, 1, 10, 7]], ids=str)
+def test_any_number_of_parts_is_the_whole(sizes: list[int], options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden()
+    output, state = in_pieces(attention.extend, x, sizes)
+    torch.testing.assert_close(output, attention(x), rtol=0, atol=1e-10)
+    assert_same(state, attention.extend(x)[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_in_lower_precision_too(dtype: torch.dtype, tolerance: float) -> None:
+    attention, x = build(chunk_overlap=2, compression_factor=2).to(dtype), hidden(8 * CHUNK + 2).to(dtype)
+    whole = attention(x).float()
+    output, state = in_pieces(attention.extend, x, [1] * x.shape[1])
+    assert output.dtype == dtype
+    assert (output.float() - whole).norm() <= tolerance * whole.norm()
+    assert {state["open_state"].dtype, state["open_hidden"].dtype} == {torch.float32}  # sums are kept in float32
+
+
+def test_gradients_flow_through_the_state() -> None:
+    attention, x = build(chunk_overlap=2), hidden().requires_grad_()
+    leaves = [x, *attention.parameters()]
+    whole = torch.autograd.grad(attention(x).square().sum(), leaves)
+    pieces = torch.autograd.grad(in_pieces(attention.extend, x, [3, 9, 10])[0].square().sum(), leaves)
+    for a, b in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
+    attention, x = build(retrieval_top_k=2), hidden(60 * CHUNK)
+    x[:, ::CHUNK] = 0  # every meta query is 0, so every score is
+    output, _ = in_pieces(attention.extend, x, [CHUNK] * 60)
+    torch.testing.assert_close(output, attention(x), rtol=0, atol=1e-10)
+
+
+# --- a state is a value ---------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("cut", [1, CHUNK - 1, CHUNK, CHUNK + 2, 3 * CHUNK])
+def test_many_continuations_start_from_one_state(cut: int, options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden()
+    _, state = attention.extend(x[:, :cut])
+    kept = {key: tensor.clone() for key, tensor in state.items()}
+    for step in (1, 2, TIME - cut):
+        for tokens in (x[:, cut:], -x[:, cut:]):
+            output, _ = in_pieces(
+                attention.extend,
+                tokens,
+                [min(step, TIME - cut), TIME - cut - min(step, TIME - cut)][: 1 + (step < TIME - cut)],
+                state,
+            )
+            expected = attention(torch.cat([x[:, :cut], tokens], dim=1))[:, cut:]
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+            assert_same(state, kept)
+
+
+@options_of_all_kinds
+def test_a_state_survives_the_disk(tmp_path: Path, options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden()
+    with torch.no_grad():
+        for cut in (1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK):
+            _, state = in_pieces(attention.extend, x[:, :cut], [1] * cut)
+            save_file(state, tmp_path / "state.safetensors")
+            loaded = load_file(tmp_path / "state.safetensors")
+            assert_same(loaded, state)
+            assert torch.equal(attention.extend(x[:, cut:], loaded)[0], attention.extend(x[:, cut:], state)[0])
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_state_holds_exactly_the_bytes_declared_and_keeps_no_others_alive(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    attention, x = build(**options).to(dtype), hidden().to(dtype)
+    with torch.no_grad():
+        for time in range(1, TIME + 1):
+            for sizes in ([time], [1] * time, [time // 2, time - time // 2][time < 2 :]):
+                _, state = in_pieces(attention.extend, x[:, :time], sizes)
+                position = state.pop("position")  # a counter, the same in every attention
+                assert position.tolist() == time
+                assert sum(tensor.nbytes for tensor in state.values()) == attention.state_bytes(time, batch_size=2)
+                assert sum(tensor.untyped_storage().nbytes() for tensor in state.values()) == attention.state_bytes(time, 2)
+
+
+# --- what a token costs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_overlap": 3}, {"chunk_overlap": CHUNK + 1, "num_kv_heads": 2}], ids=str)
+def test_a_token_costs_the_same_after_any_context_but_for_the_first_of_a_chunk(options: dict[str, Any]) -> None:
+    attention, contexts = build(**options), (4, 16, 64)
+    x = hidden(64 * CHUNK + CHUNK)
+
+    def cost(time: int) -> int:
+        """Of the token at position `time`."""
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is not counted
+            _, state = attention.extend(x[:, :time])
+            with FlopCounterMode(display=False) as counter:
+                attention.extend(x[:, time : time + 1], state)
+        return counter.get_total_flops()
+
+    for opened in range(1, CHUNK):
+        costs = {cost(chunks * CHUNK + opened) for chunks in contexts}
+        assert len(costs) == 1
+        assert min(costs) > 0
+    # A chunk's first token scores and mixes all chunks before it, and nothing else grows.
+    scored_and_mixed = 2 * 4 * (2 * 4 + 2 * 4 * 4)
+    firsts = [cost(chunks * CHUNK) for chunks in contexts]
+    assert [b - a for a, b in pairwise(firsts)] == [(b - a) * scored_and_mixed for a, b in pairwise(contexts)]
+
+
+# --- layer and model ------------------------------------------------------------------------------
+
+
+def layer(**options: Any) -> BSBRLayer:
+    torch.manual_seed(0)
+    return BSBRLayer(16, 4, CHUNK, 24, **{key: value for key, value in options.items() if key != "chunk_size"}).double()
+
+
+def model(**options: Any) -> BSBRModel:
+    torch.manual_seed(0)
+    # Twelve layers, so that `layers.1.` is the beginning of no other name than its own.
+    return BSBRModel(30, 16, 12, 4, chunk_size=CHUNK, ff_dim=24, **options).double()
+
+
+@pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
+@pytest.mark.parametrize("make", [layer, model, partial(model, positions=False)])
+def test_layer_and_model_stream_too(make: Callable[..., BSBRLayer | BSBRModel], options: dict[str, Any]) -> None:
+    module = make(**options)
+    inputs = hidden() if isinstance(module, BSBRLayer) else torch.randint(30, (2, TIME), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = module(inputs)
+        for sizes in ([TIME], [1] * TIME, [CHUNK, TIME - CHUNK], [7, 6, 9]):
+            output, _ = in_pieces(module.extend, inputs, sizes)
+            torch.testing.assert_close(output, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cut", [1, CHUNK, 2 * CHUNK + 3])
+def test_a_models_state_is_a_value_and_survives_the_disk(tmp_path: Path, cut: int) -> None:
+    lm = model(chunk_overlap=2, rotary=True, num_kv_heads=2)
+    ids = torch.randint(30, (2, TIME), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, state = lm.extend(ids[:, :cut])
+        kept = {key: tensor.clone() for key, tensor in state.items()}
+        save_file(state, tmp_path / "prefix.safetensors")
+        for prefix in (state, load_file(tmp_path / "prefix.safetensors")):
+            for continuation in (ids[:, cut:], 29 - ids[:, cut:]):
+                expected = lm(torch.cat([ids[:, :cut], continuation], dim=1))[:, cut:]
+                torch.testing.assert_close(lm.extend(continuation, prefix)[0], expected, rtol=0, atol=1e-10)
+        assert_same(state, kept)
+    bytes_kept = sum(tensor.nbytes for key, tensor in state.items() if not key.endswith("position"))
+    assert bytes_kept == sum(layer.attention.state_bytes(cut, batch_size=2) for layer in lm.layers)

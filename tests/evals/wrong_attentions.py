@@ -1,0 +1,294 @@
+"""The wrong attentions that people really write: each a true one of ours with the one thing changed that they get wrong.
+
+They keep the reference of the true one, and all but the last few are right in everything else, so that the set of
+checks each must fail (see test_certify.py) tells whether a check is red for what is wrong or for something else.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines.delta_net import DeltaNetAttention, delta_rule
+from baselines.linear import LinearAttention
+from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention_reference
+from baselines.standard import StandardAttention, softmax_attention
+from bsbr.attention import BSBRAttention, chunk_states, local_attention, read, retrieve
+from bsbr.interface import State, merge_heads
+
+# --- who sees the future ------------------------------------------------------------------------
+
+
+class TriuForTril(StandardAttention):
+    """A token sees itself and what comes after it."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        # Causal attention in reversed time is what `triu` gives, without an n×n mask.
+        backwards = (x[:, :, -q.shape[2] :].flip(2) for x in (q, k, v))
+        return softmax_attention(*backwards).flip(2)
+
+
+class ReshapedHeads(StandardAttention):
+    """[batch, time, heads · dim] is reshaped to [batch, heads, time, dim] at once, where it takes a transpose."""
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        def split(x: Tensor) -> Tensor:
+            return x.reshape(x.shape[0], self.num_heads, x.shape[1], self.head_dim)
+
+        return split(self.q_proj(hidden_states)), split(self.k_proj(hidden_states)), split(self.v_proj(hidden_states))
+
+
+class RetrievesOwnChunk(BSBRAttention):
+    """The mask over chunks is lower triangular, not strictly."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v, r, h, q_features, k_features = tensors
+        local = local_attention(q, k, v, chunk_size=self.chunk_size)
+        states = chunk_states(k_features, v, self.chunk_size, h.shape[2])
+        return local + read(q_features, retrieve(r, h, states, first=1), self.chunk_size)
+
+
+class MetaQueryFromLastToken(BSBRAttention):
+    """A chunk asks with what its last token knows."""
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        q, k, v, _, *rest = super().project(hidden_states, start)
+        time, size = hidden_states.shape[1], self.chunk_size
+        last = [min(first + size, time) - 1 for first in range(0, time, size)]
+        return q, k, v, self._meta_query(hidden_states[:, last]), *rest
+
+
+class DividedByLength(LinearAttention):
+    """Every output is divided by the length of the whole sequence, which no single token knows."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return super().attend(*tensors) / tensors[0].shape[2]
+
+
+# --- padding and batch --------------------------------------------------------------------------
+
+
+class PaddingIgnored(StandardAttention):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class PaddingZeroed(StandardAttention):
+    """Padded inputs are zero, but still are tokens: they take their share of every softmax."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None:
+            return super().forward(hidden_states)
+        real = attention_mask.bool()[:, :, None]
+        return super().forward(hidden_states.where(real, 0)).where(real, 0)
+
+
+class EmptySoftmax(StandardAttention):
+    """Padded keys score −∞. A query that sees none is 0/0; hiding the NaN behind it hides none of its gradient."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None:
+            return super().forward(hidden_states)
+        real = attention_mask.bool()
+        q, k, v = self.project(hidden_states.where(real[:, :, None], 0))
+        visible = real[:, None, None, :] & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        scores = (q @ k.mT / self.head_dim**0.5).masked_fill(~visible, -torch.inf)
+        return self.output(scores.softmax(dim=-1) @ v).where(real[:, :, None], 0)
+
+
+class MixesBatch(StandardAttention):
+    """Keys are centred over dimension 0, which is the batch."""
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        q, k, v = super().project(hidden_states, start)
+        return q, k - 0.5 * k.mean(dim=0), v
+
+
+# --- another function than was meant ------------------------------------------------------------
+
+
+class WindowOffByOne(SlidingWindowAttention):
+    """The window holds `window_size` tokens before a token, and the token."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, *, window_size: int) -> None:
+        super().__init__(hidden_dim, num_heads, window_size=window_size + 1)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return sliding_window_attention_reference(q, k, v, window_size=self.window_size - 1)
+
+
+class CorrectsAfterWriting(DeltaNetAttention):
+    """First S' = S + β k vᵀ, then S' − β k (S'ᵀk)ᵀ: what is taken away is part of what was just written.
+
+    With k of unit norm that writes (1 − β) v for v.
+    """
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v, beta = tensors
+        return delta_rule(q, k, (1 - beta[..., None]) * v, beta, chunk_size=self.chunk_size)
+
+
+class ScalarState(LinearAttention):
+    """The state is the sum of the scalars φ(k)·v, where it takes the matrices φ(k) vᵀ."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = (F.elu(tensors[0]) + 1, F.elu(tensors[1]) + 1, tensors[2])
+        total = (k * v).sum(dim=-1, keepdim=True).cumsum(dim=2)
+        return q * total / (q * k.cumsum(dim=2)).sum(dim=-1, keepdim=True)
+
+
+class DetachedKeys(StandardAttention):
+    """The values are right and the keys never learn."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return super().attend(q, k.detach(), v)
+
+
+class AccumulatesInBfloat16(LinearAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        if tensors[0].dtype != torch.float32:
+            return super().attend(*tensors)
+        return super().attend(*(tensor.bfloat16() for tensor in tensors)).float()
+
+
+class DropoutInEval(StandardAttention):
+    """F.dropout takes training=True unless it is told otherwise."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return F.dropout(softmax_attention(q, k, v), 0.1)
+
+
+# --- extend -------------------------------------------------------------------------------------
+
+
+class ReadsBeforeWriting(LinearAttention):
+    """A decoded token reads the state before it is in it."""
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, after = super().extend(hidden_states, state)
+        if state is not None and hidden_states.shape[1] == 1:
+            features = F.elu(self.project(hidden_states)[0]) + 1
+            sums = features @ state["total"]
+            output = self.output(sums[..., :-1] / sums[..., -1:])
+        return output, after
+
+
+class StaleRetrieval(BSBRAttention):
+    """What a chunk retrieves is computed where it begins, and the next token finds the one before it in the state."""
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, after = super().extend(hidden_states, state)
+        return output, after if state is None else after | {"retrieved": state["retrieved"]}
+
+
+class RemembersOnModule(StandardAttention):
+    """The cache is an attribute, so all sequences share it; what is handed out only looks like a state."""
+
+    cache: State
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, self.cache = super().extend(hidden_states, None if state is None else self.cache)
+        self.cache = {name: tensor.contiguous() for name, tensor in self.cache.items()}
+        return output, self.cache
+
+
+class WritesIntoState(LinearAttention):
+    """The sums are updated in place, which spares memory and spoils every other continuation."""
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, after = super().extend(hidden_states, state)
+        return (output, after) if state is None else (output, {name: state[name].copy_(after[name]) for name in after})
+
+
+class PositionsRestart(SlidingWindowAttention):
+    """Rotary positions count from 0 in every call."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, *, window_size: int) -> None:
+        super().__init__(hidden_dim, num_heads, window_size=window_size, rotary=True)
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        return super().project(hidden_states)
+
+
+class ViewAsState(SlidingWindowAttention):
+    """The last keys are kept as a view, and with them all the others."""
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, after = super().extend(hidden_states, state)
+        everything = torch.cat([torch.zeros_like(after["keys"]), after["keys"]]), after["keys"].shape[0]
+        return output, after | {"keys": everything[0][everything[1] :]}
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+class NormWithoutEpsilon(BSBRAttention):
+    """x / |x|, which is 0/0 at zero."""
+
+    def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
+        q, k, v, q_features, k_features = super()._project_tokens(hidden_states, start)
+        return q, k, v, q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+
+
+class SoftmaxWithoutShift(StandardAttention):
+    """exp(s) / Σ exp(s), which is ∞/∞ for large scores; written out with the n×n scores, as such code is."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        m, n = q.shape[2], k.shape[2]
+        weights = (q @ k.mT / self.head_dim**0.5).exp().tril(n - m)
+        return weights @ v / weights.sum(dim=-1, keepdim=True)
+
+
+# --- untrue claims ------------------------------------------------------------------------------
+
+
+class QuadraticUnderLinearLabel(LinearAttention):
+    """The right outputs, from all n×n scores; its FLOPs it declares as they are."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        scores = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+        return scores @ v / (scores.sum(dim=-1, keepdim=True) + 1e-12)
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 2 * batch_size * self.num_heads * self.head_dim * seq_len * (seq_len + 1)
+
+
+class FlopsTimesTen(LinearAttention):
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 10 * super().flops(seq_len, batch_size)
+
+
+class FlopsByTen(LinearAttention):
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return super().flops(seq_len, batch_size) // 10
+
+
+class FlopsOfQuadratic(StandardAttention):
+    """Claims to be linear."""
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 4 * batch_size * self.num_heads * self.head_dim * seq_len * 128
+
+
+class StateBytesOfOneHead(StandardAttention):
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        return super().state_bytes(seq_len, batch_size) // self.num_heads
+
+
+class WrongShape(StandardAttention):
+    def output(self, attended: Tensor) -> Any:
+        return merge_heads(attended)[..., :-1]
+
+
+class Raises(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        raise RuntimeError("no kernel for this\nsecond line")
+
+
