@@ -1,1 +1,1 @@
-"""The attentions that BSBR is compared with: one variant a file, each with its functional form, its slow reference and its module."""
+"""The attentions that BSBR is compared with: one variant a file, each a function, its slow reference and its module."""

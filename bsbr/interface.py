@@ -168,7 +168,9 @@ class MultiHeadAttention(Attention):
             k = torch.cat([state["keys"], k], dim=2)
             v = torch.cat([state["values"], v], dim=2)
         attended = self.attend(q, k, v)
-        return self.output(attended), {"keys": k, "values": v, "position": count(position + hidden_states.shape[1])}
+        # safetensors saves nothing but contiguous tensors, and heads are views until the first time they are joined.
+        kept = {"keys": k.contiguous(), "values": v.contiguous()}
+        return self.output(attended), {**kept, "position": count(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         return 2 * batch_size * self.num_kv_heads * seq_len * self.head_dim * self.dtype.itemsize

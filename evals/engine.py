@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from bsbr.model import TransformerModel
 from evals import machine
-from evals.certify import certify
-from evals.config import Comparison, Contestant, Model, digest
+from evals.certify import TIMEOUT_S, findings
+from evals.config import Comparison, Contestant, digest
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now, peak_allocated_bytes, sample_latency
 from evals.worker import run_isolated
@@ -23,7 +22,6 @@ HARNESS = ("engine.py", "measure.py", "worker.py", "workloads.py")
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
 
 CERTIFICATE = ("certify.py", "checks.py")
-CERTIFICATE_TIMEOUT_S = 300.0
 
 
 class Engine:
@@ -122,10 +120,11 @@ class Engine:
         for record in self.certificates.read()[0]:
             if record.get("key") == key:
                 return str(record["objection"])
-        result = run_isolated(
-            objection, contestant, model, timeout_s=CERTIFICATE_TIMEOUT_S, memory_limit_bytes=self.memory_limit
-        )
-        words: str = result.value if result.outcome == "ok" else f"the certificate ended as {result.outcome}: {result.detail}"
+        result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=self.memory_limit)
+        if result.outcome == "ok":
+            words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
+        else:
+            words = f"the certificate ended as {result.outcome}: {result.detail}"
         self.certificates.append({"key": key, "attention": contestant.name, "objection": words, "time": now()})
         return words
 
@@ -137,12 +136,6 @@ def source(*names: str) -> list[str]:
 
 
 # --- what runs in a child process ---------------------------------------------------------------
-
-
-def objection(contestant: Contestant, model: Model) -> str:
-    """The first check of the certificate that is red, in words; empty if none is."""
-    findings = certify(partial(contestant.build, model))
-    return next((f"{finding.check}: {finding.detail}" for finding in findings if not finding.passed), "")
 
 
 def latency(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:

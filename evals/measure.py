@@ -129,7 +129,7 @@ def count_flops(work: Work) -> int:
     """Floating point operations of the matrix products that `work` runs, masked halves included."""
     with FlopCounterMode(display=False, custom_mapping=UNREGISTERED) as counter:
         work()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _flash_for_cpu(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -176,7 +176,8 @@ def _cell(row: pd.Series | None, quantity: Quantity) -> str:
     if quantity.bounds is None:
         return text
     low, high = (row[bound] for bound in quantity.bounds)
-    return f"{text}±{50 * (high - low) / row[quantity.column]:.0f}%" if high > low else text
+    percent = 50 * (high - low) / row[quantity.column]
+    return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
 
 
 def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:

@@ -121,14 +121,9 @@ def test_many_continuations_start_from_one_state(cut: int, options: dict[str, An
     attention, x = build(**options), hidden()
     _, state = attention.extend(x[:, :cut])
     kept = {key: tensor.clone() for key, tensor in state.items()}
-    for step in (1, 2, TIME - cut):
+    for sizes in ([TIME - cut], [1, TIME - cut - 1], [2, TIME - cut - 2]):
         for tokens in (x[:, cut:], -x[:, cut:]):
-            output, _ = in_pieces(
-                attention.extend,
-                tokens,
-                [min(step, TIME - cut), TIME - cut - min(step, TIME - cut)][: 1 + (step < TIME - cut)],
-                state,
-            )
+            output, _ = in_pieces(attention.extend, tokens, sizes, state)
             expected = attention(torch.cat([x[:, :cut], tokens], dim=1))[:, cut:]
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
             assert_same(state, kept)
