@@ -31,7 +31,7 @@ def provenance() -> dict[str, str | int | bool | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 

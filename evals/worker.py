@@ -19,9 +19,10 @@ import torch
 from evals.config import one_sentence
 from evals.measure import private_bytes
 
-# A child of the forkserver has everything imported and shares nothing with a parent that has worked. It imports
-# again what the command's own module imports, so that has to lie ready too.
-PRELOAD = ["evals.worker", "evals.cli", "evals.table", "evals.engine"]
+# A child of the forkserver has everything imported and shares nothing with a parent that has worked. Ready must lie what
+# it imports again with the command's own module, and torch._dynamo, which torch's profiler imports when it first starts:
+# a second for every measurement of memory.
+PRELOAD = ["evals.cli", "evals.engine", "evals.table", "torch._dynamo"]
 
 
 @dataclass(frozen=True)

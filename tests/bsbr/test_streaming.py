@@ -112,6 +112,20 @@ def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
     torch.testing.assert_close(output, attention(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", OPTIONS[:6], ids=str)
+def test_in_training_dropout_acts_on_new_tokens_too(options: dict[str, Any]) -> None:
+    attention = build(dropout=0.3, **options).train()
+    with torch.no_grad():
+        attention.retrieval_gain.fill_(3)  # so that neither softmax's dropout hides behind the other's
+        x = hidden(2 * CHUNK + 2)[:1].expand(8000, -1, -1)
+        torch.manual_seed(1)
+        whole, pieces = attention(x), in_pieces(attention.extend, x, [3, 4, 1, 4])[0]
+    # The same distribution as in one piece: in units of its spread, means differ by 1/63 at one standard error.
+    spread = whole.std(dim=0)
+    assert ((pieces.mean(dim=0) - whole.mean(dim=0)).abs() < 0.1 * spread).all()
+    torch.testing.assert_close(pieces.std(dim=0), spread, rtol=0.1, atol=0)
+
+
 # --- a state is a value ---------------------------------------------------------------------------
 
 
@@ -120,6 +134,7 @@ def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
 def test_many_continuations_start_from_one_state(cut: int, options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden()
     _, state = attention.extend(x[:, :cut])
+    assert_same(in_pieces(attention.extend, x[:, :cut], [1] * cut)[1], state, rtol=0, atol=1e-10)
     kept = {key: tensor.clone() for key, tensor in state.items()}
     for sizes in ([TIME - cut], [1, TIME - cut - 1], [2, TIME - cut - 2]):
         for tokens in (x[:, cut:], -x[:, cut:]):
