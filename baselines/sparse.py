@@ -187,7 +187,7 @@ def attention_part(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> tuple
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal)
-        lse = lse[:, :, : q.shape[2]]  # this kernel pads the queries to a multiple of 32
+        lse = lse.narrow(2, 0, q.shape[2])  # this kernel pads the queries to a multiple of 32
     return out, lse.unsqueeze(-1)
 
 
@@ -201,10 +201,11 @@ def attention_part_backward(
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, q, k, v, out, lse, 0.0, is_causal)
         return grads[0], grads[1], grads[2]
     if q.dtype != torch.float32:
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout, which is none
+        # Of the dropout, which is none.
+        seed, offset = (torch.zeros(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, *lengths, 0.0, is_causal, seed, seed[0]
+            grad_out, q, k, v, out, lse, *lengths, 0.0, is_causal, seed, offset
         )
         return grads[0], grads[1], grads[2]
     groups = q.shape[1] // k.shape[1]

@@ -290,5 +290,3 @@ class WrongShape(StandardAttention):
 class Raises(StandardAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         raise RuntimeError("no kernel for this\nsecond line")
-
-
