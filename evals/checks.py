@@ -157,13 +157,25 @@ def finite(subject: Subject) -> str | None:
             for name, case, mask in cases:
                 leaf = case.clone().requires_grad_()
                 output = attention(leaf, mask)
-                (gradient,) = torch.autograd.grad(output.sum(), leaf)
-                for what, tensor in (("an output", output), ("a gradient", gradient)):
+                leaves: dict[str, Tensor] = {"the inputs": leaf}
+                if mask is not None:  # what hides a NaN from the inputs does not hide it from the parameters
+                    leaves |= dict(attention.named_parameters())
+                gradients = torch.autograd.grad(output.sum(), list(leaves.values()), allow_unused=True)
+                found = {"an output": output} | {
+                    f"a gradient by {of}": g for of, g in zip(leaves, gradients, strict=True) if g is not None
+                }
+                for what, tensor in found.items():
                     if not tensor.isfinite().all():
-                        position = int((~tensor.isfinite()).any(dim=2).any(dim=0).nonzero()[0])
                         value = "NaN" if tensor.isnan().any() else "infinity"
-                        return f"{name}: {what} with {value}, first at position {position} (n={time}, {dtype})"
+                        return f"{name}: {what} with {value}{first_position(tensor)} (n={time}, {dtype})"
     return None
+
+
+def first_position(values: Tensor) -> str:
+    """Where the first value that is not finite stands, if `values` are [batch, time, hidden_dim]."""
+    if values.dim() != 3:
+        return ""
+    return f", first at position {int((~values.isfinite()).any(dim=2).any(dim=0).nonzero()[0])}"
 
 
 # --- streaming ----------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ class NormWithoutEpsilon(BSBRAttention):
     """x / |x|, which is 0/0 at zero."""
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
-        q, k, v, q_features, k_features = super()._project_tokens(hidden_states, start)
+        q, k, v, *_ = super()._project_tokens(hidden_states, start)
         return q, k, v, q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
 
 
