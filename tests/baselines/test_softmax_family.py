@@ -228,7 +228,7 @@ def test_dropout_acts_in_training_only_and_leaves_the_mean(cls: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_cuda_kernels_take_and_give_these_shapes(dtype: torch.dtype, is_causal: bool) -> None:
-    """Arguments, shapes and types of the calls behind sparse attention on CUDA in half types, on tensors without a device behind them.
+    """Arguments, shapes and types of the calls behind sparse attention on CUDA in half types, on tensors without a device.
 
     A CPU build of torch cannot go through those of float32 even so.
     """

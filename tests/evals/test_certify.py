@@ -98,7 +98,7 @@ WRONG: list[tuple[type[Attention], dict[str, int], set[str], str, str]] = [
         "state_bytes.1, batch_size=2. declares 256 bytes, the state holds 392",
     ),
     (wrong.NormWithoutEpsilon, BSBR, {"finite", "padding"}, "finite", "inputs that are all 0: .* NaN"),
-    (wrong.SoftmaxWithoutShift, {}, {"parity", "finite", "memory"}, "finite", "inputs of size 1e4: an output with NaN"),
+    (wrong.SoftmaxWithoutShift, {}, {"parity", "finite", "memory"}, "finite", "inputs of size 1e3: an output with NaN"),
     (wrong.QuadraticUnderLinearLabel, LINEAR, {"memory"}, "memory", "grows 15.9× from .* at n=1024 to .* at n=4096, allowed 4.6×"),
     (wrong.FlopsTimesTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
     (wrong.FlopsByTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
