@@ -25,9 +25,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 class Session(Callback):
-    """What Hydra's jobs cannot know of each other: how many there are, and under which config all of them run."""
+    """What Hydra's jobs cannot know of each other: how many there are, in which setting they differ, and their common config."""
 
     jobs: int = 1
+    swept: str | None = None
     config: DictConfig | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -44,6 +45,7 @@ class Session(Callback):
             if override.is_sweep_override()
         }
         Session.jobs = math.prod(counts.values())
+        Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)
 
 
 class Stop(BaseException):
@@ -60,7 +62,7 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
     """
     # Hydra would otherwise print its errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    Session.jobs, Session.config = 1, None
+    Session.jobs, Session.swept, Session.config = 1, None, None
 
     def job(cfg: DictConfig) -> None:
         for source in HydraConfig.get().runtime.config_sources:

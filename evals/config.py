@@ -103,6 +103,7 @@ class Comparison:
 
     sweep: str
     swept: str | None  # the config key that the sweep varies
+    option: dict[str, Any]  # its last part and value, so that an option of one attention can be swept like a setting
     contestants: tuple[Contestant, ...]
     relative_to: str
     workload: dict[str, Any]
@@ -118,6 +119,7 @@ class Comparison:
         if self.model.scope == "attention":  # of the decoder nothing is built
             model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads")}
         return {
+            **self.option,
             "workload": str(self.workload["_target_"]).rpartition(".")[2],
             "device": self.device.kind,
             "dtype": self.device.dtype,
@@ -127,8 +129,11 @@ class Comparison:
         }
 
 
-def read_comparison(cfg: DictConfig) -> Comparison:
-    """The comparison that a composed config describes. Raises UsageError for what cannot be measured."""
+def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
+    """The comparison that a composed config describes. Raises UsageError for what cannot be measured.
+
+    swept: the key that the command varies, which counts where the config names none.
+    """
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     attentions = values.get("attention")
     if not attentions:
@@ -139,9 +144,16 @@ def read_comparison(cfg: DictConfig) -> Comparison:
             raise UsageError(
                 f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}"
             )
+    key = values["swept"] or swept
+    place = None if key is None else OmegaConf.select(cfg, key)
+    if values["swept"] and place is None:
+        raise UsageError(f"swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got {key!r}")
+    if not isinstance(place, int | float | str):  # lists of attentions are no x axis
+        key = None
     comparison = Comparison(
         sweep=str(values["sweep_name"]),
-        swept=values["swept"],
+        swept=key,
+        option={} if key is None else {key.rpartition(".")[2]: place},
         contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
         workload=values["workload"],
@@ -150,8 +162,6 @@ def read_comparison(cfg: DictConfig) -> Comparison:
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
-    if comparison.swept is not None and comparison.swept.rpartition(".")[2] not in comparison.settings:
-        raise UsageError(f"swept must name a setting, such as shape.seq_len or shape.batch_size, got {comparison.swept!r}")
     try:
         get_method(comparison.workload["_target_"])
     except (ImportError, ValueError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bsbr.model import TransformerModel
 from evals import machine
 from evals.certify import TIMEOUT_S, findings
-from evals.config import Comparison, Contestant, digest
+from evals.config import Comparison, Contestant, UsageError, digest
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now, peak_allocated_bytes, sample_latency
 from evals.worker import run_isolated
@@ -28,12 +28,19 @@ class Engine:
     """Works off one comparison. What `ledger` holds of it already is not measured again, so that a killed run goes on.
 
     `certificates` remembers, across sweeps, which code was certified and how it came out.
+    Raises UsageError if the ledger is of a sweep over something else: a table has one x axis.
     """
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         self.comparison = comparison
         self.ledger = ledger
         self.certificates = certificates
+        for record in ledger.read()[0]:
+            if record.get("kind") == "comparison" and record["swept"] != comparison.swept:
+                raise UsageError(
+                    f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "
+                    f"{comparison.swept or 'nothing'}: give it a folder of its own, as in sweep_name=mine"
+                )
         self.processor = machine.processor(comparison.device.kind)
         with torch.device("meta"):
             self.code = {one.name: one.code(one.build(comparison.model)) for one in comparison.contestants}

@@ -26,7 +26,7 @@ class Run:
 
     def compare(self, cfg: DictConfig) -> None:
         """One Hydra job."""
-        comparison = read_comparison(cfg)
+        comparison = read_comparison(cfg, cli.Session.swept)
         engine = Engine(comparison, ledger(cfg), Ledger(Path(cfg.results_dir) / "certificates.jsonl"))
         self.comparisons.append(engine.id)
         self.bar.total = cli.Session.jobs * engine.steps
@@ -68,12 +68,13 @@ def ledger(cfg: DictConfig) -> Ledger:
 def swept(comparison: Comparison) -> str:
     """Where in the sweep this comparison stands, as `seq_len=512`."""
     key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
-    return f"{key}={comparison.settings.get(key)}"
+    return f"{key}={comparison.settings[key]}"
 
 
 def conditions(comparison: Comparison) -> str:
     told = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
-    return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in comparison.settings.items())
+    settings = {key: value for key, value in comparison.settings.items() if key not in comparison.option}
+    return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
 
 
 def row(latency: Record, memory: Record) -> str:

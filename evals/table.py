@@ -1,5 +1,6 @@
 """From the ledger to results.csv and to the screen: every figure is computed here from raw samples, at read time."""
 
+import json
 import math
 import os
 import textwrap
@@ -41,14 +42,15 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
         if "round" in record:
             measured.setdefault((record["comparison"], record["attention"]), []).append(record)
 
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, description in described.items():
         reference = timings(measured.get((key, description["relative_to"]), []))
         for name in description["contestants"]:
             if (key, name) in measured:
                 row = _row(description, name, measured[key, name], reference)
-                rows[tuple(row.get(column) for column in ("attention", *SETTINGS))] = row
-    return pd.DataFrame(list(rows.values()), columns=list(COLUMNS))
+                rows[name, json.dumps(description["settings"], sort_keys=True)] = row
+    options = {option: None for description in described.values() for option in description["settings"] if option not in COLUMNS}
+    return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
 
 
 def timings(records: Sequence[Record]) -> Rounds:

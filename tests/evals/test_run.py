@@ -157,6 +157,20 @@ def test_another_option_is_another_comparison(swept: tuple[Path, str]) -> None:
     assert rows.loc[("bsbr", 60), "comparison"] == made[0]["comparison"] != rows.loc[("bsbr", 129), "comparison"]
 
 
+def test_any_option_can_be_swept_and_a_folder_holds_one_sweep(certified: Path) -> None:
+    places = ("attention=[standard,bsbr]", "shape.seq_len=40", "sweep_name=chunks", "sampling.rounds=1")
+    done = launch(certified, "-m", "attention.bsbr.chunk_size=16,32", *places)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[2/2] chunk_size=32" in done.stdout
+    rows = table(certified, "chunks")
+    assert rows["chunk_size"].tolist() == [16, 16, 32, 32]
+    assert set(rows["swept"]) == {"attention.bsbr.chunk_size"}
+    other = launch(certified, "-m", "shape.batch_size=1,2", *places)
+    assert other.returncode == 2
+    assert "chunks holds a sweep over attention.bsbr.chunk_size, and this is one over shape.batch_size" in other.stderr
+    assert len(table(certified, "chunks")) == 4
+
+
 @pytest.mark.parametrize(("workload", "tokens"), [("decode", 2), ("forward_backward", 80)])
 def test_other_workloads_on_a_whole_decoder(certified: Path, workload: str, tokens: int) -> None:
     options = (
@@ -306,7 +320,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
         (["model.scope=everything"], "model.scope must be one of attention, model, got 'everything'"),
         (["sampling.timeout_s=-1"], "sampling.timeout_s must be a number above 0, got -1"),
         (["sampling.rounds=0"], "sampling.rounds must be a positive integer, got 0"),
-        (["swept=foo"], "swept must name a setting, such as shape.seq_len or shape.batch_size, got 'foo'"),
+        (["swept=foo"], "swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got 'foo'"),
         (["workload._target_=evals.nope"], "workload._target_ must be a function such as evals.workloads.prefill: "),
         (
             ["attention.bsbr._target_=collections.Counter"],
