@@ -35,8 +35,7 @@ def sample_latency(work: Work, device: str, *, budget_s: float, min_samples: int
     """
     seconds = cuda_timer() if device == "cuda" else cpu_seconds
     collects = gc.isenabled()
-    gc.collect()
-    gc.disable()  # a collection belongs to no one's call
+    gc.disable()  # a collection belongs to no one's call, and one before them would take longer than they do
     try:
         first = seconds(work)
         warm = time.perf_counter() + budget_s / 10 - first
