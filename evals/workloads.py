@@ -6,13 +6,15 @@ before the first call.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor
 
 from bsbr.interface import Attention
 from bsbr.model import TransformerModel
+from evals.config import Comparison, Contestant
 
 Module = Attention | TransformerModel
 
@@ -67,3 +69,56 @@ def decode(module: Module, inputs: Tensor) -> Work:
 
 def tokens_in(inputs: Tensor) -> int:
     return inputs.shape[0] * inputs.shape[1]
+
+
+# --- what a comparison asks for -----------------------------------------------------------------
+
+
+def prepare(comparison: Comparison, contestant: Contestant) -> Work:
+    """The workload's call, on fresh weights and inputs. Meant for a process of its own: it sets threads and seed."""
+    device = comparison.device
+    torch.set_num_threads(device.threads)
+    torch.manual_seed(comparison.sampling.seed)
+    module = build(comparison, contestant).to(device.kind, device.torch_dtype)
+    workload = instantiate({**comparison.workload, "_partial_": True})
+    return cast(Work, workload(module, inputs(comparison)))
+
+
+def build(comparison: Comparison, contestant: Contestant) -> Module:
+    """What the comparison's scope asks for: the attention with its projections, or a decoder of it."""
+    model = comparison.model
+    if model.scope == "attention":
+        return contestant.build(model)
+    return TransformerModel(
+        model.vocab_size,
+        model.hidden_dim,
+        model.num_layers,
+        model.num_heads,
+        model.ff_dim,
+        attention=lambda **_: contestant.build(model),
+    )
+
+
+def inputs(comparison: Comparison) -> Tensor:
+    shape, model, device = comparison.shape, comparison.model, comparison.device
+    size = (shape.batch_size, shape.seq_len)
+    if model.scope == "attention":
+        return torch.randn(*size, model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
+    return torch.randint(model.vocab_size, size, device=device.kind)
+
+
+# --- what is declared ---------------------------------------------------------------------------
+
+
+def cost(comparison: Comparison, contestant: Contestant) -> dict[str, int]:
+    """Bytes of parameters, and what all layers' attentions declare at this shape: bytes of state, FLOPs of one forward pass."""
+    with torch.device("meta"):
+        module = build(comparison, contestant).to(comparison.device.torch_dtype)
+        attention = contestant.build(comparison.model).to(comparison.device.torch_dtype)
+    layers = comparison.model.num_layers if comparison.model.scope == "model" else 1
+    size = (comparison.shape.seq_len, comparison.shape.batch_size)
+    return {
+        "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
+        "state_bytes": layers * attention.state_bytes(*size),
+        "flops": layers * attention.flops(*size),
+    }
