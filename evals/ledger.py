@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,47 @@ class Ledger:
 
     path: Path
 
-    def append(self, record: Record) -> None:
-        """Adds one line, whole or not at all, and returns when it is on the disk. Raises OSError where it cannot."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    def append(self, *records: Record) -> None:
+        """Adds a line each, whole or not at all, and returns when they are on the disk. Raises OSError where it cannot."""
+        lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One writer at a time: whoever holds the lock knows where the file ends.
         with self.path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            self._mend(file)
             end = file.seek(0, os.SEEK_END)
-            if end and _last_byte(file.fileno(), end) != b"\n":
-                line = b"\n" + line  # behind what a killed process left
             try:
-                written = 0
-                while written < len(line):
-                    written += file.write(line[written:])
-                os.fsync(file.fileno())
+                _write(file, lines)
             except OSError:
                 file.truncate(end)
                 raise
+
+    def mend(self) -> str:
+        """Sets aside what a killed process left behind the last whole line; says so in words, empty if there was nothing."""
+        if not self.path.exists():
+            return ""
+        with self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return self._mend(file)
+
+    def _mend(self, file: FileIO) -> str:
+        end = file.seek(0, os.SEEK_END)
+        if not end or os.pread(file.fileno(), 1, end - 1) == b"\n":
+            return ""
+        content = os.pread(file.fileno(), end, 0)
+        start = content.rfind(b"\n") + 1
+        if _parsed(content[start:]) is not None:  # whole but for its end
+            _write(file, b"\n")
+            return ""
+        with self.torn.open("ab", buffering=0) as aside:
+            _write(aside, content[start:] + b"\n")
+        file.truncate(start)
+        return f"the last line of {self.path} was torn, and is set aside in {self.torn}"
+
+    @property
+    def torn(self) -> Path:
+        """Where torn lines go, as they were found."""
+        return self.path.with_suffix(".torn")
 
     def read(self) -> tuple[list[Record], list[int]]:
         """All records in order, and the numbers of the lines that are none: torn, or not ours. Those stay in the file."""
@@ -57,5 +81,8 @@ def _parsed(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _last_byte(file: int, end: int) -> bytes:
-    return os.pread(file, 1, end - 1)
+def _write(file: FileIO, data: bytes) -> None:
+    written = 0
+    while written < len(data):
+        written += file.write(data[written:])
+    os.fsync(file.fileno())

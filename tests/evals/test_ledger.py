@@ -34,7 +34,24 @@ def test_a_torn_last_line_is_told_and_costs_nothing_else(ledger: Ledger, cut: in
         file.write(json.dumps(RECORDS[0])[:cut])
     assert ledger.read() == ([RECORDS[1]], [2])
     ledger.append(RECORDS[2])
-    assert ledger.read() == ([RECORDS[1], RECORDS[2]], [2])
+    assert ledger.read() == ([RECORDS[1], RECORDS[2]], [])
+    assert ledger.torn.read_text() == json.dumps(RECORDS[0])[:cut] + "\n"
+    assert ledger.mend() == ""
+
+
+def test_mending_sets_a_torn_line_aside_and_says_so_once(ledger: Ledger) -> None:
+    assert ledger.mend() == ""
+    ledger.append(RECORDS[1])
+    with ledger.path.open("a") as file:
+        file.write('{"kind": "lat')
+    assert ledger.mend() == f"the last line of {ledger.path} was torn, and is set aside in {ledger.torn}"
+    assert ledger.mend() == ""
+    assert ledger.read() == ([RECORDS[1]], [])
+
+
+def test_several_records_are_written_at_once(ledger: Ledger) -> None:
+    ledger.append(*RECORDS)
+    assert ledger.read() == (RECORDS, [])
 
 
 def test_a_whole_last_line_without_its_newline_still_counts(ledger: Ledger) -> None:
