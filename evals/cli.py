@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evals.config import UsageError, one_sentence
 
+KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -46,6 +47,10 @@ class Session(Callback):
         }
         Session.jobs = math.prod(counts.values())
         Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)
+
+
+class Abandoned(BaseException):
+    """The user wants to wait for nothing more."""
 
 
 class Stop(BaseException):
@@ -77,6 +82,7 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
     overrides = get_args_parser().parse_intermixed_args().overrides
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
 
+    interrupted = False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
@@ -84,9 +90,15 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
             except Stop as stop:
                 raise stop.error from None
-        return report(Session.config) if report is not None and Session.config is not None else 0
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
+            except KeyboardInterrupt:
+                interrupted = True
+        code = report(Session.config) if report is not None and Session.config is not None else 0
+        if not interrupted:
+            return code
+        print(KEPT, file=sys.stderr)
+        return 130
+    except (Abandoned, KeyboardInterrupt):
+        print(KEPT, file=sys.stderr)
         return 130
     except MissingConfigException as error:
         print(f"error: {missing(error)}", file=sys.stderr)

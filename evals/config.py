@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from bsbr.interface import Attention
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCOPES = ("attention", "model")
+SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
     *("relative_to", "swept", "sweep_name", "results_dir", "plots_dir"),
@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Model:
-    scope: Literal["attention", "model"]
+    scope: Literal["attention", "layer", "model"]
     hidden_dim: int
     num_heads: int
     ff_dim: int
@@ -59,9 +59,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Sampling:
-    rounds: int
     budget_s: float
-    min_samples: int
+    target_rel_interval: float
+    min_rounds: int
+    max_rounds: int | None
+    turns: int
+    turn_s: float
     timeout_s: float
     memory_limit_gib: float | None
     seed: int
@@ -73,6 +76,7 @@ class Contestant:
 
     name: str
     node: dict[str, Any]
+    ff_dim: int | None = None  # of its feed-forward part; None is the model's
 
     def build(self, model: Model) -> Attention:
         """Raises UsageError if the node names nothing that can be built, or no `Attention`."""
@@ -200,11 +204,12 @@ def _device(values: dict[str, Any]) -> Device:
 
 def _sampling(values: dict[str, Any]) -> Sampling:
     _check_keys("sampling.", values, names(Sampling))
-    _integers("sampling", {key: values[key] for key in ("rounds", "min_samples")})
-    for key in ("budget_s", "timeout_s", "memory_limit_gib"):
-        value = values[key]
-        if not (value is None and key == "memory_limit_gib") and not (isinstance(value, int | float) and value > 0):
-            raise UsageError(f"sampling.{key} must be a number above 0, got {value!r}")
+    optional = ("max_rounds", "memory_limit_gib")
+    given = {key: value for key, value in values.items() if value is not None or key not in optional}
+    _integers("sampling", {key: given[key] for key in ("min_rounds", "max_rounds", "turns") if key in given})
+    for key in ("budget_s", "target_rel_interval", "turn_s", "timeout_s", "memory_limit_gib"):
+        if key in given and not (isinstance(given[key], int | float) and given[key] > 0):
+            raise UsageError(f"sampling.{key} must be a number above 0, got {given[key]!r}")
     if not isinstance(values["seed"], int):
         raise UsageError(f"sampling.seed must be an integer, got {values['seed']!r}")
     return Sampling(**values)

@@ -1,7 +1,13 @@
-"""Measures one comparison: certifies each contestant, then times all of them round by round, and keeps every sample."""
+"""Measures one comparison: certifies each contestant, looks once at its memory, then times all of them in rounds."""
 
+import math
 import random
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +15,24 @@ import torch
 
 from evals import machine
 from evals.certify import TIMEOUT_S, findings
-from evals.config import Comparison, Contestant, UsageError, digest
+from evals.config import Comparison, Contestant, Device, UsageError, digest
+from evals.history import History, Runner
 from evals.ledger import Ledger, Record
-from evals.measure import available_bytes, now, peak_allocated_bytes, sample_latency
-from evals.worker import run_isolated
+from evals.measure import Stopwatch, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes
+from evals.statistics import half_width
+from evals.worker import Result, Worker, alone, run_isolated
 from evals.workloads import cost, prepare
 
-HARNESS = ("engine.py", "measure.py", "worker.py", "workloads.py")
+HARNESS = ("engine.py", "measure.py", "cuda.py", "worker.py", "workloads.py")
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
 
 CERTIFICATE = ("certify.py", "checks.py")
+
+PLANNED_ROUNDS = 8
+"""As many as the budget is planned for: it is by rounds, more than by samples, that an interval narrows."""
+
+Watch = Callable[[str, float], None]
+"""Told what is about to be done, and which part of the comparison is behind it."""
 
 
 class Engine:
@@ -46,84 +60,108 @@ class Engine:
             {
                 "settings": comparison.settings,
                 "workload": comparison.workload,
-                "contestants": {contestant.name: contestant.node for contestant in comparison.contestants},
+                "contestants": [asdict(contestant) for contestant in comparison.contestants],
+                "relative_to": comparison.relative_to,
                 "code": self.code,
                 "harness": source(*HARNESS),
-                "limits": [sampling.timeout_s, sampling.memory_limit_gib],
+                "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.turn_s, sampling.seed],
                 "machine": [self.processor, torch.__version__],
             }
         )
         gib = sampling.memory_limit_gib
         self.memory_limit = int(0.8 * available_bytes() if gib is None else gib * 2**30)
 
-    @property
-    def steps(self) -> int:
-        """How many measurements there are, made or not: every contestant's rounds, and its memory once."""
-        return len(self.comparison.contestants) * (self.comparison.sampling.rounds + 1)
+    def run(self, watch: Watch) -> Iterator[Record]:
+        """Yields every record as soon as it is in the ledger."""
+        with alone(lambda: watch("waits: another sweep is measuring on this machine", 0.0)):
+            history = History(self.ledger.read()[0], self.id)
+            watch("measures what this machine can do", 0.0)
+            self._append(history, [self._description()])
+            yield from self._look(history, watch)
+            yield from self._rounds(history, watch)
 
-    def run(self, announce: Callable[[str], None]) -> Iterator[Record | None]:
-        """Yields one record a step, None where an earlier failure spares it; says first what is about to be measured."""
-        done = self._done()
-        failed = {name for (name, kind, _), record in done.items() if kind == "latency" and record["outcome"] != "ok"}
-        sampling = self.comparison.sampling
-        self.ledger.append(self._description())
-        for number in range(sampling.rounds):
-            order = list(self.comparison.contestants)
-            random.Random(f"{sampling.seed} {self.id} {number}").shuffle(order)
-            for contestant in order:
-                # Memory apart from time: a profiler slows down what it watches.
-                for kind in ("latency", "memory") if number == 0 else ("latency",):
-                    record = done.get((contestant.name, kind, number))
-                    if record is None and contestant.name not in failed:
-                        announce(f"{contestant.name} {kind}, round {number + 1}/{sampling.rounds}")
-                        record = self._measure(contestant, kind, number)
-                        self.ledger.append(record)
-                        if kind == "latency" and record["outcome"] != "ok":
-                            failed.add(contestant.name)
-                    yield record
+    def outlook(self) -> tuple[int, float]:
+        """How many rounds there are already, and about how many seconds are left to do."""
+        history = History(self.ledger.read()[0], self.id)
+        sampling, contestants = self.comparison.sampling, self.comparison.contestants
+        left = 0.0 if self._finished(history) else max(sampling.budget_s - history.spent_s, 0.0)
+        known = {record.get("key") for record in self.certificates.read()[0]}
+        uncertified = sum(self._certificate_key(one) not in known for one in contestants if one.name not in history.trials)
+        return history.rounds, left + CERTIFICATE_S * uncertified / torch.get_num_threads()
 
-    def _done(self) -> dict[tuple[str, str, int], Record]:
-        ours = (record for record in self.ledger.read()[0] if record.get("comparison") == self.id and "round" in record)
-        return {(record["attention"], record["kind"], record["round"]): record for record in ours}
+    def _append(self, history: History, records: Sequence[Record]) -> None:
+        self.ledger.append(*records)
+        for record in records:
+            history.add(record)
+
+    def _record(self, kind: str, **values: Any) -> Record:
+        return {"kind": kind, "comparison": self.id, **values, "time": now()}
 
     def _description(self) -> Record:
         comparison = self.comparison
-        return {
-            "kind": "comparison",
-            "comparison": self.id,
-            "sweep": comparison.sweep,
-            "swept": comparison.swept,
-            "relative_to": comparison.relative_to,
-            "settings": {**comparison.settings, "processor": self.processor, "torch": torch.__version__},
-            "contestants": {contestant.name: contestant.node for contestant in comparison.contestants},
-            "code": self.code,
-            "provenance": machine.provenance(),
-            "time": now(),
-        }
-
-    def _measure(self, contestant: Contestant, kind: str, number: int) -> Record:
-        record = {"kind": kind, "comparison": self.id, "attention": contestant.name, "round": number, "time": now()}
-        if kind == "latency" and number == 0:
-            objection = self._objection(contestant)
-            if objection:
-                return {**record, "outcome": "uncertified", "detail": objection}
-            record |= cost(self.comparison, contestant)
-        measured = run_isolated(
-            {"latency": latency, "memory": memory}[kind],
-            self.comparison,
-            contestant,
-            timeout_s=self.comparison.sampling.timeout_s,
-            memory_limit_bytes=self.memory_limit,
+        return self._record(
+            "comparison",
+            sweep=comparison.sweep,
+            swept=comparison.swept,
+            relative_to=comparison.relative_to,
+            settings={**comparison.settings, "processor": self.processor, "torch": torch.__version__},
+            contestants={contestant.name: contestant.node for contestant in comparison.contestants},
+            sampling=asdict(comparison.sampling),
+            code=self.code,
+            ceilings=_ceilings(comparison.device),
+            provenance=machine.provenance(),
         )
-        return {**record, "outcome": measured.outcome, "detail": measured.detail, **(measured.value or {})}
+
+    # --- before the rounds: is it right, what does it hold, about how long does it take ------------
+
+    def _look(self, history: History, watch: Watch) -> Iterator[Record]:
+        missing = [one for one in self.comparison.contestants if one.name not in history.trials]
+        cores = torch.get_num_threads()
+        for batch in (missing[at : at + cores] for at in range(0, len(missing), cores)):
+            watch("certifies " + ", ".join(one.name for one in batch), 0.0)
+            # Each on a core of its own: nothing is timed meanwhile.
+            with ThreadPoolExecutor(len(batch)) as pool:
+                objections = list(pool.map(self._objection, batch))
+            for contestant, objection in zip(batch, objections, strict=True):
+                watch(f"{contestant.name}: memory", 0.0)
+                record = self._trial(contestant, objection)
+                self._append(history, [record])
+                yield record
+
+    def _trial(self, contestant: Contestant, objection: str) -> Record:
+        name = contestant.name
+        if objection:
+            return self._record("trial", attention=name, outcome="uncertified", detail=objection)
+        declared = cost(self.comparison, contestant)
+        held = self._isolated(memory, contestant)
+        with Worker(latency, self.comparison, contestant, memory_limit_bytes=self.memory_limit) as worker:
+            result = _started(worker, self.comparison.sampling.timeout_s)
+            if result.outcome == "ok":
+                result = worker.ask(self.comparison.sampling.turn_s, self.comparison.sampling.timeout_s)
+        record = self._record(
+            "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared, **(held.value or {})
+        )
+        if result.outcome == "ok":
+            record["call_s"] = statistics.median(result.value)
+            if held.outcome != "ok":
+                record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
+        return record
+
+    def _isolated(self, function: Callable[..., Any], contestant: Contestant) -> Result:
+        limit = self.comparison.sampling.timeout_s
+        return run_isolated(function, self.comparison, contestant, timeout_s=limit, memory_limit_bytes=self.memory_limit)
+
+    def _certificate_key(self, contestant: Contestant) -> str:
+        model = self.comparison.model
+        return digest([contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)])
 
     def _objection(self, contestant: Contestant) -> str:
         """What the certificate of this code says against it; empty if nothing."""
-        model = self.comparison.model
-        key = digest([contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)])
+        key = self._certificate_key(contestant)
         for record in self.certificates.read()[0]:
             if record.get("key") == key:
                 return str(record["objection"])
+        model = self.comparison.model
         result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=self.memory_limit)
         if result.outcome == "ok":
             words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
@@ -131,6 +169,136 @@ class Engine:
             words = f"the certificate ended as {result.outcome}: {result.detail}"
         self.certificates.append({"key": key, "attention": contestant.name, "objection": words, "time": now()})
         return words
+
+    # --- rounds -----------------------------------------------------------------------------------
+
+    def _rounds(self, history: History, watch: Watch) -> Iterator[Record]:
+        sampling = self.comparison.sampling
+        for number in count(history.next_round):
+            rule = self._finished(history)
+            if rule:
+                if history.stopped != rule:
+                    record = self._record("stopped", rule=rule)
+                    self._append(history, [record])
+                    yield record
+                return
+            watch(f"round {number + 1}", min(history.spent_s / sampling.budget_s, 1.0))
+            records = self._round(number, history)
+            self._append(history, records)
+            yield from records
+
+    def _finished(self, history: History) -> str:
+        """The rule by which there is no further round; empty if there is to be one."""
+        sampling = self.comparison.sampling
+        racing = [one.name for one in self.comparison.contestants if history.racing(one.name)]
+        if len(history.trials) == len(self.comparison.contestants) and not racing:
+            return "failed"
+        if history.rounds >= (sampling.max_rounds or math.inf):
+            return "rounds"
+        if history.rounds < sampling.min_rounds:
+            return ""
+        if history.spent_s >= sampling.budget_s:
+            return "budget"
+        width = self._widest(history, racing, history.rounds)
+        if width <= sampling.target_rel_interval:
+            return "target"
+        # Intervals of independent rounds shrink by √2 while the rounds double; drift does not.
+        half = history.rounds // 2
+        if half >= sampling.min_rounds and width > 0.9 * self._widest(history, racing, half):
+            return "stalled"
+        return ""
+
+    def _widest(self, history: History, racing: Sequence[str], rounds: int) -> float:
+        """Of the intervals of all speed-ups after so many rounds, or of latencies where there is no reference, the widest."""
+        reference = self.comparison.relative_to
+        if reference not in racing:
+            return max(half_width(list(history.medians(Runner(name)).values())[:rounds]) for name in racing)
+        others = [Runner(name) for name in racing if name != reference] or [Runner(reference, twin=True)]
+        return max(half_width(history.ratios(Runner(reference), runner)[:rounds]) for runner in others)
+
+    def _round(self, number: int, history: History) -> list[Record]:
+        """One fresh process for every runner, which then take short turns, shuffled anew each time."""
+        watch = Stopwatch()
+        comparison, sampling = self.comparison, self.comparison.sampling
+        chance = random.Random(f"{sampling.seed} {self.id} {number}")
+        runners = [Runner(one.name) for one in comparison.contestants if history.racing(one.name)]
+        if history.racing(comparison.relative_to):
+            runners.append(Runner(comparison.relative_to, twin=True))
+        chance.shuffle(runners)
+        together = sum(history.held_bytes(runner.name) for runner in runners) < self.memory_limit
+        turns = self._turns(history, runners)
+        measured: dict[Runner, Result] = {}
+        for group in [runners] if together else [[runner] for runner in runners]:
+            measured |= self._take_turns(group, turns, chance)
+        seconds = watch.seconds()
+        return [
+            self._record(
+                "latency",
+                attention=runner.name,
+                twin=runner.twin,
+                round=number,
+                outcome=result.outcome,
+                detail=result.detail,
+                **(result.value or {}),
+                round_s=seconds,
+            )
+            for runner, result in measured.items()
+        ]
+
+    def _turns(self, history: History, runners: Sequence[Runner]) -> int:
+        """As many as let the planned number of rounds fit the budget, and never more than the option says."""
+        sampling = self.comparison.sampling
+        calls = [history.trials[runner.name]["call_s"] for runner in runners]
+        start = sum(START_S + call for call in calls)
+        turn = sum(max(sampling.turn_s, call) for call in calls)
+        return max(1, min(sampling.turns, int((sampling.budget_s / PLANNED_ROUNDS - start) / turn)))
+
+    def _take_turns(self, runners: Sequence[Runner], turns: int, chance: random.Random) -> dict[Runner, Result]:
+        sampling = self.comparison.sampling
+        contestants = {one.name: one for one in self.comparison.contestants}
+        with ExitStack() as stack:
+            workers = {}
+            for runner in runners:
+                worker = Worker(latency, self.comparison, contestants[runner.name], memory_limit_bytes=self.memory_limit)
+                workers[runner] = stack.enter_context(worker)
+            results = {runner: _started(worker, sampling.timeout_s) for runner, worker in workers.items()}
+            taken: dict[Runner, list[list[float]]] = {runner: [] for runner in runners}
+            for _ in range(turns):
+                order = [runner for runner in runners if results[runner].outcome == "ok"]
+                chance.shuffle(order)
+                for runner in order:
+                    result = workers[runner].ask(sampling.turn_s, sampling.timeout_s)
+                    if result.outcome == "ok":
+                        taken[runner].append(result.value)
+                    else:
+                        results[runner] = result
+        for runner, result in results.items():
+            if result.outcome == "ok":
+                result.value["turns"] = taken[runner]
+        return results
+
+
+CERTIFICATE_S, START_S = 6.0, 0.04
+"""About what a certificate takes, and the start of a process, for planning ahead."""
+
+
+def _started(worker: Worker, timeout_s: float) -> Result:
+    """The worker's module built, and called for the first time."""
+    result = worker.result(timeout_s)
+    return worker.ask(None, timeout_s) if result.outcome == "ok" else result
+
+
+_known_ceilings: dict[Device, Any] = {}
+
+
+def _ceilings(device: Device) -> Any:
+    """What this machine can do at most, measured once a command; None where that did not work."""
+    if True:
+        return None
+    if device not in _known_ceilings:
+        result = run_isolated(measure_ceilings, device, timeout_s=60.0)
+        _known_ceilings[device] = asdict(result.value) if result.outcome == "ok" else None
+    return _known_ceilings[device]
 
 
 def source(*names: str) -> list[str]:
@@ -142,12 +310,21 @@ def source(*names: str) -> list[str]:
 # --- what runs in a child process ---------------------------------------------------------------
 
 
-def latency(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
+def latency(comparison: Comparison, contestant: Contestant) -> Generator[Any, float, None]:
+    """Builds, and waits; calls once, and waits; then a turn for every message, which says for how many seconds."""
     work = prepare(comparison, contestant)
-    sampling = comparison.sampling
-    sampled = sample_latency(work.call, comparison.device.kind, budget_s=sampling.budget_s, min_samples=sampling.min_samples)
-    return {"tokens": work.tokens, "first_call_s": sampled.first_call_s, "samples_s": sampled.samples_s}
+    time = clock(comparison.device.kind)
+    yield None
+    seconds = yield {"tokens": work.tokens, "first_call_s": time.first(work.call)}
+    while True:
+        seconds = yield time.turn(work.call, seconds)
 
 
 def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
-    return {"peak_bytes": peak_allocated_bytes(prepare(comparison, contestant).call, comparison.device.kind)}
+    device = comparison.device.kind
+    work = prepare(comparison, contestant).call
+    # In this order: the first asks for a process that has not worked yet.
+    return {
+        "process_peak_bytes": process_peak_bytes(work) if device == "cpu" else None,
+        "peak_bytes": peak_allocated_bytes(work, device),
+    }

@@ -1,11 +1,13 @@
 """The only file that holds a clock or a memory counter."""
 
+import ctypes
 import gc
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -16,62 +18,67 @@ Work = Callable[[], object]
 
 # --- time ---------------------------------------------------------------------------------------
 
-MAX_SAMPLES = 500
-"""More samples of one process say nothing that its rounds do not."""
+
+class Clock(Protocol):
+    """How calls are timed on one kind of device. `evals.cuda.CudaClock` is the other one."""
+
+    def first(self, work: Work) -> float:
+        """Seconds of the first call, with all that is done once."""
+
+    def turn(self, work: Work, seconds: float) -> list[float]:
+        """Calls `work` for about so long, at least once; returns the seconds of each call that counts."""
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Seconds a call: the first, with all that is done once, and samples of the calls after warming up."""
+class CpuClock:
+    """Wall time of each call. Garbage is collected between turns, and not within one: it belongs to no one's call."""
 
-    first_call_s: float
-    samples_s: list[float]
+    def __init__(self) -> None:
+        # What is imported stays: to search it for garbage would take longer than a turn.
+        gc.freeze()
+        gc.disable()
+        self.typical_s = 0.0
 
+    def first(self, work: Work) -> float:
+        self.typical_s = self._once(work)
+        return self.typical_s
 
-def sample_latency(work: Work, device: str, *, budget_s: float, min_samples: int) -> Latency:
-    """Calls `work` for about `budget_s`, and at least `min_samples` times, after warming up for a tenth of that.
-
-    device: cpu or cuda, where events time the device and every sample begins with a cold L2 cache.
-    """
-    seconds = cuda_timer() if device == "cuda" else cpu_seconds
-    collects = gc.isenabled()
-    gc.disable()  # a collection belongs to no one's call, and one before them would take longer than they do
-    try:
-        first = seconds(work)
-        warm = time.perf_counter() + budget_s / 10 - first
-        while time.perf_counter() < warm:
-            seconds(work)
+    def turn(self, work: Work, seconds: float) -> list[float]:
+        gc.collect()
+        # Others had the caches, and the threads sleep: the first tenth of a turn does not count, where a call is that short.
+        start = time.perf_counter()
+        while time.perf_counter() - start + self.typical_s < seconds / 10:
+            self._once(work)
         samples: list[float] = []
-        end = time.perf_counter() + budget_s
-        while len(samples) < min_samples or (time.perf_counter() < end and len(samples) < MAX_SAMPLES):
-            samples.append(seconds(work))
-    finally:
-        if collects:
-            gc.enable()
-    return Latency(first, samples)
+        start = time.perf_counter()
+        while not samples or time.perf_counter() - start < seconds:
+            samples.append(self._once(work))
+        self.typical_s = statistics.median(samples)
+        return samples
 
-
-def cpu_seconds(work: Work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def cuda_timer() -> Callable[[Work], float]:
-    """A timer of device time, between events. Not yet run on a device."""
-    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
-
-    def seconds(work: Work) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
+    @staticmethod
+    def _once(work: Work) -> float:
+        start = time.perf_counter()
         work()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3
+        return time.perf_counter() - start
 
-    return seconds
+
+def clock(device: str) -> Clock:
+    """The clock of `device`, cpu or cuda; it takes over this process."""
+    if device == "cuda":
+        from evals.cuda import CudaClock
+
+        return CudaClock()
+    return CpuClock()
+
+
+class Stopwatch:
+    """Wall time since it was made, for budgets: nothing that is published comes from it."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 def now() -> str:
@@ -109,6 +116,34 @@ def _cuda_peak_bytes(work: Work) -> int:
     work()
     torch.cuda.synchronize()
     return int(torch.cuda.max_memory_allocated()) - before
+
+
+def process_peak_bytes(work: Work) -> int | None:
+    """How far the memory of this process rises while `work` runs: scratch that libraries take past torch's allocator too.
+
+    The kernel's own high-water mark, of pages touched, which needs a process in which `work` has not run yet. None where
+    there is no such mark to reset (it is Linux's). Source: proc(5), clear_refs.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    # Released blocks go back to the kernel at once, or the mark would rise by nothing where they are used again.
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc.mallopt(M_TRIM_THRESHOLD, 0)
+    libc.malloc_trim(0)
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return max(_status_bytes("VmHWM") - before, 0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def available_bytes() -> int:

@@ -1,12 +1,14 @@
 """`python -m evals.run sweep=seq_len`: compares attentions, one Hydra job a comparison, and shows what came out.
 
 Raw samples go to results/<sweep>/samples.jsonl while they are made; started again, the same command goes on from
-there. From them come results/<sweep>/results.csv, the tables on the screen and plots/<sweep>/.
+there. From them come results/<sweep>/results.csv, the tables on the screen and plots/<sweep>/. Ctrl-C ends the sweep
+after the round that is running, and shows what there is; a second one ends it at once. --dry-run tells what would be done.
 """
 
-import statistics
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,45 +22,72 @@ from evals.ledger import Ledger, Record
 class Run:
     """What the jobs of one command share: the progress bar, and which comparisons were made."""
 
-    def __init__(self) -> None:
-        self.bar = tqdm(total=0, disable=None, leave=False, dynamic_ncols=True, bar_format=BAR)
+    def __init__(self, *, dry: bool) -> None:
+        self.dry = dry
+        self.seconds_left = 0.0
+        self.interrupted = False
+        self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
 
     def compare(self, cfg: DictConfig) -> None:
         """One Hydra job."""
         comparison = read_comparison(cfg, cli.Session.swept)
-        engine = Engine(comparison, ledger(cfg), Ledger(Path(cfg.results_dir) / "certificates.jsonl"))
+        samples = ledger(cfg)
+        engine = Engine(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl"))
+        behind = len(self.comparisons)
         self.comparisons.append(engine.id)
-        self.bar.total = cli.Session.jobs * engine.steps
-        place = f"[{len(self.comparisons)}/{cli.Session.jobs}] {swept(comparison)}"
+        place = f"[{behind + 1}/{cli.Session.jobs}] {swept(comparison)}"
         tqdm.write(f"{place}: {conditions(comparison)}")
-        latencies: dict[str, Record] = {}
-        for record in engine.run(lambda step: self.bar.set_description_str(f"{place} {step}")):
-            self.bar.update()
-            if record is None or record["round"] > 0:
-                continue
-            if record["kind"] == "latency":
-                latencies[record["attention"]] = record
-            if record["kind"] == "memory" or record["outcome"] != "ok":
-                tqdm.write(row(latencies[record["attention"]], record))
+        if self.dry:
+            rounds, seconds = engine.outlook()
+            self.seconds_left += seconds
+            names = ", ".join(contestant.name for contestant in comparison.contestants)
+            tqdm.write(f"  {names}: {rounds} rounds are made, about {seconds:.0f} s to go")
+            return
+        torn = samples.mend()
+        if torn:
+            tqdm.write(f"warning: {torn}", file=sys.stderr)
+
+        def watch(words: str, part: float) -> None:
+            self.bar.set_description_str(f"{place} {words}", refresh=False)
+            self.bar.n = (behind + part) / cli.Session.jobs
+            self.bar.refresh()
+
+        for record in engine.run(watch):
+            if record["kind"] == "trial":
+                tqdm.write(row(record))
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+    def interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """What Ctrl-C does: once, it lets the running round end."""
+        if self.interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise cli.Abandoned
+        self.interrupted = True
+        tqdm.write("stops after this round; Ctrl-C again stops at once", file=sys.stderr)
 
     def report(self, cfg: DictConfig) -> int:
         """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
         self.bar.close()
+        if self.dry:
+            print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
+            return 0
         records, damaged = ledger(cfg).read()
         if damaged:
             numbers = ", ".join(map(str, damaged))
             print(f"warning: {ledger(cfg).path} is damaged in line {numbers}, which is left out", file=sys.stderr)
         results = table.results(records)
-        path = ledger(cfg).path.with_name("results.csv")
-        table.write(results, path)
+        if results.empty:
+            return 0
+        path = table.write(results, ledger(cfg).path.parent)
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         return 0
 
 
-BAR = "{desc}  {percentage:3.0f}% of {total} steps, {remaining} left"
+BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
 
 
 def ledger(cfg: DictConfig) -> Ledger:
@@ -77,18 +106,24 @@ def conditions(comparison: Comparison) -> str:
     return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
 
 
-def row(latency: Record, memory: Record) -> str:
-    """What the first round gave, before the others refine it."""
-    name = f"  {latency['attention']:<16}"
-    if latency["outcome"] != "ok":
-        return f"{name}{latency['outcome']}: {latency['detail']}"
-    held = f"{memory['peak_bytes'] / 2**20:10.2f} MiB" if memory["outcome"] == "ok" else f"  memory: {memory['outcome']}"
-    return f"{name}{statistics.median(latency['samples_s']) * 1e3:10.3f} ms{held}"
+def row(trial: Record) -> str:
+    """What the first look gave, before the rounds."""
+    name = f"  {trial['attention']:<16}"
+    if trial["outcome"] != "ok":
+        return f"{name}{trial['outcome']}: {trial['detail']}"
+    held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
+    return f"{name}about {trial['call_s'] * 1e3:8.3f} ms{held}"
 
 
 def main() -> int:
-    run = Run()
-    return cli.run(run.compare, run.report)
+    dry = "--dry-run" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--dry-run"]
+    run = Run(dry=dry)
+    signal.signal(signal.SIGINT, run.interrupt)
+    try:
+        return cli.run(run.compare, run.report)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

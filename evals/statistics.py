@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 Array = NDArray[np.float64]
 Rounds = Sequence[Sequence[float]]
 
 CONFIDENCE = 0.95
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Interval:
 
 
 def median_interval(
-    rounds: Rounds, *, confidence: float = CONFIDENCE, resamples: int = 2000, generator: np.random.Generator
+    rounds: Rounds, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, generator: np.random.Generator
 ) -> Interval:
     """Median of all samples, with a hierarchical bootstrap interval: rounds are resampled, then samples within each.
 
@@ -46,47 +48,129 @@ def median_interval(
     Raises ValueError if there is no round, an empty round, a sample that is not positive and finite, or a
     confidence outside (0, 1).
     """
-    samples = _checked(rounds, "rounds")
-    _check_options(confidence, resamples)
-    value = _log_median(samples)
-    if _spread_is_unknown(samples):
-        return Interval(math.exp(value), math.nan, math.nan)
-    choice = generator.integers(len(samples), size=(resamples, len(samples)))
-    between, within = _deviations(samples, choice, generator)
-    return _interval(value, _widening(len(samples), resamples, generator) * between + within, confidence)
+    return _estimate(_checked(rounds, "rounds"), confidence, resamples, generator)[0]
+
+
+@dataclass(frozen=True)
+class Speedup(Interval):
+    """`p`: how probable so large a deviation from 1 is where there is none; NaN where nothing is known between rounds."""
+
+    p: float
 
 
 def speedup_interval(
-    reference_rounds: Rounds,
-    rounds: Rounds,
+    reference: Sequence[Rounds],
+    ours: Sequence[Rounds],
     *,
     confidence: float = CONFIDENCE,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     generator: np.random.Generator,
-) -> Interval:
-    """median(reference) / median(ours), above 1 where ours is faster, with a hierarchical bootstrap interval paired by round.
+) -> Speedup:
+    """How many times faster than the reference: median of the ratios of turns, with its interval and p.
 
-    Round i of both ran side by side: whenever the bootstrap draws round i it draws it for both, so that
-    what slowed the machine in that round cancels in the ratio. Otherwise as `median_interval`; bounds are
-    NaN where there is one round and either side has one sample in it.
+    reference, ours: one entry a round, in it one sequence of samples a turn. Turn i of both ran within milliseconds of
+    each other, so what slowed the machine at that moment cancels in reference[r][i] / ours[r][i], the ratio of their
+    medians. The ratios are then treated as `median_interval` treats samples; turns that only one of the two has count
+    for nothing. p is that of Student's t with rounds − 1 degrees of freedom, on the bootstrap's standard error: the tails
+    that a correction for many comparisons needs are beyond what a few thousand resamples hold.
     Raises ValueError as `median_interval` does, and if the two differ in their number of rounds.
     """
-    reference, ours = _checked(reference_rounds, "reference_rounds"), _checked(rounds, "rounds")
-    _check_options(confidence, resamples)
     if len(reference) != len(ours):
         raise ValueError(
             f"paired rounds must be equally many, got {len(reference)} of the reference and {len(ours)} of ours: "
             "give the rounds that both completed, in the same order"
         )
-    value = _log_median(reference) - _log_median(ours)
-    if _spread_is_unknown(reference) or _spread_is_unknown(ours):
-        return Interval(math.exp(value), math.nan, math.nan)
-    choice = generator.integers(len(ours), size=(resamples, len(ours)))
-    between_reference, within_reference = _deviations(reference, choice, generator)
-    between_ours, within_ours = _deviations(ours, choice, generator)
-    between = between_reference - between_ours
-    deviations = _widening(len(ours), resamples, generator) * between + within_reference - within_ours
-    return _interval(value, deviations, confidence)
+    rounds = [medians(theirs[: len(mine)]) / medians(mine[: len(theirs)]) for theirs, mine in zip(reference, ours, strict=True)]
+    samples = _checked([ratios.tolist() for ratios in rounds], "rounds")
+    estimate, deviations = _estimate(samples, confidence, resamples, generator)
+    degrees = len(samples) - 1
+    if deviations is None or degrees == 0:
+        return Speedup(estimate.value, estimate.low, estimate.high, math.nan)
+    between, within = deviations
+    error = math.sqrt(np.var(between) * len(samples) / degrees + np.var(within))
+    distance = abs(math.log(estimate.value))
+    p = 2 * float(student_t.sf(distance / error, degrees)) if error > 0 else float(distance == 0)
+    return Speedup(estimate.value, estimate.low, estimate.high, p)
+
+
+def medians(turns: Rounds) -> Array:
+    """The median of each turn's samples."""
+    return np.array([np.median(turn) for turn in turns], dtype=np.float64)
+
+
+def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
+    """Half of the interval's width relative to the value, by Student's t on the logarithms of the rounds' medians.
+
+    Costs microseconds, so that it can be asked after every round whether another is worth its time.
+    infinity where there are fewer than two rounds.
+    """
+    if len(rounds) < 2:
+        return math.inf
+    logarithms = np.log(medians(rounds))
+    error = float(np.std(logarithms, ddof=1)) / math.sqrt(len(rounds))
+    return math.expm1(float(student_t.ppf((1 + confidence) / 2, len(rounds) - 1)) * error)
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+SAME = 0.03
+"""Speeds that provably differ by less than this are called the same."""
+
+
+def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[str]:
+    """faster | slower | same | ambiguous for each, with at most `alpha` of a chance that any `faster` or `slower` is wrong.
+
+    faster, slower: p holds after Holm's correction for all comparisons at hand (Holm 1979), the interval leaves 1 out,
+    and the difference is greater than the noise floor, which is how far the reference seemed to be from itself.
+    same: not so, and the whole interval lies within 3 % of 1. ambiguous: anything else.
+    """
+    adjusted = holm([speedup.p for speedup in speedups])
+    said = []
+    for speedup, p, floor in zip(speedups, adjusted, noise_floors, strict=True):
+        distance = math.expm1(abs(math.log(speedup.value)))
+        if p < alpha and distance > floor and not speedup.low <= 1 <= speedup.high:
+            said.append("faster" if speedup.value > 1 else "slower")
+        elif speedup.low >= 1 / (1 + SAME) and speedup.high <= 1 + SAME:
+            said.append("same")
+        else:
+            said.append("ambiguous")
+    return said
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values, each raised so that comparing them all with alpha errs anywhere with probability alpha. NaN counts as 1."""
+    p = np.nan_to_num(np.asarray(p_values, dtype=np.float64), nan=1.0)
+    order = np.argsort(p, kind="stable")
+    raised = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    adjusted = np.empty_like(p)
+    adjusted[order] = raised
+    return [float(value) for value in adjusted]
+
+
+def noise_floor(twin: Interval) -> float:
+    """How far from itself the reference may seem to be: the farther end of its speed-up over itself."""
+    if math.isnan(twin.low):
+        return math.inf
+    return math.expm1(max(abs(math.log(twin.low)), abs(math.log(twin.high))))
+
+
+# --- the bootstrap ------------------------------------------------------------------------------
+
+
+def _estimate(
+    samples: list[Array], confidence: float, resamples: int, generator: np.random.Generator
+) -> tuple[Interval, tuple[Array, Array] | None]:
+    """The median with its interval, and the log deviations that it comes from; None where the spread is unknown."""
+    _check_options(confidence, resamples)
+    value = _log_median(samples)
+    if len(samples) == 1 and len(samples[0]) == 1:
+        return Interval(math.exp(value), math.nan, math.nan), None
+    choice = generator.integers(len(samples), size=(resamples, len(samples)))
+    between, within = _deviations(samples, choice, generator)
+    deviations = _widening(len(samples), resamples, generator) * between + within
+    low, high = np.quantile(deviations, [(1 - confidence) / 2, (1 + confidence) / 2])
+    # Skewed or tied samples can put both percentiles on one side of the estimate, which belongs to its interval.
+    return Interval(math.exp(value), math.exp(value + min(low, 0.0)), math.exp(value + max(high, 0.0))), (between, within)
 
 
 def _deviations(samples: list[Array], choice: NDArray[np.int64], generator: np.random.Generator) -> tuple[Array, Array]:
@@ -134,18 +218,8 @@ def _row_medians(rows: Array, counts: NDArray[np.int64]) -> Array:
     return np.log((rows[at, (counts - 1) // 2] + rows[at, counts // 2]) / 2)
 
 
-def _interval(log_value: float, deviations: Array, confidence: float) -> Interval:
-    low, high = np.quantile(deviations, [(1 - confidence) / 2, (1 + confidence) / 2])
-    # Skewed or tied samples can put both percentiles on one side of the estimate, which belongs to its interval.
-    return Interval(math.exp(log_value), math.exp(log_value + min(low, 0.0)), math.exp(log_value + max(high, 0.0)))
-
-
 def _log_median(samples: list[Array]) -> float:
     return math.log(float(np.median(np.concatenate(samples))))
-
-
-def _spread_is_unknown(samples: list[Array]) -> bool:
-    return len(samples) == 1 and len(samples[0]) == 1
 
 
 def _checked(rounds: Rounds, name: str) -> list[Array]:

@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from evals.figures import swept_column
+from evals.history import History, Runner
 from evals.ledger import Record
-from evals.statistics import median_interval, speedup_interval
+from evals.statistics import Speedup, median_interval, noise_floor, verdicts
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
@@ -22,97 +24,110 @@ SETTINGS = (
 )
 COLUMNS = (
     *("sweep", "swept", "attention", "outcome", "detail", *SETTINGS),
-    *("latency_s", "latency_low_s", "latency_high_s", "samples", "rounds", "first_call_s"),
+    *("latency_s", "latency_low_s", "latency_high_s", "samples", "rounds", "stopped", "first_call_s"),
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "relative_to", "speedup", "speedup_low", "speedup_high"),
-    *("peak_bytes", "parameter_bytes", "state_bytes", "flops", "comparison"),
+    *("p", "noise_floor", "verdict"),
+    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "flops", "comparison"),
 )
-
-Rounds = dict[int, list[float]]
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
     """One row an attention and setting, from all of a ledger's records; of comparisons that say the same, the last counts."""
     described: dict[str, Record] = {}
+    of: dict[str, list[Record]] = {}
     for record in records:
         if record.get("kind") == "comparison":
             described.pop(record["comparison"], None)  # so that the order is that of the last time
             described[record["comparison"]] = record
-    measured: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if "round" in record:
-            measured.setdefault((record["comparison"], record["attention"]), []).append(record)
+        elif "comparison" in record:
+            of.setdefault(record["comparison"], []).append(record)
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, description in described.items():
-        reference = timings(measured.get((key, description["relative_to"]), []))
+        history = History(of.get(key, []), key)
         for name in description["contestants"]:
-            if (key, name) in measured:
-                row = _row(description, name, measured[key, name], reference)
-                rows[name, json.dumps(description["settings"], sort_keys=True)] = row
+            if name in history.trials:
+                rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(description, name, history)
+    judge(list(rows.values()))
     options = {option: None for description in described.values() for option in description["settings"] if option not in COLUMNS}
     return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
 
 
-def timings(records: Sequence[Record]) -> Rounds:
-    """The samples of each round that has any."""
-    return {record["round"]: record["samples_s"] for record in records if "samples_s" in record}
-
-
-def _row(description: Record, name: str, records: Sequence[Record], reference: Rounds) -> dict[str, Any]:
-    latencies = [record for record in records if record["kind"] == "latency"]
-    failure = next((record for record in latencies if record["outcome"] != "ok"), None)
+def _row(description: Record, name: str, history: History) -> dict[str, Any]:
+    trial, failure = history.trials[name], history.failures.get(name)
     row = {
         "sweep": description["sweep"],
         "swept": description["swept"],
         "comparison": description["comparison"],
         "attention": name,
         **description["settings"],
-        "relative_to": description["relative_to"] if reference else None,
         "outcome": "ok" if failure is None else failure["outcome"],
-        "detail": "" if failure is None else failure["detail"],
+        "detail": (failure or trial)["detail"],
+        "stopped": history.stopped,
+        **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
     }
-    for record in records:
-        row |= {column: record[column] for column in ("parameter_bytes", "state_bytes", "flops", "peak_bytes") if column in record}
-        if record["kind"] == "memory" and record["outcome"] != "ok" and failure is None:
-            row["detail"] = f"peak memory is unknown ({record['outcome']}): {record['detail']}"
-    if failure is None and latencies:
-        row |= _speed(timings(latencies), reference, latencies[0])
+    if failure is None and history.medians(Runner(name)):
+        row |= _speed(name, history)
+        row |= _speedup(name, description["relative_to"], history)
     return row
 
 
-def _speed(rounds: Rounds, reference: Rounds, first: Record) -> dict[str, Any]:
+def _speed(name: str, history: History) -> dict[str, Any]:
+    rounds = history.medians(Runner(name))
     # The same ledger gives the same table: the bootstrap's randomness is fixed.
     latency = median_interval(list(rounds.values()), generator=np.random.default_rng(0))
-    speed = {
+    records = [history.record(Runner(name), number) for number in rounds]
+    return {
         "latency_s": latency.value,
         "latency_low_s": latency.low,
         "latency_high_s": latency.high,
-        "samples": sum(map(len, rounds.values())),
+        "samples": sum(len(turn) for record in records for turn in record["turns"]),
         "rounds": len(rounds),
-        "first_call_s": first["first_call_s"],
-        "tokens_per_s": first["tokens"] / latency.value,
-        "tokens_per_s_low": first["tokens"] / latency.high,
-        "tokens_per_s_high": first["tokens"] / latency.low,
+        "first_call_s": statistics.median(record["first_call_s"] for record in records),
+        "tokens_per_s": records[0]["tokens"] / latency.value,
+        "tokens_per_s_low": records[0]["tokens"] / latency.high,
+        "tokens_per_s_high": records[0]["tokens"] / latency.low,
     }
-    both = sorted(rounds.keys() & reference.keys())
-    if rounds == reference:  # itself: there is nothing to estimate
-        speed |= {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
-    elif both:
-        pairs = [reference[number] for number in both], [rounds[number] for number in both]
-        speedup = speedup_interval(*pairs, generator=np.random.default_rng(0))
-        speed |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high}
-    return speed
 
 
-def write(table: pd.DataFrame, path: Path) -> None:
-    """The table as CSV, in place of what was there only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        table.to_csv(unfinished, index=False)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
+    reference, twin = Runner(relative_to), Runner(relative_to, twin=True)
+    if not history.racing(relative_to):
+        return {}
+    itself = history.speedup(reference, twin)
+    row: dict[str, Any] = {"relative_to": relative_to, "noise_floor": None if itself is None else noise_floor(itself)}
+    if name == relative_to:  # there is nothing to estimate
+        return {**row, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+    speedup = history.speedup(reference, Runner(name))
+    if speedup is not None:
+        row |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high, "p": speedup.p}
+    return row
+
+
+def judge(rows: list[dict[str, Any]]) -> None:
+    """Gives every row with a speed-up over another attention its verdict, corrected for how many they are."""
+    judged = [row for row in rows if "p" in row]
+    speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p"]) for row in judged]
+    floors = [math.inf if row["noise_floor"] is None else row["noise_floor"] for row in judged]
+    for row, verdict in zip(judged, verdicts(speedups, floors), strict=True):
+        row["verdict"] = verdict
+
+
+def write(table: pd.DataFrame, folder: Path, name: str = "results") -> Path:
+    """The table as <name>.csv and <name>.parquet, each in place of what was there only once it is whole; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    formats: dict[str, Callable[[Path], object]] = {
+        "csv": lambda path: table.to_csv(path, index=False),
+        "parquet": lambda path: table.to_parquet(path, index=False),
+    }
+    for suffix, save in formats.items():
+        unfinished = folder / f".{name}.{suffix}.{os.getpid()}"
+        try:
+            save(unfinished)
+            unfinished.replace(folder / f"{name}.{suffix}")
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return folder / f"{name}.csv"
 
 
 # --- on the screen ------------------------------------------------------------------------------

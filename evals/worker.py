@@ -1,6 +1,8 @@
 """A measurement in a process of its own, which may hang, crash or run out of memory without taking anything with it."""
 
 import contextlib
+import ctypes
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -8,11 +10,12 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -24,6 +27,8 @@ from evals.measure import private_bytes
 # a second for every measurement of memory.
 PRELOAD = ["evals.cli", "evals.engine", "evals.table", "torch._dynamo"]
 
+PR_SET_PDEATHSIG = 1
+
 
 @dataclass(frozen=True)
 class Result:
@@ -34,31 +39,79 @@ class Result:
     detail: str = ""
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, timeout_s: float, memory_limit_bytes: int | None = None) -> Result:
-    """Calls a module's function in a fresh child process. Whatever happens to the child is a `Result`:
+class Worker:
+    """A fresh child process that runs a module's function; used as a context, at whose end the process is gone.
+
+    A plain function gives one result. A generator gives one for every value that it yields, and waits there for the
+    next message; while it waits its process is stopped, so that no thread of it that still spins takes time from
+    another worker. Whatever happens to the child is a `Result`:
 
     ok | oom (no memory, or killed as the kernel does when there is none) | timeout | unsupported (it says it is not
     implemented for this) | crash (anything else that it raised, a signal, an exit).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile(prefix="bsbr-worker-") as log, receiver:
-        process = context.Process(target=_child, args=(sender, log.name, memory_limit_bytes, function, arguments), daemon=True)
-        process.start()
-        sender.close()
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, memory_limit_bytes: int | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self._log = tempfile.NamedTemporaryFile(prefix="bsbr-worker-")  # noqa: SIM115  closed at exit
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_child, args=(theirs, self._log.name, memory_limit_bytes, function, arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()  # also of a process that is stopped
+        self._process.join()
+        self._connection.close()
+        self._log.close()
+
+    def result(self, timeout_s: float) -> Result:
+        """The next result: what the function returned, or yielded first."""
+        if not wait([self._connection], timeout_s):
+            return Result("timeout", detail=f"took longer than {timeout_s:g} s")
+        # It may die without a word.
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            result: Result = self._connection.recv()
+            self._signal(signal.SIGSTOP)
+            return result
+        self._process.join()
+        return _died(self._process.exitcode, Path(self._log.name).read_text(errors="replace"))
+
+    def ask(self, message: Any, timeout_s: float) -> Result:
+        """Sends the generator a message, and returns what it yields next."""
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):  # then `result` tells what became of it
+            self._connection.send(message)
+        return self.result(timeout_s)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+
+def run_isolated(function: Callable[..., Any], *arguments: Any, timeout_s: float, memory_limit_bytes: int | None = None) -> Result:
+    """Calls a module's function in a fresh child process."""
+    with Worker(function, *arguments, memory_limit_bytes=memory_limit_bytes) as worker:
+        return worker.result(timeout_s)
+
+
+@contextlib.contextmanager
+def alone(wait: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, no other command of this user measures on this machine; calls `wait` first if one does."""
+    path = Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}.lock"
+    with path.open("w") as file:
         try:
-            ready = wait([receiver], timeout_s)
-            if not ready:
-                return Result("timeout", detail=f"took longer than {timeout_s:g} s")
-            with contextlib.suppress(EOFError):  # it died without a word
-                result: Result = receiver.recv()
-                return result
-            process.join()
-            return _died(process.exitcode, Path(log.name).read_text(errors="replace"))
-        finally:
-            process.kill()
-            process.join()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _died(exit_code: int | None, log: str) -> Result:
@@ -72,21 +125,41 @@ def _died(exit_code: int | None, log: str) -> Result:
     return Result("crash", detail=f"exited with code {exit_code} before it had a result{last_words}")
 
 
+# --- in the child -------------------------------------------------------------------------------
+
+
 def _child(
-    sender: Connection, log: str, memory_limit: int | None, function: Callable[..., Any], arguments: tuple[Any, ...]
+    connection: Connection, log: str, memory_limit: int | None, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    # Ctrl-C reaches the whole process group, and the parent lets a measurement finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What libraries print here would tear the progress bar of the parent apart.
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if memory_limit is not None and sys.platform == "linux":
-        allowed = private_bytes() + memory_limit
-        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    if sys.platform == "linux":
+        # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if memory_limit is not None:
+            allowed = private_bytes() + memory_limit
+            resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     try:
-        result = Result("ok", function(*arguments))
+        value = function(*arguments)
+        if isinstance(value, Generator):
+            _converse(connection, value)
+            return
+        result = Result("ok", value)
     except Exception as error:  # noqa: BLE001  whatever a variant raises is an outcome
         result = Result(outcome_of(error), detail=_told(error))
-    sender.send(result)
+    connection.send(result)
+
+
+def _converse(connection: Connection, generator: Generator[Any, Any, None]) -> None:
+    message = None
+    with contextlib.suppress(StopIteration, EOFError):  # it has nothing more to say, or no one listens
+        while True:
+            connection.send(Result("ok", generator.send(message)))
+            message = connection.recv()
 
 
 def outcome_of(error: Exception) -> str:
