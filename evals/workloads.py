@@ -1,70 +1,140 @@
-"""What is measured: each workload turns a module and its inputs into the call that is sampled.
+"""What is measured: each workload turns a module and its inputs into the call that is sampled, and says what it must cost.
 
-The module is an `Attention`, its inputs hidden states [batch, time, hidden_dim], or a `TransformerModel`, its inputs
-token ids [batch, time]; both have `forward` and `extend`. A workload's own cost, such as reading a context, falls
-before the first call.
+The module is what the scope asks for: an `Attention` or a `TransformerLayer`, whose inputs are hidden states
+[batch, time, hidden_dim], or a `CausalLM`, whose inputs are token ids [batch, time]. What a workload needs only once,
+such as reading a context or the state of an optimizer, is done before the first call.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from hydra.utils import instantiate
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bsbr.interface import Attention
-from bsbr.model import TransformerModel
+from bsbr.interface import Attention, State
+from bsbr.model import CausalLM, TransformerLayer, TransformerModel
 from evals.config import Comparison, Contestant
+from evals.measure import count_flops
 
-Module = Attention | TransformerModel
+Module = Attention | TransformerLayer | CausalLM
 
 
 class Work(NamedTuple):
-    """The call that is sampled, and how many tokens one call goes through."""
+    """The call that is sampled.
+
+    steps: how often a call does what is measured; the latency is the call's time divided by it. tokens: that one step
+    goes through.
+    """
 
     call: Callable[[], object]
     tokens: int
+    steps: int = 1
 
 
 def prefill(module: Module, inputs: Tensor) -> Work:
-    """One forward pass over the whole sequence, without gradients."""
+    """One forward pass over the whole sequence, without gradients; of a model, with the logits of the next token alone."""
     module.eval()
 
     @torch.inference_mode()
     def call() -> Tensor:
-        output: Tensor = module(inputs)
-        return output
+        return forward(module, inputs)
+
+    return Work(call, tokens_in(inputs))
+
+
+def attention(module: Attention, inputs: Tensor) -> Work:
+    """The function alone, without gradients: `attend` on tensors that were projected before."""
+    module.eval()
+    with torch.inference_mode():
+        tensors = module.project(inputs)
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return module.attend(*tensors)
 
     return Work(call, tokens_in(inputs))
 
 
 def forward_backward(module: Module, inputs: Tensor) -> Work:
-    """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs."""
+    """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs.
+
+    What is derived is the next-token loss of a model, and the sum of the outputs of an attention or a layer, which
+    as part of a model would have to pass a gradient on to what stands before it.
+    """
     module.train()
     inputs = inputs.requires_grad_(inputs.is_floating_point())
 
     def call() -> None:
         module.zero_grad(set_to_none=True)
         inputs.grad = None
-        module(inputs).sum().backward()
+        loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
+        loss.backward()
 
     return Work(call, tokens_in(inputs))
 
 
+def train_step(module: Module, inputs: Tensor) -> Work:
+    """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
+    gradients = forward_backward(module, inputs).call
+    # The batch is always the same: at this rate thousands of steps leave the weights, and with them the time, as they are.
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
+
+    def call() -> None:
+        gradients()
+        optimizer.step()
+
+    call()
+    module.zero_grad(set_to_none=True)
+    inputs.grad = None
+    return Work(call, tokens_in(inputs))
+
+
 def decode(module: Module, inputs: Tensor) -> Work:
-    """One token behind a context of `time` tokens; each call appends the next, so that what happens now and then is sampled too."""
+    """One token at a time behind a context of `time` tokens, the state warm; of a model, with its logits.
+
+    Some attentions do at one token in a block what the others profit from: BSBR, for instance, mixes its states for a new
+    chunk. A median over single tokens would never show that. So a call decodes as many tokens as the longest block has,
+    half of them before the context is `time` long and half after, and its time is divided by their number, as the time per
+    output token of a serving benchmark is. Where the attention has no blocks, a call is one token. Every call
+    starts from the same state, which `extend` leaves as it was: however many samples there are, the context does not drift.
+    """
     module.eval()
-    token = inputs[:, -1:].clone()
+    token, context = inputs[:, -1:], inputs.shape[1]
+    steps = min(period(module), 2 * context)
     with torch.inference_mode():
-        _, state = module.extend(inputs)
+        state = state_after(module, inputs, context - steps // 2)
 
     @torch.inference_mode()
-    def call() -> Tensor:
-        nonlocal state
-        output, state = module.extend(token, state)
-        return output
+    def call() -> tuple[Tensor, State]:
+        output, after = module.extend(token, state)
+        for _ in range(steps - 1):
+            output, after = module.extend(token, after)
+        return output, after
 
-    return Work(call, tokens_in(token))
+    return Work(call, tokens_in(token), steps)
+
+
+def forward(module: Module, inputs: Tensor) -> Tensor:
+    """Outputs for the whole sequence; of a model, the logits of the token that follows it."""
+    if isinstance(module, CausalLM):
+        return cast(Tensor, module.head(module.model(inputs)[:, -1:]))
+    output: Tensor = module(inputs)
+    return output
+
+
+def state_after(module: Module, inputs: Tensor, tokens: int) -> State | None:
+    return module.extend(inputs[:, :tokens])[1] if tokens else None
+
+
+def period(module: Module) -> int:
+    """The longest block in it, 1 if no attention in it has any: the class that says nothing of blocks has none."""
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    return max((one.block_length for one in attentions if type(one).block_length is not Attention.block_length), default=1)
 
 
 def tokens_in(inputs: Tensor) -> int:
@@ -85,40 +155,235 @@ def prepare(comparison: Comparison, contestant: Contestant) -> Work:
 
 
 def build(comparison: Comparison, contestant: Contestant) -> Module:
-    """What the comparison's scope asks for: the attention with its projections, or a decoder of it."""
+    """What the comparison's scope asks for: the attention with its projections, a layer of the decoder, or all of it."""
     model = comparison.model
     if model.scope == "attention":
         return contestant.build(model)
-    return TransformerModel(
-        model.vocab_size,
-        model.hidden_dim,
-        model.num_layers,
-        model.num_heads,
-        model.ff_dim,
-        attention=lambda **_: contestant.build(model),
+    ff_dim = model.ff_dim if contestant.ff_dim is None else contestant.ff_dim
+
+    def attention(**_: int) -> Attention:
+        return contestant.build(model)
+
+    if model.scope == "layer":
+        return TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=attention)
+    return CausalLM(
+        TransformerModel(model.vocab_size, model.hidden_dim, model.num_layers, model.num_heads, ff_dim, attention=attention)
     )
 
 
 def inputs(comparison: Comparison) -> Tensor:
     shape, model, device = comparison.shape, comparison.model, comparison.device
     size = (shape.batch_size, shape.seq_len)
-    if model.scope == "attention":
-        return torch.randn(*size, model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
-    return torch.randint(model.vocab_size, size, device=device.kind)
+    if model.scope == "model":
+        return torch.randint(model.vocab_size, size, device=device.kind)
+    return torch.randn(*size, model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
 
 
-# --- what is declared ---------------------------------------------------------------------------
+# --- what it must cost --------------------------------------------------------------------------
+
+
+class Least(NamedTuple):
+    """What one step cannot do with less of, whatever the kernels.
+
+    flops: of matrix products, causal work only. moved_bytes: the parameters, inputs and states that it reads, once, and
+    what is left when it is done, once; from the cache, if all of it fits there. held_bytes: what its peak of memory above
+    its inputs must at least come to: what is left when it is done.
+    """
+
+    flops: int
+    moved_bytes: int
+    held_bytes: int
+
+
+NOTHING = Least(0, 0, 0)
 
 
 def cost(comparison: Comparison, contestant: Contestant) -> dict[str, int]:
-    """Bytes of parameters, and what all layers' attentions declare at this shape: bytes of state, FLOPs of one forward pass."""
+    """Bytes of parameters and of all layers' states after the sequence; the `Least` that a step costs; the contestant's ff_dim.
+
+    Found on tensors without data: nothing is allocated, whatever the size.
+    """
+    model, dtype = comparison.model, comparison.device.torch_dtype
     with torch.device("meta"):
-        module = build(comparison, contestant).to(comparison.device.torch_dtype)
-        attention = contestant.build(comparison.model).to(comparison.device.torch_dtype)
-    layers = comparison.model.num_layers if comparison.model.scope == "model" else 1
-    size = (comparison.shape.seq_len, comparison.shape.batch_size)
-    return {
+        module = build(comparison, contestant).to(dtype)
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    state_bytes = sum(one.state_bytes(comparison.shape.seq_len, comparison.shape.batch_size) for one in attentions)
+    needed = least(comparison, module)
+    costs = {
         "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
-        "state_bytes": layers * attention.state_bytes(*size),
-        "flops": layers * attention.flops(*size),
+        "state_bytes": state_bytes,
+        "flops": needed.flops,
+        "least_bytes": needed.moved_bytes,
+        "held_bytes": needed.held_bytes,
     }
+    if model.scope != "attention":
+        costs["ff_dim"] = model.ff_dim if contestant.ff_dim is None else contestant.ff_dim
+    return costs
+
+
+def least(comparison: Comparison, module: Module) -> Least:
+    """What a step of the comparison's workload needs of a module without data; NOTHING, of a workload of somebody else's."""
+    package, _, name = comparison.workload["_target_"].rpartition(".")
+    if package != __name__ or name not in LEAST:
+        return NOTHING
+    with FakeTensorMode():
+        place(module, comparison.device.kind)
+        try:
+            return LEAST[name](module, inputs(comparison))
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            # Kernels of its own that need data: a bound of nothing is true of them too.
+            return NOTHING
+
+
+def place(module: nn.Module, device: str) -> None:
+    """Module.to(device) within FakeTensorMode, where torch refuses it: parameters and buffers that have a device but no data."""
+    placed: dict[Tensor, Tensor] = {}  # a tied weight stays one
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if tensor not in placed:
+                new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                placed[tensor] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+            setattr(part, name, placed[tensor])
+
+
+def _of_prefill(module: Module, inputs: Tensor) -> Least:
+    module.eval()
+    declared, counted = _attending(module, inputs)
+    with torch.no_grad():
+        flops, read, output = traced(partial(forward, module, inputs), [*module.parameters(), inputs])
+    return Least(flops - counted + declared, read + output.nbytes, output.nbytes)
+
+
+def _of_attention(module: Attention, inputs: Tensor) -> Least:
+    module.eval()
+    with torch.no_grad():
+        tensors = module.project(inputs)
+        _, read, output = traced(partial(module.attend, *tensors), [*module.parameters(), *tensors])
+    return Least(module.flops(inputs.shape[1], inputs.shape[0]), read + output.nbytes, output.nbytes)
+
+
+def _of_forward_backward(module: Module, inputs: Tensor) -> Least:
+    module.train()
+    declared, counted = _attending(module, inputs, gradients=True)
+    inputs = inputs.requires_grad_(inputs.is_floating_point())
+    leaves = [*module.parameters(), inputs]
+
+    def run() -> Tensor:
+        # A model's loss asks for the data; what comes before it is the logits of every token that has a next one.
+        output: Tensor = module.head(module.model(inputs)[:, :-1]) if isinstance(module, CausalLM) else module(inputs)
+        output.sum().backward()
+        return output
+
+    flops, read, output = traced(run, leaves)
+    gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    return Least(flops - counted + declared, read + output.nbytes + gradients, gradients)
+
+
+def _of_train_step(module: Module, inputs: Tensor) -> Least:
+    passes = _of_forward_backward(module, inputs)
+    # AdamW reads and writes two moments of every parameter that has a gradient, and writes the parameter.
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.grad is not None)
+    return passes._replace(moved_bytes=passes.moved_bytes + 5 * trained)
+
+
+def _of_decode(module: Module, inputs: Tensor) -> Least:
+    """The cheaper of the first two tokens of a block that the call begins: the first opens it, the second has least to see."""
+    module.eval()
+    context, block = inputs.shape[1], period(module)
+    start = context - min(block, 2 * context) // 2
+    longer = torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
+    token, steps = inputs[:, -1:], []
+    with torch.no_grad():
+        state = state_after(module, longer, longer.shape[1])
+        for _ in range(2):
+            before = {} if state is None else state
+            held = [*module.parameters(), token, *before.values()]
+            flops, read, (output, after) = traced(partial(module.extend, token, state), held)
+            kept = {storage_key(tensor) for tensor in before.values()}
+            new = output.nbytes + sum(t.nbytes for t in after.values() if t.is_floating_point() and storage_key(t) not in kept)
+            steps.append(Least(flops, read + new, new))
+            state = after
+    return Least(*map(min, zip(*steps, strict=True)))
+
+
+LEAST: dict[str, Callable[[Any, Tensor], Least]] = {
+    "prefill": _of_prefill,
+    "attention": _of_attention,
+    "forward_backward": _of_forward_backward,
+    "train_step": _of_train_step,
+    "decode": _of_decode,
+}
+
+
+def _attending(module: Module, inputs: Tensor, *, gradients: bool = False) -> tuple[int, int]:
+    """The FLOPs of every attend in it as declared, causal work only, and as counted, masked halves included.
+
+    The gradient of a matrix product is two more of its size.
+    """
+    batch, time = inputs.shape[:2]
+    declared = counted = 0
+    for one in (part for part in module.modules() if isinstance(part, Attention)):
+        with torch.no_grad():
+            tensors = one.project(torch.empty(batch, time, one.hidden_dim, device=inputs.device, dtype=one.dtype))
+        if gradients:
+            counted += count_flops(partial(derive, one, [tensor.detach().requires_grad_() for tensor in tensors]))
+        else:
+            with torch.no_grad():
+                counted += count_flops(partial(one.attend, *tensors))
+        declared += (3 if gradients else 1) * one.flops(time, batch)
+    return declared, counted
+
+
+def derive(attention: Attention, tensors: list[Tensor]) -> None:
+    attention.attend(*tensors).sum().backward()
+
+
+def traced(work: Callable[[], Any], held: Iterable[Tensor]) -> tuple[int, int, Any]:
+    """The FLOPs of the matrix products in `work`, how many bytes of what is `held` it reads, and what it returns."""
+    reads = Reads(held)
+    results = []
+
+    def run() -> None:
+        results.append(work())
+
+    with reads:
+        flops = count_flops(run)
+    return flops, sum(reads.bytes.values()), results[0]
+
+
+class Reads(TorchDispatchMode):
+    """How much of each storage in `held` goes into an operation that computes: the most that any one operation takes of it."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held = list(held)  # or a later storage might stand where one stood
+        self.bytes = {storage_key(tensor): 0 for tensor in self.held}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if computes(func) and any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result)):
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and storage_key(leaf) in self.bytes:
+                    key = storage_key(leaf)
+                    self.bytes[key] = max(self.bytes[key], extent(leaf))
+        return result
+
+
+def computes(func: Any) -> bool:
+    """Whether an operation needs the elements of its tensors: no view, no new tensor of the same kind, no look-up of rows."""
+    name = func.overloadpacket.__name__
+    lookup = name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select", "gather")
+    return not (func.is_view or lookup or name == "_unsafe_view" or name.endswith("_like") or name.startswith("new_"))
+
+
+def storage_key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes of the different elements of a view, at most: rows that are repeated or overlap are read once."""
+    elements = span = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+        span += (size - 1) * stride
+    return min(elements, span) * tensor.itemsize
