@@ -109,7 +109,7 @@ class Engine:
             sampling=asdict(comparison.sampling),
             code=self.code,
             ceilings=_ceilings(comparison.device),
-            provenance=machine.provenance(),
+            provenance=machine.provenance(comparison.device.kind),
         )
 
     # --- before the rounds: is it right, what does it hold, about how long does it take ------------
@@ -135,14 +135,15 @@ class Engine:
         declared = cost(self.comparison, contestant)
         held = self._isolated(memory, contestant)
         with Worker(latency, self.comparison, contestant, memory_limit_bytes=self.memory_limit) as worker:
-            result = _started(worker, self.comparison.sampling.timeout_s)
+            result = started = _started(worker, self.comparison.sampling.timeout_s)
             if result.outcome == "ok":
                 result = worker.ask(self.comparison.sampling.turn_s, self.comparison.sampling.timeout_s)
         record = self._record(
             "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared, **(held.value or {})
         )
         if result.outcome == "ok":
-            record["call_s"] = statistics.median(result.value)
+            record["look_s"] = statistics.median(result.value)
+            record["call_s"] = record["look_s"] * started.value["steps"]
             if held.outcome != "ok":
                 record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
         return record
@@ -315,9 +316,9 @@ def latency(comparison: Comparison, contestant: Contestant) -> Generator[Any, fl
     work = prepare(comparison, contestant)
     time = clock(comparison.device.kind)
     yield None
-    seconds = yield {"tokens": work.tokens, "first_call_s": time.first(work.call)}
+    seconds = yield {"tokens": work.tokens, "steps": work.steps, "first_call_s": time.first(work.call) / work.steps}
     while True:
-        seconds = yield time.turn(work.call, seconds)
+        seconds = yield [sample / work.steps for sample in time.turn(work.call, seconds)]
 
 
 def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def row(trial: Record) -> str:
     if trial["outcome"] != "ok":
         return f"{name}{trial['outcome']}: {trial['detail']}"
     held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
-    return f"{name}about {trial['call_s'] * 1e3:8.3f} ms{held}"
+    return f"{name}about {trial['look_s'] * 1e3:8.3f} ms{held}"
 
 
 def main() -> int:
