@@ -39,10 +39,23 @@ SPARE_COLOURS = ("#332288", "#999933", "#44aa99", "#aa4499", "#777777", "#661100
 SPARE_MARKERS = ("h", "p", "X", "d", "H", "8", "*")
 
 HOURGLASS = Shape([(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1)])
-FAILURES: dict[str, str | Shape] = {"oom": "x", "timeout": HOURGLASS, "crash": "*", "unsupported": "_", "uncertified": "$?$"}
+UNEQUAL = Shape([(-1, 0.4), (1, 0.4), (-1, -0.4), (1, -0.4), (-0.6, -1), (0.6, 1)], [1, 2] * 3)
+FAILURES: dict[str, str | Shape] = {
+    "oom": "x",
+    "timeout": HOURGLASS,
+    "crash": "*",
+    "unsupported": "_",
+    "uncertified": "$?$",
+    "impossible": UNEQUAL,
+}
 MARK: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.1, "markeredgecolor": "auto", "linestyle": "none", "clip_on": False}
 
 GREY = "#555555"
+
+# Dark to light, so that the order survives in print, and from blue to yellow, which no colour-blindness confuses.
+SLOWER_TO_FASTER = ("#12306a", "#6a86b8", "#b0b0b0", "#e4ca6c", "#fff6c8")
+# Three that are no attention's, and that are as far apart in grey as in colour.
+PARTS = {"parameters": "#26384a", "activations": "#8ba0b4", "state": "#dfe7ee"}
 RC = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -66,6 +79,7 @@ RC = {
     "legend.borderaxespad": 0.4,
     "legend.handletextpad": 0.1,
     "legend.columnspacing": 1.2,
+    "hatch.linewidth": 0.6,
     "savefig.dpi": 200,
     # Ids in an SVG are random without it, and redrawing would change every file.
     "svg.hashsalt": "bsbr",
