@@ -3,24 +3,31 @@
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bsbr.interface import Attention
+from bsbr.model import TransformerLayer
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
-    *("relative_to", "swept", "sweep_name", "results_dir", "plots_dir"),
+    *("relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir"),
 )
+MATCHES = ("params",)
+MATCHED_WITHIN = 0.01
+SEARCHES = ("max_context",)
+SWEEPS = Path(__file__).resolve().parents[1] / "conf" / "sweep"
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -110,6 +117,8 @@ class Comparison:
     option: dict[str, Any]  # its last part and value, so that an option of one attention can be swept like a setting
     contestants: tuple[Contestant, ...]
     relative_to: str
+    match: str | None  # what is equalised between the contestants
+    search: str | None  # what is looked for, instead of timing this one shape
     workload: dict[str, Any]
     shape: Shape
     model: Model
@@ -120,8 +129,10 @@ class Comparison:
     def settings(self) -> dict[str, str | int]:
         """What all its contestants are measured under, as the table of results names it."""
         model = asdict(self.model)
-        if self.model.scope == "attention":  # of the decoder nothing is built
-            model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads")}
+        if self.model.scope != "model":  # of the decoder no more is built
+            layer = ("ff_dim",) if self.model.scope == "layer" else ()
+            model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads", *layer)}
+        match = {} if self.match is None else {"match": self.match}
         return {
             **self.option,
             "workload": str(self.workload["_target_"]).rpartition(".")[2],
@@ -130,6 +141,7 @@ class Comparison:
             "threads": self.device.threads,
             **asdict(self.shape),
             **model,
+            **match,
         }
 
 
@@ -139,6 +151,8 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     swept: the key that the command varies, which counts where the config names none.
     """
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if "sweeps" in values:
+        raise UsageError("sweep=all is many sweeps, which python -m evals.run makes one after the other; name a single one here")
     attentions = values.get("attention")
     if not attentions:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
@@ -160,20 +174,99 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         option={} if key is None else {key.rpartition(".")[2]: place},
         contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
-        workload=values["workload"],
+        match=_choice("match", values["match"], MATCHES),
+        search=_choice("search", values["search"], SEARCHES),
+        workload=_workload(values["workload"]),
         shape=_shape(values["shape"]),
         model=_model(values["model"]),
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
-    try:
-        get_method(comparison.workload["_target_"])
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"workload._target_ must be a function such as evals.workloads.prefill: {one_sentence(error)}") from error
+    _check_workload(comparison)
     with torch.device("meta"):  # nothing is allocated, whatever the size
         for contestant in comparison.contestants:
             contestant.build(comparison.model)
-    return comparison
+    return comparison if comparison.match is None else matched(comparison)
+
+
+def every_sweep(arguments: Sequence[str]) -> list[list[str]]:
+    """The command's arguments, once for each sweep that they ask for: sweep=all is all those that conf/sweep/all.yaml lists."""
+    if "sweep=all" not in arguments:
+        return [list(arguments)]
+    listed = yaml.safe_load((SWEEPS / "all.yaml").read_text())["sweeps"]
+    return [[f"sweep={name}" if word == "sweep=all" else word for word in arguments] for name in listed]
+
+
+# --- the same number of parameters --------------------------------------------------------------
+
+
+def matched(comparison: Comparison) -> Comparison:
+    """Every contestant with the ff_dim at which a layer of it has the parameters of the reference's, within 1 %.
+
+    Raises UsageError where there is no feed-forward part, no reference, or no such ff_dim.
+    """
+    model = comparison.model
+    if model.scope == "attention":
+        raise UsageError("match=params equalises parameters through ff_dim, which needs model.scope=layer or model, got attention")
+    reference = next((one for one in comparison.contestants if one.name == comparison.relative_to), None)
+    if reference is None:
+        raise UsageError(f"match=params needs the attention relative_to='{comparison.relative_to}' among those compared")
+    target = layer_parameters(reference, model, model.ff_dim)
+    contestants = []
+    for one in comparison.contestants:
+        least = layer_parameters(one, model, 1)
+        step = layer_parameters(one, model, 2) - least
+        ff_dim = model.ff_dim if one == reference else max(1, 1 + round((target - least) / step))
+        closest = least + (ff_dim - 1) * step
+        if abs(closest - target) > MATCHED_WITHIN * target:
+            raise UsageError(
+                f"match=params cannot bring a layer of '{one.name}' within {MATCHED_WITHIN:.0%} of the {target:,} parameters of "
+                f"'{reference.name}': closest is {closest:,}, at ff_dim={ff_dim}; raise model.ff_dim, or leave '{one.name}' out"
+            )
+        contestants.append(replace(one, ff_dim=ff_dim))
+    return replace(comparison, contestants=tuple(contestants))
+
+
+def layer_parameters(contestant: Contestant, model: Model, ff_dim: int) -> int:
+    with torch.device("meta"):
+        layer = TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=lambda **_: contestant.build(model))
+    return sum(parameter.numel() for parameter in layer.parameters())
+
+
+# --- what a config must say ---------------------------------------------------------------------
+
+
+def _choice(key: str, value: Any, known: Sequence[str]) -> str | None:
+    if value is None or value in known:
+        return None if value is None else str(value)
+    raise UsageError(f"{key} must be null or one of {', '.join(known)}, got {value!r}")
+
+
+def _workload(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict) or not isinstance(values.get("_target_"), str):
+        raise UsageError(f"workload must be a mapping with a _target_, such as evals.workloads.prefill, got {values!r}")
+    return values
+
+
+def _check_workload(comparison: Comparison) -> None:
+    """Raises UsageError unless the workload is a function that takes its options and can be measured at this scope."""
+    options = {key: value for key, value in comparison.workload.items() if key != "_target_"}
+    target, scope = comparison.workload["_target_"], comparison.model.scope
+    try:
+        function = get_method(target)
+        inspect.signature(function).bind("module", "inputs", **options)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"workload._target_ must be a function such as evals.workloads.prefill: {one_sentence(error)}") from error
+    except TypeError as error:
+        raise UsageError(f"workload {target} cannot take these options: {one_sentence(error)}") from error
+    scopes = getattr(function, "scopes", SCOPES)
+    if scope not in scopes:
+        raise UsageError(f"workload {target} is measured at model.scope={' or '.join(scopes)} only, got {scope}")
+    shortest = vars(function).get("shortest", {}).get(scope, 1)
+    if comparison.shape.seq_len < shortest:
+        raise UsageError(
+            f"workload {target} of a {scope} needs shape.seq_len of at least {shortest}, got {comparison.shape.seq_len}"
+        )
 
 
 def _shape(values: dict[str, Any]) -> Shape:
@@ -182,10 +275,24 @@ def _shape(values: dict[str, Any]) -> Shape:
 
 
 def _model(values: dict[str, Any]) -> Model:
-    _check_keys("model.", values, names(Model))
+    _check_keys("model.", values, [*names(Model), "head_dim"])
     if values["scope"] not in SCOPES:
         raise UsageError(f"model.scope must be one of {', '.join(SCOPES)}, got {values['scope']!r}")
-    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope"})
+    open_ = [key for key in ("hidden_dim", "num_heads", "head_dim") if values[key] is None]
+    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope" and key not in open_})
+    head_dim = sizes.pop("head_dim", None)
+    if len(open_) > 1:
+        raise UsageError(f"of model.hidden_dim, num_heads and head_dim one may be null, got null for {' and '.join(open_)}")
+    if head_dim is not None:
+        if "hidden_dim" in open_:
+            sizes["hidden_dim"] = sizes["num_heads"] * head_dim
+        elif "num_heads" in open_:
+            sizes["num_heads"] = sizes["hidden_dim"] // head_dim or 1
+        if sizes["hidden_dim"] != sizes["num_heads"] * head_dim:
+            raise UsageError(
+                f"model.hidden_dim must be num_heads times head_dim, got hidden_dim={sizes['hidden_dim']}, "
+                f"num_heads={values['num_heads'] or 'null'}, head_dim={head_dim}; one of the three may be null"
+            )
     return Model(scope=values["scope"], **sizes)
 
 
@@ -199,7 +306,22 @@ def _device(values: dict[str, Any]) -> Device:
     if dtype not in DTYPES:
         raise UsageError(f"device.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     threads = torch.get_num_threads() if values["threads"] is None else values["threads"]
-    return Device(kind=kind, dtype=dtype, **_integers("device", {"threads": threads}))
+    if _integers("device", {"threads": threads})["threads"] > cores():
+        raise UsageError(f"device.threads must be at most {cores()}, the cores that this process may use, got {threads}")
+    return Device(kind=kind, dtype=dtype, threads=threads)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _numbers_of_threads() -> str:
+    """1,2,4,… up to all cores, as a sweep over this machine's threads writes it."""
+    return ",".join(map(str, sorted({2**power for power in range(cores().bit_length())} | {cores()})))
+
+
+OmegaConf.register_new_resolver("numbers_of_threads", _numbers_of_threads, replace=True)
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
@@ -215,9 +337,11 @@ def _sampling(values: dict[str, Any]) -> Sampling:
     return Sampling(**values)
 
 
-def _check_keys(group: str, values: dict[str, Any], expected: Sequence[str]) -> None:
+def _check_keys(group: str, values: Any, expected: Sequence[str]) -> None:
     """Raises UsageError unless `values` has the expected keys and no others."""
     known = ", ".join(group + key for key in expected)
+    if not isinstance(values, dict):
+        raise UsageError(f"{group.rstrip('.')} must be a mapping with the keys {known}, got {values!r}")
     for key in values:
         if key not in expected:
             raise UsageError(f"unknown config key '{group}{key}'; known are {known}")

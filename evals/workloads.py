@@ -5,9 +5,9 @@ The module is what the scope asks for: an `Attention` or a `TransformerLayer`, w
 such as reading a context or the state of an optimizer, is done before the first call.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from hydra.utils import instantiate
@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM, TransformerLayer, TransformerModel
-from evals.config import Comparison, Contestant
+from evals.config import MATCHED_WITHIN, Comparison, Contestant
 from evals.measure import count_flops
 
+F = TypeVar("F", bound=Callable[..., object])
 Module = Attention | TransformerLayer | CausalLM
 
 
@@ -36,6 +37,16 @@ class Work(NamedTuple):
     steps: int = 1
 
 
+def only(**limits: object) -> Callable[[F], F]:
+    """Notes on a workload where it can be measured: `scopes`, all that there are; `shortest`, the least seq_len at a scope."""
+
+    def note(workload: F) -> F:
+        vars(workload).update(limits)
+        return workload
+
+    return note
+
+
 def prefill(module: Module, inputs: Tensor) -> Work:
     """One forward pass over the whole sequence, without gradients; of a model, with the logits of the next token alone."""
     module.eval()
@@ -47,6 +58,7 @@ def prefill(module: Module, inputs: Tensor) -> Work:
     return Work(call, tokens_in(inputs))
 
 
+@only(scopes=("attention",))
 def attention(module: Attention, inputs: Tensor) -> Work:
     """The function alone, without gradients: `attend` on tensors that were projected before."""
     module.eval()
@@ -60,6 +72,7 @@ def attention(module: Attention, inputs: Tensor) -> Work:
     return Work(call, tokens_in(inputs))
 
 
+@only(shortest={"model": 2})  # its loss is of next tokens
 def forward_backward(module: Module, inputs: Tensor) -> Work:
     """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs.
 
@@ -78,6 +91,7 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
     return Work(call, tokens_in(inputs))
 
 
+@only(shortest={"model": 2})  # its loss is of next tokens
 def train_step(module: Module, inputs: Tensor) -> Work:
     """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
     gradients = forward_backward(module, inputs).call
@@ -219,6 +233,27 @@ def cost(comparison: Comparison, contestant: Contestant) -> dict[str, int]:
     if model.scope != "attention":
         costs["ff_dim"] = model.ff_dim if contestant.ff_dim is None else contestant.ff_dim
     return costs
+
+
+def unmatched(comparison: Comparison) -> list[str]:
+    """What the contestants differ in by more than 1 %, in words, to stand beside a plot of them."""
+    return differing({one.name: cost(comparison, one) for one in comparison.contestants}, comparison.relative_to)
+
+
+def differing(costs: Mapping[str, Mapping[str, float]], relative_to: str) -> list[str]:
+    """`unmatched`, from every contestant's parameter_bytes, flops and state_bytes: "parameters 1× to 1.5× (bsbr)".
+
+    The ratios are to `relative_to`, or to the first contestant where it is not among them.
+    """
+    reference = costs.get(relative_to) or next(iter(costs.values()))
+    words = []
+    for key, name in (("parameter_bytes", "parameters"), ("flops", "FLOPs"), ("state_bytes", "state")):
+        ratios = {one: costs[one][key] / reference[key] for one in costs if reference[key]}
+        ends = [end(ratios, key=ratios.__getitem__) for end in (min, max)] if ratios else []
+        told = [f"{ratios[one]:.2g}× ({one})" for one in ends if abs(ratios[one] - 1) > MATCHED_WITHIN]
+        if told:
+            words.append(f"{name} {' to '.join(told if len(told) == 2 else ['1×', *told])}")
+    return words
 
 
 def least(comparison: Comparison, module: Module) -> Least:
