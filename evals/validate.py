@@ -1,0 +1,171 @@
+"""`python -m evals.validate aa slowdown clock`: is the instrument right, on this machine, today?
+
+aa        compares attentions with themselves: how often does an interval hold 1, how often is anything called faster or slower
+slowdown  makes one of two equal attentions slower on purpose: how often is it found
+clock     holds latencies against torch.utils.benchmark
+
+Exit code 1 if one of them finds less than it should.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+from bsbr.interface import Attention
+from evals import cli, table
+from evals.config import Comparison, Contestant, UsageError, read_comparison
+from evals.engine import Engine
+from evals.ledger import Ledger
+from evals.measure import clock
+from evals.worker import run_isolated
+from evals.workloads import prepare
+
+NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
+
+
+# --- of things that are equal, none is faster -----------------------------------------------------
+
+
+def aa(count: int, budget_s: float) -> bool:
+    """Of `count` comparisons of an attention with itself, 92.5 % hold 1 and at most 2 % are called faster or slower."""
+    held = wrong = 0
+    for number in tqdm(range(count), desc="aa", disable=None):
+        chance = random.Random(number)
+        row = against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), budget_s, number, slower=1.0)
+        held += row["speedup_low"] <= 1 <= row["speedup_high"]
+        wrong += row["verdict"] in ("faster", "slower")
+    print(f"aa: {held} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
+    print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
+    return held >= 0.925 * count and wrong <= 0.02 * count
+
+
+def slowdown(count: int, budget_s: float, factor: float = 1.05) -> bool:
+    """Of `count` comparisons with an attention that takes 5 % longer, 9 of 10 call it slower."""
+    found, shown = 0, []
+    for number in tqdm(range(count), desc="slowdown", disable=None):
+        chance = random.Random(number)
+        row = against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), budget_s, number, slower=factor)
+        found += row["verdict"] == "slower"
+        interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
+        shown.append(f"{row['relative_to']} at {row['seq_len']}: {interval}, {row['verdict']}")
+    print(f"slowdown: {found} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
+    print(*shown, sep="\n")
+    return found >= 0.9 * count
+
+
+def against_itself(name: str, seq_len: int, budget_s: float, seed: int, *, slower: float) -> dict[str, Any]:
+    """The row of an attention that runs against itself, which takes `slower` times as long."""
+    node = f"{{_target_: evals.validate.slowed, _recursive_: false, factor: {slower}, of: ${{attention.{name}}}}}"
+    options = (f"shape.seq_len={seq_len}", f"sampling.budget_s={budget_s}", f"sampling.seed={seed}", f"relative_to={name}")
+    comparison = composed(f"attention=[{name}]", f"+attention.again={node}", *options)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "samples.jsonl")
+        for _ in Engine(comparison, ledger, CERTIFICATES).run(lambda _words, _part: None):
+            pass
+        rows = table.results(ledger.read()[0])
+    row = {str(column): value for column, value in rows[rows["attention"] == "again"].iloc[0].items()}
+    if row["outcome"] != "ok":
+        raise UsageError(f"{name} against itself ended as {row['outcome']}: {row['detail']}")
+    return row
+
+
+CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
+
+
+def slowed(factor: float, of: dict[str, Any], hidden_dim: int, num_heads: int) -> Attention:
+    """An attention whose `forward` takes `factor` times as long."""
+    attention: Attention = instantiate(of, hidden_dim=hidden_dim, num_heads=num_heads)
+    if factor == 1:
+        return attention
+    whole = type(attention).forward
+
+    def forward(self: Attention, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        start = time.perf_counter()
+        output = whole(self, hidden_states, attention_mask)
+        end = start + factor * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+        return output
+
+    attention.forward = types.MethodType(forward, attention)  # type: ignore[method-assign]
+    return attention
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def clock_agrees() -> bool:
+    """Latencies agree within 3 % with torch.utils.benchmark on five shapes."""
+    agree = True
+    for name, seq_len in (("standard", 512), ("bsbr", 1000), ("linear", 2048), ("delta_net", 300), ("gau", 4096)):
+        comparison = composed(f"attention=[{name}]", f"shape.seq_len={seq_len}")
+        result = run_isolated(both_clocks, comparison, comparison.contestants[0], timeout_s=120.0)
+        if result.outcome != "ok":
+            raise UsageError(f"{name} ended as {result.outcome}: {result.detail}")
+        ours, theirs = result.value
+        agree &= abs(math.log(ours / theirs)) < 0.03
+        shown = f"{ours * 1e3:.3f} ms, torch.utils.benchmark {theirs * 1e3:.3f} ms"
+        print(f"clock: {name} at {seq_len}: {shown}, ratio {ours / theirs:.4f}")
+    return agree
+
+
+def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, float]:
+    """Median seconds by our clock and by torch's, which take turns."""
+    call = prepare(comparison, contestant).call
+    ours = clock(comparison.device.kind)
+    ours.first(call)
+    timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
+    pairs = []
+    for _ in range(40):
+        mine = statistics.median(ours.turn(call, 0.05))
+        pairs.append((mine, timer.timeit(max(1, round(0.05 / mine))).median))
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> Comparison:
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return read_comparison(compose("config", list(overrides)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
+    parser.add_argument("checks", nargs="+", choices=("aa", "slowdown", "clock"))
+    parser.add_argument("--count", type=int, help="of comparisons (default: 200 for aa, 10 for slowdown)")
+    parser.add_argument("--budget-s", type=float, default=14.0, help="of each comparison (default: that of the sweeps)")
+    options = parser.parse_args(arguments)
+    checks: dict[str, Callable[[], bool]] = {
+        "aa": lambda: aa(options.count or 200, options.budget_s),
+        "slowdown": lambda: slowdown(options.count or 10, options.budget_s),
+        "clock": clock_agrees,
+    }
+    try:
+        passed = [checks[name]() for name in options.checks]
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    __spec__ = None  # type: ignore[assignment]
+    from evals.validate import main as command
+
+    sys.exit(command())
