@@ -186,8 +186,6 @@ def test_layer_parameters_are_counted_by_hand() -> None:
         ),
         (["+workload.foo=3"], "workload evals.workloads.prefill cannot take these options: .*'foo'"),
         (["~workload._target_"], r"workload must be a mapping with a _target_, such as evals.workloads.prefill, got \{\}"),
-        (["workload=null"], "workload must be a mapping with a _target_, such as evals.workloads.prefill, got None"),
-        (["shape=null"], "shape must be a mapping with the keys shape.batch_size, shape.seq_len, got None"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
@@ -196,3 +194,11 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
         read(*small, *arguments)
     assert re.search(sentence, str(refusal.value))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("group", ["shape", "model", "device", "sampling", "workload"])
+def test_a_group_that_is_no_mapping(group: str) -> None:
+    cfg = compose("config", [])
+    cfg[group] = 3
+    with pytest.raises(UsageError, match=f"^{group} must be a mapping with .*, got 3$"):
+        read_comparison(cfg)
