@@ -270,7 +270,7 @@ def shown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
         ["ratio", *map(_times, rows["ratio"])],
         ["low", *map(_times, rows["ratio_low"])],
         ["high", *map(_times, rows["ratio_high"])],
-        ["floor", *("" if math.isnan(floor) else f"{floor:.1%}" for floor in rows["noise_floor"])],
+        ["floor", *("" if math.isnan(floor) else f"{floor:.1%}" if floor < 1 else ">99%" for floor in rows["noise_floor"])],
         ["verdict", *rows["verdict"]],
     ]
     blocks = [
@@ -293,7 +293,9 @@ def _values(cells: Sequence[Cell], name: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    return "" if math.isnan(ratio) else f"{ratio:.{3 if ratio < 2 else 2 if ratio < 10 else 1}f}x"
+    if not ratio < 1000:
+        return "" if math.isnan(ratio) else ">999x"
+    return f"{ratio:.{3 if ratio < 2 else 2 if ratio < 10 else 1}f}x"
 
 
 def _labels(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[str]:
@@ -330,9 +332,10 @@ def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path
         if word.lstrip("+").partition("=")[0] in OURS:
             raise UsageError(f"{word} cannot be given with --base, which sets {', '.join(OURS)} itself; --rounds says how many")
     commit = _checked(["git", "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}"], ROOT, f"'{rev}' is no commit of {ROOT}")
+    place = Path("results/compare")
     names = (f"{commit[:12]}-{number}" if number else commit[:12] for number in itertools.count())
-    folder = next(place for name in names if not (place := Path("results/compare") / name).exists())  # older results stay
-    options = [f"{key}='{place.resolve()}'" for key, place in (("results_dir", folder), ("plots_dir", folder / "plots"))]
+    folder = next(place / name for name in names if not (place / name).exists())  # older results stay
+    options = [f"{key}='{place.resolve()}'" for key in ("results_dir", "plots_dir")]  # and share their certificates
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that this ends in good order too
     with _worktree(commit) as base:
         sides = [("base", base), ("here", ROOT)]
@@ -346,7 +349,15 @@ def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path
             random.Random(f"{commit} {number}").shuffle(sides)
             for name, tree in sides:
                 print(f"round {number}/{rounds}: {name}", file=sys.stderr)
-                command = [sys.executable, "-m", "evals.run", *overrides, *options, f"sweep_name={name}", *until(number)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "evals.run",
+                    *overrides,
+                    *options,
+                    f"sweep_name={folder.name}/{name}",
+                    *until(number),
+                ]
                 _checked(command, tree, f"{name} cannot be measured")
     return folder / "base", folder / "here"
 
@@ -398,13 +409,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--base", metavar="REV", help="measure this commit, and then the working tree as B")
     parser.add_argument("--rounds", type=int, default=10, help="with --base: rounds of each (default: 10)")
     parser.add_argument("--threshold", default="5%", help="what may get worse without exit code 1 (default: 5%%)")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
-    options, rest = parser.parse_known_args(arguments)
     try:
+        options, rest = parser.parse_known_args(arguments)
         threshold = fraction(options.threshold)
         if options.base is None and (len(rest) != 2 or any(word.startswith("-") for word in rest)):
             raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
@@ -413,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = compare(a, b)
         if options.csv:
             rows.to_csv(options.csv, index=False)
-    except UsageError as error:
+    except (UsageError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
