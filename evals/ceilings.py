@@ -1,0 +1,253 @@
+"""What this machine can do at most, measured; and what follows: the least time that a call can take.
+
+The roofline (Williams 2009, doi:10.1145/1498765.1498785): work of F operations that must move B bytes takes no less than
+max(F / peak, B / bandwidth). Both rates are measured here and not read off a data sheet, and both are then bounds from one
+side only: a machine is at least as fast as it was seen to be. So wherever there is a choice, the faster figure counts, and
+a sample is called impossible only where it beats even that by more than what such figures were seen to vary by.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+import psutil
+import torch
+
+from evals.config import Device
+
+Call = Callable[[], object]
+
+TOLERANCE = 0.3
+"""How much faster than the ceilings a sample may be before it is called impossible.
+
+Measured on a virtual machine of 2 cores with up to 5 other processes at work: what one thread alone reached at best in one
+second varied from 55 to 102 GFLOP/s in float32, the best of 3 seconds from 69 to 102. The best attention kernel there is for
+this CPU comes to two thirds of the ceiling, and what does not do its work is faster by many times.
+"""
+
+RESOLUTION_S = 1e-6
+"""Of a clock's reading: events of CUDA resolve 0.5 µs, at either end."""
+
+SMALLEST = 2**16
+LARGEST = {"cpu": 2**28, "cuda": 2**30}
+"""Working sets in bytes, from one that a core holds to one that hardly a cache does."""
+
+Ladder = tuple[tuple[int, float], ...]
+"""(working set in bytes, bytes read and written per second), working sets ascending."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The highest rates seen, of one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
+
+    What all threads were seen to do is what a call can hope for. What bounds it is `threads` times one alone: threads that
+    wait for each other are slowed down by any other process for as long as it is there (seen: 2 threads on 2 busy cores at
+    1 of 187 GFLOP/s), while a short piece of work of one thread finds its moment.
+    """
+
+    flops_per_s: float
+    bytes_per_s: Ladder
+    threads: int
+    thread_flops_per_s: float
+    thread_bytes_per_s: Ladder
+
+    def __post_init__(self) -> None:
+        for ladder in (self.bytes_per_s, self.thread_bytes_per_s):
+            sizes = [size for size, _ in ladder]
+            if not sizes or sizes != sorted(set(sizes)):
+                raise ValueError(f"working sets must be different and ascend, and there must be one, got {sizes}")
+        rates = [rate for ladder in (self.bytes_per_s, self.thread_bytes_per_s) for _, rate in ladder]
+        if not all(rate > 0 for rate in (self.flops_per_s, self.thread_flops_per_s, self.threads, *rates)):
+            raise ValueError(f"rates and threads must be positive, got {self}")
+
+    def as_record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """The inverse of `as_record`, also when JSON lay between."""
+        ladders = {key: tuple((int(size), float(rate)) for size, rate in value) for key, value in record.items() if "bytes" in key}
+        return cls(**{**record, **ladders})
+
+
+def highest(*measured: Ceilings) -> Ceilings:
+    """What was seen at best. One measurement may fall into a busy second; the best of one each round seldom does."""
+    if len({ceilings.threads for ceilings in measured}) != 1:
+        raise ValueError(f"there must be ceilings, all of the same number of threads, got {[one.threads for one in measured]}")
+    return Ceilings(
+        max(ceilings.flops_per_s for ceilings in measured),
+        _highest(ceilings.bytes_per_s for ceilings in measured),
+        measured[0].threads,
+        max(ceilings.thread_flops_per_s for ceilings in measured),
+        _highest(ceilings.thread_bytes_per_s for ceilings in measured),
+    )
+
+
+def _highest(ladders: Iterable[Ladder]) -> Ladder:
+    rates: dict[int, float] = {}
+    for ladder in ladders:
+        for size, rate in ladder:
+            rates[size] = max(rate, rates.get(size, 0.0))
+    return tuple(sorted(rates.items()))
+
+
+def bandwidth(least_bytes: float, ladder: Ladder) -> float:
+    """What touches `least_bytes` or more moves no more bytes per second than this.
+
+    It is the highest rate of any working set from the next smaller one on: what fits less well into the caches is not
+    faster. So it never rises with `least_bytes`, and errs to the fast side between two steps of the ladder.
+    """
+    start = max((size for size, _ in ladder if size <= least_bytes), default=0)
+    return max(rate for size, rate in ladder if size >= start)
+
+
+# --- what follows from them ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least seconds of a call by what all threads were seen to do, and which ceiling says so.
+
+    provable_s: the least by what bounds them, never more than `seconds`.
+    """
+
+    seconds: float
+    limit: Literal["compute", "memory"]
+    provable_s: float
+
+    def fraction(self, latency_s: float) -> float | None:
+        """Which part of the ceiling a call reached, at most 1; None where it beat what was seen, so that this says nothing."""
+        return self.seconds / latency_s if self.seconds <= latency_s else None
+
+
+def floor(flops: float, least_bytes: float, ceilings: Ceilings) -> Floor:
+    """max(flops / peak, least_bytes / bandwidth).
+
+    flops: that the work needs, however it is done. least_bytes: that must be read or written at least once, such as
+    parameters, inputs and outputs.
+    """
+    if not (flops >= 0 and least_bytes >= 0):
+        raise ValueError(f"FLOPs and bytes must not be negative, got {flops} and {least_bytes}")
+    compute_s = flops / ceilings.flops_per_s
+    memory_s = least_bytes / bandwidth(least_bytes, ceilings.bytes_per_s)
+    # Each thread touches its share, which fits into a smaller cache, and that is its own.
+    share = 1 / ceilings.threads
+    provable_s = max(
+        share * flops / ceilings.thread_flops_per_s,
+        share * least_bytes / bandwidth(share * least_bytes, ceilings.thread_bytes_per_s),
+    )
+    seconds = max(compute_s, memory_s)
+    return Floor(seconds, "compute" if compute_s > memory_s else "memory", min(seconds, provable_s))
+
+
+def impossible(latency_s: float, least: Floor, tolerance: float = TOLERANCE) -> str | None:
+    """Why a sample cannot be, in words that name both numbers; None if it can, or if that cannot be proven."""
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be a fraction from 0 to below 1, got {tolerance}")
+    if latency_s + RESOLUTION_S >= (1 - tolerance) * least.provable_s:
+        return None
+    return (
+        f"faster than physics: a call took {latency_s:.3g} s, but its FLOPs and bytes take at least {least.provable_s:.3g} s at "
+        f"this machine's highest rates (tolerance {tolerance:.0%}): it does not do the work, is not waited for, or declares too much"
+    )
+
+
+def implausible_peak(peak_bytes: int, must_hold_bytes: int) -> str | None:
+    """Why a peak of memory cannot be, in words that name both numbers; None if it can. Without tolerance: bytes are counted.
+
+    must_hold_bytes: that must exist at one moment of the call and did not before it, such as its output.
+    """
+    if peak_bytes >= must_hold_bytes:
+        return None
+    return f"less memory than it must hold: a peak of {peak_bytes} bytes, where its output alone takes {must_hold_bytes}"
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def measure_ceilings(device: Device, seconds: float = 0.8) -> Ceilings:
+    """The best of what is tried over and over for about `seconds`. Meant for a process of its own: it sets the threads.
+
+    Everything is tried in turns, so that a busy tenth of a second spoils a try of each and not all tries of one. Caches are
+    warm, and bytes are counted as a caller sees them: a copy of 1 MiB moves 2, whatever the cache does besides.
+    """
+    counts = [1] if device.kind == "cuda" else sorted({1, device.threads})
+    passes = list(_passes(device.kind))
+    flops_per_s = dict.fromkeys(counts, 0.0)
+    bytes_per_s = {threads: {size: 0.0 for size, _ in passes} for threads in counts}
+    tries: list[Callable[[], None]] = []
+
+    def product(threads: int, flops: float, call: Call) -> None:
+        torch.set_num_threads(threads)
+        flops_per_s[threads] = max(flops_per_s[threads], flops / _seconds(call, device.kind))
+
+    def pass_over(threads: int, size: int, call: Call) -> None:
+        torch.set_num_threads(threads)
+        calls = max(1, 2**22 // size)  # short ones many times, for a clock's reading to be nothing beside them
+        bytes_per_s[threads][size] = max(bytes_per_s[threads][size], calls * size / _seconds(call, device.kind, calls))
+
+    for threads in counts:
+        torch.set_num_threads(threads)
+        tries += [partial(product, threads, flops, call) for flops, call in _products(device)]
+        tries += [partial(pass_over, threads, size, call) for size, call in passes]
+    end = time.perf_counter() + seconds
+    for number, attempt in enumerate(itertools.cycle(tries)):
+        if number >= len(tries) and time.perf_counter() >= end:
+            break
+        attempt()
+    one, every = counts[0], counts[-1]
+    ladders = {threads: tuple(sorted(rates.items())) for threads, rates in bytes_per_s.items()}
+    # Whatever one thread does, several can do too: they only need not to share it.
+    return Ceilings(max(flops_per_s.values()), _highest(ladders.values()), every, flops_per_s[one], ladders[one])
+
+
+def _products(device: Device) -> Iterator[tuple[float, Call]]:
+    """Square matrix products and their FLOPs, from a small one to one that takes milliseconds.
+
+    Of the dtype and of float32, since a variant may compute in more precision than it is given, and float16 on a CPU is
+    the slower one. On CUDA float32 means TF32, which kernels are free to use. Of random numbers: zeros switch fewer
+    transistors, and are faster on a GPU.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for dtype in dict.fromkeys([device.torch_dtype, torch.float32] if device.dtype != "float64" else [torch.float64]):
+        n = {"cpu": 256, "cuda": 1024}[device.kind]
+        seconds = 0.0
+        while seconds < 0.004:
+            a, b = (torch.randn(n, n, device=device.kind).to(dtype) for _ in range(2))
+            call = partial(torch.mm, a, b, out=torch.empty_like(a))
+            yield 2.0 * n**3, call
+            seconds = min(_seconds(call, device.kind) for _ in range(2))
+            n *= 2
+
+
+def _passes(kind: str) -> Iterator[tuple[int, Call]]:
+    """Copying and reading, and how many bytes each moves: all of its working set once. Either may be the faster one."""
+    free = psutil.virtual_memory().available if kind == "cpu" else torch.cuda.mem_get_info()[0]
+    sizes = [SMALLEST]
+    while 2 * sizes[-1] <= min(LARGEST[kind], free // 4):
+        sizes.append(2 * sizes[-1])
+    buffer = torch.ones(sizes[-1] // 4, dtype=torch.float32, device=kind)
+    for size in sizes:
+        words = buffer[: size // 4]
+        source, target = words.chunk(2)
+        yield size, partial(target.copy_, source)
+        yield size, partial(torch.sum, words)
+
+
+def _seconds(call: Call, kind: str, calls: int = 1) -> float:
+    """Of so many calls; on CUDA between events, with the host queuing ahead of the device."""
+    if kind == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - begin
