@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import ttest_ind
 
 from evals import compare
@@ -24,11 +25,10 @@ from evals.config import UsageError
 from evals.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
+Numbers = Sequence[float] | NDArray[np.float64]
 
 
-def cell(
-    logs: Sequence[float], times: Sequence[float] = (), *, attention: str = "bsbr", floor: float = 0.0, **settings: Any
-) -> Cell:
+def cell(logs: Numbers, times: Sequence[float] = (), *, attention: str = "bsbr", floor: float = 0.0, **settings: Any) -> Cell:
     return Cell(
         attention=attention,
         settings={"seq_len": 512, **settings},
@@ -43,7 +43,7 @@ def cell(
     )
 
 
-def in_turns(a: Sequence[float], b: Sequence[float], **other: Any) -> tuple[Cell, Cell]:
+def in_turns(a: Numbers, b: Numbers, **other: Any) -> tuple[Cell, Cell]:
     """Round r of A at 20 r seconds, of B 10 seconds later."""
     return cell(a, [20.0 * r for r in range(len(a))], **other), cell(b, [20.0 * r + 10 for r in range(len(b))], **other)
 
@@ -202,7 +202,7 @@ def write(folder: Path, made: Sequence[Made], *, processor: str = "P", start: in
         settings = {"workload": "prefill", "seq_len": 512, **one.settings, "processor": processor, "torch": "2.13"}
         of = {"comparison": f"id{number}", "attention": one.attention}
         described = {"settings": settings, "contestants": {one.attention: {"_target_": one.attention}}}
-        records = [
+        records: list[dict[str, Any]] = [
             {"kind": "comparison", "comparison": f"id{number}", **described, "provenance": {"host": "h", "commit": "c" * 40}}
         ]
         for index, middle in enumerate(one.rounds if one.outcome == "ok" else ()):
@@ -245,6 +245,21 @@ def test_exit_code_is_1_where_it_is_slower_by_more_than_the_threshold(
     assert f"{1 / factor:.3f}x" in out
     assert ("regression: bsbr takes" in out) == bool(code)
     assert "not interleaved" in out
+
+
+def test_where_nothing_was_measured_against_itself_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write(tmp_path / "a", [Made(floor=None)]), write(tmp_path / "b", [Made(floor=None, rounds=slowed(1.2))], start=1000)
+    code, out, _ = said(capsys, a, b)
+    assert code == 1
+    assert "Where there is no floor, nothing was measured against itself." in out
+
+
+def test_a_missing_folder_for_the_rows_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
+    code, _, err = said(capsys, a, b, "--csv", tmp_path / "nowhere" / "rows.csv")
+    assert code == 2
+    assert "nowhere" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_folders_of_interleaved_rounds_are_paired_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
