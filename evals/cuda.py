@@ -86,6 +86,10 @@ class CudaClock:
     LONGEST_SLEEP_S = 0.1
     """Work that takes the host longer than this leaves the device idle in use, too; hiding it would double the time of all."""
 
+    TRIES = 5
+    """The device is kept busy twice as long after a sample that was exposed. One is a host that was disturbed; so many in a
+    row, the last of 16 times what should do, are work that cannot be hidden."""
+
     CALIBRATION_CYCLES = 1_000_000
 
     def __init__(self, work: Work, mode: Literal["eager", "graph"] = "eager", device: Device | None = None) -> None:
@@ -97,10 +101,10 @@ class CudaClock:
         self._ready = False
         self._cycles_per_s = 0.0
         self._sleep_s = 0.0
-        self._failures = 0  # in a row, to hide what the host does
+        self._exposed = 0  # samples in a row
         self.hides_launches = True
-        """False once keeping the device busy, longer each time, has failed: the work waits for the device (`.item()`, a copy
-        to the host), or queues more than a device holds (some 1000 launches), or takes the host too long."""
+        """False once keeping the device busy has failed `TRIES` times in a row: the work waits for the device (`.item()`, a
+        copy to the host), queues more than a device holds (some 1000 launches), or takes the host too long."""
 
     def first_call(self) -> float:
         """Wall seconds of the first call, to the end of its work on the device: loading, compiling and tuning are in it.
@@ -154,34 +158,25 @@ class CudaClock:
 
     def _sample(self, burst: Burst) -> None:
         device = self._device
-        slept_s = self._sleep_s if self.hides_launches else 0.0
-        begin = device.now()
-        if slept_s:
-            device.sleep(int(slept_s * self._cycles_per_s))
+        if self.hides_launches:
+            sleep_s = min(self._sleep_s * 2**self._exposed, self.LONGEST_SLEEP_S)
+            device.sleep(int(sleep_s * self._cycles_per_s))
         device.flush()
         start = device.mark()
         called = device.now()
         self._work()
         returned = device.now()
         stop = device.mark()
+        # Not yet there, the device had all of the call before it when it came to it.
         exposed = start.passed()
-        queued_s = device.now() - begin
         device.synchronise()
         if exposed:
             burst.exposed.append(len(burst.device_s))
-            self._sleep_longer(queued_s)
-        else:
-            self._failures = 0
+        self._exposed = self._exposed + 1 if exposed else 0
+        if self._exposed >= self.TRIES:
+            self.hides_launches = False
         burst.device_s.append(stop.seconds_since(start))
         burst.host_s.append(returned - called)
-
-    def _sleep_longer(self, queued_s: float) -> None:
-        """Once may be a host that was busy; but what still is exposed when the device sleeps ever longer waits for it."""
-        self._failures += 1
-        wanted = max(self._sleep_s, self.MARGIN * queued_s)
-        if self._failures > 3 or wanted > self.LONGEST_SLEEP_S:
-            self.hides_launches = False
-        self._sleep_s = min(wanted, self.LONGEST_SLEEP_S)
 
     def _calibrate(self) -> None:
         """How fast the device's cycles pass, and how long the host takes to queue a sample."""
@@ -201,8 +196,7 @@ class CudaClock:
             device.mark()
             queued.append(device.now() - begin)
             device.synchronise()
-        # The least: work that waits for the device would otherwise be slept for as long as it waits.
-        self._sleep_s = min(self.MARGIN * min(queued), self.LONGEST_SLEEP_S)
+        self._sleep_s = self.MARGIN * min(queued)  # the least: what disturbs a host makes it slower
 
     def _check_ready(self) -> None:
         if not self._ready:

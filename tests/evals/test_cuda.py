@@ -183,23 +183,27 @@ def test_a_queue_that_is_full_is_found_out() -> None:
     assert not clock.hides_launches
 
 
-def test_a_host_that_was_busy_once_is_labelled_once_and_recovered_from() -> None:
+@pytest.mark.parametrize("pause_s", [3e-3, 30.0])
+def test_a_host_that_was_stopped_once_is_labelled_once_and_changes_nothing(pause_s: float) -> None:
     device = Simulated(launch_s=5 * US)
     calls = 0
 
     def work() -> None:
         nonlocal calls
         calls += 1
+        kernels(device, 5, 10 * US)()
         if calls == 10:
-            device.time += 3e-3  # another process had the processor
+            device.time += pause_s
         kernels(device, 5, 10 * US)()
 
     clock = ready(work, device)
+    begin = device.now()
     burst = clock.burst(count=20)
     assert len(burst.exposed) == 1
     assert clock.hides_launches
     hidden = [seconds for position, seconds in enumerate(burst.device_s) if position not in burst.exposed]
-    assert hidden == pytest.approx([50 * US] * 19)
+    assert hidden == pytest.approx([100 * US] * 19)
+    assert device.now() - begin - pause_s < 21 * 1e-3
 
 
 def test_work_that_takes_the_host_very_long_is_not_hidden_at_any_price() -> None:
@@ -209,7 +213,27 @@ def test_work_that_takes_the_host_very_long_is_not_hidden_at_any_price() -> None
     burst = clock.burst(count=10)
     assert not clock.hides_launches
     assert len(burst.exposed) == 10
-    assert device.now() - begin < 10 * 0.2 + 3 * 0.2 + 10 * clock.LONGEST_SLEEP_S
+    assert device.now() - begin < (3 + 10) * 0.21 + clock.TRIES * clock.LONGEST_SLEEP_S
+
+
+def test_a_sample_never_hides_by_being_dropped() -> None:
+    """Every call that a burst makes is a sample of it, labelled or not."""
+    device = Simulated()
+    calls = 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            device.synchronise()
+        device.launch(10 * US)
+
+    clock = ready(work, device)
+    clock.burst(count=1)
+    before = calls
+    burst = clock.burst(count=30)
+    assert calls - before == len(burst.device_s) == len(burst.host_s) == 30
+    assert 0 < len(burst.exposed) < 30
 
 
 def test_a_graph_is_captured_once_and_replayed() -> None:
