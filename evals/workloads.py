@@ -79,33 +79,45 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
     What is derived is the next-token loss of a model, and the sum of the outputs of an attention or a layer, which
     as part of a model would have to pass a gradient on to what stands before it.
     """
-    module.train()
-    inputs = inputs.requires_grad_(inputs.is_floating_point())
+    backward, forget = _gradients(module, inputs)
 
     def call() -> None:
-        module.zero_grad(set_to_none=True)
-        inputs.grad = None
-        loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
-        loss.backward()
+        backward()
+        forget()
 
     return Work(call, tokens_in(inputs))
 
 
-@only(shortest={"model": 2})  # its loss is of next tokens
+@only(shortest={"model": 2})
 def train_step(module: Module, inputs: Tensor) -> Work:
     """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
-    gradients = forward_backward(module, inputs).call
+    backward, forget = _gradients(module, inputs)
     # The batch is always the same: at this rate thousands of steps leave the weights, and with them the time, as they are.
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
 
     def call() -> None:
-        gradients()
+        backward()
         optimizer.step()
+        forget()
 
     call()
-    module.zero_grad(set_to_none=True)
-    inputs.grad = None
     return Work(call, tokens_in(inputs))
+
+
+def _gradients(module: Module, inputs: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Makes the gradients of one forward pass, and drops them: a call that left them would begin with what the first did not."""
+    module.train()
+    inputs = inputs.requires_grad_(inputs.is_floating_point())
+
+    def backward() -> None:
+        loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
+        loss.backward()
+
+    def forget() -> None:
+        module.zero_grad(set_to_none=True)
+        inputs.grad = None
+
+    return backward, forget
 
 
 def decode(module: Module, inputs: Tensor) -> Work:
