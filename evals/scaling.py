@@ -140,9 +140,8 @@ def local_slopes(sizes: Sequence[float], rounds: Rounds, *, exact: bool = False,
     two sizes there is no third that could tell scatter from slope. Raises ValueError as `fit_scaling`.
     """
     n, values = _checked(sizes, rounds)
-    logs = [np.log(one) for one in values]
     gaps = np.diff(np.log(n))
-    mean, variance, freedom = _moments(logs, exact)
+    mean, variance, freedom = _moments([np.log(one) for one in values], exact)
     slopes = np.diff(mean) / gaps
     halves = _half(variance[:-1], variance[1:], freedom[:-1], freedom[1:], confidence) / gaps
     return [Interval(float(s), float(s - half), float(s + half)) for s, half in zip(slopes, halves, strict=True)]
