@@ -150,12 +150,17 @@ def test_the_cache_is_flushed_before_every_sample_and_its_time_is_not_counted() 
     assert device.log[-16:] == ["sleep", "flush", "mark", "mark"] * 4
 
 
-@pytest.mark.parametrize("hertz", [3e8, 1.98e9])
+@pytest.mark.parametrize("hertz", [1e8, 1.98e9, 4e10])
 def test_the_device_is_kept_busy_in_its_own_cycles(hertz: float) -> None:
     device = Simulated(launch_s=20 * US, hertz=hertz)
-    burst = ready(kernels(device, 50, 1 * US), device).burst(count=3)
+    clock = ready(kernels(device, 50, 1 * US), device)
+    clock.warm()
+    begin = device.now()
+    burst = clock.burst(count=3)
     assert burst.exposed == []
     assert burst.device_s == pytest.approx([50 * US] * 3)
+    queuing_s = 54 * 20 * US
+    assert device.now() - begin < 3 * 3 * queuing_s
 
 
 def test_work_that_waits_for_the_device_is_found_out_and_ends() -> None:
@@ -204,6 +209,22 @@ def test_a_host_that_was_stopped_once_is_labelled_once_and_changes_nothing(pause
     hidden = [seconds for position, seconds in enumerate(burst.device_s) if position not in burst.exposed]
     assert hidden == pytest.approx([100 * US] * 19)
     assert device.now() - begin - pause_s < 21 * 1e-3
+
+
+def test_a_host_that_is_stopped_now_and_then_does_not_end_the_hiding() -> None:
+    device = Simulated()
+    calls = 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            device.time += 3e-3
+        device.launch(10 * US)
+
+    clock = ready(work, device)
+    assert len(clock.burst(count=50).exposed) == 10
+    assert clock.hides_launches
 
 
 def test_work_that_takes_the_host_very_long_is_not_hidden_at_any_price() -> None:
