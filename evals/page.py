@@ -171,7 +171,8 @@ def wide(text: str, size: float, weight: str = "normal") -> float:
     """How many inches the longest line of a text takes, known before anything is drawn."""
     font = FontProperties(family="DejaVu Sans", weight=weight)
     lines = [TextPath((0, 0), line, size=size, prop=font) for line in text.split("\n") if line.strip()]
-    return max((float(np.max(line.vertices[:, 0])) for line in lines), default=0.0) / 72
+    # Hinting at the pixels of a screen widens some letters.
+    return 1.02 * max((float(np.max(line.vertices[:, 0])) for line in lines), default=0.0) / 72
 
 
 def wrapped(text: str, size: float, room: float) -> str:
@@ -236,8 +237,12 @@ def matching(sweep: Sweep) -> list[str]:
     if held.empty:
         return words
     if sweep.rows.groupby("attention")["parameter_bytes"].nunique().le(1).all():
-        low, high = (scaled(float(end), 1024, BYTES, digits=2) for end in (held["min"].min(), held["max"].max()))
-        low = low.removesuffix(high[high.index(" ") :])
+        least, most = float(held["min"].min()), float(held["max"].max())
+        high = scaled(most, 1024, BYTES, digits=2)
+        unit = high.split()[1]
+        in_unit = f"{least / 1024 ** BYTES.index(unit):.2g}"
+        # In the unit of the greatest, as long as that leaves something of the least.
+        low = scaled(least, 1024, BYTES, digits=2) if least < 0.01 * most else in_unit
         return [*words, f"parameters not matched: {low} to {high}"]
     apart = (held["max"] / held["min"].where(held["min"] > 0)).max()
     return [*words, f"parameters not matched: up to {apart:.2g} times as many" if apart > 0 else "parameters not matched"]

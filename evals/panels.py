@@ -190,6 +190,14 @@ def memory_split(sweep: Sweep) -> Figure | None:
     return picture
 
 
+def _unknown(cell: "pd.Series[Any]") -> str:
+    """What a bar cannot show of one cell, and why: an outcome, or the parts that were not measured."""
+    missing = [part for part, column in COLUMNS.items() if pd.isna(cell[column])]
+    if cell["outcome"] in FAILURES:
+        return str(cell["outcome"])
+    return "not measured" if len(missing) == len(COLUMNS) else f"{', '.join(missing)}: unknown" if missing else ""
+
+
 def _stack(axes: Axes, sweep: Sweep, names: Sequence[str], at: int, width: float) -> str:
     """The bars of one place; returns the unit of their axis."""
     parts = pd.DataFrame({name: sweep.cells[name].iloc[at][list(COLUMNS.values())] for name in names}, dtype=float).T
@@ -202,17 +210,15 @@ def _stack(axes: Axes, sweep: Sweep, names: Sequence[str], at: int, width: float
         for bar, name in zip(bars, names, strict=True):
             bar.set_gid(f"{name} {part}")
     most = float(ends.max()) or 1.0
-    axes.set(xlim=(0, 1.04 * most), ylim=(len(names) - 0.5, -0.5), yticks=[])
-    for row, name in enumerate(names):
-        outcome = sweep.cells[name]["outcome"].iloc[at]
-        missing = [part for part, unknown in zip(COLUMNS, parts.iloc[row].isna(), strict=True) if unknown]
-        words = outcome if outcome in FAILURES else f"{', '.join(missing)}: unknown" if 0 < len(missing) < 3 else ""
-        words = "not measured" if not words and missing else words
+    notes = [_unknown(sweep.cells[name].iloc[at]) for name in names]
+    # The axis goes on until there is room for the words behind their bars.
+    room = [width - wide(words, SMALL) - 0.1 if words else width / 1.04 for words in notes]
+    right = max(most * 1.04, *(end * width / inches for end, inches in zip(ends[:, -1], room, strict=True)))
+    axes.set(xlim=(0, right), ylim=(len(names) - 0.5, -0.5), yticks=[])
+    for row, words in enumerate(notes):
         if words:
-            end = float(ends[row, -1]) / (1.04 * most) * width + 0.05
-            if end + wide(words, SMALL) <= width:
-                aside = axes.get_yaxis_transform()
-                axes.text(end / width, row, words, size=SMALL, color=GREY, va="center_baseline", transform=aside)
+            place = float(ends[row, -1]) / right + 0.05 / width
+            axes.text(place, row, words, size=SMALL, color=GREY, va="center_baseline", transform=axes.get_yaxis_transform())
     axes.grid(False, axis="y")
     axes.spines["left"].set_color(GREY)
     power = min(max(math.floor(math.log(most, 1024)), 0), len(BYTES) - 1)
