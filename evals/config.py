@@ -58,6 +58,7 @@ class Device:
     kind: Literal["cpu", "cuda"]
     dtype: str
     threads: int
+    mode: Literal["eager", "graph"] = "eager"  # of launching on CUDA
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -139,6 +140,7 @@ class Comparison:
             "device": self.device.kind,
             "dtype": self.device.dtype,
             "threads": self.device.threads,
+            **({} if self.device.mode == "eager" else {"mode": self.device.mode}),
             **asdict(self.shape),
             **model,
             **match,
@@ -308,7 +310,9 @@ def _device(values: dict[str, Any]) -> Device:
     threads = torch.get_num_threads() if values["threads"] is None else values["threads"]
     if _integers("device", {"threads": threads})["threads"] > cores():
         raise UsageError(f"device.threads must be at most {cores()}, the cores that this process may use, got {threads}")
-    return Device(kind=kind, dtype=dtype, threads=threads)
+    if values["mode"] not in ("eager", "graph") or (kind == "cpu" and values["mode"] != "eager"):
+        raise UsageError(f"device.mode must be eager, or with device=cuda graph, got {values['mode']!r}")
+    return Device(kind=kind, dtype=dtype, threads=threads, mode=values["mode"])
 
 
 def cores() -> int:

@@ -75,6 +75,10 @@ class Search:
         self.allowed_bytes = most if gib is None else int(gib * 2**30)
         self.stopped_at_bytes = min(most, 2 * self.allowed_bytes + 2**30)  # what exceeds the limit is still measured
 
+    def outlook(self) -> tuple[int, float]:
+        """How many lengths were tried already; and of how long the others take no one knows."""
+        return sum(record.get("search") == self.id and record["kind"] == "probe" for record in self.ledger.read()[0]), 0.0
+
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
         yield self._kept(self._description())
@@ -98,7 +102,7 @@ class Search:
 
         if not known:
             tell("certificate")
-            objection = self.engine._objection(contestant)
+            objection = self.engine.objection(contestant)
             if objection:
                 known[0] = self._kept(self._probe(contestant, 0, "uncertified", objection))
                 made.append(known[0])
@@ -124,7 +128,7 @@ class Search:
             "contestants": {contestant.name: contestant.node for contestant in comparison.contestants},
             "limit_bytes": self.allowed_bytes,
             "timeout_s": comparison.sampling.timeout_s,
-            "provenance": machine.provenance(),
+            "provenance": machine.provenance(comparison.device.kind),
             "time": now(),
         }
 

@@ -6,24 +6,25 @@ import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evals import machine
+from evals import cuda, machine
+from evals.ceilings import measure_ceilings
 from evals.certify import TIMEOUT_S, findings
 from evals.config import Comparison, Contestant, Device, UsageError, digest
 from evals.history import History, Runner
 from evals.ledger import Ledger, Record
-from evals.measure import Stopwatch, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes
+from evals.measure import Stopwatch, Turn, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes
 from evals.statistics import half_width
 from evals.worker import Result, Worker, alone, run_isolated
 from evals.workloads import cost, prepare
 
-HARNESS = ("engine.py", "measure.py", "cuda.py", "worker.py", "workloads.py")
+HARNESS = ("engine.py", "measure.py", "cuda.py", "ceilings.py", "worker.py", "workloads.py")
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
 
 CERTIFICATE = ("certify.py", "checks.py")
@@ -121,7 +122,7 @@ class Engine:
             watch("certifies " + ", ".join(one.name for one in batch), 0.0)
             # Each on a core of its own: nothing is timed meanwhile.
             with ThreadPoolExecutor(len(batch)) as pool:
-                objections = list(pool.map(self._objection, batch))
+                objections = list(pool.map(self.objection, batch))
             for contestant, objection in zip(batch, objections, strict=True):
                 watch(f"{contestant.name}: memory", 0.0)
                 record = self._trial(contestant, objection)
@@ -142,7 +143,7 @@ class Engine:
             "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared, **(held.value or {})
         )
         if result.outcome == "ok":
-            record["look_s"] = statistics.median(result.value)
+            record["look_s"] = statistics.median(result.value.samples_s)
             record["call_s"] = record["look_s"] * started.value["steps"]
             if held.outcome != "ok":
                 record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
@@ -156,7 +157,7 @@ class Engine:
         model = self.comparison.model
         return digest([contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)])
 
-    def _objection(self, contestant: Contestant) -> str:
+    def objection(self, contestant: Contestant) -> str:
         """What the certificate of this code says against it; empty if nothing."""
         key = self._certificate_key(contestant)
         for record in self.certificates.read()[0]:
@@ -263,7 +264,7 @@ class Engine:
                 worker = Worker(latency, self.comparison, contestants[runner.name], memory_limit_bytes=self.memory_limit)
                 workers[runner] = stack.enter_context(worker)
             results = {runner: _started(worker, sampling.timeout_s) for runner, worker in workers.items()}
-            taken: dict[Runner, list[list[float]]] = {runner: [] for runner in runners}
+            taken: dict[Runner, list[Turn]] = {runner: [] for runner in runners}
             for _ in range(turns):
                 order = [runner for runner in runners if results[runner].outcome == "ok"]
                 chance.shuffle(order)
@@ -275,12 +276,23 @@ class Engine:
                         results[runner] = result
         for runner, result in results.items():
             if result.outcome == "ok":
-                result.value["turns"] = taken[runner]
+                result.value.update(of_turns(taken[runner]))
         return results
 
 
 CERTIFICATE_S, START_S = 6.0, 0.04
 """About what a certificate takes, and the start of a process, for planning ahead."""
+
+
+def of_turns(turns: Sequence[Turn]) -> Record:
+    """What the ledger keeps of a process's turns: every sample, and what a device told besides."""
+    record: Record = {"turns": [turn.samples_s for turn in turns]}
+    host_s = [turn.host_s for turn in turns if turn.host_s is not None]
+    if host_s:
+        throttled = {turn.throttled: None for turn in turns if turn.throttled}  # once each, in order
+        record |= {"host_s": statistics.median(host_s), "exposed": sum(turn.exposed for turn in turns)}
+        record |= {"throttled": "; ".join(throttled), "device": turns[-1].device}
+    return record
 
 
 def _started(worker: Worker, timeout_s: float) -> Result:
@@ -289,16 +301,14 @@ def _started(worker: Worker, timeout_s: float) -> Result:
     return worker.ask(None, timeout_s) if result.outcome == "ok" else result
 
 
-_known_ceilings: dict[Device, Any] = {}
+_known_ceilings: dict[Device, Record | None] = {}
 
 
-def _ceilings(device: Device) -> Any:
+def _ceilings(device: Device) -> Record | None:
     """What this machine can do at most, measured once a command; None where that did not work."""
-    if True:
-        return None
     if device not in _known_ceilings:
         result = run_isolated(measure_ceilings, device, timeout_s=60.0)
-        _known_ceilings[device] = asdict(result.value) if result.outcome == "ok" else None
+        _known_ceilings[device] = result.value.as_record() if result.outcome == "ok" else None
     return _known_ceilings[device]
 
 
@@ -314,18 +324,18 @@ def source(*names: str) -> list[str]:
 def latency(comparison: Comparison, contestant: Contestant) -> Generator[Any, float, None]:
     """Builds, and waits; calls once, and waits; then a turn for every message, which says for how many seconds."""
     work = prepare(comparison, contestant)
-    time = clock(comparison.device.kind)
+    time = clock(work.call, comparison.device.kind, comparison.device.mode)
     yield None
-    seconds = yield {"tokens": work.tokens, "steps": work.steps, "first_call_s": time.first(work.call) / work.steps}
+    seconds = yield {"tokens": work.tokens, "steps": work.steps, "first_call_s": time.first_call() / work.steps}
     while True:
-        seconds = yield [sample / work.steps for sample in time.turn(work.call, seconds)]
+        turn = time.turn(seconds)
+        seconds = yield replace(turn, samples_s=[sample / work.steps for sample in turn.samples_s])
 
 
 def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
-    device = comparison.device.kind
     work = prepare(comparison, contestant).call
+    if comparison.device.kind == "cuda":
+        peak = cuda.peak_memory(work)
+        return {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
     # In this order: the first asks for a process that has not worked yet.
-    return {
-        "process_peak_bytes": process_peak_bytes(work) if device == "cpu" else None,
-        "peak_bytes": peak_allocated_bytes(work, device),
-    }
+    return {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work)}

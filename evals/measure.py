@@ -5,70 +5,109 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from evals import cuda
+
 Work = Callable[[], object]
 
 # --- time ---------------------------------------------------------------------------------------
 
 
-class Clock(Protocol):
-    """How calls are timed on one kind of device. `evals.cuda.CudaClock` is the other one."""
+@dataclass(frozen=True)
+class Turn:
+    """The samples of one turn, in seconds a call, and what a device tells besides.
 
-    def first(self, work: Work) -> float:
+    host_s: what the host took to queue a call. exposed: how many samples contain waiting for the host. throttled: why
+    the device may have been slower than it can, in words.
+    """
+
+    samples_s: list[float]
+    host_s: float | None = None
+    exposed: int = 0
+    throttled: str | None = None
+    device: dict[str, Any] | None = None
+
+
+class Clock(Protocol):
+    """How the calls of one piece of work are timed."""
+
+    def first_call(self) -> float:
         """Seconds of the first call, with all that is done once."""
 
-    def turn(self, work: Work, seconds: float) -> list[float]:
-        """Calls `work` for about so long, at least once; returns the seconds of each call that counts."""
+    def turn(self, seconds: float) -> Turn:
+        """Calls the work for about so long, at least once."""
 
 
 class CpuClock:
     """Wall time of each call. Garbage is collected between turns, and not within one: it belongs to no one's call."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._typical_s = 0.0
         # What is imported stays: to search it for garbage would take longer than a turn.
         gc.freeze()
         gc.disable()
-        self.typical_s = 0.0
 
-    def first(self, work: Work) -> float:
-        self.typical_s = self._once(work)
-        return self.typical_s
+    def first_call(self) -> float:
+        self._typical_s = self._once()
+        return self._typical_s
 
-    def turn(self, work: Work, seconds: float) -> list[float]:
+    def turn(self, seconds: float) -> Turn:
         gc.collect()
         # Others had the caches, and the threads sleep: the first tenth of a turn does not count, where a call is that short.
         start = time.perf_counter()
-        while time.perf_counter() - start + self.typical_s < seconds / 10:
-            self._once(work)
+        while time.perf_counter() - start + self._typical_s < seconds / 10:
+            self._once()
         samples: list[float] = []
         start = time.perf_counter()
         while not samples or time.perf_counter() - start < seconds:
-            samples.append(self._once(work))
-        self.typical_s = statistics.median(samples)
-        return samples
+            samples.append(self._once())
+        self._typical_s = statistics.median(samples)
+        return Turn(samples)
 
-    @staticmethod
-    def _once(work: Work) -> float:
+    def _once(self) -> float:
         start = time.perf_counter()
-        work()
+        self._work()
         return time.perf_counter() - start
 
 
-def clock(device: str) -> Clock:
-    """The clock of `device`, cpu or cuda; it takes over this process."""
-    if device == "cuda":
-        from evals.cuda import CudaClock
+class DeviceClock:
+    """Device time of each call, and the state of the device. Not yet run on one."""
 
-        return CudaClock()
-    return CpuClock()
+    def __init__(self, work: Work, mode: Literal["eager", "graph"]) -> None:
+        self._clock = cuda.CudaClock(work, mode)
+        self._before: cuda.DeviceState | None = None
+
+    def first_call(self) -> float:
+        seconds = self._clock.first_call()
+        self._clock.warm()
+        self._before = cuda.read_state()
+        return seconds
+
+    def turn(self, seconds: float) -> Turn:
+        burst = self._clock.burst(seconds=seconds)
+        after = cuda.read_state()
+        return Turn(
+            burst.device_s,
+            host_s=statistics.median(burst.host_s),
+            exposed=len(burst.exposed),
+            throttled=cuda.throttled(self._before, after),
+            device=None if after is None else asdict(after),
+        )
+
+
+def clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
+    """The clock of `device`, cpu or cuda. It takes over this process. mode: eager or graph (CUDA graphs)."""
+    return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
 
 
 class Stopwatch:
@@ -95,7 +134,7 @@ def peak_allocated_bytes(work: Work, device: str = "cpu") -> int:
     CPU: every allocation and release is an event of the profiler; their running sum is exact, which no polling
     is. Scratch that a library takes past torch's allocator is not in it. CUDA: the allocator's own peak.
     """
-    return _cuda_peak_bytes(work) if device == "cuda" else _cpu_peak_bytes(work)
+    return cuda.peak_memory(work).allocated_bytes if device == "cuda" else _cpu_peak_bytes(work)
 
 
 def _cpu_peak_bytes(work: Work) -> int:
@@ -107,15 +146,6 @@ def _cpu_peak_bytes(work: Work) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def _cuda_peak_bytes(work: Work) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated()) - before
 
 
 def process_peak_bytes(work: Work) -> int | None:

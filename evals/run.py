@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import pandas as pd
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from evals import cli, figures, table
-from evals.config import Comparison, read_comparison
+from evals import cli, context, figures, table
+from evals.analysis import analyse
+from evals.config import Comparison, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger, Record
 
@@ -33,7 +35,10 @@ class Run:
         """One Hydra job."""
         comparison = read_comparison(cfg, cli.Session.swept)
         samples = ledger(cfg)
-        engine = Engine(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl"))
+        certificates = Ledger(Path(cfg.results_dir) / "certificates.jsonl")
+        engine = (
+            context.Search(comparison, samples, certificates) if comparison.search else Engine(comparison, samples, certificates)
+        )
         behind = len(self.comparisons)
         self.comparisons.append(engine.id)
         place = f"[{behind + 1}/{cli.Session.jobs}] {swept(comparison)}"
@@ -56,6 +61,8 @@ class Run:
         for record in engine.run(watch):
             if record["kind"] == "trial":
                 tqdm.write(row(record))
+            if record["kind"] == "probe":
+                tqdm.write(probe(record))
             if self.interrupted:
                 raise KeyboardInterrupt
 
@@ -77,12 +84,25 @@ class Run:
         if damaged:
             numbers = ", ".join(map(str, damaged))
             print(f"warning: {ledger(cfg).path} is damaged in line {numbers}, which is left out", file=sys.stderr)
+        if cfg.search:
+            return self.report_search(cfg, context.results(records))
         results = table.results(records)
         if results.empty:
             return 0
-        path = table.write(results, ledger(cfg).path.parent)
-        plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
+        folder = ledger(cfg).path.parent
+        path = table.write(results, folder)
+        fits = analyse(results, records)
+        for name, fitted in fits.items():
+            table.write(fitted, folder, name)
+        plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
+        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        return 0
+
+    def report_search(self, cfg: DictConfig, results: pd.DataFrame) -> int:
+        path = table.write(results, ledger(cfg).path.parent)
+        plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
+        print(context.shown(results))
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         return 0
 
@@ -115,15 +135,26 @@ def row(trial: Record) -> str:
     return f"{name}about {trial['look_s'] * 1e3:8.3f} ms{held}"
 
 
+def probe(tried: Record) -> str:
+    """One length of a search, and whether it fits."""
+    held = "" if tried["peak_bytes"] is None else f"{tried['peak_bytes'] / 2**20:10.2f} MiB"
+    return f"  {tried['attention']:<16}{tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
+
+
 def main() -> int:
-    dry = "--dry-run" in sys.argv
-    sys.argv = [word for word in sys.argv if word != "--dry-run"]
-    run = Run(dry=dry)
-    signal.signal(signal.SIGINT, run.interrupt)
-    try:
-        return cli.run(run.compare, run.report)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    program, *words = sys.argv
+    dry = "--dry-run" in words
+    for arguments in every_sweep([word for word in words if word != "--dry-run"]):
+        sys.argv = [program, *arguments]
+        run = Run(dry=dry)
+        signal.signal(signal.SIGINT, run.interrupt)
+        try:
+            code = cli.run(run.compare, run.report)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if code:
+            return code
+    return 0
 
 
 if __name__ == "__main__":

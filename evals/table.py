@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from evals.ceilings import TOLERANCE, Ceilings, Floor, floor, highest, implausible_peak, impossible
 from evals.figures import swept_column
 from evals.history import History, Runner
 from evals.ledger import Record
 from evals.statistics import Speedup, median_interval, noise_floor, verdicts
+from evals.workloads import differing
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
@@ -25,9 +27,11 @@ SETTINGS = (
 COLUMNS = (
     *("sweep", "swept", "attention", "outcome", "detail", *SETTINGS),
     *("latency_s", "latency_low_s", "latency_high_s", "samples", "rounds", "stopped", "first_call_s"),
+    *("host_s", "exposed", "throttled"),
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "relative_to", "speedup", "speedup_low", "speedup_high"),
     *("p", "noise_floor", "verdict"),
-    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "flops", "comparison"),
+    *("floor_s", "ceiling_fraction", "limit", "flops", "least_bytes"),
+    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "match", "unmatched", "comparison"),
 )
 
 
@@ -43,17 +47,21 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
             of.setdefault(record["comparison"], []).append(record)
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    ceilings = _ceilings(described.values())
     for key, description in described.items():
         history = History(of.get(key, []), key)
         for name in description["contestants"]:
             if name in history.trials:
-                rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(description, name, history)
+                rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
+                    description, name, history, ceilings.get(_machine(description))
+                )
     judge(list(rows.values()))
+    _name_unmatched(list(rows.values()))
     options = {option: None for description in described.values() for option in description["settings"] if option not in COLUMNS}
     return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
 
 
-def _row(description: Record, name: str, history: History) -> dict[str, Any]:
+def _row(description: Record, name: str, history: History, ceilings: Ceilings | None) -> dict[str, Any]:
     trial, failure = history.trials[name], history.failures.get(name)
     row = {
         "sweep": description["sweep"],
@@ -66,10 +74,25 @@ def _row(description: Record, name: str, history: History) -> dict[str, Any]:
         "stopped": history.stopped,
         **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
     }
-    if failure is None and history.medians(Runner(name)):
-        row |= _speed(name, history)
-        row |= _speedup(name, description["relative_to"], history)
-    return row
+    if failure is not None or not history.medians(Runner(name)):
+        return row
+    speed, least = _speed(name, history), None
+    if ceilings is not None:
+        least = floor(trial["flops"], trial["least_bytes"], ceilings)
+        speed |= {"floor_s": least.seconds, "limit": least.limit, "ceiling_fraction": least.fraction(speed["latency_s"])}
+    wrong = _impossible(name, history, least, TOLERANCE[description["settings"]["device"]])
+    if wrong:  # a number that cannot be is no number
+        return {**row, "outcome": "impossible", "detail": wrong, "peak_bytes": None, "process_peak_bytes": None}
+    return row | speed | _speedup(name, description["relative_to"], history)
+
+
+def _impossible(name: str, history: History, least: Floor | None, tolerance: float) -> str | None:
+    trial = history.trials[name]
+    if "peak_bytes" in trial and (words := implausible_peak(trial["peak_bytes"], trial["held_bytes"])):
+        return words
+    records = [history.record(Runner(name), number) for number in history.medians(Runner(name))]
+    fastest = min(sample for record in records for turn in record["turns"] for sample in turn)
+    return None if least is None else impossible(fastest, least, tolerance)
 
 
 def _speed(name: str, history: History) -> dict[str, Any]:
@@ -77,7 +100,11 @@ def _speed(name: str, history: History) -> dict[str, Any]:
     # The same ledger gives the same table: the bootstrap's randomness is fixed.
     latency = median_interval(list(rounds.values()), generator=np.random.default_rng(0))
     records = [history.record(Runner(name), number) for number in rounds]
+    host_s = [record["host_s"] for record in records if "host_s" in record]
     return {
+        "host_s": statistics.median(host_s) if host_s else None,
+        "exposed": sum(record.get("exposed", 0) for record in records),
+        "throttled": next((record["throttled"] for record in records if record.get("throttled")), ""),
         "latency_s": latency.value,
         "latency_low_s": latency.low,
         "latency_high_s": latency.high,
@@ -102,6 +129,31 @@ def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
     if speedup is not None:
         row |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high, "p": speedup.p}
     return row
+
+
+def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Ceilings]:
+    """By machine, the highest rates of any comparison: the more often it was measured, the surer they are."""
+    measured: dict[tuple[Any, ...], list[Ceilings]] = {}
+    for description in descriptions:
+        if description.get("ceilings"):
+            measured.setdefault(_machine(description), []).append(Ceilings.from_record(description["ceilings"]))
+    return {key: highest(*found) for key, found in measured.items()}
+
+
+def _machine(description: Record) -> tuple[Any, ...]:
+    return tuple(description["settings"][key] for key in ("processor", "torch", "device", "dtype", "threads"))
+
+
+def _name_unmatched(rows: list[dict[str, Any]]) -> None:
+    """Tells every row in what the attentions of its comparison differ by more than 1 %."""
+    compared: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "parameter_bytes" in row:
+            compared.setdefault(row["comparison"], []).append(row)
+    for contestants in compared.values():
+        words = "; ".join(differing({row["attention"]: row for row in contestants}, contestants[0].get("relative_to") or ""))
+        for row in contestants:
+            row["unmatched"] = words
 
 
 def judge(rows: list[dict[str, Any]]) -> None:

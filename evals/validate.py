@@ -126,12 +126,12 @@ def clock_agrees() -> bool:
 def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, float]:
     """Median seconds by our clock and by torch's, which take turns."""
     call = prepare(comparison, contestant).call
-    ours = clock(comparison.device.kind)
-    ours.first(call)
+    ours = clock(call, comparison.device.kind, comparison.device.mode)
+    ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
     for _ in range(40):
-        mine = statistics.median(ours.turn(call, 0.05))
+        mine = statistics.median(ours.turn(0.05).samples_s)
         pairs.append((mine, timer.timeit(max(1, round(0.05 / mine))).median))
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
