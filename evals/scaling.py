@@ -84,7 +84,7 @@ def fit_scaling(sizes: Sequence[float], rounds: Rounds, *, confidence: float = C
         return Scaling(note=OVERHEAD if curve[-1] / curve[0] < 2 else TOO_NOISY)
     # Between the last that is accepted and the next of the grid lies each end.
     ends = np.array([[low, grid[grid < low][-1]], [high, grid[grid > high][0]]])
-    while np.ptp(ends, axis=1).max() > 1e-7:
+    while np.ptp(ends, axis=1).max() > 1e-5:
         cuts = np.linspace(ends[:, 0], ends[:, 1], 33, axis=1)
         beyond = _profile(cuts.ravel(), x, y)[0].reshape(cuts.shape) > limit
         beyond[:, 0], beyond[:, -1] = False, True
