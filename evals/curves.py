@@ -143,7 +143,7 @@ def _frame(
     plot = max(PLOT, _pitch(details) * len(sweep.cells) / 0.96)
     picture = headed(title, words, FOOT + plot + above + (LEGEND if keys else 0) + 0.02)
     # Names stand right of the plot, and the plot takes what they leave.
-    room = max([0.95, *(wide(label(sweep, name), NAME, weight(sweep.looks[name])) for name in sweep.cells)])
+    room = max([0.95, *(wide(label(sweep.looks, name), NAME, weight(sweep.looks[name])) for name in sweep.cells)])
     room = max([room, *(wide(words, NAME) for words in crossings), *(wide(detail, SMALL) for detail in details.values())])
     if crossings:
         room = max(room, wide(_heading(sweep), 7) - 0.25)  # it begins further left
@@ -261,7 +261,7 @@ def _name_ends(axes: Axes, sweep: Sweep, details: Mapping[str, str]) -> None:
         if at_x == last_x and not sweep.discrete:
             axes.add_line(Line2D([at_x, KEY[0]], [at_y, height], color=look.colour, linewidth=0.5, alpha=0.6, **in_axes))
         axes.add_line(Line2D(KEY, [height] * 3, markevery=[1], **look.line(sweep.discrete), **in_axes))
-        words = label(sweep, name)
+        words = label(sweep.looks, name)
         axes.text(WORD, height, words, va="center_baseline", size=NAME, weight=weight(look), transform=axes.transAxes)
         if details[name]:
             below = height - BENEATH / tall
@@ -286,7 +286,7 @@ def _lanes(axes: Axes, heading: str, names: Sequence[str]) -> None:
 
 def _mark_failures(lanes: Axes, sweep: Sweep) -> None:
     """One lane an attention, one mark a failed cell, and what the marks mean."""
-    _lanes(lanes, "failed", [label(sweep, name) for name in sweep.failed])
+    _lanes(lanes, "failed", [label(sweep.looks, name) for name in sweep.failed])
     legend: dict[str, Line2D] = {}
     for outcome, mark in FAILURES.items():
         for lane, (name, outcomes) in enumerate(sweep.failed.items()):
@@ -318,11 +318,11 @@ def crossed(sweep: Sweep) -> dict[str, list[Crossing]]:
 
 
 def _heading(sweep: Sweep) -> str:
-    return f"crosses {label(sweep, sweep.reference)} at"
+    return f"crosses {label(sweep.looks, sweep.reference)} at"
 
 
 def _crossing_names(sweep: Sweep, crossings: Mapping[str, Sequence[Crossing]]) -> list[str]:
-    return [f"{label(sweep, name)} {', '.join(about(at) for at, _, _ in places)}" for name, places in crossings.items()]
+    return [f"{label(sweep.looks, name)} {', '.join(about(at) for at, _, _ in places)}" for name, places in crossings.items()]
 
 
 def _mark_crossings(lanes: Axes, axes: Axes, sweep: Sweep, crossings: Mapping[str, Sequence[Crossing]]) -> None:

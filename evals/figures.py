@@ -1,14 +1,14 @@
 """`python -m evals.figures results/<sweep> …`: results.csv -> plots/<sweep>/, without measuring anything.
 
 Which figures there are, and how their tables are read. Lines over the swept setting are drawn by
-`curves`, all else by `panels` and `pareto`. Every figure is PNG and SVG, at the width of a paper. The same tables give
+`curves`, all else by `panels`, `pareto` and `longest`. Every figure is PNG and SVG, at the width of a paper. The same tables give
 the same bytes wherever the same matplotlib runs: its own fonts, and no setting of the user's.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from evals.curves import QUANTITIES, curve, scaling
+from evals.longest import longest
 from evals.looks import FAILURES, RC, looks
 from evals.page import SETTINGS, Sweep, is_number, laid_out, plain
 from evals.panels import heatmap, memory_split
@@ -50,7 +51,9 @@ FITS = {
 """The tables that may lie beside results.csv, and the columns that figures need of them."""
 FIT_WORDS = ("attention", "quantity", "note", "first", "second")
 OUTCOMES = ("ok", *FAILURES)
-KINDS = ("png", "svg")
+FORMS = ("png", "svg")
+CONTEXT_NUMBERS = ("max_context", "limit_bytes", "next_seq_len")
+CONTEXT_COLUMNS = ("attention", "outcome", "next_outcome", *CONTEXT_NUMBERS)
 
 # --- the tables -----------------------------------------------------------------------------------
 
@@ -200,22 +203,56 @@ def draw(
     results = checked(results)
     given = {"scaling": scaling, "crossovers": crossovers}
     fits = {name: checked_fit(name, table) for name, table in given.items() if table is not None}
+    return _save(pictures(results, fits), folder, FIGURES)
+
+
+def _save(named: Iterable[tuple[str, Figure]], folder: Path, kinds: Iterable[str]) -> list[Path]:
+    """Writes the pictures in place of all of these kinds that were there."""
     folder.mkdir(parents=True, exist_ok=True)
-    stale = {path for name in FIGURES for kind in KINDS for path in folder.glob(f"{name}*.{kind}")}
+    stale = {path for kind in kinds for form in FORMS for path in folder.glob(f"{kind}*.{form}")}
     paths = []
-    for name, picture in pictures(results, fits):
-        for kind in KINDS:
-            paths.append(folder / f"{name}.{kind}")
+    for name, picture in named:
+        for form in FORMS:
+            paths.append(folder / f"{name}.{form}")
             with style.context(["default", RC]):
                 # No date: unchanged data must give unchanged bytes.
-                picture.savefig(paths[-1], metadata={"Date": None} if kind == "svg" else None)
+                picture.savefig(paths[-1], metadata={"Date": None} if form == "svg" else None)
     for path in stale - {*paths}:
         path.unlink()
     return paths
 
 
+def draw_contexts(results: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes max_context.{png,svg} into folder from a table of `context.results`; returns the paths.
+
+    Rows that differ in a setting go to figures of their own, as those of `draw`. Raises ValueError if a column is missing,
+    there is no row, a number is none, or one attention has two rows.
+    """
+    _demand(results, CONTEXT_COLUMNS)
+    if results.empty:
+        raise ValueError("there is no row to draw")
+    results = results.assign(**{column: _numbers(results, column) for column in CONTEXT_NUMBERS})
+    chosen = looks(results["attention"].astype(str))
+    apart = [name for name in (*SETTINGS, "limit_bytes") if name in results and results[name].nunique(dropna=False) > 1]
+    groups = results.groupby(apart, dropna=False, sort=True) if apart else [((), results)]
+    named = []
+    for values, rows in groups:
+        twice = rows["attention"][rows["attention"].duplicated()]
+        if len(twice):
+            raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
+        with style.context(["default", RC]):
+            named.append((f"max_context{''.join(f'-{plain(value)}' for value in values)}", longest(rows, chosen)))
+    return _save(named, folder, ["max_context"])
+
+
 def redraw(results: Path, plots: Path) -> list[Path]:
-    """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are."""
+    """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are.
+
+    `draw_contexts` where results.csv is of a search for the longest context.
+    """
+    path = results / "results.csv"
+    if path.is_file() and path.read_bytes().split(b"\n", 1)[0].find(b"max_context") >= 0:
+        return draw_contexts(pd.read_csv(path), plots)
     return draw(read(results), plots, **read_fits(results))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -197,9 +197,9 @@ def weight(look: Look) -> str:
     return "bold" if look.width > 2 else "normal"
 
 
-def label(sweep: Sweep, name: str) -> str:
+def label(looks: Mapping[str, Look], name: str) -> str:
     """An attention's name, as much of it as a page has room for."""
-    return abridged(name, NAME, 1.6, weight(sweep.looks[name]))
+    return abridged(name, NAME, 1.6, weight(looks[name]) if name in looks else "normal")
 
 
 def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEFT) -> str:
@@ -207,17 +207,25 @@ def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEF
 
     In lines that fit between `left` and the edge of the page.
     """
-    settings = ", ".join(filter(None, (_said(sweep, name) for name in SETTINGS if name != sweep.column)))
-    lines = [settings]
+    lines = [conditions(sweep.rows, sweep.column)]
     if sampled and sweep.rows["samples"].notna().any():
         samples, rounds = (_range(sweep.rows[name].dropna()) for name in ("samples", "rounds"))
         rounds += " round" if rounds == "1" else " rounds"
         lines.append(f"median of {samples} samples in {rounds}, with its {CONFIDENCE:.0%} interval")
-    return "\n".join(wrapped(line, 7, WIDTH - left - EDGE) for line in [*lines, *notes, "; ".join(matching(sweep))] if line)
+    return lined([*lines, *notes, "; ".join(matching(sweep))], left)
 
 
-def _said(sweep: Sweep, name: str) -> str:
-    values = sweep.rows[name].dropna()
+def lined(lines: Iterable[str], left: float) -> str:
+    """Lines of a subtitle, those that say something, as wide as the page is right of `left`."""
+    return "\n".join(wrapped(line, 7, WIDTH - left - EDGE) for line in lines if line)
+
+
+def conditions(rows: pd.DataFrame, swept: str) -> str:
+    """Every setting but the swept one, in words."""
+    return ", ".join(filter(None, (_said(rows[name].dropna(), name) for name in SETTINGS if name != swept and name in rows)))
+
+
+def _said(values: "pd.Series[Any]", name: str) -> str:
     if values.empty:
         return ""
     # What goes with the swept setting, such as hidden size with head size, has more than one value.
@@ -266,20 +274,20 @@ def placed(picture: Figure, left: float, bottom: float, width: float, height: fl
     return picture.add_axes((left / WIDTH, bottom / high, width / WIDTH, height / high), **options)
 
 
-def keyed(axes: Axes, sweep: Sweep, names: Sequence[str], width: float) -> None:
+def keyed(axes: Axes, looks: Mapping[str, Look], names: Sequence[str], width: float) -> None:
     """The names of rows left of axes that are `width` inches wide, each with its key; rows are at y = 0, 1, …"""
     aside = axes.get_yaxis_transform()
     for row, name in enumerate(names):
-        look = sweep.looks[name]
+        look = looks[name]
         mark = look.line(discrete=True)
         axes.add_line(Line2D([-0.1 / width], [row], transform=aside, clip_on=False, **mark))
-        said = label(sweep, name)
+        said = label(looks, name)
         axes.text(-0.19 / width, row, said, va="center_baseline", ha="right", size=NAME, weight=weight(look), transform=aside)
 
 
-def key_room(sweep: Sweep, names: Sequence[str]) -> float:
+def key_room(looks: Mapping[str, Look], names: Sequence[str]) -> float:
     """Inches that `keyed` needs."""
-    return max((wide(label(sweep, name), NAME, weight(sweep.looks[name])) for name in names), default=0) + 0.19 + EDGE
+    return max((wide(label(looks, name), NAME, weight(looks[name])) for name in names), default=0) + 0.19 + EDGE
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:

@@ -47,7 +47,7 @@ def heatmap(sweep: Sweep) -> Figure | None:
     ratios = pd.DataFrame({name: sweep.cells[name]["speedup"] for name in names}).T
     if not ratios.gt(0).any(axis=None):
         return None
-    left, bar = max(LEFT, key_room(sweep, names)), 0.6
+    left, bar = max(LEFT, key_room(sweep.looks, names)), 0.6
     column = min((WIDTH - left - bar - EDGE) / len(sweep.places), max(1.1, 2.4 / len(sweep.places)))
     width, height = column * len(sweep.places), ROW * len(names)
     roomy = column > 0.55  # for a sign and a number
@@ -80,7 +80,7 @@ def heatmap(sweep: Sweep) -> Figure | None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    keyed(axes, sweep, names, width)
+    keyed(axes, sweep.looks, names, width)
     tall = max(height, 0.6)
     scale = placed(picture, left + width + 0.12, FOOT + (height - tall) / 2, 0.1, tall)
     _scale(picture, scale, shades, reach)
@@ -166,7 +166,7 @@ def memory_split(sweep: Sweep) -> Figure | None:
     if any(not sweep.rows[column].gt(0).any() for column in COLUMNS.values()):
         return None
     names, places = list(sweep.cells), representatives(sweep)
-    left, gap, row = max(LEFT, key_room(sweep, names)), 0.2, 0.2
+    left, gap, row = max(LEFT, key_room(sweep.looks, names)), 0.2, 0.2
     width = (WIDTH - left - 0.2 - gap * (len(places) - 1)) / len(places)
     height = row * len(names)
     held = {"decode"} == set(sweep.rows["workload"])
@@ -183,7 +183,7 @@ def memory_split(sweep: Sweep) -> Figure | None:
         unit = _stack(axes, sweep, names, at, width)
         axes.set_title(f"{sweep.at(at)}, in {unit}", size=8, loc="left", pad=4)
         if number == 0:
-            keyed(axes, sweep, names, width)
+            keyed(axes, sweep.looks, names, width)
     middle = (left + WIDTH - 0.2) / 2 / WIDTH
     words = "memory" if len(places) == 1 else "memory; each panel has a scale of its own"
     picture.text(middle, 0.06 / picture.get_figheight(), words, ha="center", va="bottom", size=8)

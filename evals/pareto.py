@@ -31,19 +31,13 @@ from evals.page import (
     weight,
     wide,
 )
+from evals.scaling import pareto_front
 
 
 def front(latency: Numbers, memory: Numbers) -> list[int]:
     """The points that no other beats in one and reaches in the other, by rising latency. NaN is no point."""
-    order = sorted((i for i in range(len(latency)) if math.isfinite(latency[i] + memory[i])), key=lambda i: (latency[i], memory[i]))
-    least, best = math.inf, []
-    for i in order:
-        if memory[i] < least:
-            least = memory[i]
-            best.append(i)
-        elif best and latency[i] == latency[best[-1]] and memory[i] == least:
-            best.append(i)  # an equal is not beaten
-    return best
+    best = pareto_front(np.column_stack([latency, memory]).tolist())
+    return sorted((i for i, one in enumerate(best) if one), key=lambda i: (latency[i], memory[i]))
 
 
 def pareto(sweep: Sweep) -> Figure | None:
@@ -79,7 +73,7 @@ def pareto(sweep: Sweep) -> Figure | None:
     above = titles + 0.17 + LEGEND * rows
     picture = headed(title, words, foot + plot + above)
     if nameless:
-        keys = [Line2D([], [], label=label(sweep, name), **sweep.looks[name].line(discrete=True)) for name in nameless]
+        keys = [Line2D([], [], label=label(sweep.looks, name), **sweep.looks[name].line(discrete=True)) for name in nameless]
         anchor = (LEFT / WIDTH, (foot + plot + above - LEGEND * rows) / picture.get_figheight())
         picture.legend(handles=keys, loc="lower left", bbox_to_anchor=anchor, ncols=columns, borderaxespad=0)
     for number, (panel, place) in enumerate(zip(panels, told, strict=True)):
@@ -165,7 +159,7 @@ class _Panel:
             taken.append((min(x0, x1) - 0.015, min(y0, y1) - 0.015, max(x0, x1) + 0.015, max(y0, y1) + 0.015))
         found = []
         for name, (x, y) in points.items():
-            said = wide(label(self.sweep, name), NAME, weight(self.sweep.looks[name]))
+            said = wide(label(self.sweep.looks, name), NAME, weight(self.sweep.looks[name]))
             box = next((box for box in _around(x, y, said, 0.12) if self._free(box, taken)), None)
             if box is not None:
                 taken.append(box)
@@ -207,7 +201,7 @@ class _Panel:
         left, bottom, right, top = name.box
         inch: dict[str, Any] = {"transform": axes.transAxes}
         width, height = self.size
-        words, middle = label(self.sweep, name.name), (bottom + top) / 2 / height
+        words, middle = label(self.sweep.looks, name.name), (bottom + top) / 2 / height
         axes.text(left / width, middle, words, size=NAME, weight=weight(look), va="center_baseline", **inch)
         if name.led:
             x, y = min(max(name.point[0], left), right), min(max(name.point[1], bottom), top)
