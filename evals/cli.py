@@ -104,6 +104,9 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
         print(f"error: {missing(error)}", file=sys.stderr)
     except (UsageError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read what we print, as head does, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
     return 2

@@ -16,7 +16,7 @@ from evals.config import Comparison, Contestant, digest
 from evals.engine import Engine, Watch, source
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now, peak_allocated_bytes
-from evals.worker import run_isolated
+from evals.worker import alone, run_isolated
 from evals.workloads import prepare
 
 STEPS = 8
@@ -81,9 +81,10 @@ class Search:
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
-        yield self._kept(self._description())
-        for index, contestant in enumerate(self.comparison.contestants):
-            yield from self._search(contestant, partial(self._tell, watch, contestant, index))
+        with alone(lambda: watch("waits: another sweep is measuring on this machine", 0.0)):
+            yield self._kept(self._description())
+            for index, contestant in enumerate(self.comparison.contestants):
+                yield from self._search(contestant, partial(self._tell, watch, contestant, index))
 
     def _tell(self, watch: Watch, contestant: Contestant, index: int, words: str) -> None:
         watch(f"{contestant.name}: {words}", index / len(self.comparison.contestants))

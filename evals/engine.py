@@ -76,7 +76,7 @@ class Engine:
         """Yields every record as soon as it is in the ledger."""
         with alone(lambda: watch("waits: another sweep is measuring on this machine", 0.0)):
             history = History(self.ledger.read()[0], self.id)
-            watch("measures what this machine can do", 0.0)
+            watch("how fast is this machine", 0.0)
             self._append(history, [self._description()])
             yield from self._look(history, watch)
             yield from self._rounds(history, watch)
@@ -164,11 +164,11 @@ class Engine:
             if record.get("key") == key:
                 return str(record["objection"])
         model = self.comparison.model
-        result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=self.memory_limit)
-        if result.outcome == "ok":
-            words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
-        else:
-            words = f"the certificate ended as {result.outcome}: {result.detail}"
+        limit = int(0.8 * available_bytes() / torch.get_num_threads())  # as many may run at once
+        result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=limit)
+        if result.outcome != "ok":  # which another day may end otherwise
+            return f"the certificate ended as {result.outcome}: {result.detail}"
+        words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
         self.certificates.append({"key": key, "attention": contestant.name, "objection": words, "time": now()})
         return words
 
@@ -283,6 +283,9 @@ class Engine:
 CERTIFICATE_S, START_S = 6.0, 0.04
 """About what a certificate takes, and the start of a process, for planning ahead."""
 
+CEILINGS_S = 0.4
+"""For the ceilings of each comparison. Of all in a ledger the highest count, so that a busy moment spoils nothing."""
+
 
 def of_turns(turns: Sequence[Turn]) -> Record:
     """What the ledger keeps of a process's turns: every sample, and what a device told besides."""
@@ -301,15 +304,10 @@ def _started(worker: Worker, timeout_s: float) -> Result:
     return worker.ask(None, timeout_s) if result.outcome == "ok" else result
 
 
-_known_ceilings: dict[Device, Record | None] = {}
-
-
 def _ceilings(device: Device) -> Record | None:
-    """What this machine can do at most, measured once a command; None where that did not work."""
-    if device not in _known_ceilings:
-        result = run_isolated(measure_ceilings, device, timeout_s=60.0)
-        _known_ceilings[device] = result.value.as_record() if result.outcome == "ok" else None
-    return _known_ceilings[device]
+    """What this machine can do at most, now; None where that did not work."""
+    result = run_isolated(measure_ceilings, device, CEILINGS_S, timeout_s=60.0)
+    return result.value.as_record() if result.outcome == "ok" else None
 
 
 def source(*names: str) -> list[str]:

@@ -86,10 +86,11 @@ class DeviceClock:
     def __init__(self, work: Work, mode: Literal["eager", "graph"]) -> None:
         self._clock = cuda.CudaClock(work, mode)
         self._before: cuda.DeviceState | None = None
+        self._settled = False
 
     def first_call(self) -> float:
         seconds = self._clock.first_call()
-        self._clock.warm()
+        self._settled = self._clock.warm()
         self._before = cuda.read_state()
         return seconds
 
@@ -101,7 +102,11 @@ class DeviceClock:
             host_s=statistics.median(burst.host_s),
             exposed=len(burst.exposed),
             throttled=cuda.throttled(self._before, after),
-            device=None if after is None else asdict(after),
+            device={
+                **({} if after is None else asdict(after)),
+                "clocks_settled": self._settled,
+                "hides_launches": self._clock.hides_launches,
+            },
         )
 
 
