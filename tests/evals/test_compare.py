@@ -458,7 +458,7 @@ def git(tree: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This code as a repository of its own, in which an attention holds 1 MiB more than it did when it was committed."""
-    tree = tmp_path_factory.mktemp("repository").resolve()
+    tree = tmp_path_factory.mktemp("compare").resolve() / "repository"
     for name in ("bsbr", "baselines", "evals", "conf"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / ".gitignore").write_text("results\n__pycache__\n")
@@ -472,8 +472,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """A trap: python does not look where it is started, and finds the working tree's code wherever that is."""
-    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
+    """A trap: python does not look where it is started, and finds the working tree's code wherever that is.
+
+    A temporary folder of its own, so that it need not wait for who else measures on this machine.
+    """
+    temporary = tree.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "TMPDIR": str(temporary)}
 
 
 def launch(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
