@@ -81,7 +81,7 @@ class Search:
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
-        with alone(lambda: watch("waits: another sweep is measuring on this machine", 0.0)):
+        with alone():
             yield self._kept(self._description())
             for index, contestant in enumerate(self.comparison.contestants):
                 yield from self._search(contestant, partial(self._tell, watch, contestant, index))

@@ -74,10 +74,11 @@ class Engine:
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
-        with alone(lambda: watch("waits: another sweep is measuring on this machine", 0.0)):
+        with alone():
             history = History(self.ledger.read()[0], self.id)
-            watch("how fast is this machine", 0.0)
-            self._append(history, [self._description()])
+            if not (self._finished(history) and self._is_last()):
+                watch("how fast is this machine", 0.0)
+                self._append(history, [self._description()])
             yield from self._look(history, watch)
             yield from self._rounds(history, watch)
 
@@ -89,6 +90,15 @@ class Engine:
         known = {record.get("key") for record in self.certificates.read()[0]}
         uncertified = sum(self._certificate_key(one) not in known for one in contestants if one.name not in history.trials)
         return history.rounds, left + CERTIFICATE_S * uncertified / torch.get_num_threads()
+
+    def _is_last(self) -> bool:
+        """Whether no other comparison of the same settings came after this one: then it is the one that counts."""
+        settings = self._settings()
+        same = [record for record in self.ledger.read()[0] if record.get("settings") == settings]
+        return bool(same) and same[-1]["comparison"] == self.id
+
+    def _settings(self) -> dict[str, str | int]:
+        return {**self.comparison.settings, "processor": self.processor, "torch": torch.__version__}
 
     def _append(self, history: History, records: Sequence[Record]) -> None:
         self.ledger.append(*records)
@@ -105,7 +115,7 @@ class Engine:
             sweep=comparison.sweep,
             swept=comparison.swept,
             relative_to=comparison.relative_to,
-            settings={**comparison.settings, "processor": self.processor, "torch": torch.__version__},
+            settings=self._settings(),
             contestants={contestant.name: contestant.node for contestant in comparison.contestants},
             sampling=asdict(comparison.sampling),
             code=self.code,
@@ -133,14 +143,16 @@ class Engine:
         name = contestant.name
         if objection:
             return self._record("trial", attention=name, outcome="uncertified", detail=objection)
-        declared = cost(self.comparison, contestant)
+        declared = self._isolated(cost, contestant)  # it runs the attention's own code, too
+        if declared.outcome != "ok":
+            return self._record("trial", attention=name, outcome=declared.outcome, detail=declared.detail)
         held = self._isolated(memory, contestant)
         with Worker(latency, self.comparison, contestant, memory_limit_bytes=self.memory_limit) as worker:
             result = started = _started(worker, self.comparison.sampling.timeout_s)
             if result.outcome == "ok":
                 result = worker.ask(self.comparison.sampling.turn_s, self.comparison.sampling.timeout_s)
         record = self._record(
-            "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared, **(held.value or {})
+            "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared.value, **(held.value or {})
         )
         if result.outcome == "ok":
             record["look_s"] = statistics.median(result.value.samples_s)

@@ -51,7 +51,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
     for key, description in described.items():
         history = History(of.get(key, []), key)
         for name in description["contestants"]:
-            if name in history.trials:
+            if name in history.failures or history.medians(Runner(name)):
                 rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
                     description, name, history, ceilings.get(_machine(description))
                 )
@@ -74,7 +74,7 @@ def _row(description: Record, name: str, history: History, ceilings: Ceilings | 
         "stopped": history.stopped,
         **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
     }
-    if failure is not None or not history.medians(Runner(name)):
+    if failure is not None:
         return row
     speed, least = _speed(name, history), None
     if ceilings is not None:

@@ -102,15 +102,19 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, timeout_s: float
 
 
 @contextlib.contextmanager
-def alone(wait: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, no other command of this user measures on this machine; calls `wait` first if one does."""
+def alone() -> Iterator[None]:
+    """While it lasts, no other command of this user measures on this machine. Says so where it has to wait."""
     path = Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}.lock"
-    with path.open("w") as file:
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            wait()
+            file.seek(0)
+            print(f"waits until process {file.read() or 'of another'} has measured its comparison", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
 
 
