@@ -132,34 +132,38 @@ class Engine:
             watch("certifies " + ", ".join(one.name for one in batch), 0.0)
             # Each on a core of its own: nothing is timed meanwhile.
             with ThreadPoolExecutor(len(batch)) as pool:
-                objections = list(pool.map(self.objection, batch))
-            for contestant, objection in zip(batch, objections, strict=True):
-                watch(f"{contestant.name}: memory", 0.0)
-                record = self._trial(contestant, objection)
+                untimed = list(pool.map(self._untimed, batch))
+            for contestant, record in zip(batch, untimed, strict=True):
+                watch(f"{contestant.name}: first calls", 0.0)
+                if record["outcome"] == "ok":
+                    record |= self._first_look(contestant)
                 self._append(history, [record])
                 yield record
 
-    def _trial(self, contestant: Contestant, objection: str) -> Record:
-        name = contestant.name
+    def _untimed(self, contestant: Contestant) -> Record:
+        """Whether it is certified, what it declares and what it holds."""
+        record = self._record("trial", attention=contestant.name, outcome="ok", detail="")
+        objection = self.objection(contestant)
         if objection:
-            return self._record("trial", attention=name, outcome="uncertified", detail=objection)
-        declared = self._isolated(cost, contestant)  # it runs the attention's own code, too
+            return record | {"outcome": "uncertified", "detail": objection}
+        declared = self._isolated(cost, contestant)  # which runs the attention's own code, too
         if declared.outcome != "ok":
-            return self._record("trial", attention=name, outcome=declared.outcome, detail=declared.detail)
+            return record | {"outcome": declared.outcome, "detail": declared.detail}
         held = self._isolated(memory, contestant)
+        if held.outcome != "ok":
+            record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
+        return {**record, **declared.value, **(held.value or {})}
+
+    def _first_look(self, contestant: Contestant) -> Record:
+        """About how long a call takes, or what became of it."""
+        sampling = self.comparison.sampling
         with Worker(latency, self.comparison, contestant, memory_limit_bytes=self.memory_limit) as worker:
-            result = started = _started(worker, self.comparison.sampling.timeout_s)
-            if result.outcome == "ok":
-                result = worker.ask(self.comparison.sampling.turn_s, self.comparison.sampling.timeout_s)
-        record = self._record(
-            "trial", attention=name, outcome=result.outcome, detail=result.detail, **declared.value, **(held.value or {})
-        )
-        if result.outcome == "ok":
-            record["look_s"] = statistics.median(result.value.samples_s)
-            record["call_s"] = record["look_s"] * started.value["steps"]
-            if held.outcome != "ok":
-                record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
-        return record
+            started = _started(worker, sampling.timeout_s)
+            turn = worker.ask(sampling.turn_s, sampling.timeout_s) if started.outcome == "ok" else started
+        if turn.outcome != "ok":
+            return {"outcome": turn.outcome, "detail": turn.detail}
+        look_s = statistics.median(turn.value.samples_s)
+        return {"look_s": look_s, "call_s": look_s * started.value["steps"]}
 
     def _isolated(self, function: Callable[..., Any], contestant: Contestant) -> Result:
         limit = self.comparison.sampling.timeout_s

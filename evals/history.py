@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evals.ledger import Record
-from evals.statistics import Speedup, medians, speedup_interval
+from evals.statistics import CONFIDENCE, Speedup, medians, speedup_interval
 
 
 class Runner(NamedTuple):
@@ -76,7 +76,7 @@ class History:
         both = (number for number in theirs if number in ours)
         return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in both]
 
-    def speedup(self, reference: Runner, runner: Runner) -> Speedup | None:
+    def speedup(self, reference: Runner, runner: Runner, confidence: float = CONFIDENCE) -> Speedup | None:
         """How many times faster than the reference; None where they have no round in common."""
         theirs, ours = self._rounds.get(reference, {}), self._rounds.get(runner, {})
         both = sorted(theirs.keys() & ours.keys())
@@ -84,4 +84,5 @@ class History:
             return None
         # The same ledger gives the same figures: the bootstrap's randomness is fixed.
         generator = np.random.default_rng(0)
-        return speedup_interval([theirs[n]["turns"] for n in both], [ours[n]["turns"] for n in both], generator=generator)
+        turns = [[record[number]["turns"] for number in both] for record in (theirs, ours)]
+        return speedup_interval(*turns, confidence=confidence, generator=generator)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
 
 Array = NDArray[np.float64]
 Rounds = Sequence[Sequence[float]]
@@ -89,7 +89,7 @@ def speedup_interval(
     between, within = deviations
     error = math.sqrt(np.var(between) * len(samples) / degrees + np.var(within))
     distance = abs(math.log(estimate.value))
-    p = 2 * float(student_t.sf(distance / error, degrees)) if error > 0 else float(distance == 0)
+    p = 2 * float(stdtr(degrees, -distance / error)) if error > 0 else float(distance == 0)
     return Speedup(estimate.value, estimate.low, estimate.high, p)
 
 
@@ -108,7 +108,7 @@ def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
         return math.inf
     logarithms = np.log(medians(rounds))
     error = float(np.std(logarithms, ddof=1)) / math.sqrt(len(rounds))
-    return math.expm1(float(student_t.ppf((1 + confidence) / 2, len(rounds) - 1)) * error)
+    return math.expm1(float(stdtrit(len(rounds) - 1, (1 + confidence) / 2)) * error)
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -116,8 +116,11 @@ def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
 SAME = 0.03
 """Speeds that provably differ by less than this are called the same."""
 
+ALPHA = 0.01
+"""What a verdict may err by: a whole sweep, with this chance, anywhere."""
 
-def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: float = 1 - CONFIDENCE) -> list[str]:
+
+def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: float = ALPHA) -> list[str]:
     """faster | slower | same | ambiguous for each, with at most `alpha` of a chance that any `faster` or `slower` is wrong.
 
     faster, slower: p holds after Holm's correction for all comparisons at hand (Holm 1979), the interval leaves 1 out,
@@ -148,10 +151,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def noise_floor(twin: Interval) -> float:
-    """How far from itself the reference may seem to be: the farther end of its speed-up over itself."""
+    """How far from itself the reference seems to be: the farther end of its speed-up over itself, as a fraction.
+
+    twin: at a confidence of `ONE_SIGMA`. The doubt about a speed-up is in its own interval already; here it
+    is the machine that is asked whether things that are equal come out equal.
+    """
     if math.isnan(twin.low):
         return math.inf
     return math.expm1(max(abs(math.log(twin.low)), abs(math.log(twin.high))))
+
+
+ONE_SIGMA = 0.68
 
 
 # --- the bootstrap ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from evals.ceilings import TOLERANCE, Ceilings, Floor, floor, highest, implausib
 from evals.figures import swept_column
 from evals.history import History, Runner
 from evals.ledger import Record
-from evals.statistics import Speedup, median_interval, noise_floor, verdicts
+from evals.statistics import ONE_SIGMA, Speedup, median_interval, noise_floor, verdicts
 from evals.workloads import differing
 
 SETTINGS = (
@@ -121,7 +121,7 @@ def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
     reference, twin = Runner(relative_to), Runner(relative_to, twin=True)
     if not history.racing(relative_to):
         return {}
-    itself = history.speedup(reference, twin)
+    itself = history.speedup(reference, twin, ONE_SIGMA)
     row: dict[str, Any] = {"relative_to": relative_to, "noise_floor": None if itself is None else noise_floor(itself)}
     if name == relative_to:  # there is nothing to estimate
         return {**row, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}

@@ -3,7 +3,17 @@ import math
 import numpy as np
 import pytest
 
-from evals.statistics import Interval, Speedup, half_width, holm, median_interval, noise_floor, speedup_interval, verdicts
+from evals.statistics import (
+    ONE_SIGMA,
+    Interval,
+    Speedup,
+    half_width,
+    holm,
+    median_interval,
+    noise_floor,
+    speedup_interval,
+    verdicts,
+)
 
 Rounds = list[list[float]]
 
@@ -217,12 +227,12 @@ def raced(
     """Two contestants on a noisy machine: what a round's processes differ by, and turns."""
     reference = [[[math.exp(x)] for x in generator.normal(generator.normal(0, between), within, 12)] for _ in range(rounds)]
     ours = [[[math.exp(x) / speedup] for x in generator.normal(generator.normal(0, between), within, 12)] for _ in range(rounds)]
-    return speedup_interval(reference, ours, resamples=400, generator=generator)
+    return speedup_interval(reference, ours, confidence=confidence, resamples=400, generator=generator)
 
 
 def test_of_things_that_are_equal_hardly_any_is_called_faster_or_slower() -> None:
     generator = np.random.default_rng(0)
-    said = [verdicts([raced(generator, 1.0)], [noise_floor(raced(generator, 1.0))])[0] for _ in range(400)]
+    said = [verdicts([raced(generator, 1.0)], [noise_floor(raced(generator, 1.0, confidence=ONE_SIGMA))])[0] for _ in range(400)]
     assert said.count("faster") + said.count("slower") <= 8
 
 
@@ -240,7 +250,7 @@ def test_one_percent_is_found_on_a_quiet_clock() -> None:
     quiet = {"between": 0.002, "within": 0.005}
     found = 0
     for _ in range(100):
-        slower, floor = raced(generator, 0.99, **quiet), noise_floor(raced(generator, 1.0, **quiet))  # type: ignore[arg-type]
+        slower, floor = raced(generator, 0.99, **quiet), noise_floor(raced(generator, 1.0, confidence=ONE_SIGMA, **quiet))  # type: ignore[arg-type]
         found += verdicts([slower], [floor]) == ["slower"]
     assert found >= 90
 
@@ -253,7 +263,7 @@ def test_one_percent_is_found_on_a_quiet_clock() -> None:
         (Speedup(1.2, 1.1, 1.3, 0.001), 0.25, "ambiguous"),  # below the noise floor
         (Speedup(0.8, 0.7, 0.9, 0.001), 0.251, "ambiguous"),  # 1 / 0.8 is a quarter
         (Speedup(1.2, 0.99, 1.4, 0.001), 0.05, "ambiguous"),  # the interval holds 1
-        (Speedup(1.2, 1.1, 1.3, 0.06), 0.05, "ambiguous"),
+        (Speedup(1.2, 1.1, 1.3, 0.02), 0.05, "ambiguous"),
         (Speedup(1.01, 0.99, 1.02, 0.4), 0.05, "same"),
         (Speedup(1.02, 1.01, 1.029, 0.001), 0.001, "faster"),
         (Speedup(1.01, 0.99, 1.04, 0.4), 0.05, "ambiguous"),
@@ -265,7 +275,7 @@ def test_a_verdict_needs_significance_and_more_than_noise(speedup: Speedup, floo
 
 
 def test_many_comparisons_ask_for_more() -> None:
-    alone = Speedup(1.2, 1.1, 1.3, 0.02)
+    alone = Speedup(1.2, 1.1, 1.3, 0.004)
     assert verdicts([alone], [0.0]) == ["faster"]
     assert verdicts([alone] * 3, [0.0] * 3) == ["ambiguous"] * 3
 
