@@ -116,7 +116,7 @@ def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
 SAME = 0.03
 """Speeds that provably differ by less than this are called the same."""
 
-ALPHA = 0.01
+ALPHA = 0.02
 """What a verdict may err by: a whole sweep, with this chance, anywhere."""
 
 

@@ -222,7 +222,13 @@ def test_unpaired_rounds_are_refused() -> None:
 
 
 def raced(
-    generator: np.random.Generator, speedup: float, *, rounds: int = 8, between: float = 0.03, within: float = 0.03
+    generator: np.random.Generator,
+    speedup: float,
+    *,
+    rounds: int = 8,
+    between: float = 0.03,
+    within: float = 0.03,
+    confidence: float = 0.95,
 ) -> Speedup:
     """Two contestants on a noisy machine: what a round's processes differ by, and turns."""
     reference = [[[math.exp(x)] for x in generator.normal(generator.normal(0, between), within, 12)] for _ in range(rounds)]
