@@ -281,7 +281,7 @@ def test_a_verdict_needs_significance_and_more_than_noise(speedup: Speedup, floo
 
 
 def test_many_comparisons_ask_for_more() -> None:
-    alone = Speedup(1.2, 1.1, 1.3, 0.004)
+    alone = Speedup(1.2, 1.1, 1.3, 0.008)
     assert verdicts([alone], [0.0]) == ["faster"]
     assert verdicts([alone] * 3, [0.0] * 3) == ["ambiguous"] * 3
 
