@@ -17,14 +17,15 @@ from evals import cuda, machine
 from evals.ceilings import measure_ceilings
 from evals.certify import TIMEOUT_S, findings
 from evals.config import Comparison, Contestant, Device, UsageError, digest
+from evals.cost import cost
 from evals.history import History, Runner
 from evals.ledger import Ledger, Record
 from evals.measure import Stopwatch, Turn, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes
 from evals.statistics import half_width
 from evals.worker import Result, Worker, alone, run_isolated
-from evals.workloads import cost, prepare
+from evals.workloads import prepare
 
-HARNESS = ("engine.py", "measure.py", "cuda.py", "ceilings.py", "worker.py", "workloads.py")
+HARNESS = ("engine.py", "measure.py", "cuda.py", "ceilings.py", "worker.py", "workloads.py", "cost.py")
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
 
 CERTIFICATE = ("certify.py", "checks.py")

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from evals.ceilings import TOLERANCE, Ceilings, Floor, floor, highest, implausible_peak, impossible
+from evals.cost import differing
 from evals.figures import swept_column
 from evals.history import History, Runner
 from evals.ledger import Record
 from evals.statistics import ONE_SIGMA, Speedup, median_interval, noise_floor, verdicts
-from evals.workloads import differing
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),

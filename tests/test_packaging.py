@@ -76,7 +76,8 @@ def test_clocks_and_memory_counters_are_read_where_measuring_is_done_only() -> N
         for package in ("bsbr", "baselines", "evals")
         for path in (ROOT / package).rglob("*.py")
         for name in names_used(path)
-        if any(f"{name}.".startswith(f"{clock}.") for clock in CLOCKS) and not (path.parent == ROOT / "evals" and path.name in MEASURING)
+        if any(f"{name}.".startswith(f"{clock}.") for clock in CLOCKS)
+        and not (path.parent == ROOT / "evals" and path.name in MEASURING)
     }
     assert readers == set()
 

@@ -54,7 +54,14 @@ def test_the_added_attention_is_certified(mine: Path) -> None:
 
 def test_the_added_attention_is_compared_like_the_others(mine: Path) -> None:
     places = (f"results_dir={mine / 'results'}", f"plots_dir={mine / 'plots'}")
-    small = ("shape.seq_len=100,200", "model.hidden_dim=32", "model.num_heads=2", "sampling.min_rounds=1", "sampling.turns=2", "sampling.budget_s=0.01")
+    small = (
+        "shape.seq_len=100,200",
+        "model.hidden_dim=32",
+        "model.num_heads=2",
+        "sampling.min_rounds=1",
+        "sampling.turns=2",
+        "sampling.budget_s=0.01",
+    )
     done = as_written("evals.run --config-dir", mine, *places, *small)
     assert (done.returncode, done.stderr) == (0, "")
     rows = pd.read_csv(mine / "results" / "seq_len" / "results.csv")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from evals.cli import CONF
 from evals.config import Comparison, UsageError, cores, every_sweep, layer_parameters, read_comparison
-from evals.workloads import cost, differing, unmatched
+from evals.cost import cost, differing, unmatched
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 SMALL = ("model.hidden_dim=32", "model.num_heads=2", "model.ff_dim=64", "shape.seq_len=40")

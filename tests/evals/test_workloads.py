@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bsbr.interface import Attention, State
 from evals.cli import CONF
 from evals.config import Comparison, Contestant, read_comparison
+from evals.cost import cost, extent
 from evals.measure import UNREGISTERED, peak_allocated_bytes
-from evals.workloads import Work, build, cost, decode, extent, inputs, period, prepare
+from evals.workloads import Work, build, decode, inputs, period, prepare
 
 ATTENTIONS = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
 WORKLOADS = ("prefill", "attention", "forward_backward", "train_step", "decode")
