@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from bsbr.interface import Attention
 from bsbr.model import CausalLM
+from evals import workloads
 from evals.config import MATCHED_WITHIN, Comparison, Contestant
 from evals.measure import count_flops
 from evals.workloads import Module, build, forward, inputs, period, state_after

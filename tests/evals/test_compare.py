@@ -151,8 +151,8 @@ def test_a_known_ratio_is_found_in_every_cell() -> None:
 
 
 def test_the_more_cells_the_more_evidence_each_needs() -> None:
-    doubtful = in_turns([0.1, 0.5, 0.3, 0.2], [0.0, 0.3, 0.0, 0.1])
-    assert 0.02 < compare.speedup(*doubtful)[0].p < 0.05
+    doubtful = in_turns([0.15, 0.5, 0.3, 0.25], [0.0, 0.3, 0.0, 0.1])
+    assert 0.01 < compare.speedup(*doubtful)[0].p < 0.02
     flat = [in_turns([0.1, 0.0, 0.1, 0.0], [0.0, 0.1, 0.0, 0.1], seq_len=n) for n in range(2)]
     alone = compare.compare([doubtful[0]], [doubtful[1]])
     among = compare.compare([doubtful[0], *(a for a, _ in flat)], [doubtful[1], *(b for _, b in flat)])
