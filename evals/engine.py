@@ -159,7 +159,8 @@ class Engine:
         """About how long a call takes, or what became of it."""
         sampling = self.comparison.sampling
         with Worker(latency, self.comparison, contestant, memory_limit_bytes=self.memory_limit) as worker:
-            started = _started(worker, sampling.timeout_s)
+            built = worker.result(sampling.timeout_s)
+            started = worker.ask(None, sampling.timeout_s) if built.outcome == "ok" else built
             turn = worker.ask(sampling.turn_s, sampling.timeout_s) if started.outcome == "ok" else started
         if turn.outcome != "ok":
             return {"outcome": turn.outcome, "detail": turn.detail}
@@ -177,16 +178,21 @@ class Engine:
     def objection(self, contestant: Contestant) -> str:
         """What the certificate of this code says against it; empty if nothing."""
         key = self._certificate_key(contestant)
-        for record in self.certificates.read()[0]:
+        for record in [*self.certificates.read()[0], *_inconclusive]:
             if record.get("key") == key:
                 return str(record["objection"])
         model = self.comparison.model
         limit = int(0.8 * available_bytes() / torch.get_num_threads())  # as many may run at once
         result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=limit)
-        if result.outcome != "ok":  # which another day may end otherwise
-            return f"the certificate ended as {result.outcome}: {result.detail}"
-        words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
-        self.certificates.append({"key": key, "attention": contestant.name, "objection": words, "time": now()})
+        if result.outcome == "ok":
+            words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
+        else:
+            words = f"the certificate ended as {result.outcome}: {result.detail}"
+        record = {"key": key, "attention": contestant.name, "objection": words, "time": now()}
+        if result.outcome == "ok":
+            self.certificates.append(record)
+        else:
+            _inconclusive.append(record)
         return words
 
     # --- rounds -----------------------------------------------------------------------------------
@@ -280,7 +286,11 @@ class Engine:
             for runner in runners:
                 worker = Worker(latency, self.comparison, contestants[runner.name], memory_limit_bytes=self.memory_limit)
                 workers[runner] = stack.enter_context(worker)
-            results = {runner: _started(worker, sampling.timeout_s) for runner, worker in workers.items()}
+            # All build at the same time; then each has its first call alone.
+            results = {runner: worker.result(sampling.timeout_s) for runner, worker in workers.items()}
+            for runner, result in results.items():
+                if result.outcome == "ok":
+                    results[runner] = workers[runner].ask(None, sampling.timeout_s)
             taken: dict[Runner, list[Turn]] = {runner: [] for runner in runners}
             for _ in range(turns):
                 order = [runner for runner in runners if results[runner].outcome == "ok"]
@@ -300,6 +310,9 @@ class Engine:
 CERTIFICATE_S, START_S = 6.0, 0.04
 """About what a certificate takes, and the start of a process, for planning ahead."""
 
+_inconclusive: list[Record] = []
+"""Certificates that were not finished: another day they may be, so that only this command remembers them."""
+
 CEILINGS_S = 0.4
 """For the ceilings of each comparison. Of all in a ledger the highest count, so that a busy moment spoils nothing."""
 
@@ -313,12 +326,6 @@ def of_turns(turns: Sequence[Turn]) -> Record:
         record |= {"host_s": statistics.median(host_s), "exposed": sum(turn.exposed for turn in turns)}
         record |= {"throttled": "; ".join(throttled), "device": turns[-1].device}
     return record
-
-
-def _started(worker: Worker, timeout_s: float) -> Result:
-    """The worker's module built, and called for the first time."""
-    result = worker.result(timeout_s)
-    return worker.ask(None, timeout_s) if result.outcome == "ok" else result
 
 
 def _ceilings(device: Device) -> Record | None:
