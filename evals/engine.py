@@ -20,7 +20,7 @@ from evals.config import Comparison, Contestant, Device, UsageError, digest
 from evals.cost import cost
 from evals.history import History, Runner
 from evals.ledger import Ledger, Record
-from evals.measure import Stopwatch, Turn, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes
+from evals.measure import Stopwatch, Turn, available_bytes, clock, now, peak_allocated_bytes, process_peak_bytes, settle_allocator
 from evals.statistics import half_width
 from evals.worker import Result, Worker, alone, run_isolated
 from evals.workloads import prepare
@@ -345,6 +345,7 @@ def source(*names: str) -> list[str]:
 
 def latency(comparison: Comparison, contestant: Contestant) -> Generator[Any, float, None]:
     """Builds, and waits; calls once, and waits; then a turn for every message, which says for how many seconds."""
+    settle_allocator()
     work = prepare(comparison, contestant)
     time = clock(work.call, comparison.device.kind, comparison.device.mode)
     yield None
