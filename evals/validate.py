@@ -3,6 +3,7 @@
 aa        compares attentions with themselves: how often does an interval hold 1, how often is anything called faster or slower
 slowdown  makes one of two equal attentions slower on purpose: how often is it found
 clock     holds latencies against torch.utils.benchmark
+kills     kills a sweep at random moments and starts it again: is anything lost, or there twice
 
 Exit code 1 if one of them finds less than it should.
 """
@@ -11,6 +12,7 @@ import argparse
 import math
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
@@ -30,6 +33,7 @@ from evals import cli, table
 from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger
+from evals.machine import ROOT
 from evals.measure import clock
 from evals.worker import run_isolated
 from evals.workloads import prepare
@@ -136,6 +140,50 @@ def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, 
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
+# --- nothing is lost ------------------------------------------------------------------------------
+
+SWEEP = (
+    *("sweep=seq_len", "attention=[standard,linear,sliding_window]", "shape.seq_len=64,100,130,200,256,300,400,512,600,700"),
+    *("model.hidden_dim=32", "model.num_heads=2", "device.threads=1"),
+    *("sampling.min_rounds=20", "sampling.max_rounds=20", "sampling.turns=2"),
+)
+
+
+def kills(count: int) -> bool:
+    """After `count` times kill -9 and a restart, every line that was ever in the ledger is there, once, and the table is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "results" / "seq_len" / "samples.jsonl")
+        command = [sys.executable, "-m", "evals.run", *SWEEP, f"results_dir={folder}/results", f"plots_dir={folder}/plots"]
+        chance, kept = random.Random(0), b""
+        killed = finished = 0
+        while killed < count:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                process.wait(chance.uniform(3, 12))
+                ledger.path.unlink()  # it was through: from the beginning, then
+                kept, finished = b"", finished + 1
+                continue
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            killed += 1
+            content = ledger.path.read_bytes() if ledger.path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if not whole.startswith(kept):
+                print(f"kills: after {killed}, lines that were in the ledger are gone")
+                return False
+            kept = whole
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        records = [record for record in ledger.read()[0] if record["kind"] in ("trial", "latency")]
+        places = [tuple(record.get(key) for key in ("comparison", "attention", "kind", "round", "twin")) for record in records]
+        rows = pd.read_csv(ledger.path.with_name("results.csv"))
+    complete = len(rows) == 3 * 10 and (rows["outcome"] == "ok").all() and (rows["rounds"] >= 20).all()
+    twice = len(places) - len(set(places))
+    print(f"kills: {killed} in {finished + 1} sweeps; in the last {len(places)} records, {twice} of them twice")
+    print(f"kills: the table is {'' if complete else 'not '}complete")
+    return bool(complete) and not twice
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -147,14 +195,15 @@ def composed(*overrides: str) -> Comparison:
 def main(arguments: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
-    parser.add_argument("checks", nargs="+", choices=("aa", "slowdown", "clock"))
-    parser.add_argument("--count", type=int, help="of comparisons (default: 200 for aa, 10 for slowdown)")
+    parser.add_argument("checks", nargs="+", choices=("aa", "slowdown", "clock", "kills"))
+    parser.add_argument("--count", type=int, help="of comparisons, or kills (default: 200 for aa, 10 for slowdown, 100 for kills)")
     parser.add_argument("--budget-s", type=float, default=12.0, help="of each comparison (default: that of the sweeps)")
     options = parser.parse_args(arguments)
     checks: dict[str, Callable[[], bool]] = {
         "aa": lambda: aa(options.count or 200, options.budget_s),
         "slowdown": lambda: slowdown(options.count or 10, options.budget_s),
         "clock": clock_agrees,
+        "kills": lambda: kills(options.count or 100),
     }
     try:
         passed = [checks[name]() for name in options.checks]
