@@ -472,13 +472,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """A trap: python does not look where it is started, and finds the working tree's code wherever that is.
-
-    A temporary folder of its own, so that it need not wait for who else measures on this machine.
-    """
-    temporary = tree.parent / "temporary"
-    temporary.mkdir(exist_ok=True)
-    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "TMPDIR": str(temporary)}
+    """A trap: python does not look where it is started, and finds the working tree's code wherever that is."""
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
 
 
 def launch(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -491,6 +486,7 @@ def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(reposi
     folder = repository / "results" / "compare" / git(repository, "rev-parse", "HEAD")[:12]
     base, here = (Ledger(folder / side / "samples.jsonl").read()[0] for side in ("base", "here"))
     peaks = [record["peak_bytes"] for records in (base, here) for record in records if "peak_bytes" in record]
+    assert len(peaks) == 2, done.stderr
     assert peaks[1] - peaks[0] == 4 * 2**18, done.stderr
     for records in (base, here):
         rounds = {record["round"] for record in records if record["kind"] == "latency" and not record["twin"]}

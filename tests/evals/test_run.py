@@ -355,7 +355,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
     ("arguments", "sentence"),
     [
         (["attention=[nope]"], "unknown attention 'nope'; known are bsbr, delta_net, gau, hopfield, linear, "),
-        (["sweep=nope"], "unknown sweep 'nope'; known are seq_len"),
+        (["sweep=nope"], "unknown sweep 'nope'; known are all, batch_size, "),
         (["attention=[]"], "no attention is selected"),
         (["attention.bsbr.chunk_size=0"], "attention 'bsbr' cannot be built: chunk_size must be a positive integer, got 0"),
         (["model.num_heads=3"], "hidden_dim must be a multiple of num_heads, got hidden_dim=32, num_heads=3"),
@@ -371,7 +371,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
         (["device.dtype=int3"], "device.dtype must be one of float64, float32, bfloat16, float16, got 'int3'"),
         (["device.threads=0"], "device.threads must be a positive integer, got 0"),
         (["device.kind=tpu"], "device.kind must be cpu or cuda, got 'tpu'"),
-        (["model.scope=everything"], "model.scope must be one of attention, model, got 'everything'"),
+        (["model.scope=everything"], "model.scope must be one of attention, layer, model, got 'everything'"),
         (["sampling.timeout_s=-1"], "sampling.timeout_s must be a number above 0, got -1"),
         (["sampling.min_rounds=0"], "sampling.min_rounds must be a positive integer, got 0"),
         (["swept=foo"], "swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got 'foo'"),
