@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
     parser.add_argument("checks", nargs="+", choices=("aa", "slowdown", "clock", "kills"))
     parser.add_argument("--count", type=int, help="of comparisons, or kills (default: 200 for aa, 10 for slowdown, 100 for kills)")
-    parser.add_argument("--budget-s", type=float, default=12.0, help="of each comparison (default: that of the sweeps)")
+    parser.add_argument("--budget-s", type=float, default=8.0, help="of each comparison (default: that of the sweeps)")
     options = parser.parse_args(arguments)
     checks: dict[str, Callable[[], bool]] = {
         "aa": lambda: aa(options.count or 200, options.budget_s),
