@@ -42,6 +42,7 @@ def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path
     folder = next(place / name for name in names if not (place / name).exists())  # older results stay
     options = [f"{key}='{place.resolve()}'" for key in ("results_dir", "plots_dir")]  # and share their certificates
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that this ends in good order too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts in the background
     with _worktree(commit) as base:
         sides = [("base", base), ("here", ROOT)]
         for name, tree in sides:
