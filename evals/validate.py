@@ -34,7 +34,7 @@ from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger
 from evals.machine import ROOT
-from evals.measure import clock
+from evals.measure import clock, settle_allocator
 from evals.worker import run_isolated
 from evals.workloads import prepare
 
@@ -129,6 +129,7 @@ def clock_agrees() -> bool:
 
 def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, float]:
     """Median seconds by our clock and by torch's, which take turns."""
+    settle_allocator()
     call = prepare(comparison, contestant).call
     ours = clock(call, comparison.device.kind, comparison.device.mode)
     ours.first_call()
