@@ -4,11 +4,9 @@
 same function as the definition reads; the two share no code.
 """
 
-import math
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsbr import reference
@@ -23,6 +21,7 @@ from bsbr.interface import (
     rotate,
     split_heads,
 )
+from bsbr.plain import chunk_states, local_attention, read, retrieve, sdpa, unit_norm
 
 
 def bsbr_attention(
@@ -35,11 +34,12 @@ def bsbr_attention(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """O = softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄,  F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s,  F_s = φ(K_s)ᵀ V_s.
+    """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄,  F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s,  F_s = φ(K_s)ᵀ V_s.
 
     Time is cut into C = ⌈time / chunk_size⌉ chunks, the last of any length. M_in: causal inside a chunk, and
     each token also sees the `chunk_overlap` tokens before its chunk. M_out: strictly lower triangular over
@@ -49,6 +49,7 @@ def bsbr_attention(
     r: [batch, heads, C, head_dim], the meta query of each chunk, which must be known at its first token.
     h: [batch, kv_heads, C - 1 or more, head_dim], the meta key of each chunk that a later one can retrieve.
     q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
+    gain: g, one factor a head [heads], how much retrieval weighs; by default 1.
     top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. dropout_p acts on the weights
     of both softmaxes.
 
@@ -79,150 +80,15 @@ def bsbr_attention(
             "q_features and k_features must be those of q and k in all but their common last size, d_r: "
             f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
         )
+    if gain is not None and gain.shape != q.shape[1:2]:
+        raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
 
     local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
     if chunks == 1:
         return local
     states = chunk_states(k_features, v, chunk_size, chunks - 1)
     retrieved = retrieve(r, h[:, :, : chunks - 1], states, top_k=top_k, dropout_p=dropout_p)
-    return local + read(q_features, retrieved, chunk_size)
-
-
-# --- the four steps -----------------------------------------------------------------------------
-
-
-def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_overlap: int = 0, dropout_p: float = 0.0) -> Tensor:
-    """softmax(QKᵀ/√d ⊙ M_in) V, M_in: a token sees its chunk up to itself and the `chunk_overlap` tokens before its chunk.
-
-    q: [batch, heads, time, head_dim], its first row at a chunk's beginning; k and v may hold up to
-    `chunk_overlap` earlier tokens in front. Returns the shape of q.
-    """
-    time = q.shape[2]
-    before = k.shape[2] - time
-    # Three kinds of chunk: those whose view back is cut off by the beginning of the sequence, those in full,
-    # and an incomplete last one. Only the middle kind grows with the sequence, and it is one batched call.
-    lead = min(time // chunk_size, -(-max(0, chunk_overlap - before) // chunk_size)) * chunk_size
-    full = (time - lead) // chunk_size * chunk_size
-    pieces: list[Tensor] = []
-    for start, stop in ((0, lead), (lead + full, time)):
-        if start < stop:
-            first_key = max(0, before + start - chunk_overlap)
-            visible = None
-            if chunk_overlap:
-                visible = _visible(
-                    torch.arange(start, stop, device=q.device),
-                    torch.arange(first_key - before, stop, device=q.device),
-                    chunk_size,
-                    chunk_overlap,
-                )
-            keys = slice(first_key, before + stop)
-            pieces.append(_sdpa(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], visible, dropout_p))
-    if full:
-        chunks = full // chunk_size
-        window = slice(before + lead - chunk_overlap, before + lead + full)
-        visible = None
-        if chunk_overlap:
-            own = torch.arange(chunk_size, device=q.device)
-            visible = _visible(own, torch.arange(-chunk_overlap, chunk_size, device=q.device), chunk_size, chunk_overlap)
-        attended = _sdpa(
-            _windows(q[:, :, lead : lead + full], chunk_size, chunk_size),
-            _windows(k[:, :, window], chunk_size, chunk_size + chunk_overlap),
-            _windows(v[:, :, window], chunk_size, chunk_size + chunk_overlap),
-            visible,
-            dropout_p,
-        )
-        # The kernel writes [chunk, time, head, dim], so this is a view of [batch, time, heads, dim].
-        attended = attended.unflatten(0, (-1, chunks)).transpose(1, 2).flatten(2, 3)
-        pieces.insert(1 if lead else 0, attended)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) -> Tensor:
-    """F_s = φ(K_s)ᵀ V_s for the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]."""
-    tokens = chunks * chunk_size
-    keys: Tensor = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
-    values: Tensor = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
-    return keys.mT @ values
-
-
-def retrieve(r: Tensor, h: Tensor, states: Tensor, *, first: int = 0, top_k: int | None = None, dropout_p: float = 0.0) -> Tensor:
-    """F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
-
-    r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
-    h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on.
-    A chunk that sees none retrieves zero.
-    """
-    batch, heads, rows, head_dim = r.shape
-    kv_heads, chunks = h.shape[1:3]
-    if chunks == 0:
-        return states.new_zeros(batch, heads, rows, *states.shape[3:])
-    # Query heads of one group stand side by side as rows against the states that they share.
-    # Scores in float32: rounded to bfloat16, they would tie, and top_k would keep other chunks than the best.
-    wide = torch.promote_types(r.dtype, torch.float32)
-    grouped = r.reshape(batch, kv_heads, heads // kv_heads, rows, head_dim).to(wide)
-    scores = grouped @ h.unsqueeze(2).mT.to(wide) / math.sqrt(head_dim)
-    visible = torch.ones(rows, chunks, dtype=torch.bool, device=r.device).tril(first - 1)
-    # Not -inf: a chunk that sees nothing would be 0/0, and its gradient too.
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    if top_k is None or top_k >= chunks:
-        weights = torch.softmax(scores, dim=-1).where(visible, 0).to(states.dtype)
-        weights = F.dropout(weights, dropout_p)
-        mixed = weights.flatten(2, 3) @ states.flatten(3)
-    else:
-        # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        kept, chosen = ranked[..., :top_k], order[..., :top_k]
-        weights = torch.softmax(kept, dim=-1).where(visible.expand_as(scores).gather(-1, chosen), 0)
-        weights = F.dropout(weights.to(states.dtype), dropout_p)
-        # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
-        owner = torch.arange(batch * kv_heads, device=r.device).view(batch, kv_heads, 1, 1, 1) * chunks
-        mixed = F.embedding_bag(
-            (chosen + owner).flatten(0, -2),
-            states.reshape(batch * kv_heads * chunks, -1),
-            per_sample_weights=weights.flatten(0, -2),
-            mode="sum",
-        )
-    return mixed.view(batch, heads, rows, *states.shape[3:])
-
-
-def read(q_features: Tensor, retrieved: Tensor, chunk_size: int) -> Tensor:
-    """φ(q_i)ᵀ F̄_t for every token i of chunk t: [batch, heads, time, head_dim]."""
-    full, rest = divmod(q_features.shape[2], chunk_size)
-    pieces = []
-    if full:
-        chunked = q_features[:, :, : full * chunk_size].unflatten(2, (full, chunk_size))
-        pieces.append((chunked @ retrieved[:, :, :full]).flatten(2, 3))
-    if rest:
-        pieces.append(q_features[:, :, full * chunk_size :] @ retrieved[:, :, full])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def unit_norm(x: Tensor) -> Tensor:
-    """φ's normalisation, x / sqrt(|x|² + 1e-6): a key asked for exactly returns its value at its own size.
-
-    Unit length bounds a retrieved term by the sum of |v| over a chunk whatever the inputs, which the plain
-    product does not, and leaves how much retrieval weighs to one gain per head. 1e-6 keeps zero inputs finite.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _visible(queries: Tensor, keys: Tensor, chunk_size: int, chunk_overlap: int) -> Tensor:
-    """M_in as booleans [queries, keys], for positions counted from any chunk's beginning."""
-    earliest = queries // chunk_size * chunk_size - chunk_overlap
-    return (keys >= earliest[:, None]) & (keys <= queries[:, None])
-
-
-def _windows(x: Tensor, step: int, length: int) -> Tensor:
-    """[batch, heads, time, dim] -> [batch * windows, heads, length, dim], one window every `step` tokens, a view where possible."""
-    return x.unfold(2, length, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float) -> Tensor:
-    """softmax(qkᵀ/√d) v over what is visible; causal of equal lengths where `visible` is None."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return local + read(q_features, retrieved, chunk_size, gain)
 
 
 def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
@@ -238,6 +104,9 @@ def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> No
 
 class _Options(TypedDict):
     chunk_size: int
+    q_features: Tensor | None
+    k_features: Tensor | None
+    gain: Tensor
     chunk_overlap: int
     top_k: int | None
 
@@ -247,7 +116,7 @@ class BSBRAttention(MultiHeadAttention):
 
     r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
     φ(x) = unit_norm(P x), P learned and shared by queries and keys where there is compression and absent
-    otherwise; φ(q) carries one learned gain per head, which sets how much retrieval weighs. Under rotary=True
+    otherwise; One learned gain per head sets how much retrieval weighs. Under rotary=True
     the local part is rotated; retrieval is by content and is not.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
@@ -290,34 +159,46 @@ class BSBRAttention(MultiHeadAttention):
         return self.chunk_size
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        """q, k, v, r, h, φ(q), φ(k), as `bsbr_attention` takes them; `start` must be a chunk's beginning."""
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, start)
+        """q, k, v, r, h as `bsbr_attention` takes them, and φ(q), φ(k) unless they are `unit_norm` of q and k.
+
+        `start` must be a chunk's beginning.
+        """
+        q, k, v, *features = self._project_tokens(hidden_states, start)
         retrievable = (hidden_states.shape[1] - 1) // self.chunk_size
         pooled = hidden_states[:, : retrievable * self.chunk_size].unflatten(1, (retrievable, self.chunk_size)).mean(dim=2)
-        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), q_features, k_features
+        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *features
 
     def attend(self, *tensors: Tensor) -> Tensor:
-        q, k, v, r, h, q_features, k_features = tensors
-        return bsbr_attention(
-            q, k, v, r, h, q_features=q_features, k_features=k_features, **self._options, dropout_p=self.dropout_p
-        )
+        return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         """`attend` by `bsbr.reference.bsbr_attention`."""
-        q, k, v, r, h, q_features, k_features = tensors
-        return reference.bsbr_attention(q, k, v, r, h, q_features=q_features, k_features=k_features, **self._options)
+        return reference.bsbr_attention(*tensors[:5], **self._options(tensors))
 
-    @property
-    def _options(self) -> _Options:
-        return {"chunk_size": self.chunk_size, "chunk_overlap": self.chunk_overlap, "top_k": self.retrieval_top_k}
+    def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
+        q_features, k_features = tensors[5:] or (None, None)
+        return {
+            "chunk_size": self.chunk_size,
+            "q_features": q_features,
+            "k_features": k_features,
+            "gain": self.retrieval_gain,
+            "chunk_overlap": self.chunk_overlap,
+            "top_k": self.retrieval_top_k,
+        }
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
+        """q, k, v of tokens from position `start` on, and φ(q), φ(k) unless they are `unit_norm` of q and k."""
         q, k, v = self.project_heads(hidden_states)
-        q_features = unit_norm(self.feature_proj(q)) * self.retrieval_gain[:, None, None]
-        k_features = unit_norm(self.feature_proj(k))
+        if self.feature_dim == self.head_dim and not self.rotary:
+            return q, k, v
+        features = unit_norm(self.feature_proj(q)), unit_norm(self.feature_proj(k))
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
-        return q, k, v, q_features, k_features
+        return q, k, v, *features
+
+    def _with_features(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        q, k, v, *features = tensors
+        return q, k, v, *(features or (unit_norm(q), unit_norm(k)))
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         return split_heads(self.meta_q_proj(hidden_states), self.num_heads)
@@ -365,7 +246,7 @@ class BSBRAttention(MultiHeadAttention):
     def _open_chunks(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that begin at a chunk's beginning: the parallel form, with the chunks before them in the retrieval."""
         tokens, size = hidden_states.shape[1], self.chunk_size
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
+        q, k, v, q_features, k_features = self._with_features(self._project_tokens(hidden_states, position))
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         complete = tokens // size
         pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
@@ -381,7 +262,7 @@ class BSBRAttention(MultiHeadAttention):
         )
         attended = local_attention(
             q, keys, values, chunk_size=size, chunk_overlap=self.chunk_overlap, dropout_p=self.dropout_p
-        ) + read(q_features, retrieved, size)
+        ) + read(q_features, retrieved, size, self.retrieval_gain)
         rest = complete * size
         wide = state["open_hidden"].dtype
         after = self._keep(keys, values, position + tokens)
@@ -396,12 +277,13 @@ class BSBRAttention(MultiHeadAttention):
 
     def _continue_chunk(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that all fall into the open chunk, its last one perhaps included: no chunk but this one is touched."""
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
+        q, k, v, q_features, k_features = self._with_features(self._project_tokens(hidden_states, position))
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         tokens = q.shape[2]
         # Everything kept is visible: it is the open chunk and its overlap.
         visible = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - tokens)
-        attended = _sdpa(q, keys, values, visible, self.dropout_p) + q_features @ state["retrieved"]
+        gained = self.retrieval_gain.view(-1, 1, 1) * state["retrieved"]
+        attended = sdpa(q, keys, values, visible, self.dropout_p) + q_features @ gained
         wide = state["open_hidden"].dtype
         open_state = state["open_state"] + k_features.to(wide).mT @ v.to(wide)
         open_hidden = state["open_hidden"] + hidden_states.to(wide).sum(dim=1)

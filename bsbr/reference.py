@@ -19,10 +19,11 @@ def bsbr_attention(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
 ) -> Tensor:
-    """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
+    """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + g φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
 
     Arguments, shapes and result as `bsbr.bsbr_attention`, in float64 whatever comes in; differentiable.
     """
@@ -45,7 +46,8 @@ def bsbr_attention(
             if chunk > 0:
                 if i % chunk_size == 0:
                     retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], features, values, chunk_size, top_k)
-                output = output + torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
+                weight = 1.0 if gain is None else gain[head].double()
+                output = output + weight * torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
             outputs.append(output)
         rows.append(torch.stack(outputs, dim=1))
     return torch.stack(rows, dim=1)

@@ -67,8 +67,9 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
     begins = range(0, time, CHUNK)
     first_tokens = np.stack([x[:, begin] for begin in begins], axis=1)
     means = np.zeros((2, 0, 16)) if len(begins) == 1 else np.stack([x[:, b : b + CHUNK].mean(axis=1) for b in begins[:-1]], axis=1)
-    gain = weights["retrieval_gain"][None, :, None, None]
-    expected = [turned(q), turned(k), v, heads(first_tokens, "meta_q_proj"), heads(means, "meta_k_proj"), phi(q) * gain, phi(k)]
+    expected = [turned(q), turned(k), v, heads(first_tokens, "meta_q_proj"), heads(means, "meta_k_proj")]
+    if options.get("rotary") or options.get("compression_factor", 1) > 1:  # else attend makes them itself
+        expected += [phi(q), phi(k)]
 
     tensors = attention.project(torch.from_numpy(x))
     for actual, wanted in zip(tensors, expected, strict=True):
@@ -102,8 +103,8 @@ def test_one_block_of_tokens_is_softmax_attention() -> None:
 def test_the_state_shrinks_by_exactly_the_compression_factor() -> None:
     for factor, feature_dim in ((None, 4), (1, 4), (2, 2), (4, 1)):
         attention = build(compression_factor=factor)
-        assert attention.feature_dim == feature_dim
-        assert attention.project(hidden(9))[5].shape == (2, 4, 9, feature_dim)
+        _, state = attention.extend(hidden(9))
+        assert state["states"].shape == (2, 4, 1, feature_dim, 4)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e6, 1e18])
@@ -150,15 +151,15 @@ def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
     attention = build()
     for end in (CHUNK + 2, 2 * CHUNK, 3 * CHUNK):
         x = hidden(end + 1)
-        q, k, v, r, h, q_features, k_features = attention.project(x)
+        q, k, v, r, h = attention.project(x)
         begin = end // CHUNK * CHUNK
         v = torch.cat([v[:, :, :begin], torch.zeros_like(v[:, :, begin:])], dim=2)
-        retrieved = attention.attend(q, k, v, r, h, q_features, k_features)[:, :, end]
+        retrieved = attention.attend(q, k, v, r, h)[:, :, end]
         assert retrieved.abs().max() > 1e-3
         for s in range(end // CHUNK):
             without = v.clone()
             without[:, :, s * CHUNK : (s + 1) * CHUNK] = 0
-            other = attention.attend(q, k, without, r, h, q_features, k_features)[:, :, end]
+            other = attention.attend(q, k, without, r, h)[:, :, end]
             assert not torch.allclose(other, retrieved)
 
 
@@ -182,17 +183,19 @@ def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[s
 
 
 def test_dropout_acts_on_both_softmaxes() -> None:
-    attention, x = build(dropout=0.5), hidden(2 * CHUNK)
+    attention, deaf = build(dropout=0.5), build(dropout=0.5)
+    with torch.no_grad():
+        deaf.retrieval_gain.zero_()
     torch.manual_seed(0)
-    q, k, v, r, h, q_features, k_features = attention.project(x)
-    exact = attention.eval().attend(q, k, v, r, h, q_features, k_features)
-    inside = attention.eval().attend(q, k, v, r, h, 0 * q_features, k_features)
+    q, k, v, r, h = attention.project(hidden(2 * CHUNK))
+    exact = attention.eval().attend(q, k, v, r, h)
+    inside = deaf.eval().attend(q, k, v, r, h)
     outside = exact - inside
     # Without retrieval the first part is seen alone; without local values, the second: all or nothing, twice the size.
-    local = attention.train().attend(q, k, v, r, h, 0 * q_features, k_features)
-    assert not torch.allclose(local, inside)
+    assert not torch.allclose(deaf.train().attend(q, k, v, r, h), inside)
+    attention.train()
     v = torch.cat([v[:, :, :CHUNK], torch.zeros_like(v[:, :, CHUNK:])], dim=2)
-    retrieved = attention.attend(q, k, v, r, h, q_features, k_features)[:, :, CHUNK:]
+    retrieved = attention.attend(q, k, v, r, h)[:, :, CHUNK:]
     ratio = (retrieved / outside[:, :, CHUNK:]).detach()
     assert {round(number, 6) for number in ratio.flatten().tolist()} == {0, 2}
 

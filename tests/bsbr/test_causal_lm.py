@@ -232,7 +232,7 @@ def test_a_repeating_sequence_is_learned_and_continued(name: str) -> None:
     ids = torch.stack([sequence[start : start + 21] for start in range(7)])
     optimizer = torch.optim.Adam(lm.parameters(), lr=1e-2)
     first = lm.loss(ids).item()
-    for _ in range(100):
+    for _ in range(200):
         optimizer.zero_grad()
         loss = lm.loss(ids)
         loss.backward()

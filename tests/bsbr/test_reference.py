@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bsbr import bsbr_attention, reference
-from bsbr.attention import unit_norm
+from bsbr.plain import unit_norm
 
 CHUNK = 5
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 7 * CHUNK]
@@ -213,6 +213,16 @@ def test_the_default_features_are_the_unit_vectors() -> None:
     assert unit_norm(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
+def test_the_gain_scales_what_each_head_retrieves() -> None:
+    tensors = inputs(3 * CHUNK + 2)
+    gain = torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=torch.float64)
+    phi_q = tensors[5].numpy() * gain.numpy()[:, None, None]
+    expected = bsbr_oracle(*(x.numpy() for x in tensors[:5]), phi_q, tensors[6].numpy(), chunk_size=CHUNK)
+    for function in (bsbr_attention, reference.bsbr_attention):
+        out = function(*tensors[:5], chunk_size=CHUNK, q_features=tensors[5], k_features=tensors[6], gain=gain)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("time", [1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
 def test_gradients_are_those_of_the_reference(time: int, options: dict[str, int]) -> None:
@@ -364,6 +374,7 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
             {"h": torch.zeros(2, 2, 0, 6)},
             "h must be [batch, kv_heads, 1 chunks or more, head_dim], got [2, 2, 0, 6] beside k [2, 2, 9, 6]",
         ),
+        ({"gain": torch.ones(2)}, "gain must be [heads = 4], got [2]"),
         (
             {"q_features": torch.zeros(2, 4, 9, 2)},
             (

@@ -1,0 +1,146 @@
+"""BSBR in plain torch operations, whole tensors at a time: any device, any type, dropout, differentiable twice.
+
+Four steps, each a function: softmax inside chunks, the states of chunks, their retrieval, and its reading by each token.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_overlap: int = 0, dropout_p: float = 0.0) -> Tensor:
+    """softmax(QKᵀ/√d ⊙ M_in) V, M_in: a token sees its chunk up to itself and the `chunk_overlap` tokens before its chunk.
+
+    q: [batch, heads, time, head_dim], its first row at a chunk's beginning; k and v may hold up to
+    `chunk_overlap` earlier tokens in front. Returns the shape of q.
+    """
+    time = q.shape[2]
+    before = k.shape[2] - time
+    # Three kinds of chunk: those whose view back is cut off by the beginning of the sequence, those in full,
+    # and an incomplete last one. Only the middle kind grows with the sequence, and it is one batched call.
+    lead = min(time // chunk_size, -(-max(0, chunk_overlap - before) // chunk_size)) * chunk_size
+    full = (time - lead) // chunk_size * chunk_size
+    pieces: list[Tensor] = []
+    for start, stop in ((0, lead), (lead + full, time)):
+        if start < stop:
+            first_key = max(0, before + start - chunk_overlap)
+            visible = None
+            if chunk_overlap:
+                visible = visible_pairs(
+                    torch.arange(start, stop, device=q.device),
+                    torch.arange(first_key - before, stop, device=q.device),
+                    chunk_size,
+                    chunk_overlap,
+                )
+            keys = slice(first_key, before + stop)
+            pieces.append(sdpa(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], visible, dropout_p))
+    if full:
+        chunks = full // chunk_size
+        window = slice(before + lead - chunk_overlap, before + lead + full)
+        visible = None
+        if chunk_overlap:
+            own = torch.arange(chunk_size, device=q.device)
+            visible = visible_pairs(own, torch.arange(-chunk_overlap, chunk_size, device=q.device), chunk_size, chunk_overlap)
+        attended = sdpa(
+            _windows(q[:, :, lead : lead + full], chunk_size, chunk_size),
+            _windows(k[:, :, window], chunk_size, chunk_size + chunk_overlap),
+            _windows(v[:, :, window], chunk_size, chunk_size + chunk_overlap),
+            visible,
+            dropout_p,
+        )
+        # The kernel writes [chunk, time, head, dim], so this is a view of [batch, time, heads, dim].
+        attended = attended.unflatten(0, (-1, chunks)).transpose(1, 2).flatten(2, 3)
+        pieces.insert(1 if lead else 0, attended)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) -> Tensor:
+    """F_s = φ(K_s)ᵀ V_s for the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]."""
+    tokens = chunks * chunk_size
+    keys: Tensor = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
+    values: Tensor = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
+    return keys.mT @ values
+
+
+def retrieve(r: Tensor, h: Tensor, states: Tensor, *, first: int = 0, top_k: int | None = None, dropout_p: float = 0.0) -> Tensor:
+    """F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
+
+    r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
+    h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on.
+    A chunk that sees none retrieves zero.
+    """
+    batch, heads, rows, head_dim = r.shape
+    kv_heads, chunks = h.shape[1:3]
+    if chunks == 0:
+        return states.new_zeros(batch, heads, rows, *states.shape[3:])
+    # Query heads of one group stand side by side as rows against the states that they share.
+    # Scores in float32: rounded to bfloat16, they would tie, and top_k would keep other chunks than the best.
+    wide = torch.promote_types(r.dtype, torch.float32)
+    grouped = r.reshape(batch, kv_heads, heads // kv_heads, rows, head_dim).to(wide)
+    scores = grouped @ h.unsqueeze(2).mT.to(wide) / math.sqrt(head_dim)
+    visible = torch.ones(rows, chunks, dtype=torch.bool, device=r.device).tril(first - 1)
+    # Not -inf: a chunk that sees nothing would be 0/0, and its gradient too.
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    if top_k is None or top_k >= chunks:
+        weights = torch.softmax(scores, dim=-1).where(visible, 0).to(states.dtype)
+        weights = F.dropout(weights, dropout_p)
+        mixed = weights.flatten(2, 3) @ states.flatten(3)
+    else:
+        # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+        kept, chosen = ranked[..., :top_k], order[..., :top_k]
+        weights = torch.softmax(kept, dim=-1).where(visible.expand_as(scores).gather(-1, chosen), 0)
+        weights = F.dropout(weights.to(states.dtype), dropout_p)
+        # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
+        owner = torch.arange(batch * kv_heads, device=r.device).view(batch, kv_heads, 1, 1, 1) * chunks
+        mixed = F.embedding_bag(
+            (chosen + owner).flatten(0, -2),
+            states.reshape(batch * kv_heads * chunks, -1),
+            per_sample_weights=weights.flatten(0, -2),
+            mode="sum",
+        )
+    return mixed.view(batch, heads, rows, *states.shape[3:])
+
+
+def read(q_features: Tensor, retrieved: Tensor, chunk_size: int, gain: Tensor | None = None) -> Tensor:
+    """g φ(q_i)ᵀ F̄_t for every token i of chunk t: [batch, heads, time, head_dim]; g is 1, or each head's own."""
+    if gain is not None:
+        retrieved = retrieved * gain.view(-1, 1, 1, 1)
+    full, rest = divmod(q_features.shape[2], chunk_size)
+    pieces = []
+    if full:
+        chunked = q_features[:, :, : full * chunk_size].unflatten(2, (full, chunk_size))
+        pieces.append((chunked @ retrieved[:, :, :full]).flatten(2, 3))
+    if rest:
+        pieces.append(q_features[:, :, full * chunk_size :] @ retrieved[:, :, full])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """φ's normalisation, x / sqrt(|x|² + 1e-6): a key asked for exactly returns its value at its own size.
+
+    Unit length bounds a retrieved term by the sum of |v| over a chunk whatever the inputs, which the plain
+    product does not, and leaves how much retrieval weighs to one gain per head. 1e-6 keeps zero inputs finite.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def visible_pairs(queries: Tensor, keys: Tensor, chunk_size: int, chunk_overlap: int) -> Tensor:
+    """M_in as booleans [queries, keys], for positions counted from any chunk's beginning."""
+    earliest = queries // chunk_size * chunk_size - chunk_overlap
+    return (keys >= earliest[:, None]) & (keys <= queries[:, None])
+
+
+def _windows(x: Tensor, step: int, length: int) -> Tensor:
+    """[batch, heads, time, dim] -> [batch * windows, heads, length, dim], one window every `step` tokens, a view where possible."""
+    return x.unfold(2, length, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float) -> Tensor:
+    """softmax(qkᵀ/√d) v over what is visible; causal of equal lengths where `visible` is None."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
+    )
