@@ -4,12 +4,12 @@
 same function as the definition reads; the two share no code.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from bsbr import reference
+from bsbr import blocked, dispatch, plain, reference
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -21,7 +21,7 @@ from bsbr.interface import (
     rotate,
     split_heads,
 )
-from bsbr.plain import chunk_states, local_attention, read, retrieve, sdpa, unit_norm
+from bsbr.plain import sdpa, unit_norm
 
 
 def bsbr_attention(
@@ -38,6 +38,7 @@ def bsbr_attention(
     chunk_overlap: int = 0,
     top_k: int | None = None,
     dropout_p: float = 0.0,
+    impl: dispatch.Impl = "auto",
 ) -> Tensor:
     """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄,  F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s,  F_s = φ(K_s)ᵀ V_s.
 
@@ -51,11 +52,12 @@ def bsbr_attention(
     q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
     gain: g, one factor a head [heads], how much retrieval weighs; by default 1.
     top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. dropout_p acts on the weights
-    of both softmaxes.
+    of both softmaxes. impl: torch, blocked (CPU, in cache-sized blocks), triton (GPU); auto takes the fastest that can.
 
     Returns [batch, heads, time, head_dim]. Cost per head: local O(n·chunk_size·d), states and read-out O(n·d_r·d),
     mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
-    Raises ValueError if shapes do not fit or chunk_size or top_k is below 1 or chunk_overlap below 0.
+    Raises ValueError if shapes do not fit or chunk_size or top_k is below 1 or chunk_overlap below 0, NotImplementedError
+    if the implementation that was asked for cannot take such input.
     """
     check_heads(q, k, v)
     _check_options(chunk_size, chunk_overlap, top_k)
@@ -73,22 +75,30 @@ def bsbr_attention(
         raise ValueError(
             f"h must be [batch, kv_heads, {chunks - 1} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
         )
-    q_features = unit_norm(q) if q_features is None else q_features
-    k_features = unit_norm(k) if k_features is None else k_features
-    if q_features.shape[:-1] != q.shape[:-1] or k_features.shape != (*k.shape[:-1], q_features.shape[-1]):
-        raise ValueError(
-            "q_features and k_features must be those of q and k in all but their common last size, d_r: "
-            f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
-        )
+    if q_features is not None or k_features is not None:
+        if q_features is None or k_features is None:
+            raise ValueError("q_features and k_features go together: give both, or neither")
+        if q_features.shape[:-1] != q.shape[:-1] or k_features.shape != (*k.shape[:-1], q_features.shape[-1]):
+            raise ValueError(
+                "q_features and k_features must be those of q and k in all but their common last size, d_r: "
+                f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
+            )
     if gain is not None and gain.shape != q.shape[1:2]:
         raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
 
-    local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
-    if chunks == 1:
-        return local
-    states = chunk_states(k_features, v, chunk_size, chunks - 1)
-    retrieved = retrieve(r, h[:, :, : chunks - 1], states, top_k=top_k, dropout_p=dropout_p)
-    return local + read(q_features, retrieved, chunk_size, gain)
+    options: dict[str, Any] = {
+        "q_features": q_features,
+        "k_features": k_features,
+        "gain": gain,
+        "chunk_size": chunk_size,
+        "chunk_overlap": chunk_overlap,
+        "top_k": top_k,
+    }
+    h = h[:, :, : chunks - 1]
+    chosen = dispatch.choose(impl, q, dropout_p=dropout_p)
+    if chosen == "blocked":
+        return blocked.segment(q, k, v, r, h, **options)[0]
+    return plain.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
 
 
 def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
@@ -100,6 +110,9 @@ def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> No
 
 
 # --- the module ---------------------------------------------------------------------------------
+
+PAGE = 64
+"""Chunks whose meta keys and states lie in one tensor of a state: the last page is copied when a chunk is added, no other."""
 
 
 class _Options(TypedDict):
@@ -116,11 +129,12 @@ class BSBRAttention(MultiHeadAttention):
 
     r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
     φ(x) = unit_norm(P x), P learned and shared by queries and keys where there is compression and absent
-    otherwise; One learned gain per head sets how much retrieval weighs. Under rotary=True
-    the local part is rotated; retrieval is by content and is not.
+    otherwise; one learned gain per head sets how much retrieval weighs. Under rotary=True the local part is rotated;
+    retrieval is by content and is not. Where no gradients are wanted, `forward` goes through a long sequence by `extend`,
+    so that what it needs beside input, output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
-    chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k: see `bsbr_attention`.
+    chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
 
@@ -136,8 +150,10 @@ class BSBRAttention(MultiHeadAttention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
+        impl: dispatch.Impl = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
+        dispatch.check(impl)
         _check_options(chunk_size, chunk_overlap, retrieval_top_k)
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)
@@ -148,6 +164,7 @@ class BSBRAttention(MultiHeadAttention):
         self.chunk_size = chunk_size
         self.chunk_overlap = chunk_overlap
         self.retrieval_top_k = retrieval_top_k
+        self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False)
@@ -169,7 +186,7 @@ class BSBRAttention(MultiHeadAttention):
         return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *features
 
     def attend(self, *tensors: Tensor) -> Tensor:
-        return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p)
+        return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p, impl=self.impl)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         """`attend` by `bsbr.reference.bsbr_attention`."""
@@ -196,23 +213,33 @@ class BSBRAttention(MultiHeadAttention):
             q, k = rotate(q, start), rotate(k, start)
         return q, k, v, *features
 
-    def _with_features(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        q, k, v, *features = tensors
-        return q, k, v, *(features or (unit_norm(q), unit_norm(k)))
-
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         return split_heads(self.meta_q_proj(hidden_states), self.num_heads)
 
     def _meta_key(self, pooled: Tensor) -> Tensor:
         return split_heads(self.meta_k_proj(pooled), self.num_kv_heads)
 
+    def implementation(self, *tensors: Tensor) -> str:
+        return dispatch.choose(self.impl, tensors[0], dropout_p=self.dropout_p)
+
     # --- streaming ---
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        segment = PAGE * self.chunk_size
+        if attention_mask is not None or torch.is_grad_enabled() or hidden_states.dim() != 3 or hidden_states.shape[1] <= segment:
+            return super().forward(hidden_states, attention_mask)
+        output, state = torch.empty_like(hidden_states), None
+        for start in range(0, hidden_states.shape[1], segment):
+            tokens = slice(start, start + segment)
+            output[:, tokens], state = self.extend(hidden_states[:, tokens], state)
+        return output
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `Attention.extend`. A token costs O((chunk_size + d_r)·head_dim) a head, and each chunk's first one the mixing.
 
-        The state: `keys` and `values` of the open chunk and of the overlap before it; `meta_keys` h and `states` F of
-        all complete chunks; `retrieved`, the open chunk's F̄; and its sums so far, `open_state` and `open_hidden`.
+        The state: `keys` and `values` of the open chunk and of the overlap before it; `meta_keys.<i>` h and `states.<i>` F of
+        the complete chunks, `PAGE` of them in each but the last; `retrieved`, the open chunk's g F̄; and its sums so far,
+        `open_state` and `open_hidden`. Pages that are full are never copied again.
         """
         check_hidden_states(hidden_states, self.hidden_dim)
         state = self._empty_state(hidden_states) if state is None else state
@@ -235,8 +262,6 @@ class BSBRAttention(MultiHeadAttention):
         return {
             "keys": new(batch, kv_heads, 0, self.head_dim),
             "values": new(batch, kv_heads, 0, self.head_dim),
-            "meta_keys": new(batch, kv_heads, 0, self.head_dim),
-            "states": new(batch, kv_heads, 0, self.feature_dim, self.head_dim),
             "retrieved": new(batch, heads, self.feature_dim, self.head_dim),
             "open_state": new(batch, kv_heads, self.feature_dim, self.head_dim, dtype=wide),
             "open_hidden": new(batch, self.hidden_dim, dtype=wide),
@@ -246,61 +271,53 @@ class BSBRAttention(MultiHeadAttention):
     def _open_chunks(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that begin at a chunk's beginning: the parallel form, with the chunks before them in the retrieval."""
         tokens, size = hidden_states.shape[1], self.chunk_size
-        q, k, v, q_features, k_features = self._with_features(self._project_tokens(hidden_states, position))
-        keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
+        q, k, v, *features = self._project_tokens(hidden_states, position)
+        keys, values = _joined(state["keys"], k), _joined(state["values"], v)
         complete = tokens // size
         pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
-        meta_keys = torch.cat([state["meta_keys"], self._meta_key(pooled)], dim=2)
-        states = torch.cat([state["states"], chunk_states(k_features, v, size, complete)], dim=2)
-        retrieved = retrieve(
-            self._meta_query(hidden_states[:, ::size]),
-            meta_keys,
-            states,
-            first=position // size,
-            top_k=self.retrieval_top_k,
-            dropout_p=self.dropout_p,
-        )
-        attended = local_attention(
-            q, keys, values, chunk_size=size, chunk_overlap=self.chunk_overlap, dropout_p=self.dropout_p
-        ) + read(q_features, retrieved, size, self.retrieval_gain)
+        meta_keys = self._meta_key(pooled)
+        known = _pages(state, "meta_keys"), _pages(state, "states")
+        options = self._options((q, k, v, *known, *features))
+        r = self._meta_query(hidden_states[:, ::size])
+        if dispatch.choose(self.impl, q, dropout_p=self.dropout_p) == "blocked":
+            attended, states, retrieved = blocked.segment(q, keys, values, r, meta_keys, past=known, **options)
+        else:
+            attended, states, retrieved = plain.segment(
+                q, keys, values, r, meta_keys, past=known, **options, dropout_p=self.dropout_p
+            )
         rest = complete * size
         wide = state["open_hidden"].dtype
+        k_features = features[1][:, :, rest:] if features else unit_norm(k[:, :, rest:])
         after = self._keep(keys, values, position + tokens)
+        after |= _paged("meta_keys", known[0], meta_keys) | _paged("states", known[1], states)
         after |= {
-            "meta_keys": meta_keys,
-            "states": states,
-            "retrieved": retrieved[:, :, -1].clone(),  # a view would keep every chunk's alive
-            "open_state": k_features[:, :, rest:].to(wide).mT @ v[:, :, rest:].to(wide),
+            "retrieved": retrieved.clone(),  # a view would keep every chunk's alive
+            "open_state": k_features.to(wide).mT @ v[:, :, rest:].to(wide),
             "open_hidden": hidden_states[:, rest:].to(wide).sum(dim=1),
         }
         return attended, after
 
     def _continue_chunk(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that all fall into the open chunk, its last one perhaps included: no chunk but this one is touched."""
-        q, k, v, q_features, k_features = self._with_features(self._project_tokens(hidden_states, position))
+        q, k, v, *features = self._project_tokens(hidden_states, position)
+        q_features, k_features = features or (unit_norm(q), unit_norm(k))
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         tokens = q.shape[2]
-        # Everything kept is visible: it is the open chunk and its overlap.
-        visible = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - tokens)
-        gained = self.retrieval_gain.view(-1, 1, 1) * state["retrieved"]
-        attended = sdpa(q, keys, values, visible, self.dropout_p) + q_features @ gained
+        visible = None
+        if tokens > 1:  # everything kept is visible: it is the open chunk and its overlap
+            visible = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - tokens)
+        attended = sdpa(q, keys, values, visible, self.dropout_p, is_causal=False) + q_features @ state["retrieved"]
         wide = state["open_hidden"].dtype
-        open_state = state["open_state"] + k_features.to(wide).mT @ v.to(wide)
-        open_hidden = state["open_hidden"] + hidden_states.to(wide).sum(dim=1)
-        meta_keys, states = state["meta_keys"], state["states"]
+        after = {name: state[name] for name in state if name == "retrieved" or "." in name}  # the pages
+        after |= self._keep(keys, values, position + tokens)
+        after["open_state"] = state["open_state"] + k_features.to(wide).mT @ v.to(wide)
+        after["open_hidden"] = state["open_hidden"] + hidden_states.to(wide).sum(dim=1)
         if (position + tokens) % self.chunk_size == 0:
-            pooled = (open_hidden / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
-            meta_keys = torch.cat([meta_keys, self._meta_key(pooled)], dim=2)
-            states = torch.cat([states, open_state.to(states.dtype).unsqueeze(2)], dim=2)
-            open_state, open_hidden = torch.zeros_like(open_state), torch.zeros_like(open_hidden)
-        after = self._keep(keys, values, position + tokens)
-        after |= {
-            "meta_keys": meta_keys,
-            "states": states,
-            "retrieved": state["retrieved"],
-            "open_state": open_state,
-            "open_hidden": open_hidden,
-        }
+            pooled = (after["open_hidden"] / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
+            new = {"meta_keys": self._meta_key(pooled), "states": after["open_state"].to(v.dtype).unsqueeze(2)}
+            for name, chunk in new.items():
+                after |= _paged(name, _pages(state, name), chunk)
+            after["open_state"], after["open_hidden"] = (torch.zeros_like(after[name]) for name in ("open_state", "open_hidden"))
         return attended, after
 
     def _keep(self, keys: Tensor, values: Tensor, position: int) -> State:
@@ -308,8 +325,8 @@ class BSBRAttention(MultiHeadAttention):
         kept = self._kept(position)
         start = keys.shape[2] - kept
         if start:  # a view would keep the whole alive, and would not save
-            keys, values = keys[:, :, start:].clone(), values[:, :, start:].clone()
-        return {"keys": keys, "values": values, "position": count(position)}
+            keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
+        return {"keys": keys.contiguous(), "values": values.contiguous(), "position": count(position)}
 
     def _kept(self, position: int) -> int:
         opened = position % self.chunk_size
@@ -342,3 +359,31 @@ class BSBRAttention(MultiHeadAttention):
         remembered = seq_len // self.chunk_size * self.num_kv_heads * (self.head_dim + state) + self.num_heads * state
         sums = self.num_kv_heads * state + self.hidden_dim
         return batch_size * (self.dtype.itemsize * (cached + remembered) + max(4, self.dtype.itemsize) * sums)
+
+
+# --- pages --------------------------------------------------------------------------------------
+
+
+def _pages(state: State, name: str) -> list[Tensor]:
+    return [state[f"{name}.{index}"] for index in range(sum(key.startswith(f"{name}.") for key in state))]
+
+
+def _paged(name: str, pages: list[Tensor], new: Tensor) -> State:
+    """The pages, `new` appended along dimension 2, as a state holds them."""
+    if not new.shape[2]:
+        return {f"{name}.{index}": page for index, page in enumerate(pages)}
+    if pages and pages[-1].shape[2] < PAGE:
+        *pages, open_page = pages
+        new = torch.cat([open_page, new], dim=2)
+    # Clones: a piece that is a view of the whole would keep it alive.
+    cut = (
+        [new.contiguous()]
+        if new.shape[2] <= PAGE
+        else [piece.clone(memory_format=torch.contiguous_format) for piece in new.split(PAGE, dim=2)]
+    )
+    return {f"{name}.{index}": page for index, page in enumerate([*pages, *cut])}
+
+
+def _joined(before: Tensor, after: Tensor) -> Tensor:
+    """Along time; no copy where nothing stands before."""
+    return torch.cat([before, after], dim=2) if before.shape[2] else after

@@ -57,6 +57,10 @@ class Attention(nn.Module, ABC):
     def attend(self, *tensors: Tensor) -> Tensor:
         """The attention alone, projections apart: what a kernel benchmark times."""
 
+    def implementation(self, *tensors: Tensor) -> str:
+        """Which of several implementations `attend` runs for such tensors, as results record it."""
+        return "torch"
+
     @abstractmethod
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Output for new tokens [batch, new, hidden_dim] that follow those `state` has seen, and the state after them.

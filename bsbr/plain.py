@@ -4,10 +4,46 @@ Four steps, each a function: softmax inside chunks, the states of chunks, their 
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    h: Tensor,
+    *,
+    past: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+    q_features: Tensor | None = None,
+    k_features: Tensor | None = None,
+    gain: Tensor | None = None,
+    chunk_size: int,
+    chunk_overlap: int = 0,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bsbr.bsbr_attention` of tokens that begin at a chunk's beginning, with chunks before them.
+
+    k and v may hold up to `chunk_overlap` earlier tokens in front. past: the meta keys and the states of all earlier chunks,
+    each in pieces that follow each other. Returns the output; the states of as many chunks as h holds meta keys; and
+    what the last chunk retrieves [batch, heads, d_r, head_dim].
+    """
+    before = k.shape[2] - q.shape[2]
+    q_features = unit_norm(q) if q_features is None else q_features
+    k_features = unit_norm(k[:, :, before:]) if k_features is None else k_features
+    attended = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
+    states = chunk_states(k_features, v[:, :, before:], chunk_size, h.shape[2])
+    first = sum(page.shape[2] for page in past[0])
+    retrieved = retrieve(r, [*past[0], h], [*past[1], states], first=first, top_k=top_k, gain=gain, dropout_p=dropout_p)
+    if first or h.shape[2]:
+        attended = attended + read(q_features, retrieved, chunk_size)
+    return attended, states, retrieved[:, :, -1]
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_overlap: int = 0, dropout_p: float = 0.0) -> Tensor:
@@ -64,50 +100,94 @@ def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) ->
     return keys.mT @ values
 
 
-def retrieve(r: Tensor, h: Tensor, states: Tensor, *, first: int = 0, top_k: int | None = None, dropout_p: float = 0.0) -> Tensor:
-    """F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
+def retrieve(
+    r: Tensor,
+    h: Sequence[Tensor],
+    states: Sequence[Tensor],
+    *,
+    first: int = 0,
+    top_k: int | None = None,
+    gain: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """g F̄_t, F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
 
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
-    h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on.
-    A chunk that sees none retrieves zero.
+    h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
+    piece or several. gain: g, one factor a head. A chunk that sees none retrieves zero.
     """
     batch, heads, rows, head_dim = r.shape
-    kv_heads, chunks = h.shape[1:3]
+    kv_heads = h[0].shape[1]
+    group = heads // kv_heads
+    sizes = [page.shape[2] for page in h]
+    chunks = sum(sizes)
     if chunks == 0:
-        return states.new_zeros(batch, heads, rows, *states.shape[3:])
+        return states[0].new_zeros(batch, heads, rows, *states[0].shape[3:])
     # Query heads of one group stand side by side as rows against the states that they share.
     # Scores in float32: rounded to bfloat16, they would tie, and top_k would keep other chunks than the best.
     wide = torch.promote_types(r.dtype, torch.float32)
-    grouped = r.reshape(batch, kv_heads, heads // kv_heads, rows, head_dim).to(wide)
-    scores = grouped @ h.unsqueeze(2).mT.to(wide) / math.sqrt(head_dim)
+    grouped = r.reshape(batch, kv_heads, group * rows, head_dim).to(wide) / math.sqrt(head_dim)
+    scores = torch.cat([grouped @ page.mT.to(wide) for page in h], dim=-1).unflatten(2, (group, rows))
     visible = torch.ones(rows, chunks, dtype=torch.bool, device=r.device).tril(first - 1)
-    # Not -inf: a chunk that sees nothing would be 0/0, and its gradient too.
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    if top_k is None or top_k >= chunks:
-        weights = torch.softmax(scores, dim=-1).where(visible, 0).to(states.dtype)
-        weights = F.dropout(weights, dropout_p)
-        mixed = weights.flatten(2, 3) @ states.flatten(3)
-    else:
+    if first < chunks:
+        # Not -inf: a chunk that sees nothing would be 0/0, and its gradient too.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    chosen = None
+    if top_k is not None and top_k < chunks:
         # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        kept, chosen = ranked[..., :top_k], order[..., :top_k]
-        weights = torch.softmax(kept, dim=-1).where(visible.expand_as(scores).gather(-1, chosen), 0)
-        weights = F.dropout(weights.to(states.dtype), dropout_p)
-        # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
-        owner = torch.arange(batch * kv_heads, device=r.device).view(batch, kv_heads, 1, 1, 1) * chunks
-        mixed = F.embedding_bag(
-            (chosen + owner).flatten(0, -2),
-            states.reshape(batch * kv_heads * chunks, -1),
-            per_sample_weights=weights.flatten(0, -2),
-            mode="sum",
-        )
-    return mixed.view(batch, heads, rows, *states.shape[3:])
-
-
-def read(q_features: Tensor, retrieved: Tensor, chunk_size: int, gain: Tensor | None = None) -> Tensor:
-    """g φ(q_i)ᵀ F̄_t for every token i of chunk t: [batch, heads, time, head_dim]; g is 1, or each head's own."""
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+        scores, chosen = scores[..., :top_k], order[..., :top_k]
+        visible = visible.expand(*order.shape).gather(-1, chosen)
+    weights = torch.softmax(scores, dim=-1)
+    if first < chunks:
+        weights = weights.where(visible, 0)
     if gain is not None:
-        retrieved = retrieved * gain.view(-1, 1, 1, 1)
+        weights = weights * gain.view(kv_heads, group, 1, 1)
+    weights = F.dropout(weights.to(states[0].dtype), dropout_p)
+    mix = partial(_mix, weights) if chosen is None else partial(_mix_chosen, weights, chosen)
+    return mix([page.flatten(3) for page in states]).view(batch, heads, rows, *states[0].shape[3:])
+
+
+def _mix(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """Σ_s weights[s] states[s]; [batch, kv_heads, group, rows, chunks] and, in pieces, [batch, kv_heads, chunks, size]."""
+    parts = weights.flatten(2, 3).flatten(0, 1).split([page.shape[2] for page in states], dim=-1)
+    mixed = None
+    for part, page in zip(parts, states, strict=True):
+        if mixed is None:
+            mixed = torch.bmm(part, page.flatten(0, 1))
+        else:
+            mixed.baddbmm_(part, page.flatten(0, 1))
+    assert mixed is not None
+    return mixed
+
+
+def _mix_chosen(weights: Tensor, chosen: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """`_mix` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
+    batch, kv_heads, _, size = states[0].shape
+    rows = weights.flatten(0, 3)
+    mixed, start = None, 0
+    for page in states:
+        pages_chunks = page.shape[2]
+        # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
+        table = page.reshape(batch * kv_heads * pages_chunks, size)
+        owner = torch.arange(batch * kv_heads, device=chosen.device).view(batch, kv_heads, 1, 1, 1) * pages_chunks
+        index = (chosen - start + owner).flatten(0, 3)
+        if len(states) == 1:
+            return F.embedding_bag(index, table, per_sample_weights=rows, mode="sum")
+        inside = ((chosen >= start) & (chosen < start + pages_chunks)).flatten(0, 3)
+        start += pages_chunks
+        asking, counts = inside.nonzero()[:, 0].unique_consecutive(return_counts=True)
+        if mixed is None:
+            mixed = table.new_zeros(len(rows), size)
+        if len(asking):
+            found = F.embedding_bag(index[inside], table, counts.cumsum(0) - counts, per_sample_weights=rows[inside], mode="sum")
+            mixed = mixed.index_add(0, asking, found)
+    assert mixed is not None
+    return mixed
+
+
+def read(q_features: Tensor, retrieved: Tensor, chunk_size: int) -> Tensor:
+    """φ(q_i)ᵀ F̄_t for every token i of chunk t: [batch, heads, time, head_dim]."""
     full, rest = divmod(q_features.shape[2], chunk_size)
     pieces = []
     if full:
@@ -139,8 +219,9 @@ def _windows(x: Tensor, step: int, length: int) -> Tensor:
     return x.unfold(2, length, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float) -> Tensor:
-    """softmax(qkᵀ/√d) v over what is visible; causal of equal lengths where `visible` is None."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float, *, is_causal: bool | None = None) -> Tensor:
+    """softmax(qkᵀ/√d) v over what is visible; where `visible` is None, causal of equal lengths unless said otherwise."""
+    is_causal = visible is None if is_causal is None else is_causal
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -104,7 +104,7 @@ def test_the_state_shrinks_by_exactly_the_compression_factor() -> None:
     for factor, feature_dim in ((None, 4), (1, 4), (2, 2), (4, 1)):
         attention = build(compression_factor=factor)
         _, state = attention.extend(hidden(9))
-        assert state["states"].shape == (2, 4, 1, feature_dim, 4)
+        assert state["states.0"].shape == (2, 4, 1, feature_dim, 4)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e6, 1e18])

@@ -235,7 +235,7 @@ def test_a_models_state_is_a_value_and_survives_the_disk(tmp_path: Path, cut: in
                 expected = lm(torch.cat([ids[:, :cut], continuation], dim=1))[:, cut:]
                 torch.testing.assert_close(lm.extend(continuation, prefix)[0], expected, rtol=0, atol=1e-10)
         assert_same(state, kept)
-    one = lm.layers[0].attention.extend(hidden(1))[1]
+    one = lm.layers[0].attention.extend(hidden(cut))[1]
     assert state.keys() == {"position"} | {f"layers.{index}.{key}" for index in range(12) for key in one}
     bytes_kept = sum(tensor.nbytes for key, tensor in state.items() if not key.endswith("position"))
     assert bytes_kept == sum(layer.attention.state_bytes(cut, batch_size=2) for layer in lm.layers)

@@ -48,7 +48,7 @@ class RetrievesOwnChunk(BSBRAttention):
         q, k, v, r, h = tensors
         local = local_attention(q, k, v, chunk_size=self.chunk_size)
         states = chunk_states(unit_norm(k), v, self.chunk_size, h.shape[2])
-        return local + read(unit_norm(q), retrieve(r, h, states, first=1), self.chunk_size)
+        return local + read(unit_norm(q), retrieve(r, [h], [states], first=1), self.chunk_size)
 
 
 class MetaQueryFromLastToken(BSBRAttention):
