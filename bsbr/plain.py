@@ -5,7 +5,6 @@ Four steps, each a function: softmax inside chunks, the states of chunks, their 
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +113,8 @@ def retrieve(
 
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
     h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
-    piece or several. gain: g, one factor a head. A chunk that sees none retrieves zero.
+    piece or several; a piece of states may have room for more chunks than h has of it. gain: g, one factor a head.
+    A chunk that sees none retrieves zero.
     """
     batch, heads, rows, head_dim = r.shape
     kv_heads = h[0].shape[1]
@@ -144,43 +144,42 @@ def retrieve(
     if gain is not None:
         weights = weights * gain.view(kv_heads, group, 1, 1)
     weights = F.dropout(weights.to(states[0].dtype), dropout_p)
-    mix = partial(_mix, weights) if chosen is None else partial(_mix_chosen, weights, chosen)
-    return mix([page.flatten(3) for page in states]).view(batch, heads, rows, *states[0].shape[3:])
+    pieces = [page.flatten(3) for page in states]
+    mixed = _mix(weights, sizes, pieces) if chosen is None else _mix_chosen(weights, chosen, sizes, pieces)
+    return mixed.view(batch, heads, rows, *states[0].shape[3:])
 
 
-def _mix(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
+def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
     """Σ_s weights[s] states[s]; [batch, kv_heads, group, rows, chunks] and, in pieces, [batch, kv_heads, chunks, size]."""
-    parts = weights.flatten(2, 3).flatten(0, 1).split([page.shape[2] for page in states], dim=-1)
+    parts = weights.flatten(2, 3).flatten(0, 1).split(sizes, dim=-1)
     mixed = None
-    for part, page in zip(parts, states, strict=True):
-        if mixed is None:
-            mixed = torch.bmm(part, page.flatten(0, 1))
-        else:
-            mixed.baddbmm_(part, page.flatten(0, 1))
+    for part, chunks, page in zip(parts, sizes, states, strict=True):
+        table = page[:, :, :chunks].flatten(0, 1)
+        mixed = torch.bmm(part, table) if mixed is None else mixed.baddbmm_(part, table)
     assert mixed is not None
     return mixed
 
 
-def _mix_chosen(weights: Tensor, chosen: Tensor, states: Sequence[Tensor]) -> Tensor:
+def _mix_chosen(weights: Tensor, chosen: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
     """`_mix` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
     batch, kv_heads, _, size = states[0].shape
     rows = weights.flatten(0, 3)
     mixed, start = None, 0
-    for page in states:
-        pages_chunks = page.shape[2]
+    for chunks, page in zip(sizes, states, strict=True):
         # embedding_bag is a weighted sum of gathered rows that never holds the gathered rows.
-        table = page.reshape(batch * kv_heads * pages_chunks, size)
-        owner = torch.arange(batch * kv_heads, device=chosen.device).view(batch, kv_heads, 1, 1, 1) * pages_chunks
+        table = page.reshape(-1, size)
+        owner = torch.arange(batch * kv_heads, device=chosen.device).view(batch, kv_heads, 1, 1, 1) * page.shape[2]
         index = (chosen - start + owner).flatten(0, 3)
         if len(states) == 1:
             return F.embedding_bag(index, table, per_sample_weights=rows, mode="sum")
-        inside = ((chosen >= start) & (chosen < start + pages_chunks)).flatten(0, 3)
-        start += pages_chunks
+        inside = ((chosen >= start) & (chosen < start + chunks)).flatten(0, 3)
+        start += chunks
         asking, counts = inside.nonzero()[:, 0].unique_consecutive(return_counts=True)
         if mixed is None:
             mixed = table.new_zeros(len(rows), size)
         if len(asking):
-            found = F.embedding_bag(index[inside], table, counts.cumsum(0) - counts, per_sample_weights=rows[inside], mode="sum")
+            bags = counts.cumsum(0) - counts
+            found = F.embedding_bag(index[inside], table, bags, per_sample_weights=rows[inside], mode="sum")
             mixed = mixed.index_add(0, asking, found)
     assert mixed is not None
     return mixed
