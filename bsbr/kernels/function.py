@@ -104,6 +104,7 @@ def bsbr(
     kept: int | None,
 ) -> Tensor:
     """`bsbr.kernels.bsbr_attention` on arguments that were checked."""
+    chunk_size = min(chunk_size, q.shape[2])  # no programs for tokens that there are not
     chunks = -(-q.shape[2] // chunk_size) - 1
     given = [None if x is None else tiles.rows_contiguous(x) for x in (q, k, v, q_features, k_features)]
     gain = None if gain is None else gain.contiguous()

@@ -56,7 +56,9 @@ def _mix(
         values = load_rows(f, state, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
         mixed = mixed * shrink[:, None] + dot(weights.to(f.dtype.element_ty), values)
         highest = higher
-    store_rows(out + tl.cast(sequence, tl.int64) * chunks * WIDTH, mixed / total[:, None], row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
+    store_rows(
+        out + tl.cast(sequence, tl.int64) * chunks * WIDTH, mixed / total[:, None], row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH
+    )
     if first == 0:
         rows = row + tl.arange(0, ROWS)
         tl.store(lse + tl.cast(sequence, tl.int64) * chunks + rows, highest + tl.log2(total), mask=rows < chunks)
@@ -78,7 +80,7 @@ def _mix_states(
     h = of_head(h, batch, kv_head, h_batch, h_head)
     keys = load_rows(h, state, chunks, h_row, 0, D, ROWS, BLOCK_D)
     total = tl.zeros([ROWS, DEPTH], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         r_member = of_head(r, batch, kv_head * group + member, r_batch, r_head) + r_row
         at = (tl.cast(sequence, tl.int64) * group + member) * chunks
         for row in range(state, chunks, COLUMNS):
@@ -155,7 +157,7 @@ def _mix_keys(
     f += tl.cast(sequence, tl.int64) * chunks * WIDTH
     keys = load_rows(of_head(h, batch, kv_head, h_batch, h_head), state, chunks, h_row, 0, D, ROWS, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         r_member = of_head(r, batch, kv_head * group + member, r_batch, r_head) + r_row
         at = (tl.cast(sequence, tl.int64) * group + member) * chunks
         for row in range(state, chunks, COLUMNS):
@@ -191,9 +193,7 @@ def mix(r: Tensor, h: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def mix_backward(
-    r: Tensor, h: Tensor, states: Tensor, out: Tensor, lse: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_backward(r: Tensor, h: Tensor, states: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dr, dh, dF from dF̄, which has the shape of `out`; the rest as `mix` took and gave it."""
     batch, heads = r.shape[:2]
     kv_heads, chunks, d_r, head_dim = states.shape[1:]

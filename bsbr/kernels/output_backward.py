@@ -130,7 +130,7 @@ def _keys(
     last = tl.minimum(start + ROWS, stop)
     # The last chunk that sees the tile's last key begins at most `overlap` after it.
     until = tl.minimum(((last - 1 + overlap) // chunk_size + 1) * chunk_size, time)
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         q_member, grad_member = of_head(q, batch, head, q_batch, q_head), of_head(grad, batch, head, g_batch, g_head)
         at = (tl.cast(sequence, tl.int64) * group + member) * time

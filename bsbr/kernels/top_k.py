@@ -53,7 +53,7 @@ def _gather(f, weights, chosen, out, chunks, group, TOP_K: tl.constexpr, WIDTH: 
     columns = tl.program_id(0) % tl.cdiv(WIDTH, DEPTH) * DEPTH + tl.arange(0, DEPTH)
     f += tl.cast(row // chunks // group, tl.int64) * chunks * WIDTH
     total = tl.zeros([DEPTH], tl.float32)
-    for place in range(0, tl.minimum(TOP_K, row % chunks + 1)):
+    for place in range(tl.minimum(TOP_K, row % chunks + 1)):
         at = tl.cast(row, tl.int64) * TOP_K + place
         state = f + tl.cast(tl.load(chosen + at), tl.int64) * WIDTH
         total += tl.load(weights + at) * tl.load(state + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
