@@ -42,13 +42,16 @@ def report(
         name = kernel.fn.__name__.lstrip("_")
         found[name] = (*_resources(compiled.asm["ptx"], capability), compiled.metadata.shared)
 
-    time = 5 * chunk_size
-    new = {"dtype": dtype, "requires_grad": True}
+    time = 70 * chunk_size  # more chunks than a tile of the mixing has rows
+    new: dict[str, Any] = {"dtype": dtype, "requires_grad": True}
     q, k, v = torch.zeros(1, 4, time, head_dim, **new), *(torch.zeros(1, 2, time, head_dim, **new) for _ in "kv")
-    r, h = torch.zeros(1, 4, 5, head_dim, **new), torch.zeros(1, 2, 4, head_dim, **new)
+    r, h = torch.zeros(1, 4, 70, head_dim, **new), torch.zeros(1, 2, 69, head_dim, **new)
     features = [None, None] if d_r is None else [torch.zeros(1, heads, time, d_r, **new) for heads in (4, 2)]
     triton.runtime.driver.set_active(Driver())
-    with mock.patch.object(tiles, "launch", launch), mock.patch.object(tuning, "_is_hopper", lambda device: capability == 90):
+    with (
+        mock.patch.object(tiles, "launch", launch),
+        mock.patch.object(tuning, "_is_hopper", mock.Mock(return_value=capability == 90)),
+    ):
         out = function.bsbr(
             *(q, k, v, r, h), chunk_size=chunk_size, q_features=features[0], k_features=features[1],
             gain=torch.ones(4, requires_grad=True), chunk_overlap=32, kept=kept,
@@ -63,7 +66,7 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [ptxas, "-v", f"-arch={target}", source, "-o", Path(folder) / "kernel.cubin"]
+        command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
@@ -77,9 +80,9 @@ def main() -> None:
         (torch.bfloat16, 256, None, None), (torch.float32, 64, None, None), (torch.float32, 128, 32, None),
     ):  # fmt: skip
         for name, numbers in report(capability, dtype=dtype, head_dim=head_dim, d_r=d_r, kept=kept).items():
-            kind = str(dtype).removeprefix("torch.")
+            kind, (registers, spilled, shared) = str(dtype).removeprefix("torch."), numbers
             print(
-                f"{capability}  {kind:9} {head_dim:8} {d_r or head_dim:3}  {name:14} {numbers[0]:10} {numbers[1]:10} {numbers[2]:9}",
+                f"{capability}  {kind:9} {head_dim:8} {d_r or head_dim:3}  {name:14} {registers:10} {spilled:10} {shared:9}",
                 flush=True,
             )
 

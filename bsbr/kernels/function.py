@@ -58,7 +58,7 @@ class BSBRFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, q_features, k_features, gain, r, h, weights, chosen, states, retrieved, mix_lse, lse = ctx.saved_tensors
         options: Options = ctx.options
@@ -111,5 +111,5 @@ def bsbr(
     ways: tuple[Tensor | None, ...] = (tiles.rows_contiguous(r), tiles.rows_contiguous(h), None, None)
     if kept is not None and kept < chunks:
         ways = (None, None, *top_k.select(r, h, chunks, kept))
-    out: Tensor = BSBRFunction.apply(*given, gain, *ways, Options(chunk_size, chunk_overlap))  # type: ignore[no-untyped-call]
+    out: Tensor = BSBRFunction.apply(*given, gain, *ways, Options(chunk_size, chunk_overlap))
     return out

@@ -85,7 +85,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def padded(size: int) -> int:
     """The power of two that holds it, 16 or more: what a tile of tl.dot must be."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def wide(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def select(r: Tensor, h: Tensor, chunks: int, top_k: int) -> tuple[Tensor, Tenso
 
     Both are [batch, heads, chunks, top_k]; weights are float32, differentiable in r and h, and 0 where a row sees fewer.
     """
-    batch, heads, _, head_dim = r.shape
+    heads, head_dim = r.shape[1], r.shape[3]
     kv_heads = h.shape[1]
     rows = r[:, :, 1:].unflatten(1, (kv_heads, heads // kv_heads)).float()
     keys = h[:, :, :chunks].unsqueeze(2).float()

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def run_alone(interpret: str) -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", str(HERE / "kernels_alone.py")]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -41,7 +41,9 @@ def test_they_compile_for_hopper_without_spilling() -> None:
 
 
 def test_importing_bsbr_and_its_kernels_does_not_import_triton() -> None:
-    program = "import sys, torch; before = 'triton' in sys.modules; import bsbr, bsbr.kernels; assert before or 'triton' not in sys.modules"
+    program = (
+        "import sys, torch; before = 'triton' in sys.modules; import bsbr.kernels; assert before or 'triton' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE.parents[1])
 
 
