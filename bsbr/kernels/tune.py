@@ -5,6 +5,7 @@ changes at a time, the others stay at the best so far; a candidate that does not
 """
 
 import itertools
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,7 +21,7 @@ def main() -> None:
         raise SystemExit("tuning needs a CUDA GPU: torch.cuda.is_available() is False")
     print(f"# {torch.cuda.get_device_name()}, {HEADS} heads, chunk {CHUNK}, n = {TIME}, bfloat16; ms of forward and backward")
     for head_dim in (64, 128, 256):
-        new = {"device": "cuda", "dtype": torch.bfloat16}
+        new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         chunks = TIME // CHUNK
         tensors = [torch.randn(1, HEADS, rows, head_dim, **new).requires_grad_() for rows in (TIME, TIME, TIME, chunks, chunks - 1)]
         upstream = torch.randn_like(tensors[0])
