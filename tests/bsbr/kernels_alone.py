@@ -3,6 +3,7 @@
 Under TRITON_INTERPRET=1 on the CPU, which triton reads when the kernels are imported; without it on a GPU.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -28,6 +29,11 @@ def tiles_that_are_quick_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuning.Tile(rows=16, columns=16, depth=256 if head_dim < 64 else 8192, num_warps=4, num_stages=1)
 
     if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        # A third of the time goes into looking for overflow of pointers, which the bounds of memory would tell too.
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
         monkeypatch.setattr(tuning, "tile", tile)
 
 
@@ -95,11 +101,13 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float, 
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"chunk_overlap": 1}, {"chunk_overlap": 47}, {"chunk_overlap": 1000}, {"top_k": 1}, {"top_k": 2, "chunk_overlap": 5}],
+    ("time", "d_r", "options"),
+    [
+        *((time, d_r, {}) for time in (1, 15, 16, 17) for d_r in (None, 8)),
+        *((53, 8, options) for options in ({}, {"chunk_overlap": 1}, {"chunk_overlap": 47}, {"top_k": 2, "chunk_overlap": 5})),
+        *((53, None, options) for options in ({}, {"chunk_overlap": 1000}, {"top_k": 1})),
+    ],
 )
-@pytest.mark.parametrize("d_r", [None, 8])
-@pytest.mark.parametrize("time", [1, 16, 53])
 def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]) -> None:
     hold(inputs(time, 16, d_r=d_r), chunk_size=16, **options)
 
@@ -126,10 +134,9 @@ def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], option
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"chunk_overlap": 7}, {"top_k": 2}], ids=str)
-@pytest.mark.parametrize("d_r", [None, 16])
+@pytest.mark.parametrize(("d_r", "options"), [(None, {"chunk_overlap": 7}), (16, {"top_k": 2})], ids=str)
 def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, int]) -> None:
-    hold(inputs(83, 16, heads=4, kv_heads=2, d_r=d_r, dtype=dtype), chunk_size=16, **options)
+    hold(inputs(53, 16, heads=2, kv_heads=1, d_r=d_r, dtype=dtype), chunk_size=16, **options)
 
 
 def test_without_a_gain_it_is_one() -> None:
@@ -170,7 +177,7 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
 def test_the_future_changes_nothing_even_where_it_is_not_a_number(options: dict[str, int]) -> None:
     tensors = inputs(70, 16)
     whole = kernels.bsbr_attention(**tensors, chunk_size=16, **options)
-    for cut in (20, 32, 47):
+    for cut in (32, 47):
         spoilt = {name: x.clone() for name, x in tensors.items()}
         for name in ("q", "k", "v"):
             spoilt[name][:, :, cut:] = torch.nan
