@@ -1,0 +1,230 @@
+"""The kernels against `bsbr.reference`, in a process of their own, which `test_kernels.py` starts.
+
+Under TRITON_INTERPRET=1 on the CPU, which triton reads when the kernels are imported; without it on a GPU.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bsbr import kernels, reference
+from bsbr.kernels import top_k, tuning
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "gain")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def tiles_that_are_quick_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough that every loop turns more than once, and as few programs as that allows: each costs milliseconds."""
+
+    def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> tuning.Tile:
+        if step in ("states", "output", "queries", "keys"):
+            return tuning.Tile(rows=16 if chunk_size <= 16 else 32, columns=16, depth=16, num_warps=4, num_stages=1)
+        return tuning.Tile(rows=16, columns=16, depth=256 if head_dim < 64 else 8192, num_warps=4, num_stages=1)
+
+    if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        # A third of the time goes into looking for overflow of pointers, which the bounds of memory would tell too.
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+        monkeypatch.setattr(tuning, "tile", tile)
+
+
+def inputs(
+    time: int,
+    chunk_size: int,
+    *,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 24,
+    d_r: int | None = None,
+    batch: int = 1,
+    spare_keys: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(time)
+    chunks = -(-time // chunk_size)
+    shapes = {
+        "q": (heads, time, head_dim),
+        "k": (kv_heads, time, head_dim),
+        "v": (kv_heads, time, head_dim),
+        "r": (heads, chunks, head_dim),
+        "h": (kv_heads, chunks - 1 + spare_keys, head_dim),
+    }
+    if d_r is not None:
+        shapes |= {"q_features": (heads, time, d_r), "k_features": (kv_heads, time, d_r)}
+    made = {name: torch.randn(batch, *shape, generator=generator) for name, shape in shapes.items()}
+    made["gain"] = torch.linspace(-1, 1.5, heads)
+    if d_r is not None:
+        made |= {name: made[name] / d_r**0.5 for name in ("q_features", "k_features")}
+    return {name: x.to(DEVICE, dtype) for name, x in made.items()}
+
+
+def hold(tensors: dict[str, Tensor], **options: Any) -> None:
+    """Values and all gradients are the reference's, by relative norm."""
+    tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    dtype = tensors["q"].dtype
+    got, expected = kernels.bsbr_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert_close("o", got, expected, TOLERANCE[dtype], 0)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).to(got)
+    names = list(tensors)
+    gradients = [
+        torch.autograd.grad(out, list(tensors.values()), upstream.to(out), allow_unused=True, materialize_grads=True)
+        for out in (got, expected)
+    ]
+    # A gradient that is nothing but rounding, as of scores of a softmax over one chunk, is held against the largest of all.
+    largest = max(float(x.double().norm()) for x in gradients[1])
+    for name, a, b in zip(names, *gradients, strict=True):
+        assert a.dtype == tensors[name].dtype
+        # That of a score is a difference of sums over d_r·head_dim: in float32 up to 3e-5 at d_r·head_dim = 25600.
+        loose = 4 if name in ("r", "h") else 1
+        assert_close(f"the gradient of {name}", a, b, loose * TOLERANCE[dtype], 1e-2 * TOLERANCE[dtype] * largest)
+
+
+def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:
+    actual, expected = actual.detach(), expected.detach()
+    assert actual.isfinite().all(), what
+    error, size = float((actual.double() - expected.double()).norm()), float(expected.double().norm())
+    assert error <= max(tolerance * size, floor), f"{what} is off by {error:.2e} of {size:.2e}"
+
+
+# --- sizes and options ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("time", "d_r", "options"),
+    [
+        *((time, d_r, {}) for time in (1, 15, 16, 17) for d_r in (None, 8)),
+        *((53, 8, options) for options in ({}, {"chunk_overlap": 1}, {"chunk_overlap": 47}, {"top_k": 2, "chunk_overlap": 5})),
+        *((53, None, options) for options in ({}, {"chunk_overlap": 1000}, {"top_k": 1})),
+    ],
+)
+def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]) -> None:
+    hold(inputs(time, 16, d_r=d_r), chunk_size=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("time", "chunk_size", "sizes", "options"),
+    [
+        (20, 1, {}, {"chunk_overlap": 3}),
+        (10, 2, {"heads": 2, "kv_heads": 2, "batch": 2}, {"top_k": 3}),
+        (13, 5, {"heads": 6, "kv_heads": 2, "head_dim": 48}, {}),
+        (95, 37, {"spare_keys": 3}, {"chunk_overlap": 40}),
+        (150, 70, {"head_dim": 48, "d_r": 12}, {"chunk_overlap": 9}),
+        (70, 33, {"head_dim": 32, "d_r": 96}, {}),  # features wider than the heads
+        (75, 37, {"head_dim": 160}, {}),
+        (70, 32, {"head_dim": 256, "d_r": 64}, {}),
+        (70, 512, {}, {}),
+        (37, 2, {"heads": 1}, {}),  # more chunks than a tile of states
+        (15, 2, {}, {"top_k": 7}),  # as many as there are
+    ],
+    ids=str,
+)
+def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], options: dict[str, int]) -> None:
+    hold(inputs(time, chunk_size, **sizes), chunk_size=chunk_size, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d_r", "options"), [(None, {"chunk_overlap": 7}), (16, {"top_k": 2})], ids=str)
+def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, int]) -> None:
+    hold(inputs(53, 16, heads=2, kv_heads=1, d_r=d_r, dtype=dtype), chunk_size=16, **options)
+
+
+def test_without_a_gain_it_is_one() -> None:
+    tensors = inputs(50, 16)
+    del tensors["gain"]
+    hold(tensors, chunk_size=16)
+
+
+@pytest.mark.parametrize("d_r", [None, 8])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}], ids=str)
+def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
+    tensors = inputs(53, 16, d_r=d_r, batch=2)
+    expected = kernels.bsbr_attention(**tensors, chunk_size=16, **options)
+    views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for name, x in tensors.items()}
+    assert not views["q"].is_contiguous()
+    assert torch.equal(kernels.bsbr_attention(**views, chunk_size=16, **options), expected)
+    columns = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
+    assert torch.equal(kernels.bsbr_attention(**columns, chunk_size=16, **options), expected)
+    every_other = {name: x.repeat_interleave(2, dim=-2)[..., ::2, :] if x.dim() == 4 else x for name, x in tensors.items()}
+    hold(every_other, chunk_size=16, **options)
+
+
+def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
+    tensors = {name: x.requires_grad_() for name, x in inputs(40, 16).items()}
+    got, expected = (
+        torch.autograd.grad(function(**tensors, chunk_size=16).sum(), list(tensors.values()))
+        for function in (kernels.bsbr_attention, reference.bsbr_attention)
+    )
+    for name, a, b in zip(tensors, got, expected, strict=True):
+        assert_close(name, a, b, 1e-5, 1e-4)
+
+
+# --- properties -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"chunk_overlap": 20}], ids=str)
+def test_the_future_changes_no_bit(options: dict[str, int]) -> None:
+    tensors = inputs(70, 16)
+    whole = kernels.bsbr_attention(**tensors, chunk_size=16, **options)
+    for cut in (32, 47):
+        spoilt = {name: x.clone() for name, x in tensors.items()}
+        for name in ("q", "k", "v"):
+            spoilt[name][:, :, cut:] = 1e3
+        spoilt["r"][:, :, -(-cut // 16) :] = 1e3
+        spoilt["h"][:, :, cut // 16 :] = 1e3
+        part = kernels.bsbr_attention(**spoilt, chunk_size=16, **options)
+        assert torch.equal(part[:, :, :cut], whole[:, :, :cut])
+        alone = {name: x[:, :, :cut] if name in ("q", "k", "v") else x for name, x in tensors.items()}
+        alone |= {"r": tensors["r"][:, :, : -(-cut // 16)], "h": tensors["h"][:, :, : cut // 16]}
+        torch.testing.assert_close(kernels.bsbr_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
+
+
+def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow() -> None:
+    tensors = inputs(24, 2)
+    tensors["r"] = torch.zeros_like(tensors["r"])
+    hold(tensors, chunk_size=2, top_k=3)
+    _, chosen = top_k.select(tensors["r"], tensors["h"], 11, 3)
+    assert chosen[0, :, 2:].unique(dim=1).tolist() == [[[0, 1, 2]]] * 2
+
+
+def test_it_is_the_same_bits_every_time() -> None:
+    tensors = {name: x.requires_grad_() for name, x in inputs(70, 16).items()}
+    first, second = (
+        torch.autograd.grad(kernels.bsbr_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    tensors = inputs(50, 16)
+    tensors |= {name: 30 * tensors[name] for name in ("q", "k", "r", "h")}
+    out = kernels.bsbr_attention(**tensors, chunk_size=16)
+    assert_close("o", out, reference.bsbr_attention(**tensors, chunk_size=16), 1e-4, 0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_sequences_as_the_plain_path_has_them(head_dim: int) -> None:
+    from bsbr import bsbr_attention
+
+    tensors = inputs(8192 + 77, 128, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16)
+    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
+    wide = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
+    got = kernels.bsbr_attention(**tensors, chunk_size=128, chunk_overlap=32)
+    expected = bsbr_attention(**wide, chunk_size=128, chunk_overlap=32)
+    assert_close("o", got, expected, 2e-2, 0)
+    upstream = torch.randn_like(got)
+    gradients = (torch.autograd.grad(o, list(x.values()), upstream.to(o)) for o, x in ((got, tensors), (expected, wide)))
+    for name, a, b in zip(tensors, *gradients, strict=True):
+        assert_close(f"the gradient of {name}", a, b, 2e-2, 0)
