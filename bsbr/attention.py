@@ -22,6 +22,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.plain import chunk_states, local_attention, read, retrieve, sdpa, unit_norm
+from bsbr.ranks import Ranks
 
 
 def bsbr_attention(
@@ -58,7 +59,45 @@ def bsbr_attention(
     Raises ValueError if shapes do not fit or chunk_size or top_k is below 1 or chunk_overlap below 0.
     """
     check_heads(q, k, v)
-    _check_options(chunk_size, chunk_overlap, top_k)
+    check_options(chunk_size, chunk_overlap, top_k)
+    chunks = -(-q.shape[2] // chunk_size)
+    check_inputs(q, k, v, r, h, q_features, k_features, gain, chunk_size=chunk_size, retrievable=chunks - 1)
+    q_features = unit_norm(q) if q_features is None else q_features
+    k_features = unit_norm(k) if k_features is None else k_features
+
+    local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
+    if chunks == 1:
+        return local
+    states = chunk_states(k_features, v, chunk_size, chunks - 1)
+    retrieved = retrieve(r, h[:, :, : chunks - 1], states, top_k=top_k, dropout_p=dropout_p)
+    return local + read(q_features, retrieved, chunk_size, gain)
+
+
+def check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
+    require_positive(chunk_size=chunk_size)
+    if top_k is not None:
+        require_positive(retrieval_top_k=top_k)
+    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
+        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    h: Tensor,
+    q_features: Tensor | None,
+    k_features: Tensor | None,
+    gain: Tensor | None,
+    *,
+    chunk_size: int,
+    retrievable: int,
+) -> None:
+    """Raises ValueError unless k and v have q's time and the rest its shape; q, k and v are checked heads.
+
+    retrievable: how many meta keys h must hold at least.
+    """
     time = q.shape[2]
     if k.shape[2] != time:
         raise ValueError(
@@ -69,34 +108,18 @@ def bsbr_attention(
         raise ValueError(
             f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}"
         )
-    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < chunks - 1 or h.shape[3] != q.shape[3]:
+    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < retrievable or h.shape[3] != q.shape[3]:
         raise ValueError(
-            f"h must be [batch, kv_heads, {chunks - 1} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
+            f"h must be [batch, kv_heads, {retrievable} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
         )
-    q_features = unit_norm(q) if q_features is None else q_features
-    k_features = unit_norm(k) if k_features is None else k_features
-    if q_features.shape[:-1] != q.shape[:-1] or k_features.shape != (*k.shape[:-1], q_features.shape[-1]):
+    features = q if q_features is None else q_features, k if k_features is None else k_features
+    if features[0].shape[:-1] != q.shape[:-1] or features[1].shape != (*k.shape[:-1], features[0].shape[-1]):
         raise ValueError(
             "q_features and k_features must be those of q and k in all but their common last size, d_r: "
-            f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
+            f"got {list(features[0].shape)} and {list(features[1].shape)} beside q {list(q.shape)} and k {list(k.shape)}"
         )
     if gain is not None and gain.shape != q.shape[1:2]:
         raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
-
-    local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
-    if chunks == 1:
-        return local
-    states = chunk_states(k_features, v, chunk_size, chunks - 1)
-    retrieved = retrieve(r, h[:, :, : chunks - 1], states, top_k=top_k, dropout_p=dropout_p)
-    return local + read(q_features, retrieved, chunk_size, gain)
-
-
-def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
-    require_positive(chunk_size=chunk_size)
-    if top_k is not None:
-        require_positive(retrieval_top_k=top_k)
-    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
-        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
 
 
 # --- the module ---------------------------------------------------------------------------------
@@ -138,7 +161,7 @@ class BSBRAttention(MultiHeadAttention):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        _check_options(chunk_size, chunk_overlap, retrieval_top_k)
+        check_options(chunk_size, chunk_overlap, retrieval_top_k)
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)
         if self.head_dim % compression_factor:
@@ -158,13 +181,13 @@ class BSBRAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.chunk_size
 
-    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def project(self, hidden_states: Tensor, start: int = 0, *, followed: bool = False) -> tuple[Tensor, ...]:
         """q, k, v, r, h as `bsbr_attention` takes them, and φ(q), φ(k) unless they are `unit_norm` of q and k.
 
-        `start` must be a chunk's beginning.
+        `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
         q, k, v, *features = self._project_tokens(hidden_states, start)
-        retrievable = (hidden_states.shape[1] - 1) // self.chunk_size
+        retrievable = (hidden_states.shape[1] - (not followed)) // self.chunk_size
         pooled = hidden_states[:, : retrievable * self.chunk_size].unflatten(1, (retrievable, self.chunk_size)).mean(dim=2)
         return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *features
 
@@ -174,6 +197,16 @@ class BSBRAttention(MultiHeadAttention):
     def reference(self, *tensors: Tensor) -> Tensor:
         """`attend` by `bsbr.reference.bsbr_attention`."""
         return reference.bsbr_attention(*tensors[:5], **self._options(tensors))
+
+    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
+        """See `Attention.across` and `bsbr.parallel`."""
+        from bsbr.parallel import bsbr_attention_parallel  # which is made of this file
+
+        lengths = ranks.stretches(hidden_states.shape[1], hidden_states.device, self.chunk_size)
+        check_hidden_states(hidden_states, self.hidden_dim)
+        tensors = self.project(hidden_states, sum(lengths[: ranks.rank]), followed=ranks.rank < ranks.size - 1)
+        options = self._options(tensors)
+        return self.output(bsbr_attention_parallel(*tensors[:5], **options, group=ranks, lengths=lengths, dropout_p=self.dropout_p))
 
     def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
         q_features, k_features = tensors[5:] or (None, None)
