@@ -6,7 +6,7 @@ values. Ranks talk point to point, and only to later ones; gradients go the same
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -70,14 +70,13 @@ def bsbr_attention_parallel(
     h_before, states_before, k_before, v_before = _before(arrived[len(staying) :], len(travelling))
 
     if chunk_overlap:
-        k, v = torch.cat([*k_before, k], dim=2), torch.cat([*v_before, v], dim=2)
+        k, v = _after(k_before, k), _after(v_before, v)
     local = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
     first = sum(lengths[: ranks.rank]) // chunk_size
     if first + chunks == 1:
         return local
     # The stretch's own last chunk is for later ranks.
-    meta_keys = torch.cat([*h_before, h[:, :, : chunks - 1]], dim=2)
-    states = torch.cat([*states_before, states[:, :, : chunks - 1]], dim=2)
+    meta_keys, states = _after(h_before, h[:, :, : chunks - 1]), _after(states_before, states[:, :, : chunks - 1])
     retrieved = retrieve(r, meta_keys, states, first=first, top_k=top_k, dropout_p=dropout_p)
     return local + read(q_features, retrieved, chunk_size, gains[0] if gains else None)
 
@@ -105,16 +104,6 @@ class ContextParallel(nn.Module):
 
 Ways = dict[tuple[int, int], tuple[slice, slice]]
 """(sender, receiver) -> which of the sender's chunks, and which of its tokens, go there."""
-
-
-def split(seq_len: int, ranks: int, chunk_size: int) -> list[int]:
-    """Lengths of stretches that share a sequence's chunks as evenly as whole chunks can be, larger ones first."""
-    chunks = -(-seq_len // chunk_size)
-    if chunks < ranks:
-        raise ValueError(f"{seq_len} tokens are {chunks} chunks of {chunk_size}, too few for {ranks} ranks")
-    ends = accumulate(chunks // ranks + (rank < chunks % ranks) for rank in range(ranks))
-    bounds = [0, *(min(end * chunk_size, seq_len) for end in ends)]
-    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _ways(lengths: Sequence[int], chunk_size: int, chunk_overlap: int) -> Ways:
@@ -200,6 +189,10 @@ class _Exchange(torch.autograd.Function):
 def _before(arrived: Sequence[Tensor], number: int) -> tuple[Sequence[Tensor], ...]:
     """h, F, k and v of all earlier ranks in their order; k and v are empty where they do not travel."""
     return tuple(arrived[index::number] if index < number else () for index in range(4))
+
+
+def _after(before: Sequence[Tensor], own: Tensor) -> Tensor:
+    return torch.cat([*before, own], dim=2) if before else own
 
 
 def _parts(way: tuple[slice, slice], number: int) -> list[slice]:

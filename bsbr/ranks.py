@@ -1,6 +1,7 @@
 """The wire between ranks that share one sequence: who holds which stretch of it, and messages that are counted."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -74,3 +75,21 @@ class Ranks:
         if messages:
             for request in dist.batch_isend_irecv(messages):
                 request.wait()
+
+
+def split(seq_len: int, ranks: int, block: int) -> list[int]:
+    """Lengths of the stretches that share a sequence's blocks as evenly as whole blocks can be, the larger ones first."""
+    blocks = -(-seq_len // block)
+    if blocks < ranks:
+        raise ValueError(f"{seq_len} tokens are {blocks} chunks of {block}, too few for {ranks} ranks")
+    ends = accumulate(blocks // ranks + (rank < blocks % ranks) for rank in range(ranks))
+    return [stop - start for start, stop in pairwise([0, *(min(end * block, seq_len) for end in ends)])]
+
+
+def ring_sent_bytes(lengths: Sequence[int], rank: int, *, kv_heads: int, head_dim: int, itemsize: int, batch_size: int = 1) -> int:
+    """Bytes that `rank` sends forward in ring attention: every stretch of K and V passes it, but for the next rank's own.
+
+    2·(P − 1)·(n/P)·kv_heads·head_dim numbers where all stretches are alike. Liu 2023, arXiv:2310.01889, section 3.
+    """
+    passing = sum(lengths) - lengths[(rank + 1) % len(lengths)]
+    return 2 * passing * batch_size * kv_heads * head_dim * itemsize

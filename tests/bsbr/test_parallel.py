@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from baselines.ring import RingAttention
 from bsbr import BSBRAttention, bsbr_attention, reference
 from bsbr.interface import Attention
-from bsbr.parallel import ContextParallel, bsbr_attention_parallel, sent_bytes, split
-from bsbr.ranks import Ranks
+from bsbr.parallel import ContextParallel, bsbr_attention_parallel, sent_bytes
+from bsbr.ranks import Ranks, ring_sent_bytes, split
 
 CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
 
@@ -40,6 +41,12 @@ MODULES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "two ranks, one chunk each": (2, 2 * CHUNK, {"retrieval_top_k": 1, "rotary": True}),
     "four ranks": (4, 6 * CHUNK + 1, {"compression_factor": 4, "retrieval_top_k": 2}),
     "four ranks, all options": (4, 4 * CHUNK, {"rotary": True, "chunk_overlap": 6, "num_kv_heads": 1, "compression_factor": 2}),
+}
+RINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "ring of two": ([5, 4], {}),
+    "ring of two, unequal": ([1, 9], {"num_kv_heads": 2, "rotary": True}),
+    "ring of four": ([3, 1, 6, 2], {"num_kv_heads": 1, "rotary": True}),
+    "ring of four alike": ([4, 4, 4, 4], {}),
 }
 BAD = {"a boundary inside a chunk": [6, 6], "an empty rank": [0, 8], "an empty last rank": [8, 0]}
 NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "gain")
@@ -93,6 +100,9 @@ def follow(rank: int, size: int, folder: Path) -> None:
     for name, (ranks, time, options) in MODULES.items():
         if ranks == size:
             found[name] = _module(rank, split(time, size, CHUNK), options)
+    for name, (lengths, options) in RINGS.items():
+        if len(lengths) == size:
+            found[name] = _ring(rank, lengths, options)
     if size == 2:
         for name, lengths in BAD.items():
             found[name] = _refused(rank, lengths)
@@ -125,6 +135,20 @@ def _module(rank: int, lengths: list[int], options: dict[str, Any]) -> dict[str,
     (out * weights(states.detach())[:, stretch]).sum().backward()
     gradients = {name: parameter.grad for name, parameter in attention.named_parameters()} | {"x": states.grad}
     return {"out": out.detach(), "gradients": gradients, "sent": (forward, parallel.ranks.sent_bytes - forward)}
+
+
+def ring(options: dict[str, Any]) -> RingAttention:
+    torch.manual_seed(0)
+    return RingAttention(16, 4, **options).double()
+
+
+def _ring(rank: int, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    parallel = ContextParallel(ring(options), Ranks(lengths=lengths))
+    stretch = hidden(sum(lengths))[:, sum(lengths[:rank]) : sum(lengths[: rank + 1])]
+    with pytest.raises(NotImplementedError, match="forward pass only"):
+        parallel(stretch)
+    with torch.no_grad():
+        return {"out": parallel(stretch), "sent": parallel.ranks.sent_bytes}
 
 
 def _refused(rank: int, lengths: list[int]) -> str:
@@ -248,6 +272,22 @@ def test_a_module_tells_lengths_and_sends_what_its_function_does(case: str, foun
             batch_size=BATCH,
         )
         assert one["sent"] == (forward + 8 * (size - 1), backward)
+
+
+@pytest.mark.parametrize("case", RINGS)
+def test_ring_attention_is_standard_attention(case: str, found: dict[str, list[Any]]) -> None:
+    lengths, options = RINGS[case]
+    attention = ring(options)
+    out = torch.cat([one["out"] for one in found[case]], dim=1)
+    torch.testing.assert_close(out, attention(hidden(sum(lengths))).detach(), rtol=0, atol=1e-12)
+    for rank, one in enumerate(found[case]):
+        shape = {"kv_heads": attention.num_kv_heads, "head_dim": 4, "itemsize": 8, "batch_size": BATCH}
+        assert one["sent"] == ring_sent_bytes(lengths, rank, **shape)
+
+
+def test_the_formula_of_the_ring_is_that_of_its_paper() -> None:
+    # 2·(P − 1)·(n/P)·H_kv·d numbers.
+    assert [ring_sent_bytes([5] * 4, rank, kv_heads=3, head_dim=7, itemsize=2) for rank in range(4)] == [2 * 3 * 5 * 3 * 7 * 2] * 4
 
 
 def test_what_travels_keeps_its_type(found: dict[str, list[Any]]) -> None:
