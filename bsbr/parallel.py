@@ -51,7 +51,7 @@ def bsbr_attention_parallel(
     """
     check_options(chunk_size, chunk_overlap, top_k)
     ranks = group if isinstance(group, Ranks) else Ranks(group)
-    lengths = ranks.stretches(q.shape[-2], q.device, chunk_size) if lengths is None else lengths
+    lengths = ranks.stretches(q.shape[-2], q.device, chunk_size, lengths)
     check_heads(q, k, v)
     last = ranks.rank == ranks.size - 1
     chunks = -(-q.shape[2] // chunk_size)
@@ -87,7 +87,8 @@ class ContextParallel(nn.Module):
 
     attention: any that knows `Attention.across`, with the same parameters on every rank. group: see `Ranks`.
     A rank's parameters get the gradient of its own part; summed over ranks, they are those of the whole sequence. That sum
-    is the caller's: all_reduce every `grad`, or DistributedDataParallel, which takes the mean, with the loss times ranks.
+    is the caller's: all_reduce every `grad`, or DistributedDataParallel around it, whose mean is that sum if each rank's
+    loss is taken times the number of ranks; in a process group of its own, so that the two cannot overtake each other.
     """
 
     def __init__(self, attention: Attention, group: ProcessGroup | Ranks | None = None) -> None:

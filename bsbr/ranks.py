@@ -35,12 +35,13 @@ class Ranks:
         self.lengths = None if lengths is None else list(lengths)
         self.sent_bytes = 0
 
-    def stretches(self, time: int, device: torch.device, block: int = 1) -> list[int]:
+    def stretches(self, time: int, device: torch.device, block: int = 1, lengths: Sequence[int] | None = None) -> list[int]:
         """How many tokens each rank holds, this one `time`: multiples of `block` on all ranks but the last, nowhere none.
 
-        Raises ValueError, on all ranks alike, if they are not.
+        lengths: what they are, if that is known here. Raises ValueError, on all ranks alike, if they are not as said.
         """
-        lengths = self._ask(time, device) if self.lengths is None else self.lengths
+        known = self.lengths if lengths is None else list(lengths)
+        lengths = self._ask(time, device) if known is None else known
         if lengths[self.rank] != time:
             raise ValueError(f"rank {self.rank} was to hold {lengths[self.rank]} tokens by its lengths, got {time}")
         if min(lengths) < 1:

@@ -1,7 +1,7 @@
 """One sequence across several processes: as a workload of a comparison, and under torchrun, on one machine or many.
 
     python -m evals.run sweep=context_parallel
-    torchrun --nproc-per-node=2 -m evals.ranks --seq-len 65536
+    torchrun --standalone --nproc-per-node=2 -m evals.ranks --seq-len 65536
 
 The second builds an attention, holds it to the same on one rank at a short length, and prints seconds and bytes.
 """
@@ -126,7 +126,10 @@ def _check(rank: int, follower: Connection) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = _arguments(words)
     if "RANK" not in os.environ:
-        print("start it with torchrun, such as: torchrun --nproc-per-node=2 -m evals.ranks --seq-len 65536", file=sys.stderr)
+        print(
+            "start it with torchrun, such as: torchrun --standalone --nproc-per-node=2 -m evals.ranks --seq-len 65536",
+            file=sys.stderr,
+        )
         return 2
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -141,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=2 -m evals.ranks", description=(__doc__ or "").partition("\n")[0]
+        prog="torchrun --standalone --nproc-per-node=2 -m evals.ranks", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--attention", default="bsbr", help="a file of conf/attention: bsbr or ring")
     parser.add_argument("--seq-len", type=int, default=16384, help="tokens of the whole sequence")

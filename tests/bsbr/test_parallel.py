@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from baselines.ring import RingAttention
 from bsbr import BSBRAttention, bsbr_attention, reference
@@ -108,6 +109,7 @@ def follow(rank: int, size: int, folder: Path) -> None:
             found[name] = _refused(rank, lengths)
         found["float32 and bfloat16"] = [_in(dtype, rank) for dtype in (torch.float32, torch.bfloat16)]
         found["another"] = _unable(rank)
+        found["data parallel"] = _data_parallel(rank)
     if size == 4:
         found["a group"] = _in_a_group(rank)
     torch.save(found, folder / f"{rank}.pt")
@@ -173,6 +175,15 @@ def _unable(rank: int) -> str:
     with pytest.raises(NotImplementedError) as refusal:
         ContextParallel(Another(16, 4))(torch.zeros(1, 4, 16))
     return str(refusal.value)
+
+
+def _data_parallel(rank: int) -> dict[str, Tensor | None]:
+    attention = module(MODULES["two ranks, all options"][2])
+    wrapped = DistributedDataParallel(ContextParallel(attention), process_group=dist.new_group())
+    states = hidden(20).detach()
+    stretch = slice(0, 12) if rank == 0 else slice(12, 20)
+    (2 * wrapped(states[:, stretch]) * weights(states)[:, stretch]).sum().backward()
+    return {name: parameter.grad for name, parameter in attention.named_parameters()}
 
 
 def _in_a_group(rank: int) -> Any:
@@ -253,6 +264,14 @@ def test_a_module_across_ranks_is_the_module(case: str, found: dict[str, list[An
     gradients = summed(found[case])
     for name, tensor in [*attention.named_parameters(), ("x", states)]:
         torch.testing.assert_close(gradients[name], tensor.grad, rtol=0, atol=1e-11)
+
+
+def test_data_parallel_sums_what_the_ranks_give(found: dict[str, list[Any]]) -> None:
+    attention, states = module(MODULES["two ranks, all options"][2]), hidden(20)
+    (attention(states) * weights(states.detach())).sum().backward()
+    for ranks in found["data parallel"]:
+        for name, parameter in attention.named_parameters():
+            torch.testing.assert_close(ranks[name], parameter.grad, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", MODULES)
