@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:  # builds of torch without ranks have no such name, and every attention names `Ranks`
+    from torch.distributed import ProcessGroup
 
 
 class Ranks:
@@ -19,7 +22,7 @@ class Ranks:
     Raises RuntimeError if there is no process group, or this process is not in it.
     """
 
-    def __init__(self, group: ProcessGroup | None = None, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, group: "ProcessGroup | None" = None, lengths: Sequence[int] | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
                 "a sequence across ranks needs a process group: start the ranks with torchrun, and call "
