@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from bsbr import blocked, dispatch, plain, reference
+from bsbr import blocked, dispatch, kernels, plain, reference
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -22,6 +22,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.plain import sdpa, unit_norm
+from bsbr.ranks import Ranks
 
 
 def bsbr_attention(
@@ -60,7 +61,52 @@ def bsbr_attention(
     if the implementation that was asked for cannot take such input.
     """
     check_heads(q, k, v)
-    _check_options(chunk_size, chunk_overlap, top_k)
+    check_options(chunk_size, chunk_overlap, top_k)
+    chunks = -(-q.shape[2] // chunk_size)
+    check_inputs(q, k, v, r, h, q_features, k_features, gain, chunk_size=chunk_size, retrievable=chunks - 1)
+    options: dict[str, Any] = {
+        "q_features": q_features,
+        "k_features": k_features,
+        "gain": gain,
+        "chunk_size": chunk_size,
+        "chunk_overlap": chunk_overlap,
+        "top_k": top_k,
+    }
+    features = () if q_features is None or k_features is None else (q_features, k_features)
+    chosen = dispatch.choose(impl, q, k, v, r, h, *features, gain=gain, dropout_p=dropout_p)
+    if chosen == "triton":
+        return kernels.bsbr_attention(q, k, v, r, h, **options)
+    h = h[:, :, : chunks - 1]
+    if chosen == "blocked":
+        return blocked.segment(q, k, v, r, h, **options)[0]
+    return plain.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
+
+
+def check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
+    require_positive(chunk_size=chunk_size)
+    if top_k is not None:
+        require_positive(retrieval_top_k=top_k)
+    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
+        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    h: Tensor,
+    q_features: Tensor | None,
+    k_features: Tensor | None,
+    gain: Tensor | None,
+    *,
+    chunk_size: int,
+    retrievable: int,
+) -> None:
+    """Raises ValueError unless k and v have q's time and the rest its shape; q, k and v are checked heads.
+
+    retrievable: how many meta keys h must hold at least.
+    """
     time = q.shape[2]
     if k.shape[2] != time:
         raise ValueError(
@@ -71,9 +117,9 @@ def bsbr_attention(
         raise ValueError(
             f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}"
         )
-    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < chunks - 1 or h.shape[3] != q.shape[3]:
+    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < retrievable or h.shape[3] != q.shape[3]:
         raise ValueError(
-            f"h must be [batch, kv_heads, {chunks - 1} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
+            f"h must be [batch, kv_heads, {retrievable} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
         )
     if q_features is not None or k_features is not None:
         if q_features is None or k_features is None:
@@ -85,28 +131,6 @@ def bsbr_attention(
             )
     if gain is not None and gain.shape != q.shape[1:2]:
         raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
-
-    options: dict[str, Any] = {
-        "q_features": q_features,
-        "k_features": k_features,
-        "gain": gain,
-        "chunk_size": chunk_size,
-        "chunk_overlap": chunk_overlap,
-        "top_k": top_k,
-    }
-    h = h[:, :, : chunks - 1]
-    chosen = dispatch.choose(impl, q, dropout_p=dropout_p)
-    if chosen == "blocked":
-        return blocked.segment(q, k, v, r, h, **options)[0]
-    return plain.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
-
-
-def _check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
-    require_positive(chunk_size=chunk_size)
-    if top_k is not None:
-        require_positive(retrieval_top_k=top_k)
-    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
-        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
 
 
 # --- the module ---------------------------------------------------------------------------------
@@ -154,7 +178,7 @@ class BSBRAttention(MultiHeadAttention):
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
         dispatch.check(impl)
-        _check_options(chunk_size, chunk_overlap, retrieval_top_k)
+        check_options(chunk_size, chunk_overlap, retrieval_top_k)
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)
         if self.head_dim % compression_factor:
@@ -175,13 +199,13 @@ class BSBRAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.chunk_size
 
-    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+    def project(self, hidden_states: Tensor, start: int = 0, *, followed: bool = False) -> tuple[Tensor, ...]:
         """q, k, v, r, h as `bsbr_attention` takes them, and φ(q), φ(k) unless they are `unit_norm` of q and k.
 
-        `start` must be a chunk's beginning.
+        `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
         q, k, v, *features = self._project_tokens(hidden_states, start)
-        retrievable = (hidden_states.shape[1] - 1) // self.chunk_size
+        retrievable = (hidden_states.shape[1] - (not followed)) // self.chunk_size
         pooled = hidden_states[:, : retrievable * self.chunk_size].unflatten(1, (retrievable, self.chunk_size)).mean(dim=2)
         return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *features
 
@@ -191,6 +215,16 @@ class BSBRAttention(MultiHeadAttention):
     def reference(self, *tensors: Tensor) -> Tensor:
         """`attend` by `bsbr.reference.bsbr_attention`."""
         return reference.bsbr_attention(*tensors[:5], **self._options(tensors))
+
+    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
+        """See `Attention.across` and `bsbr.parallel`."""
+        from bsbr.parallel import bsbr_attention_parallel  # which is made of this file
+
+        lengths = ranks.stretches(hidden_states.shape[1], hidden_states.device, self.chunk_size)
+        check_hidden_states(hidden_states, self.hidden_dim)
+        tensors = self.project(hidden_states, sum(lengths[: ranks.rank]), followed=ranks.rank < ranks.size - 1)
+        options = self._options(tensors)
+        return self.output(bsbr_attention_parallel(*tensors[:5], **options, group=ranks, lengths=lengths, dropout_p=self.dropout_p))
 
     def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
         q_features, k_features = tensors[5:] or (None, None)
@@ -220,7 +254,7 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(self.meta_k_proj(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        return dispatch.choose(self.impl, tensors[0], dropout_p=self.dropout_p)
+        return dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
 
     # --- streaming ---
 
@@ -277,14 +311,12 @@ class BSBRAttention(MultiHeadAttention):
         pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
         meta_keys = self._meta_key(pooled)
         known = _pages(state, "meta_keys"), _pages(state, "states")
-        options = self._options((q, k, v, *known, *features))
-        r = self._meta_query(hidden_states[:, ::size])
-        if dispatch.choose(self.impl, q, dropout_p=self.dropout_p) == "blocked":
-            attended, states, retrieved = blocked.segment(q, keys, values, r, meta_keys, past=known, **options)
-        else:
-            attended, states, retrieved = plain.segment(
-                q, keys, values, r, meta_keys, past=known, **options, dropout_p=self.dropout_p
-            )
+        tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, *features
+        options = self._options(tensors)
+        if self.implementation(*tensors) == "blocked":
+            attended, states, retrieved = blocked.segment(*tensors[:5], past=known, **options)
+        else:  # the kernels know of no past
+            attended, states, retrieved = plain.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
         rest = complete * size
         wide = state["open_hidden"].dtype
         k_features = features[1][:, :, rest:] if features else unit_norm(k[:, :, rest:])

@@ -8,7 +8,7 @@ chunk the rows of scores go in strips, so that most of what the causal mask woul
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,9 +47,10 @@ def segment(
     stored, values = k[:, :, before:] if k_features is None else k_features, v[:, :, before:]
     normed = k_features is None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, r, h, q_features, k_features, gain)):
-        states = _States.apply(stored, values, chunk_size, chunks, normed)
+        states: Tensor = _States.apply(stored, values, chunk_size, chunks, normed)  # type: ignore[no-untyped-call]
         retrieved = retrieve(r, [*past[0], h], [*past[1], states], first=first, top_k=top_k, gain=gain)
-        return _Output.apply(q, k, v, q_features, retrieved, chunk_size, chunk_overlap), states, retrieved[:, :, -1]
+        out: Tensor = _Output.apply(q, k, v, q_features, retrieved, chunk_size, chunk_overlap)  # type: ignore[no-untyped-call]
+        return out, states, retrieved[:, :, -1]
 
     # Stretch by stretch: what is stored is mixed, and what is retrieved is read, before the next one begins.
     rows = r.shape[2]
@@ -161,10 +162,10 @@ def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d
 
 
 class _Span(NamedTuple):
-    """`count` chunks of `length` tokens, the first from token `start` on, which all see `before` tokens in front of them."""
+    """`chunks` chunks of `length` tokens, the first from token `start` on, which all see `before` tokens in front of them."""
 
     start: int
-    count: int
+    chunks: int
     length: int
     before: int
 
@@ -346,10 +347,11 @@ def _of_span(
     first = k.shape[2] - q.shape[2] + span.start - span.before
 
     def own(x: Tensor) -> Tensor:
-        return _windows(x[:, :, span.start :], span.count, chunk_size, span.length).unflatten(1, (kv_heads, group))
+        windows = _windows(x[:, :, span.start :], span.chunks, chunk_size, span.length)
+        return cast(Tensor, windows.unflatten(1, (kv_heads, group)))
 
     def seen(x: Tensor) -> Tensor:
-        windows = _windows(x[:, :, first:], span.count, chunk_size, span.before + span.length)
+        windows = _windows(x[:, :, first:], span.chunks, chunk_size, span.before + span.length)
         return windows.unsqueeze(2).expand(-1, -1, group, -1, -1, -1)
 
     chunk = span.start // chunk_size
@@ -358,7 +360,7 @@ def _of_span(
         seen(k),
         seen(v),
         own(q if features is None else features),
-        states[:, :, chunk : chunk + span.count].unflatten(1, (kv_heads, group)),
+        states[:, :, chunk : chunk + span.chunks].unflatten(1, (kv_heads, group)),
         own(out),
     )
 
@@ -371,7 +373,7 @@ def _rooms_of(queries: Tensor, span: _Span) -> Iterator[Room]:
 
 def _windows(x: Tensor, count: int, step: int, length: int) -> Tensor:
     """[batch, heads, time, dim] -> [batch, heads, count, length, dim], a window every `step` tokens: a view."""
-    return x[:, :, : (count - 1) * step + length].unfold(2, length, step).transpose(3, 4)
+    return cast(Tensor, x[:, :, : (count - 1) * step + length].unfold(2, length, step).transpose(3, 4))
 
 
 class _Scratch:

@@ -1,41 +1,51 @@
 """Which implementation runs: the fastest that can take the input, or the one that was asked for and no other."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from bsbr import kernels
+
 Impl = Literal["auto", "torch", "blocked", "triton"]
 
 
-def choose(impl: Impl, q: Tensor, *, dropout_p: float) -> Impl:
-    """torch (`bsbr.plain`), blocked (`bsbr.blocked`, on a CPU) or triton (`bsbr.kernels`, on a GPU), for inputs like q.
+def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: float = 0.0) -> Impl:
+    """torch (`bsbr.plain`), blocked (`bsbr.blocked`, on a CPU) or triton (`bsbr.kernels`, on a GPU).
 
-    Raises ValueError if there is no such implementation, NotImplementedError if it cannot take these inputs.
+    tensors: q, k, v, r, h and, where they are given, φ(q), φ(k), as `bsbr_attention` takes them.
+    Raises ValueError if there is no such implementation, NotImplementedError if it cannot take these tensors.
     """
     check(impl)
-    if impl == "torch":
-        return impl
+    obstacles = {"triton": _not_triton, "blocked": _not_blocked}
     if impl == "auto":
-        return next((one for one, why in (("triton", _not_triton), ("blocked", _not_blocked)) if not why(q, dropout_p)), "torch")
-    obstacle = (_not_triton if impl == "triton" else _not_blocked)(q, dropout_p)
+        return next((one for one in FASTEST_FIRST if not obstacles[one](tensors, gain, dropout_p)), "torch")
+    obstacle = obstacles[impl](tensors, gain, dropout_p) if impl in obstacles else None
     if obstacle:
-        raise NotImplementedError(f"impl='{impl}' {obstacle}; impl='torch' takes every input, 'auto' what is fastest for it")
+        raise NotImplementedError(f"impl='{impl}' was asked for: {obstacle}; impl='torch' takes every input")
     return impl
 
 
+FASTEST_FIRST: tuple[Impl, ...] = ("triton", "blocked")
+
+
 def check(impl: str) -> None:
+    """Raises ValueError unless there is such an implementation."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
 
 
-def _not_blocked(q: Tensor, dropout_p: float) -> str:
-    if q.device.type != "cpu":
-        return f"runs on a CPU only, got tensors on {q.device}"
-    if q.dtype not in (torch.float32, torch.float64):
-        return f"takes float32 and float64, got {q.dtype}"
-    return "has no dropout" if dropout_p else ""
+def _not_triton(tensors: Sequence[Tensor], gain: Tensor | None, dropout_p: float) -> str | None:
+    q_features, k_features = tensors[5:] or (None, None)
+    q, k, v, r, h = tensors[:5]
+    return kernels.unsupported(q, k, v, r, h, q_features=q_features, k_features=k_features, gain=gain, dropout_p=dropout_p)
 
 
-def _not_triton(q: Tensor, dropout_p: float) -> str:
-    return "is not there yet"
+def _not_blocked(tensors: Sequence[Tensor], gain: Tensor | None, dropout_p: float) -> str | None:
+    types = {x.dtype for x in (*tensors, *([] if gain is None else [gain]))}
+    if any(x.device.type != "cpu" for x in tensors):
+        return f"blocks are for a CPU, got tensors on {tensors[0].device}"
+    if types not in ({torch.float32}, {torch.float64}):
+        return f"blocks take float32 or float64, got {', '.join(sorted(map(str, types)))}"
+    return "blocks have no dropout" if dropout_p else None

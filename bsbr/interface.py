@@ -11,6 +11,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from bsbr.ranks import Ranks
+
 State = dict[str, Tensor]
 """What decoding keeps between calls: a flat dictionary of tensors, and nothing else.
 
@@ -75,6 +77,14 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         """Bytes that `extend` must keep after `seq_len` tokens, in the precision of the parameters."""
+
+    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
+        """`forward` of a sequence that is cut across ranks, on this rank's stretch of it. Not every variant can.
+
+        hidden_states: [batch, time of the stretch, hidden_dim]. Every rank must call it, with the same parameters.
+        Raises NotImplementedError where the variant does not run across ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not run across ranks: it has no method `across`")
 
     def output(self, attended: Tensor) -> Tensor:
         """What `attend` returns -> [batch, time, hidden_dim]."""

@@ -137,6 +137,7 @@ class Comparison:
         return {
             **self.option,
             "workload": str(self.workload["_target_"]).rpartition(".")[2],
+            **{option: value for option, value in self.workload.items() if option != "_target_"},
             "device": self.device.kind,
             "dtype": self.device.dtype,
             "threads": self.device.threads,

@@ -25,7 +25,7 @@ from evals.statistics import half_width
 from evals.worker import Result, Worker, alone, run_isolated
 from evals.workloads import prepare
 
-HARNESS = ("engine.py", "measure.py", "cuda.py", "ceilings.py", "worker.py", "workloads.py", "cost.py")
+HARNESS = ("engine.py", "measure.py", "cuda.py", "ceilings.py", "worker.py", "workloads.py", "ranks.py", "cost.py")
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
 
 CERTIFICATE = ("certify.py", "checks.py")
@@ -356,9 +356,9 @@ def latency(comparison: Comparison, contestant: Contestant) -> Generator[Any, fl
 
 
 def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
-    work = prepare(comparison, contestant).call
+    work, _, _, counted = prepare(comparison, contestant)
     if comparison.device.kind == "cuda":
         peak = cuda.peak_memory(work)
-        return {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
+        return {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes, **counted()}
     # In this order: the first asks for a process that has not worked yet.
-    return {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work)}
+    return {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work), **counted()}

@@ -31,7 +31,7 @@ COLUMNS = (
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "relative_to", "speedup", "speedup_low", "speedup_high"),
     *("p", "noise_floor", "verdict"),
     *("floor_s", "ceiling_fraction", "limit", "flops", "least_bytes"),
-    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "match", "unmatched", "comparison"),
+    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "sent_bytes", "match", "unmatched", "comparison"),
 )
 
 
@@ -200,6 +200,7 @@ QUANTITIES = (
     Quantity("ms", "latency in ms, lower is better", "latency_s", 1e-3, ("latency_low_s", "latency_high_s")),
     Quantity("speed-up", "speed-up over {reference}, higher is better", "speedup", 1.0, ("speedup_low", "speedup_high")),
     Quantity("peak MiB", "peak memory in MiB above inputs and parameters, lower is better", "peak_bytes", 2.0**20),
+    Quantity("sent MiB", "sent by a rank in one call, MiB, lower is better", "sent_bytes", 2.0**20),
 )
 WIDTH = 80
 
@@ -211,7 +212,9 @@ def shown(results: pd.DataFrame) -> str:
     names = list(dict.fromkeys(results["attention"]))
     cells = {(row["attention"], row[swept]): row for _, row in results.iterrows()}
     reference = next(iter(results["relative_to"].dropna()), None)
-    quantities = [quantity for quantity in QUANTITIES if quantity.column != "speedup" or reference is not None]
+    # Not every sweep has a reference, and few send anything.
+    missing = {"speedup", "sent_bytes"} - {column for column in results if results[column].notna().any()}
+    quantities = [quantity for quantity in QUANTITIES if quantity.column not in missing]
 
     def column(head: str, place: Any, quantity: Quantity) -> list[str]:
         return [head, *(_cell(cells.get((name, place)), quantity) for name in names)]

@@ -24,12 +24,13 @@ class Work(NamedTuple):
     """The call that is sampled.
 
     steps: how often a call does what is measured; the latency is the call's time divided by it. tokens: that one step
-    goes through.
+    goes through. counted: what the last call counted besides, by columns of the table of results.
     """
 
     call: Callable[[], object]
     tokens: int
     steps: int = 1
+    counted: Callable[[], dict[str, int]] = dict
 
 
 def only(**limits: object) -> Callable[[F], F]:

@@ -53,7 +53,7 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
     places = [tuple(one.option.values()) for one in comparisons]
     assert len(set(places)) == len(places)
     if name != "max_context":
-        assert len(places) >= (2 if name != "threads" else 1)
+        assert len(places) >= (1 if name in ("threads", "context_parallel") else 2)
         assert len({one.swept for one in comparisons}) == 1
         assert next(iter(comparisons[0].option)) in comparisons[0].settings
 
