@@ -180,8 +180,10 @@ class GatedAttentionUnit(Attention):
             assert final is not None
             attended, past = torch.cat([attended, rest], dim=1), final
         closed = (opened + new) // size * size
-        # Copies, so that a state holds no more than it needs.
-        kept = {name: x[:, closed:].clone() for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k))}
+        kept = {"v": v, "quad_k": quad_k, "lin_k": lin_k}
+        if closed:
+            # Copies, so that a state holds no more than it needs.
+            kept = {name: x[:, closed:].clone() for name, x in kept.items()}
         return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": count(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:

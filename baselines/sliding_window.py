@@ -97,7 +97,8 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, windo
 
 
 class SlidingWindowAttention(MultiHeadAttention):
-    """`sliding_window_attention` between projections. Decoding keeps the last window_size − 1 keys and values."""
+    """`sliding_window_attention` between projections. Decoding keeps the last window_size keys and values: one more than the next
+    token needs, so that what a token attends to is, as it stands, the state behind it."""
 
     def __init__(
         self,
@@ -130,15 +131,17 @@ class SlidingWindowAttention(MultiHeadAttention):
         position = next_position(state)
         q, k, v = self.project(hidden_states, position)
         if state is not None:
-            k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
+            expired = max(0, state["keys"].shape[2] - (self.window_size - 1))
+            k, v = (torch.cat([state[name][:, :, expired:], x], dim=2) for name, x in (("keys", k), ("values", v)))
         output = self.output(self.attend(q, k, v))
-        expired = max(0, k.shape[2] - (self.window_size - 1))
-        # Cloned: a view would keep all the keys alive.
-        keys, values = (x[:, :, expired:].clone(memory_format=torch.contiguous_format) for x in (k, v))
-        return output, {"keys": keys, "values": values, "position": count(position + hidden_states.shape[1])}
+        if k.shape[2] > self.window_size:
+            # Cloned: a view would keep all the keys alive.
+            k, v = (x[:, :, -self.window_size :].clone(memory_format=torch.contiguous_format) for x in (k, v))
+        kept = {"keys": k.contiguous(), "values": v.contiguous()}
+        return output, {**kept, "position": count(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        kept = min(seq_len, self.window_size - 1)
+        kept = min(seq_len, self.window_size)
         return 2 * batch_size * self.num_kv_heads * kept * self.head_dim * self.dtype.itemsize
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:

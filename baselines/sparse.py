@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
 
@@ -38,9 +39,10 @@ def summarise(x: Tensor, block_size: int, summary_size: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block_size: int, summary_size: int) -> Tensor:
     """`sparse_attention` where k and v begin with the block of the first query, and the summaries with the first block of all."""
     earlier = k_summary.shape[2] - k.shape[2] // block_size * summary_size
-    if q.shape[2] == 1:  # a decoded token sees all there is: one call beats three
-        k, v = torch.cat([k_summary[:, :, :earlier], k], dim=2), torch.cat([v_summary[:, :, :earlier], v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    if q.shape[2] == 1:  # a decoded token sees all there is
+        if not earlier:
+            return softmax_attention_over_pages(q, [k], [v])
+        return softmax_attention_over_pages(q, [k_summary[:, :, :earlier], k], [v_summary[:, :, :earlier], v])
     parts = _plan(k.shape[2] - q.shape[2], k.shape[2], earlier, block_size, summary_size)
     return attention_over_parts(q, [(k, v), (k_summary, v_summary)], parts)
 
@@ -277,16 +279,22 @@ class SparseAttention(MultiHeadAttention):
         q, k, v = self.project(hidden_states, position)
         if state is not None:
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
-        k_summary, v_summary = (summarise(x, self.block_size, self.summary_size) for x in (k, v))
-        if state is not None:
-            k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
-            v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
-        output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
         closed = k.shape[2] // self.block_size * self.block_size
-        kept = {"keys": k[:, :, closed:], "values": v[:, :, closed:], "key_summaries": k_summary, "value_summaries": v_summary}
-        # Cloned: a view would keep all the keys alive.
-        state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in kept.items()}
-        return output, state | {"position": count(position + hidden_states.shape[1])}
+        if state is not None and not closed:  # no block became whole: its summaries go on as they are
+            k_summary, v_summary = state["key_summaries"], state["value_summaries"]
+        else:
+            k_summary, v_summary = (summarise(x, self.block_size, self.summary_size) for x in (k, v))
+            if state is not None:
+                k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
+                v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
+        output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
+        if closed:
+            # Cloned: a view would keep all the keys alive.
+            k, v = (x[:, :, closed:].clone(memory_format=torch.contiguous_format) for x in (k, v))
+        kept = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
+        # Neither does a view of nothing.
+        kept = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in kept.items()}
+        return output, {**kept, "position": count(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         blocks, open_tokens = divmod(seq_len, self.block_size)

@@ -1,6 +1,7 @@
 """Causal softmax attention (Vaswani 2017): the fused kernel that everybody has."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,27 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
 
 
+def softmax_attention_over_pages(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, scale: float | None = None
+) -> Tensor:
+    """softmax(q [k_1 … k_p]ᵀ·scale) [v_1 … v_p] of one query that sees all keys, which are read where they lie.
+
+    o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), with o_i the attention to page i and L_i the log of its sum of exponentials: what
+    the parts of one softmax say is weighed as in ring attention (Liu 2023, arXiv:2310.01889). scale is 1/√head_dim unless said.
+    q: [batch, heads, 1, head_dim]; k_i, v_i: [batch, kv_heads, any time, head_dim]. Returns the shape of q. On CUDA and
+    where a gradient is asked for the pages are joined: there is no kernel of torch that does better or is differentiable.
+    """
+    grouped = q.shape[1] != keys[0].shape[1]
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
+    if len(keys) == 1 or q.device.type != "cpu" or wants_gradient:
+        k, v = (pages[0] if len(pages) == 1 else torch.cat(list(pages), dim=2) for pages in (keys, values))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    outputs, logs = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
+    weights = torch.cat(logs, dim=2).softmax(dim=2)
+    return (weights.unsqueeze(2) @ torch.cat(outputs, dim=2).to(weights.dtype)).to(q.dtype)
+
+
 def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`softmax_attention` in float64 with the m×n scores written out."""
     q, k, v = q.double(), k.double(), v.double()
@@ -45,6 +67,11 @@ class StandardAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         return softmax_attention(q, k, v, dropout_p=self.dropout_p)
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        if q.shape[2] > 1 or self.dropout_p:
+            return super().attend_pages(q, keys, values)
+        return softmax_attention_over_pages(q, keys, values)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return softmax_attention_reference(*tensors)
