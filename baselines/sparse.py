@@ -1,6 +1,7 @@
 """The fixed sparse pattern (Child 2019): one's own block, and a summary of every earlier one."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baselines import flex_kernel
 from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
@@ -224,6 +226,18 @@ def attention_part_backward(
 # --- reference and module -----------------------------------------------------------------------
 
 
+@cache
+def fixed_pattern(block_size: int, summary_size: int, ahead: int) -> flex_kernel.Sees:
+    """Query i, at position `ahead` + i, sees its own block up to itself and the last summary_size keys of every earlier one."""
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
+        position = i + ahead
+        own = t // block_size == position // block_size
+        return (t <= position) & (own | (t % block_size >= block_size - summary_size))
+
+    return sees
+
+
 def sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
     """`sparse_attention` in float64, query by query over the keys that it may see."""
     q, k, v = q.double(), k.double(), v.double()
@@ -244,6 +258,9 @@ class SparseAttention(MultiHeadAttention):
 
     Decoding keeps the keys and values of the open block and the summaries of all whole ones: a token costs
     O((block_size + summary_size·n/block_size)·head_dim).
+
+    impl: "torch", or "flex" for torch's FlexAttention, which is made for CUDA. `extend` goes by torch either way: behind a
+    state lie summaries, not positions.
     """
 
     def __init__(
@@ -255,11 +272,13 @@ class SparseAttention(MultiHeadAttention):
         summary_size: int = 8,
         num_kv_heads: int | None = None,
         rotary: bool = False,
+        impl: str = "torch",
     ) -> None:
         check_pattern(block_size, summary_size)
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         self.block_size = block_size
         self.summary_size = summary_size
+        self.impl = flex_kernel.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -267,6 +286,8 @@ class SparseAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
+        if self.impl == "flex" and q.shape[2] > 1:
+            return flex_kernel.attention_where(fixed_pattern(self.block_size, self.summary_size, k.shape[2] - q.shape[2]), q, k, v)
         return sparse_attention(q, k, v, block_size=self.block_size, summary_size=self.summary_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from evals.checks import CHECKS
 from tests.evals import wrong_attentions as wrong
 
 ROOT = Path(__file__).parents[2]
-NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla"}
+NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
 SHIPPED = sorted((ROOT / "conf" / "attention").glob("*.yaml"))
 
 
@@ -33,7 +33,7 @@ def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -
     (node,) = yaml.safe_load(path.read_text()).values()
     build = partial(instantiate, node, hidden_dim=64, num_heads=2)
     if path.stem in NEED_CUDA:
-        with pytest.raises(NotImplementedError, match="CUDA"):
+        with pytest.raises(NotImplementedError, match=r"CUDA|does not support backward on CPU"):
             red(build)
     else:
         assert red(build) == {}
