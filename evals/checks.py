@@ -144,16 +144,18 @@ def finite(subject: Subject) -> str | None:
     """Huge, tiny, zero and constant inputs, and rows without any token, give finite outputs and gradients."""
     for dtype in (torch.float32, torch.bfloat16):
         attention = subject.in_dtype(dtype)
-        for time in subject.lengths:
+        # bfloat16 has the range of float32, so that what overflows at a length does so in both: its ends are enough, and
+        # without instructions for it a backward pass is 60 times as slow.
+        for time in subject.lengths if dtype == torch.float32 else sorted({1, subject.lengths[-1]}):
             x = subject.inputs(time, batch=2, dtype=dtype)
             one_empty = torch.stack([torch.zeros(time), torch.ones(time)])
             # 1e3 makes scores of a million; ten times that, and float32 holds a score no better than to a few units,
             # so that a softmax's backward pass, which computes weights again, means nothing.
             cases: list[tuple[str, Tensor, Tensor | None]] = [
-                ("inputs of size 1e3", 1e3 * x, None),
-                ("inputs of size 1e-3", 1e-3 * x, None),
-                ("inputs that are all 0", 0 * x, None),
-                ("inputs that are all 1", torch.ones_like(x), None),
+                ("inputs of size 1e3", 1e3 * x[:1], None),
+                ("inputs of size 1e-3", 1e-3 * x[:1], None),
+                ("inputs that are all 0", 0 * x[:1], None),
+                ("inputs that are all 1", torch.ones_like(x[:1]), None),
                 ("a row that is all padding", x, one_empty),
             ]
             for name, case, mask in cases:
