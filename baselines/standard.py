@@ -82,8 +82,8 @@ def softmax_attention_over_pages(
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     outputs, logs = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
-    weights = torch.cat(logs, dim=2).softmax(dim=2)
-    return (weights.unsqueeze(2) @ torch.cat(outputs, dim=2).to(weights.dtype)).to(q.dtype)
+    weights = torch.cat(logs, dim=2).softmax(dim=2).unsqueeze(3)
+    return (weights * torch.cat(outputs, dim=2)).sum(dim=2, keepdim=True).to(q.dtype)
 
 
 def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

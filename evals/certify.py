@@ -1,9 +1,8 @@
 """`python -m evals.certify`: does this attention do what an attention promises, before anyone times it?
 
 Checks every variant in `conf/attention/`; `'attention=[bsbr]'` one; `--config-dir my/conf 'attention=[mine]'` one that
-lives elsewhere. Shows a table, and for each red check what broke where. Exit code 1
-if any is red; what needs a GPU is unsupported, not red:
-device=cuda looks at that there.
+lives elsewhere. Shows a table, and for each red check what broke where. Exit code 1 if any is red. What runs only on a GPU
+is unsupported, which is not red; `device=cuda` looks at it there.
 """
 
 import sys
