@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines import fla_kernels
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -89,6 +90,15 @@ def _chunked(
     return outputs[:, :, :time].to(q.dtype), final
 
 
+def _step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """`_chunked` for a single token, by the recurrence itself."""
+    keys = k.to(total.dtype)
+    correction = beta.to(total.dtype).unsqueeze(3) * (v.to(total.dtype) - keys @ total)
+    total = torch.addcmul(total, keys.mT, correction)
+    outputs = q.to(total.dtype).view(*k.shape[:2], -1, k.shape[3]) @ total
+    return outputs.to(q.dtype).view(*q.shape[:3], v.shape[3]), total
+
+
 def _solve(keys: Tensor, rates: Tensor) -> Tensor:
     """T of every chunk, [batch, kv_heads, chunks, size, size], lower triangular."""
     # By substitution, not by the shorter product of powers: with alike keys those grow like binomials and cancel.
@@ -138,14 +148,24 @@ class DeltaNetAttention(MultiHeadAttention):
     As in the paper's layer, without its short convolutions and its norm before out_proj: those belong to the decoder,
     the same for every attention. As many β as key heads. The state is S, whatever the context: decoding costs
     O(head_dim²) a token. rotary=True turns q and k once they have unit norm, which keeps it.
+    impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA; a single token is few enough
+    operations to need none.
     """
 
     def __init__(
-        self, hidden_dim: int, num_heads: int, *, chunk_size: int = 64, num_kv_heads: int | None = None, rotary: bool = False
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        chunk_size: int = 64,
+        num_kv_heads: int | None = None,
+        rotary: bool = False,
+        impl: str = "torch",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
+        self.impl = fla_kernels.checked(impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
 
     @property
@@ -162,6 +182,8 @@ class DeltaNetAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, beta = tensors
+        if self.impl == "fla":
+            return fla_kernels.delta_rule(q, k, v, beta)[0]
         return delta_rule(q, k, v, beta, chunk_size=self.chunk_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -176,7 +198,13 @@ class DeltaNetAttention(MultiHeadAttention):
             total = q.new_zeros(q.shape[0], self.num_kv_heads, self.head_dim, self.head_dim, dtype=dtype)
         else:
             total = state["total"]
-        attended, final = _chunked(q, k, v, beta, self.chunk_size, total)
+        final: Tensor | None
+        if q.shape[2] == 1:
+            attended, final = _step(q, k, v, beta, total)
+        elif self.impl == "fla":
+            attended, final = fla_kernels.delta_rule(q, k, v, beta, total)
+        else:
+            attended, final = _chunked(q, k, v, beta, self.chunk_size, total)
         assert final is not None
         return self.output(attended), {"total": final, "position": count(position + hidden_states.shape[1])}
 

@@ -39,18 +39,20 @@ def gated_attention_unit(
 def gated_attention_unit_reference(
     u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
 ) -> Tensor:
-    """The equation of `gated_attention_unit`, one output after another, in float64."""
+    """The equation of `gated_attention_unit` in float64, chunk after chunk with every pair's weight written out."""
     u, v, quad_q, quad_k, lin_q, lin_k = (x.double() for x in (u, v, quad_q, quad_k, lin_q, lin_k))
     outputs = []
-    for t in range(u.shape[1]):
-        border = t - t % chunk_size
-        near = torch.einsum("bd,bsd->bs", quad_q[:, t], quad_k[:, border : t + 1]) / chunk_size
-        attended = torch.einsum("bs,bse->be", near.clamp(min=0) ** 2, v[:, border : t + 1])
+    for border in range(0, u.shape[1], chunk_size):
+        own = slice(border, border + chunk_size)
+        near = (torch.einsum("btd,bsd->bts", quad_q[:, own], quad_k[:, own]) / chunk_size).clamp(min=0) ** 2
+        t = torch.arange(near.shape[1], device=u.device)
+        near = near.where(t[None, :] <= t[:, None], 0.0)
+        attended = torch.einsum("bts,bse->bte", near, v[:, own])
         if border:
-            far = torch.einsum("bd,bsd->bs", lin_q[:, t], lin_k[:, :border]) / border
-            attended = attended + torch.einsum("bs,bse->be", far, v[:, :border])
-        outputs.append(u[:, t] * attended)
-    return torch.stack(outputs, dim=1)
+            far = torch.einsum("btd,bsd->bts", lin_q[:, own], lin_k[:, :border]) / border
+            attended = attended + torch.einsum("bts,bse->bte", far, v[:, :border])
+        outputs.append(u[:, own] * attended)
+    return torch.cat(outputs, dim=1)
 
 
 def _near(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
@@ -180,8 +182,10 @@ class GatedAttentionUnit(Attention):
             assert final is not None
             attended, past = torch.cat([attended, rest], dim=1), final
         closed = (opened + new) // size * size
-        # Copies, so that a state holds no more than it needs.
-        kept = {name: x[:, closed:].clone() for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k))}
+        kept = {"v": v, "quad_k": quad_k, "lin_k": lin_k}
+        if closed:
+            # Copies, so that a state holds no more than it needs.
+            kept = {name: x[:, closed:].clone() for name, x in kept.items()}
         return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": count(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, check_heads, require_positive
 
 
@@ -77,6 +78,13 @@ class HopfieldAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         return hopfield_attention(q, k, v, beta=self.beta, num_steps=self.num_steps, dropout_p=self.dropout_p)
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        if q.shape[2] > 1 or self.dropout_p:
+            return super().attend_pages(q, keys, values)
+        for _ in range(self.num_steps - 1):
+            q = softmax_attention_over_pages(q, keys, keys, scale=self.beta)
+        return softmax_attention_over_pages(q, keys, values, scale=self.beta)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors

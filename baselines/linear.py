@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines import fla_kernels
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -86,6 +87,14 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor |
     return (sums[..., :-1] / (sums[..., -1:] + EPSILON)).to(q.dtype), final
 
 
+def _step(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """`_chunked` for a single token, by the recurrence itself."""
+    keys, values = F.elu(k.to(total.dtype)) + 1, F.pad(v.to(total.dtype), (0, 1), value=1.0)
+    total = torch.addcmul(total, keys.mT, values)
+    sums = (F.elu(q.to(total.dtype)) + 1).view(*k.shape[:2], -1, k.shape[3]) @ total
+    return (sums[..., :-1] / (sums[..., -1:] + EPSILON)).to(q.dtype).view(*q.shape[:3], v.shape[3]), total
+
+
 def _chunks(x: Tensor, size: int) -> Tensor:
     """[batch, heads, time, dim] -> [batch, heads, chunks, size, dim], contiguous, zeros behind the last token."""
     missing = -x.shape[2] % size
@@ -97,14 +106,24 @@ class LinearAttention(MultiHeadAttention):
     """`linear_attention` with projections. Its state is S and z, whatever the context: decoding costs O(head_dim²) a token.
 
     rotary=True turns q and k before φ, which keeps the weights positive but makes them no function of distance alone.
+    impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA; a single token is few enough
+    operations to need none.
     """
 
     def __init__(
-        self, hidden_dim: int, num_heads: int, *, chunk_size: int = 64, num_kv_heads: int | None = None, rotary: bool = False
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        chunk_size: int = 64,
+        num_kv_heads: int | None = None,
+        rotary: bool = False,
+        impl: str = "torch",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
+        self.impl = fla_kernels.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -112,6 +131,8 @@ class LinearAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
+        if self.impl == "fla":
+            return fla_kernels.linear_attention(q, k, v, EPSILON)[0]
         return linear_attention(q, k, v, chunk_size=self.chunk_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -127,7 +148,13 @@ class LinearAttention(MultiHeadAttention):
             )
         else:
             total = state["total"]
-        attended, final = _chunked(q, k, v, self.chunk_size, total)
+        final: Tensor | None
+        if q.shape[2] == 1:
+            attended, final = _step(q, k, v, total)
+        elif self.impl == "fla":
+            attended, final = fla_kernels.linear_attention(q, k, v, EPSILON, total)
+        else:
+            attended, final = _chunked(q, k, v, self.chunk_size, total)
         assert final is not None
         return self.output(attended), {"total": final, "position": count(position + hidden_states.shape[1])}
 

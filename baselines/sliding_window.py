@@ -1,11 +1,13 @@
 """Sliding-window attention (Beltagy 2020): every token sees itself and the few before it."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines import flex_kernel
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
 
@@ -83,6 +85,16 @@ def _query_block(window_size: int) -> int:
     return min(512, max(32, min(64, window_size // 2), window_size // 4))
 
 
+@cache
+def within(window_size: int, ahead: int) -> flex_kernel.Sees:
+    """Query i, at position `ahead` + i, sees itself and the window_size − 1 keys before it."""
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
+        return (t <= i + ahead) & (t > i + ahead - window_size)
+
+    return sees
+
+
 def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, window_size: int) -> Tensor:
     """`sliding_window_attention` in float64 with the m×n scores written out."""
     q, k, v = q.double(), k.double(), v.double()
@@ -97,7 +109,11 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, windo
 
 
 class SlidingWindowAttention(MultiHeadAttention):
-    """`sliding_window_attention` between projections. Decoding keeps the last window_size − 1 keys and values."""
+    """`sliding_window_attention` between projections. Decoding keeps the last window_size keys and values: one more than the next
+    token needs, so that what a token attends to is, as it stands, the state behind it.
+
+    impl: "torch", or "flex" for torch's FlexAttention, which is made for CUDA; a single token needs no pattern, and does without.
+    """
 
     def __init__(
         self,
@@ -108,10 +124,12 @@ class SlidingWindowAttention(MultiHeadAttention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
+        impl: str = "torch",
     ) -> None:
         require_positive(window_size=window_size)
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
         self.window_size = window_size
+        self.impl = flex_kernel.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -119,6 +137,10 @@ class SlidingWindowAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
+        if self.impl == "flex" and q.shape[2] > 1:
+            if self.dropout_p:
+                raise NotImplementedError(f"impl=flex has no dropout, got dropout={self.dropout}: use impl=torch")
+            return flex_kernel.attention_where(within(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
         return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -130,15 +152,17 @@ class SlidingWindowAttention(MultiHeadAttention):
         position = next_position(state)
         q, k, v = self.project(hidden_states, position)
         if state is not None:
-            k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
+            expired = max(0, state["keys"].shape[2] - (self.window_size - 1))
+            k, v = (torch.cat([state[name][:, :, expired:], x], dim=2) for name, x in (("keys", k), ("values", v)))
         output = self.output(self.attend(q, k, v))
-        expired = max(0, k.shape[2] - (self.window_size - 1))
-        # Cloned: a view would keep all the keys alive.
-        keys, values = (x[:, :, expired:].clone(memory_format=torch.contiguous_format) for x in (k, v))
-        return output, {"keys": keys, "values": values, "position": count(position + hidden_states.shape[1])}
+        if k.shape[2] > self.window_size:
+            # Cloned: a view would keep all the keys alive.
+            k, v = (x[:, :, -self.window_size :].clone(memory_format=torch.contiguous_format) for x in (k, v))
+        kept = {"keys": k.contiguous(), "values": v.contiguous()}
+        return output, {**kept, "position": count(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        kept = min(seq_len, self.window_size - 1)
+        kept = min(seq_len, self.window_size)
         return 2 * batch_size * self.num_kv_heads * kept * self.head_dim * self.dtype.itemsize
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:

@@ -1,6 +1,7 @@
 """The fixed sparse pattern (Child 2019): one's own block, and a summary of every earlier one."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from baselines import flex_kernel
+from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
 
@@ -38,9 +41,10 @@ def summarise(x: Tensor, block_size: int, summary_size: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block_size: int, summary_size: int) -> Tensor:
     """`sparse_attention` where k and v begin with the block of the first query, and the summaries with the first block of all."""
     earlier = k_summary.shape[2] - k.shape[2] // block_size * summary_size
-    if q.shape[2] == 1:  # a decoded token sees all there is: one call beats three
-        k, v = torch.cat([k_summary[:, :, :earlier], k], dim=2), torch.cat([v_summary[:, :, :earlier], v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    if q.shape[2] == 1:  # a decoded token sees all there is
+        if not earlier:
+            return softmax_attention_over_pages(q, [k], [v])
+        return softmax_attention_over_pages(q, [k_summary[:, :, :earlier], k], [v_summary[:, :, :earlier], v])
     parts = _plan(k.shape[2] - q.shape[2], k.shape[2], earlier, block_size, summary_size)
     return attention_over_parts(q, [(k, v), (k_summary, v_summary)], parts)
 
@@ -222,6 +226,18 @@ def attention_part_backward(
 # --- reference and module -----------------------------------------------------------------------
 
 
+@cache
+def fixed_pattern(block_size: int, summary_size: int, ahead: int) -> flex_kernel.Sees:
+    """Query i, at position `ahead` + i, sees its own block up to itself and the last summary_size keys of every earlier one."""
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
+        position = i + ahead
+        own = t // block_size == position // block_size
+        return (t <= position) & (own | (t % block_size >= block_size - summary_size))
+
+    return sees
+
+
 def sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
     """`sparse_attention` in float64, query by query over the keys that it may see."""
     q, k, v = q.double(), k.double(), v.double()
@@ -242,6 +258,9 @@ class SparseAttention(MultiHeadAttention):
 
     Decoding keeps the keys and values of the open block and the summaries of all whole ones: a token costs
     O((block_size + summary_size·n/block_size)·head_dim).
+
+    impl: "torch", or "flex" for torch's FlexAttention, which is made for CUDA. `extend` goes by torch either way: behind a
+    state lie summaries, not positions.
     """
 
     def __init__(
@@ -253,11 +272,13 @@ class SparseAttention(MultiHeadAttention):
         summary_size: int = 8,
         num_kv_heads: int | None = None,
         rotary: bool = False,
+        impl: str = "torch",
     ) -> None:
         check_pattern(block_size, summary_size)
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         self.block_size = block_size
         self.summary_size = summary_size
+        self.impl = flex_kernel.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -265,6 +286,8 @@ class SparseAttention(MultiHeadAttention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
+        if self.impl == "flex" and q.shape[2] > 1:
+            return flex_kernel.attention_where(fixed_pattern(self.block_size, self.summary_size, k.shape[2] - q.shape[2]), q, k, v)
         return sparse_attention(q, k, v, block_size=self.block_size, summary_size=self.summary_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -277,16 +300,22 @@ class SparseAttention(MultiHeadAttention):
         q, k, v = self.project(hidden_states, position)
         if state is not None:
             k, v = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
-        k_summary, v_summary = (summarise(x, self.block_size, self.summary_size) for x in (k, v))
-        if state is not None:
-            k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
-            v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
-        output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
         closed = k.shape[2] // self.block_size * self.block_size
-        kept = {"keys": k[:, :, closed:], "values": v[:, :, closed:], "key_summaries": k_summary, "value_summaries": v_summary}
-        # Cloned: a view would keep all the keys alive.
-        state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in kept.items()}
-        return output, state | {"position": count(position + hidden_states.shape[1])}
+        if state is not None and not closed:  # no block became whole: its summaries go on as they are
+            k_summary, v_summary = state["key_summaries"], state["value_summaries"]
+        else:
+            k_summary, v_summary = (summarise(x, self.block_size, self.summary_size) for x in (k, v))
+            if state is not None:
+                k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
+                v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
+        output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
+        if closed:
+            # Cloned: a view would keep all the keys alive.
+            k, v = (x[:, :, closed:].clone(memory_format=torch.contiguous_format) for x in (k, v))
+        kept = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
+        # Neither does a view of nothing.
+        kept = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in kept.items()}
+        return output, {**kept, "position": count(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         blocks, open_tokens = divmod(seq_len, self.block_size)

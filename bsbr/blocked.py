@@ -373,7 +373,7 @@ def _rooms_of(queries: Tensor, span: _Span) -> Iterator[Room]:
 
 def _windows(x: Tensor, count: int, step: int, length: int) -> Tensor:
     """[batch, heads, time, dim] -> [batch, heads, count, length, dim], a window every `step` tokens: a view."""
-    return cast(Tensor, x[:, :, : (count - 1) * step + length].unfold(2, length, step).transpose(3, 4))
+    return x[:, :, : (count - 1) * step + length].unfold(2, length, step).transpose(3, 4)
 
 
 class _Scratch:
@@ -402,7 +402,8 @@ def _product(left: Tensor, right: Tensor, *, out: Tensor, alpha: float = 1, beta
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """What `unit_norm` multiplies each row with."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(1e-6).rsqrt_()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().add_(1e-6).rsqrt_()
 
 
 def _unit_norm_backward(gradient: Tensor, normed: Tensor, inverse: Tensor) -> None:

@@ -115,7 +115,8 @@ class MultiHeadAttention(Attention):
     shape of q. Where q is shorter in time than k and v, its rows are the last positions of them.
 
     `extend` keeps every key and value, which is right for any such attention and cheapest for few:
-    override it where less will do.
+    override it where less will do. They are kept in pages, most of which one state shares with the next; `attend_pages`
+    joins them for `attend`, and a variant that can read them where they lie overrides it.
 
     rotary=True turns q and k by angles that grow with position (Su 2021, arXiv:2104.09864), computed
     for any length without a table. dropout acts on attention weights in training.
@@ -178,13 +179,14 @@ class MultiHeadAttention(Attention):
         check_hidden_states(hidden_states, self.hidden_dim)
         position = next_position(state)
         q, k, v = self.project(hidden_states, position)
-        if state is not None:
-            k = torch.cat([state["keys"], k], dim=2)
-            v = torch.cat([state["values"], v], dim=2)
-        attended = self.attend(q, k, v)
-        # safetensors saves nothing but contiguous tensors, and heads are views until the first time they are joined.
-        kept = {"keys": k.contiguous(), "values": v.contiguous()}
+        keys, values = (with_pages(pages_of(state, name), new) for name, new in (("keys", k), ("values", v)))
+        attended = self.attend(q, k, v) if state is None else self.attend_pages(q, keys, values)
+        kept = {f"{name}.{i}": page for name, pages in (("keys", keys), ("values", values)) for i, page in enumerate(pages)}
         return self.output(attended), {**kept, "position": count(position + hidden_states.shape[1])}
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """`attend` of the last positions to keys and values that lie in pages, one after the other in time."""
+        return self.attend(q, *(pages[0] if len(pages) == 1 else torch.cat(pages, dim=2) for pages in (keys, values)))
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         return 2 * batch_size * self.num_kv_heads * seq_len * self.head_dim * self.dtype.itemsize
@@ -229,6 +231,47 @@ def count(number: int) -> Tensor:
 def next_position(state: State | None) -> int:
     """How many tokens `state` has seen."""
     return 0 if state is None else int(state["position"])
+
+
+SMALLEST_PAGE, LARGEST_PAGE = 256, 1024
+"""Tokens in a page of a cache: powers of two. Smaller ones are less to copy for a token; larger ones, fewer to go through."""
+
+
+def page_lengths(time: int) -> list[int]:
+    """How a cache of `time` tokens is cut: the largest pages, then the halves of them that fit, then the open page.
+
+    So a new token copies the open page alone, and in between equal pages become one of twice their length, as the digits of a
+    counter carry: every token is copied log₂(LARGEST_PAGE / SMALLEST_PAGE) times more, however long the context.
+    """
+    lengths, rest, length = [LARGEST_PAGE] * (time // LARGEST_PAGE), time % LARGEST_PAGE, LARGEST_PAGE // 2
+    while length >= SMALLEST_PAGE:
+        if rest & length:
+            lengths.append(length)
+        length //= 2
+    return lengths + [rest % SMALLEST_PAGE] * (rest % SMALLEST_PAGE > 0)
+
+
+def with_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
+    """`pages` with `new` [batch, heads, time, dim] behind them, each contiguous; full ones go on as the tensors that they are."""
+    before = [page.shape[2] for page in pages]
+    after = page_lengths(sum(before) + new.shape[2])
+    same = 0
+    while same < len(before) and before[same] == after[same]:
+        same += 1
+    moved = torch.cat([*pages[same:], new], dim=2) if same < len(pages) else new
+    if same + 1 == len(after):
+        return [*pages[:same], moved.contiguous()]
+    # Cloned: a view would keep all of them alive.
+    cut = moved.split(after[same:], dim=2)
+    return [*pages[:same], *(page.clone(memory_format=torch.contiguous_format) for page in cut)]
+
+
+def pages_of(state: State | None, name: str) -> list[Tensor]:
+    """The pages `name.0`, `name.1`, … of a state."""
+    pages: list[Tensor] = []
+    while state is not None and (page := state.get(f"{name}.{len(pages)}")) is not None:
+        pages.append(page)
+    return pages
 
 
 # --- padding ------------------------------------------------------------------------------------

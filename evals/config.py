@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -102,8 +103,15 @@ class Contestant:
         return attention
 
     def code(self, attention: Attention) -> str:
-        """A digest of the source that this attention runs: its own file and the core. Changed code makes new results."""
+        """A digest of the source that this attention runs: its own file, what that imports of its own package, and the core.
+
+        Changed code makes new results.
+        """
         own = {inspect.getsourcefile(cls) for cls in type(attention).__mro__ if issubclass(cls, Attention)}
+        module = sys.modules[type(attention).__module__]
+        for near in map(inspect.getmodule, vars(module).values()):
+            if near and near.__name__.partition(".")[0] == module.__name__.partition(".")[0]:
+                own.add(inspect.getsourcefile(near))
         core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
         files = {Path(path) for path in own if path} | set(Path(core).glob("*.py"))
         return digest([path.read_text() for path in sorted(files)])

@@ -103,9 +103,9 @@ class Search:
 
         if not known:
             tell("certificate")
-            objection = self.engine.objection(contestant)
-            if objection:
-                known[0] = self._kept(self._probe(contestant, 0, "uncertified", objection))
+            certified = self.engine.certified(contestant)
+            if certified.outcome != "ok":
+                known[0] = self._kept(self._probe(contestant, 0, certified.outcome, certified.detail))
                 made.append(known[0])
         if 0 not in known:
             search(fits, self.comparison.shape.seq_len)
@@ -178,7 +178,7 @@ COLUMNS = (
 def results(records: Sequence[Record]) -> pd.DataFrame:
     """One row a contestant of every search in a ledger: the longest length that fits, the next one tried that does not, and why.
 
-    outcome: ok; the first length's own where none fits; uncertified. Where a search is not through, what it has so far.
+    outcome: ok; the first length's own where none fits; uncertified; unsupported. Of a search that is not through, what it has.
     """
     described = {record["search"]: record for record in records if record.get("kind") == "search"}
     probes = [record for record in records if record.get("kind") == "probe"]
@@ -201,7 +201,7 @@ def _found(probes: Sequence[Record]) -> dict[str, Any]:
         row |= {"max_context": fitting["seq_len"], "peak_bytes": fitting["peak_bytes"]}
     if failing:
         row["detail"] = failing["detail"]
-        if failing["outcome"] != "uncertified":
+        if failing["seq_len"]:  # not what kept it from being tried at all
             row |= {"next_seq_len": failing["seq_len"], "next_outcome": failing["outcome"]}
     return row
 

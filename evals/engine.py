@@ -15,7 +15,7 @@ import torch
 
 from evals import cuda, machine
 from evals.ceilings import measure_ceilings
-from evals.certify import TIMEOUT_S, findings
+from evals.certify import certificate
 from evals.config import Comparison, Contestant, Device, UsageError, digest
 from evals.cost import cost
 from evals.history import History, Runner
@@ -144,9 +144,9 @@ class Engine:
     def _untimed(self, contestant: Contestant) -> Record:
         """Whether it is certified, what it declares and what it holds."""
         record = self._record("trial", attention=contestant.name, outcome="ok", detail="")
-        objection = self.objection(contestant)
-        if objection:
-            return record | {"outcome": "uncertified", "detail": objection}
+        certified = self.certified(contestant)
+        if certified.outcome != "ok":
+            return record | {"outcome": certified.outcome, "detail": certified.detail}
         declared = self._isolated(cost, contestant)  # which runs the attention's own code, too
         if declared.outcome != "ok":
             return record | {"outcome": declared.outcome, "detail": declared.detail}
@@ -172,18 +172,21 @@ class Engine:
         return run_isolated(function, self.comparison, contestant, timeout_s=limit, memory_limit_bytes=self.memory_limit)
 
     def _certificate_key(self, contestant: Contestant) -> str:
-        model = self.comparison.model
-        return digest([contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)])
+        model, device = self.comparison.model, self.comparison.device
+        what = [contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)]
+        # Kernels that run only there are certified in its precision.
+        return digest(what if device.kind == "cpu" else [*what, device.kind, device.dtype])
 
-    def objection(self, contestant: Contestant) -> str:
-        """What the certificate of this code says against it; empty if nothing."""
+    def certified(self, contestant: Contestant) -> Result:
+        """ok; uncertified, with what the certificate of this code says against it; unsupported where none can be made here."""
         key = self._certificate_key(contestant)
         for record in [*self.certificates.read()[0], *_inconclusive]:
             if record.get("key") == key:
-                return str(record["objection"])
-        model = self.comparison.model
+                return Result("uncertified" if record["objection"] else "ok", detail=str(record["objection"]))
         limit = int(0.8 * available_bytes() / torch.get_num_threads())  # as many may run at once
-        result = run_isolated(findings, contestant, model, timeout_s=TIMEOUT_S, memory_limit_bytes=limit)
+        result = certificate(contestant, self.comparison, limit)
+        if result.outcome == "unsupported":
+            return Result("unsupported", detail=result.detail)
         if result.outcome == "ok":
             words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
         else:
@@ -193,7 +196,7 @@ class Engine:
             self.certificates.append(record)
         else:
             _inconclusive.append(record)
-        return words
+        return Result("uncertified" if words else "ok", detail=words)
 
     # --- rounds -----------------------------------------------------------------------------------
 

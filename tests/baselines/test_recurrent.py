@@ -1,5 +1,6 @@
-"""linear, delta_net and gau against loops in numpy, cases worked by hand, and their own claims about cost."""
+"""linear, delta_net, gated_delta_net and gau against loops in numpy, cases worked by hand, and their own claims about cost."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines import fla_kernels
 from baselines.delta_net import DeltaNetAttention, delta_rule, delta_rule_reference
+from baselines.gated_delta_net import GatedDeltaNetAttention, gated_delta_rule, gated_delta_rule_reference
 from baselines.gau import GatedAttentionUnit, gated_attention_unit, gated_attention_unit_reference
 from baselines.linear import LinearAttention, linear_attention, linear_attention_reference
 from bsbr.interface import Attention
@@ -48,6 +52,18 @@ def delta_oracle(q: Array, k: Array, v: Array, beta: Array) -> Array:
     return out
 
 
+def gated_delta_oracle(q: Array, k: Array, v: Array, beta: Array, log_alpha: Array) -> Array:
+    out = np.zeros_like(q)
+    for b, h in np.ndindex(*q.shape[:2]):
+        source = h // (q.shape[1] // k.shape[1])
+        state = np.zeros((q.shape[3], q.shape[3]))
+        for t in range(q.shape[2]):
+            key, rate, alpha = k[b, source, t], beta[b, source, t], np.exp(log_alpha[b, source, t])
+            state = alpha * (np.eye(len(key)) - rate * np.outer(key, key)) @ state + rate * np.outer(key, v[b, source, t])
+            out[b, h, t] = state.T @ q[b, h, t]
+    return out
+
+
 def gau_oracle(u: Array, v: Array, quad_q: Array, quad_k: Array, lin_q: Array, lin_k: Array, chunk: int) -> Array:
     out = np.zeros_like(u)
     for b, t in np.ndindex(*u.shape[:2]):
@@ -60,7 +76,7 @@ def gau_oracle(u: Array, v: Array, quad_q: Array, quad_k: Array, lin_q: Array, l
     return out * u
 
 
-# --- the three, as (inputs, fast, reference, oracle) ------------------------------------------------
+# --- the four, as (inputs, fast, reference, oracle) ------------------------------------------------
 
 
 def linear_inputs(time: int, kv_heads: int = 2) -> list[Tensor]:
@@ -72,6 +88,13 @@ def delta_inputs(time: int, kv_heads: int = 2) -> list[Tensor]:
     q, k, v = linear_inputs(time, kv_heads)
     beta = torch.rand(2, kv_heads, time, generator=torch.Generator().manual_seed(time), dtype=torch.float64)
     return [q, k / k.norm(dim=-1, keepdim=True), v, beta]
+
+
+def gated_delta_inputs(time: int, kv_heads: int = 2) -> list[Tensor]:
+    """Decays from almost none to e^-20 a token, which no product of plain α over a chunk survives."""
+    generator = torch.Generator().manual_seed(time)
+    spread = 10 ** (4 * torch.rand(2, kv_heads, time, generator=generator, dtype=torch.float64) - 3)
+    return [*delta_inputs(time, kv_heads), -2 * spread]
 
 
 def gau_inputs(time: int) -> list[Tensor]:
@@ -94,10 +117,11 @@ FUNCTIONS = pytest.mark.parametrize(
     [
         pytest.param(linear_inputs, linear_attention, linear_attention_reference, linear_oracle, id="linear"),
         pytest.param(delta_inputs, delta_rule, delta_rule_reference, delta_oracle, id="delta_net"),
+        pytest.param(gated_delta_inputs, gated_delta_rule, gated_delta_rule_reference, gated_delta_oracle, id="gated_delta_net"),
         pytest.param(gau_inputs, gated_attention_unit, gau_reference, gau_oracle_at_chunk, id="gau"),
     ],
 )
-MODULES = pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedAttentionUnit])
+MODULES = pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention, GatedAttentionUnit])
 Make = Callable[..., Attention]
 
 
@@ -173,6 +197,22 @@ def test_delta_rule_by_hand(chunk_size: int) -> None:
     v, beta = column(4, 0, 8, 7, 9), torch.tensor([[[0.5, 0.5, 0.5, 1.0, 0.0]]], dtype=torch.float64)
     out = delta_rule(column(1, 2, 1, 1, 3), column(1, 1, 1, 1, 1), v, beta, chunk_size=chunk_size)
     torch.testing.assert_close(out, column(2, 2, 4.5, 7, 21))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+def test_gated_delta_rule_by_hand(chunk_size: int) -> None:
+    # S goes half the way from half of itself to v: 2, then (1 + 0) / 2, then (1/4 + 8) / 2; β = 0 only forgets.
+    v, beta = column(4, 0, 8, 7), torch.tensor([[[0.5, 0.5, 0.5, 0.0]]], dtype=torch.float64)
+    halves = torch.full_like(beta, np.log(0.5))
+    out = gated_delta_rule(column(1, 2, 1, 8), column(1, 1, 1, 1), v, beta, halves, chunk_size=chunk_size)
+    torch.testing.assert_close(out, column(2, 1, 4.125, 16.5))
+
+
+@pytest.mark.parametrize("time", LENGTHS)
+def test_without_decay_gated_delta_net_is_delta_net(time: int) -> None:
+    q, k, v, beta = delta_inputs(time)
+    out = gated_delta_rule(q, k, v, beta, torch.zeros_like(beta), chunk_size=CHUNK)
+    torch.testing.assert_close(out, delta_rule(q, k, v, beta, chunk_size=CHUNK), rtol=0, atol=1e-12)
 
 
 def test_gated_attention_unit_by_hand() -> None:
@@ -381,3 +421,86 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         gated_attention_unit(u[:, :3], v, quad_q, quad_k, lin_q, lin_k)
     with pytest.raises(ValueError, match="must all be"):
         gated_attention_unit(u, v, quad_q, quad_k, lin_q, lin_k[..., :3])
+
+
+# --- another library's functions ------------------------------------------------------------------------
+
+
+def as_float32(tensors: list[Tensor]) -> list[Tensor]:
+    """Every head with its own key, as that library has it."""
+    heads = tensors[0].shape[1]
+    return [x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in tensors]
+
+
+def time_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def test_linear_attention_is_that_of_fla() -> None:
+    naive = pytest.importorskip("fla.ops.linear_attn.naive")
+    q, k, v = as_float32(linear_inputs(3 * CHUNK + 7))
+    theirs, _ = naive.naive_recurrent_linear_attn(*time_first(F.elu(q) + 1, F.elu(k) + 1, v), scale=1.0, normalize=True)
+    torch.testing.assert_close(linear_attention(q, k, v, chunk_size=CHUNK), theirs.transpose(1, 2), rtol=2e-6, atol=2e-6)
+
+
+def test_the_delta_rule_is_that_of_fla() -> None:
+    naive = pytest.importorskip("fla.ops.delta_rule.naive")
+    q, k, v, beta = as_float32(delta_inputs(3 * CHUNK + 7))
+    theirs, _ = naive.delta_rule_recurrence(q, k, v, beta)  # which scales by 1/√d
+    torch.testing.assert_close(delta_rule(q, k, v, beta, chunk_size=CHUNK) / 6**0.5, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_the_gated_delta_rule_is_that_of_fla() -> None:
+    naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
+    q, k, v, beta, log_alpha = as_float32(gated_delta_inputs(3 * CHUNK + 7))
+    theirs, _ = naive.naive_recurrent_gated_delta_rule(*time_first(q, k, v, beta, log_alpha), scale=1.0)
+    ours = gated_delta_rule(q, k, v, beta, log_alpha, chunk_size=CHUNK)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
+def test_kernels_of_fla_say_that_they_need_cuda(cls: Any) -> None:
+    attention = cls(16, 4, impl="fla")
+    for call in (attention, attention.extend):
+        with pytest.raises(NotImplementedError, match="impl=fla runs Triton kernels, which need CUDA, got tensors on cpu"):
+            call(torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="impl must be one of torch, fla, got 'cuda'"):
+        cls(16, 4, impl="cuda")
+
+
+def naive_kernel(name: str) -> Any:
+    """fla's naive function in the place of its kernel, with the kernel's arguments."""
+    package = name.removeprefix("chunk_")
+    naive = importlib.import_module(f"fla.ops.{package}.naive")
+
+    def linear(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return naive.naive_recurrent_linear_attn(q, k, v, **options)
+
+    def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, **options: Any) -> Any:
+        assert scale == 1.0
+        out, final = naive.delta_rule_recurrence(*time_first(q * q.shape[-1] ** 0.5, k, v, beta), **options)
+        return out.transpose(1, 2), final
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Any:
+        out, final = naive.naive_recurrent_gated_delta_rule(q, k, v, beta, g, **options)
+        return out.to(q.dtype), final
+
+    return {"chunk_linear_attn": linear, "chunk_delta_rule": delta, "chunk_gated_delta_rule": gated}[name]
+
+
+@pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
+def test_adapters_hand_the_kernels_of_fla_what_they_take(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts, scale, shared heads and states: all of an adapter but the kernel, which needs CUDA."""
+    pytest.importorskip("fla.ops.linear_attn.naive")
+    monkeypatch.setattr(fla_kernels, "_kernel", lambda package, name, q: naive_kernel(name))
+    torch.manual_seed(0)
+    ours = cls(16, 4, num_kv_heads=2, chunk_size=CHUNK).bfloat16()
+    theirs = cls(16, 4, num_kv_heads=2, impl="fla").bfloat16()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3 * CHUNK + 7, 16).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), ours(x), rtol=3e-2, atol=1e-2)
+        for cut in (1, CHUNK + 1):
+            (_, mine), (_, his) = ours.extend(x[:, :cut]), theirs.extend(x[:, :cut])
+            torch.testing.assert_close(his["total"], mine["total"], rtol=3e-2, atol=1e-2)
+            torch.testing.assert_close(theirs.extend(x[:, cut:], his)[0], ours.extend(x[:, cut:], mine)[0], rtol=3e-2, atol=1e-2)

@@ -14,7 +14,7 @@ import tests.oracles as truth
 from baselines.hopfield import HopfieldAttention, hopfield_attention, hopfield_attention_reference
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention, sliding_window_attention_reference
 from baselines.sparse import SparseAttention, attention_part, attention_part_backward, sparse_attention, sparse_attention_reference
-from baselines.standard import StandardAttention, softmax_attention, softmax_attention_reference
+from baselines.standard import StandardAttention, softmax_attention, softmax_attention_over_pages, softmax_attention_reference
 from bsbr.interface import MultiHeadAttention
 from evals.measure import peak_allocated_bytes
 
@@ -152,6 +152,53 @@ def test_where_nothing_is_left_out_all_are_softmax_attention(time: int) -> None:
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["flash", "math", "auto", None])
+@pytest.mark.parametrize(("time", "queries"), [(1, 1), (31, 31), (31, 5), (31, 1)])
+def test_a_backend_changes_who_computes_and_nothing_else(backend: str | None, time: int, queries: int) -> None:
+    q, k, v = inputs(time, queries)
+    torch.testing.assert_close(softmax_attention(q, k, v, backend=backend), truth.standard(q, k, v), rtol=0, atol=1e-12)
+
+
+def test_a_backend_that_has_no_kernel_here_says_so() -> None:
+    for backend, dropout in (("cudnn", 0.0), ("efficient", 0.0), ("flash", 0.5)):
+        sentence = f"backend={backend} has no kernel for torch.float32 tensors of head_dim 8 on cpu: use backend=auto, or a device"
+        with pytest.raises(NotImplementedError, match=sentence):
+            StandardAttention(16, 2, backend=backend, dropout=dropout)(torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="backend must be null or one of auto, flash, cudnn, efficient, math, got 'fast'"):
+        StandardAttention(16, 2, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SlidingWindowAttention, {"window_size": 5}),
+        (SlidingWindowAttention, {"window_size": 1}),
+        (SparseAttention, {"block_size": 8, "summary_size": 3}),
+        (SparseAttention, {"block_size": 1, "summary_size": 1}),
+    ],
+)
+@torch.no_grad()
+def test_flex_attention_has_the_same_pattern(cls: Any, options: Any) -> None:
+    flex = build(cls, options, impl="flex")
+    for time in LENGTHS:
+        for queries in {1, time // 2 + 1, time}:
+            tensors = inputs(time, queries)
+            torch.testing.assert_close(flex.attend(*tensors), flex.reference(*tensors), rtol=0, atol=1e-12)
+    x = torch.randn(2, 31, 24, dtype=torch.float64)
+    first, state = flex.extend(x[:, :13])
+    torch.testing.assert_close(torch.cat([first, flex.extend(x[:, 13:], state)[0]], dim=1), flex(x), rtol=0, atol=1e-12)
+
+
+def test_flex_attention_says_what_it_has_not() -> None:
+    x = torch.randn(1, 9, 24, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        build(SparseAttention, {"impl": "flex"})(x).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"impl=flex has no dropout, got dropout=0\.5: use impl=torch"):
+        SlidingWindowAttention(24, 4, impl="flex", dropout=0.5)(x.float())
+    with pytest.raises(ValueError, match="impl must be one of torch, flex, got 'fla'"):
+        SparseAttention(24, 4, impl="fla")
+
+
 # --- the modules --------------------------------------------------------------------------------
 
 
@@ -175,6 +222,40 @@ def test_any_split_gives_what_forward_gives(cls: type[MultiHeadAttention], optio
         assert 0 <= sum(held.values()) - attention.state_bytes(stop, batch_size=2) <= 64
         assert all(tensor.is_contiguous() for tensor in state.values())
     torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [StandardAttention, HopfieldAttention])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_token_behind_many_pages_gives_what_forward_gives(cls: Any, dtype: torch.dtype, allowed: float) -> None:
+    attention = build(cls, {}).to(dtype)
+    x = (4 * torch.randn(2, 1800, 24, generator=torch.Generator().manual_seed(0))).to(dtype)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :1790])
+        assert sum(name.startswith("keys.") for name in state) == 3
+        whole = attention(x)[:, 1790:]
+        outputs = []
+        for token in x[:, 1790:].split(1, dim=1):
+            output, state = attention.extend(token, state)
+            outputs.append(output)
+    assert (torch.cat(outputs, dim=1) - whole).norm() <= allowed * whole.norm()
+
+
+def test_a_gradient_flows_through_pages() -> None:
+    attention = build(StandardAttention, {})
+    x = torch.randn(1, 300, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    _, state = attention.extend(x[:, :-1])
+    output, _ = attention.extend(x[:, -1:], state)
+    (got,) = torch.autograd.grad(output.square().sum(), x)
+    (wanted,) = torch.autograd.grad(attention(x)[:, -1:].square().sum(), x)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_attention_over_pages_is_that_over_all_of_them() -> None:
+    q, k, v = inputs(65, 1)
+    lengths = [32, 1, 16, 16]
+    out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
+    torch.testing.assert_close(out, truth.hopfield(q, k, v, beta=3.0, num_steps=1), rtol=0, atol=1e-12)
 
 
 @MODULES

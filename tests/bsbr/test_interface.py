@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bsbr.interface import Attention, MultiHeadAttention, State, check_hidden_states, merge_heads, pack, rotate, split_heads
+from bsbr.interface import (
+    Attention,
+    MultiHeadAttention,
+    State,
+    check_hidden_states,
+    merge_heads,
+    pack,
+    page_lengths,
+    pages_of,
+    rotate,
+    split_heads,
+)
 
 
 class RunningSum(Attention):
@@ -135,6 +146,30 @@ def test_the_default_extend_continues_at_any_point(num_kv_heads: int | None, rot
         for length, kept in ((split, state), (9, after)):
             assert attention.state_bytes(length, 2) == sum(tensor.nbytes for key, tensor in kept.items() if key != "position")
             assert kept["position"].tolist() == length
+
+
+def test_a_cache_lies_in_pages_that_go_from_state_to_state() -> None:
+    assert [page_lengths(time) for time in (1, 255, 256, 257, 1023, 1024, 3000)] == [
+        [1], [255], [256], [256, 1], [512, 256, 255], [1024], [1024, 1024, 512, 256, 184],
+    ]  # fmt: skip
+    attention = PlainSoftmax(8, 2).double()
+    x = torch.randn(1, 2100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = attention(x)
+        for first, second in ((1, 1), (255, 1), (255, 2), (256, 300), (1023, 1), (1023, 1077), (1290, 1), (2050, 1)):
+            _, state = attention.extend(x[:, :first])
+            output, after = attention.extend(x[:, first : first + second], state)
+            torch.testing.assert_close(output, whole[:, first : first + second], rtol=0, atol=1e-12)
+            for name in ("keys", "values"):
+                pages = pages_of(after, name)
+                assert [page.shape[2] for page in pages] == page_lengths(first + second)
+                assert all(page.is_contiguous() and page.untyped_storage().nbytes() == page.nbytes for page in pages)
+                # The pages that stay as they are, are the same tensors: a token copies no more than a page or two.
+                shared = sum(page is before for page, before in zip(pages, pages_of(state, name), strict=False))
+                assert shared == next(
+                    (i for i, (a, b) in enumerate(zip(page_lengths(first), page_lengths(first + second), strict=False)) if a != b),
+                    min(len(page_lengths(first)), len(page_lengths(first + second))),
+                )
 
 
 def test_rotation_changes_what_attention_says() -> None:

@@ -12,13 +12,17 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from torch import Tensor
 
+from baselines.delta_net import DeltaNetAttention
+from baselines.standard import StandardAttention
 from bsbr import Attention, BSBRAttention
 from evals.certify import certify, main
 from evals.checks import CHECKS
 from tests.evals import wrong_attentions as wrong
 
 ROOT = Path(__file__).parents[2]
+NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
 SHIPPED = sorted((ROOT / "conf" / "attention").glob("*.yaml"))
 
 
@@ -28,9 +32,14 @@ def red(build: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_attention_that_ships_is_green(path: Path) -> None:
+def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -> None:
     (node,) = yaml.safe_load(path.read_text()).values()
-    assert red(partial(instantiate, node, hidden_dim=64, num_heads=2)) == {}
+    build = partial(instantiate, node, hidden_dim=64, num_heads=2)
+    if path.stem in NEED_CUDA:
+        with pytest.raises(NotImplementedError, match=r"CUDA|does not support backward on CPU"):
+            red(build)
+    else:
+        assert red(build) == {}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +148,31 @@ def test_every_wrong_attention_is_tried() -> None:
 def test_what_is_found_without_a_reference(cls: type[Attention], options: dict[str, int], check: str | None) -> None:
     unreferenced = type(cls.__name__, (cls,), {"reference": None})
     assert (check in red(partial(unreferenced, 16, 2, **options))) == (check is not None)
+
+
+@pytest.mark.parametrize("finest", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_of_coarse_types_are_certified_in_them(finest: torch.dtype) -> None:
+    """As on a GPU, though on the CPU: what is right is green, and what is wrong by more than rounding is red."""
+
+    def refuses_finer(cls: type[Attention]) -> type[Attention]:
+        def attend(self: Any, *tensors: Tensor) -> Tensor:
+            if torch.finfo(tensors[0].dtype).eps < torch.finfo(finest).eps:
+                raise NotImplementedError(f"no kernel for {tensors[0].dtype}")
+            return cls.attend(self, *tensors)
+
+        return type(cls.__name__, (cls,), {"attend": attend})
+
+    def found(cls: type[Attention], **options: Any) -> set[str]:
+        build = partial(refuses_finer(cls), 16, 2, **options)
+        with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float64"):
+            red(build)
+        return {finding.check for finding in certify(build, "cpu", finest) if not finding.passed}
+
+    assert found(DeltaNetAttention, chunk_size=16) == set()
+    assert found(StandardAttention) == set()
+    assert {"causality", "streaming"} <= found(wrong.TriuForTril)
+    assert "streaming" in found(wrong.StaleRetrieval, **BSBR)
+    assert "state_size" in found(wrong.StateBytesOfOneHead)
 
 
 def test_certifying_leaves_the_process_as_it_was() -> None:

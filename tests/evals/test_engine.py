@@ -91,3 +91,16 @@ def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_
         "attention.linear.chunk_size=32",
     ):
         assert engine(tmp_path, changed).id != first
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Path) -> None:
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        comparison = read_comparison(compose("config", ["attention=[standard,linear_fla]"]))
+    measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Ledger(tmp_path / "certificates.jsonl"))
+    result = measured.certified(comparison.contestants[1])
+    assert result.outcome == "unsupported"
+    assert "impl=fla runs Triton kernels, which need CUDA" in result.detail
+    assert not measured.certificates.read()[0]  # another machine may run it

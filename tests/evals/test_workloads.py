@@ -103,10 +103,10 @@ def test_the_least_of_standard_attention_by_hand() -> None:
     passes = (3 * (attend + projections), gradients + fours["states"] + gradients, gradients)
     assert least("forward_backward", "attention") == passes
     assert least("train_step", "attention") == (passes[0], passes[1] + 5 * fours["weights"], passes[2])
-    # A token's projections and its pairs; both caches are read, and written once more with the token.
+    # A token's projections and its pairs; both caches are read, and their open pages written once more with the token.
     cache = 2 * batch * n * dim
     one = 8 * batch * dim**2 + 4 * batch * dim * (n + 1)
-    new = 4 * (batch * dim + cache + 2 * batch * dim)
+    new = 4 * (batch * dim + 2 * batch * dim * (n - 256 + 1))
     assert least("decode", "attention") == (one, fours["weights"] + 4 * batch * dim + 4 * cache + new, new)
 
     layer = attend + projections + 4 * tokens * dim * ff
