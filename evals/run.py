@@ -6,6 +6,7 @@ after the round that is running, and shows what there is; a second one ends it a
 """
 
 import signal
+import statistics
 import sys
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,8 @@ from evals.analysis import analyse
 from evals.config import Comparison, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger, Record
+from evals.measure import seconds_of_this_process
+from evals.statistics import medians
 
 
 class Run:
@@ -27,6 +30,7 @@ class Run:
     def __init__(self, *, dry: bool) -> None:
         self.dry = dry
         self.seconds_left = 0.0
+        self.called_s = 0.0
         self.interrupted = False
         self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
@@ -58,9 +62,16 @@ class Run:
             self.bar.n = (behind + part) / cli.Session.jobs
             self.bar.refresh()
 
+        trials: dict[str, Record] = {}
         for record in engine.run(watch):
             if record["kind"] == "trial":
-                tqdm.write(row(record))
+                trials[record["attention"]] = record
+                if record["outcome"] != "ok":
+                    tqdm.write(failed(record))
+            if record["kind"] == "latency":
+                self.called_s += record.get("called_s", 0.0)
+                if not record["twin"] and record["attention"] in trials:
+                    tqdm.write(first_row(record, trials.pop(record["attention"])))
             if record["kind"] == "probe":
                 tqdm.write(probe(record))
             if self.interrupted:
@@ -97,6 +108,9 @@ class Run:
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        if self.called_s:
+            seconds = seconds_of_this_process()
+            print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were timed, or warmed up for that")
         return 0
 
     def report_search(self, cfg: DictConfig, results: pd.DataFrame) -> int:
@@ -126,13 +140,17 @@ def conditions(comparison: Comparison) -> str:
     return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
 
 
-def row(trial: Record) -> str:
-    """What the first look gave, before the rounds."""
-    name = f"  {trial['attention']:<16}"
-    if trial["outcome"] != "ok":
-        return f"{name}{trial['outcome']}: {trial['detail']}"
+def failed(record: Record) -> str:
+    return f"  {record['attention']:<16}{record['outcome']}: {record['detail']}"
+
+
+def first_row(latency: Record, trial: Record) -> str:
+    """What an attention's first round gave."""
+    if latency["outcome"] != "ok":
+        return failed(latency)
+    seconds = statistics.median(medians(latency["turns"]))
     held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
-    return f"{name}about {trial['look_s'] * 1e3:8.3f} ms{held}"
+    return f"  {latency['attention']:<16}about {seconds * 1e3:8.3f} ms{held}"
 
 
 def probe(tried: Record) -> str:

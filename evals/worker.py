@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import fcntl
-import multiprocessing
 import os
 import resource
 import signal
@@ -20,12 +19,8 @@ from typing import Any, Self
 import torch
 
 from evals.config import one_sentence
+from evals.forkserver import launch
 from evals.measure import private_bytes
-
-# A child of the forkserver has everything imported and shares nothing with a parent that has worked. Ready must lie what
-# it imports again with the command's own module, and torch._dynamo, which torch's profiler imports when it first starts:
-# a second for every measurement of memory.
-PRELOAD = ["evals.cli", "evals.engine", "evals.table", "torch._dynamo"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -51,15 +46,8 @@ class Worker:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, memory_limit_bytes: int | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._log = tempfile.NamedTemporaryFile(prefix="bsbr-worker-")  # noqa: SIM115  closed at exit
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_child, args=(theirs, self._log.name, memory_limit_bytes, function, arguments), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process, self._connection = launch(_child, self._log.name, memory_limit_bytes, function, arguments)
 
     def __enter__(self) -> Self:
         return self

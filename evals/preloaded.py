@@ -1,0 +1,15 @@
+"""What the forkserver imports, once, before it forks: all that a measurement needs, and none of what draws or tabulates.
+
+torch._dynamo is what torch's profiler imports when it first starts, which takes a second.
+"""
+
+import gc
+
+import torch._dynamo  # noqa: F401
+
+import evals.certify
+import evals.rounds
+import evals.trials  # noqa: F401
+
+# Children need not search what lies here for garbage: to do so took 0.3 s in each of them, and made their pages their own.
+gc.freeze()
