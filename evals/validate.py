@@ -48,6 +48,7 @@ def aa(numbers: range, budget_s: float) -> bool:
         row = against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), budget_s, number, slower=1.0)
         held += row["speedup_low"] <= 1 <= row["speedup_high"]
         wrong += row["verdict"] in ("faster", "slower")
+        tqdm.write(f"aa {number}: {told(row)}")
     count = len(numbers)
     print(f"aa: {held} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
     print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
@@ -56,16 +57,14 @@ def aa(numbers: range, budget_s: float) -> bool:
 
 def slowdown(numbers: range, budget_s: float, factor: float = 1.05) -> bool:
     """Of comparisons with an attention that takes 5 % longer, 9 of 10 call it slower."""
-    found, shown = 0, []
+    found = 0
     for number in tqdm(numbers, desc="slowdown", disable=None):
         chance = random.Random(number)
         row = against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), budget_s, number, slower=factor)
         found += row["verdict"] == "slower"
-        interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
-        shown.append(f"{row['relative_to']} at {row['seq_len']}: {interval}, {row['verdict']}")
+        tqdm.write(f"slowdown {number}: {told(row)}")
     count = len(numbers)
     print(f"slowdown: {found} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
-    print(*shown, sep="\n")
     return found >= 0.9 * count
 
 
@@ -83,6 +82,11 @@ def against_itself(name: str, seq_len: int, budget_s: float, seed: int, *, slowe
     if row["outcome"] != "ok":
         raise UsageError(f"{name} against itself ended as {row['outcome']}: {row['detail']}")
     return row
+
+
+def told(row: dict[str, Any]) -> str:
+    interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
+    return f"{row['relative_to']} at {row['seq_len']}, {row['rounds']} rounds: {interval}, {row['verdict']}"
 
 
 CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")

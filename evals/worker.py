@@ -53,10 +53,14 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()  # also of a process that is stopped
+        self.kill()
         self._process.join()
         self._connection.close()
         self._log.close()
+
+    def kill(self) -> None:
+        """Lets the process end, also one that is stopped; the end of the context waits until it is gone."""
+        self._process.kill()
 
     def result(self, timeout_s: float) -> Result:
         """The next result: what the function returned, or yielded first."""
