@@ -142,10 +142,11 @@ def kills(count: int) -> bool:
         chance, kept = random.Random(0), b""
         killed = finished = 0
         while killed < count:
+            before = _size(ledger.path)
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 # A few while it begins; most of them after it has come to measure something, however slow the machine is.
-                while chance.random() > 0.01 and process.poll() is None and _size(ledger.path) == len(kept):
+                while chance.random() > 0.003 and process.poll() is None and _size(ledger.path) == before:
                     time.sleep(0.1)
                 process.wait(chance.uniform(0, 4))
                 ledger.path.unlink()  # it was through: from the beginning, then
