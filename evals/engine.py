@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from evals import machine
+from evals import forkserver, machine
 from evals.ceilings import measure_ceilings
 from evals.config import Comparison, UsageError, digest
 from evals.history import History
@@ -70,7 +70,8 @@ class Engine:
         self.trials = Trials(comparison, self.code, certificates, self.memory_limit_bytes)
 
     def run(self, watch: Watch) -> Iterator[Record]:
-        """Yields every record as soon as it is in the ledger."""
+        """Yields every record as soon as it is in the ledger. Of a main thread."""
+        forkserver.start()
         with alone():
             history = History(self.ledger.read()[0], self.id)
             if not (finished(self.comparison, history) and self._is_last()):

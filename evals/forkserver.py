@@ -3,7 +3,9 @@
 Imports nothing but the standard library, so that a command can start it before anything else.
 """
 
+import ctypes
 import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +22,10 @@ _lock = threading.Lock()
 
 
 def start() -> None:
-    """Lets the server import in the background, while the caller does something else."""
+    """Lets the server import in the background, while the caller does something else.
+
+    It ends with the thread that started it: this is for the main thread to call before others launch anything.
+    """
     with _lock, _hidden_command():
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
         forkserver.ensure_running()
@@ -35,6 +40,15 @@ def launch(function: Callable[..., None], *arguments: Any) -> tuple[ForkServerPr
         process.start()
     theirs.close()
     return process, ours
+
+
+def end_with_parent() -> None:
+    """Has the kernel kill this process when its parent dies (Linux): one that is stopped would not notice by itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager

@@ -10,6 +10,10 @@ import torch._dynamo  # noqa: F401
 import evals.certify
 import evals.rounds
 import evals.trials  # noqa: F401
+from evals.forkserver import end_with_parent
+
+# Children that are stopped keep their server from noticing that the command was killed.
+end_with_parent()
 
 # Children need not search what lies here for garbage: to do so took 0.3 s in each of them, and made their pages their own.
 gc.freeze()

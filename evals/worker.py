@@ -1,7 +1,6 @@
 """A measurement in a process of its own, which may hang, crash or run out of memory without taking anything with it."""
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import resource
@@ -19,10 +18,8 @@ from typing import Any, Self
 import torch
 
 from evals.config import one_sentence
-from evals.forkserver import launch
+from evals.forkserver import end_with_parent, launch
 from evals.measure import private_bytes
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -133,12 +130,11 @@ def _child(
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if sys.platform == "linux":
-        # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if memory_limit is not None:
-            allowed = private_bytes() + memory_limit
-            resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
+    end_with_parent()
+    if sys.platform == "linux" and memory_limit is not None:
+        allowed = private_bytes() + memory_limit
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     try:
         value = function(*arguments)
         if isinstance(value, Generator):

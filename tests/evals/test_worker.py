@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
@@ -83,6 +84,29 @@ def test_a_child_does_not_import_the_command_that_starts_it(tmp_path: Path) -> N
             [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert (done.stdout.split(), done.stderr) == (["imported", "b"], "")
+
+
+def wait_for_more() -> Generator[int, None, None]:
+    yield os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is dead")
+def test_a_killed_command_leaves_no_process_behind() -> None:
+    script = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport test_worker\nfrom evals.worker import Worker\n"
+        "worker = Worker(test_worker.wait_for_more)\n"
+        "print(worker.result(60).value, flush=True)\nsys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        server = child.parent()
+        assert server is not None
+        assert child.status() == psutil.STATUS_STOPPED
+        process.kill()
+    _, alive = psutil.wait_procs([child, server], timeout=60)
+    assert alive == []
 
 
 def imported(name: str) -> bool:
