@@ -145,9 +145,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # This module must exist once: what a child process sends back is of the classes of the imported one. And without a
-    # spec the children do not import the command by a name under which the harness has imported it already.
-    __spec__ = None  # type: ignore[assignment]
+    # What a child is to call must be of a module with a name: of the imported one.
     from evals.certify import main as command
 
     sys.exit(command())

@@ -13,9 +13,10 @@ import torch
 
 from evals import machine
 from evals.config import Comparison, Contestant, digest
-from evals.engine import Engine, Watch, source
+from evals.engine import Engine, Watch
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now, peak_allocated_bytes
+from evals.trials import source
 from evals.worker import alone, run_isolated
 from evals.workloads import prepare
 
@@ -103,7 +104,7 @@ class Search:
 
         if not known:
             tell("certificate")
-            certified = self.engine.certified(contestant)
+            certified = self.engine.trials.certified(contestant)
             if certified.outcome != "ok":
                 known[0] = self._kept(self._probe(contestant, 0, certified.outcome, certified.detail))
                 made.append(known[0])

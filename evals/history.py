@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evals.ledger import Record
-from evals.statistics import CONFIDENCE, Speedup, medians, speedup_interval
+from evals.statistics import CONFIDENCE, Interval, Speedup, median_interval, medians, speedup_interval
 
 
 class Runner(NamedTuple):
@@ -76,13 +76,17 @@ class History:
         both = (number for number in theirs if number in ours)
         return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in both]
 
+    def latency(self, runner: Runner) -> Interval:
+        """Of all that it was timed, in seconds. Raises ValueError where it has no round."""
+        # The same ledger gives the same figures: the bootstrap's randomness is fixed.
+        return median_interval(list(self.medians(runner).values()), generator=np.random.default_rng(0))
+
     def speedup(self, reference: Runner, runner: Runner, confidence: float = CONFIDENCE) -> Speedup | None:
         """How many times faster than the reference; None where they have no round in common."""
         theirs, ours = self._rounds.get(reference, {}), self._rounds.get(runner, {})
         both = sorted(theirs.keys() & ours.keys())
         if not both:
             return None
-        # The same ledger gives the same figures: the bootstrap's randomness is fixed.
         generator = np.random.default_rng(0)
         turns = [[record[number]["turns"] for number in both] for record in (theirs, ours)]
         return speedup_interval(*turns, confidence=confidence, generator=generator)

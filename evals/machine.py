@@ -18,6 +18,9 @@ SYSTEM = Path("/sys/devices/system/cpu")
 
 Fact = str | int | float | bool | None
 
+IDENTITY = ("processor", "torch", "device", "dtype", "threads")
+"""The settings that decide how fast a machine can be: under the same ones, ceilings are the same."""
+
 LIBRARIES = ("numpy", "triton")
 """Whose version can change a number, beside torch's own."""
 

@@ -27,11 +27,13 @@ Work = Callable[[], object]
 class Turn:
     """The samples of one turn, in seconds a call, and what a device tells besides.
 
+    called_s: all that went into calls, those included that warm up and are no samples.
     host_s: what the host took to queue a call. exposed: how many samples contain waiting for the host. throttled: why
     the device may have been slower than it can, in words.
     """
 
     samples_s: list[float]
+    called_s: float
     host_s: float | None = None
     exposed: int = 0
     throttled: str | None = None
@@ -65,15 +67,16 @@ class CpuClock:
     def turn(self, seconds: float) -> Turn:
         gc.collect()
         # Others had the caches, and the threads sleep: the first tenth of a turn does not count, where a call is that short.
+        called_s = 0.0
         start = time.perf_counter()
         while time.perf_counter() - start + self._typical_s < seconds / 10:
-            self._once()
+            called_s += self._once()
         samples: list[float] = []
         start = time.perf_counter()
         while not samples or time.perf_counter() - start < seconds:
             samples.append(self._once())
         self._typical_s = statistics.median(samples)
-        return Turn(samples)
+        return Turn(samples, called_s + sum(samples))
 
     def _once(self) -> float:
         start = time.perf_counter()
@@ -96,10 +99,13 @@ class DeviceClock:
         return seconds
 
     def turn(self, seconds: float) -> Turn:
+        start = time.perf_counter()
         burst = self._clock.burst(seconds=seconds)
+        called_s = time.perf_counter() - start
         after = cuda.read_state()
         return Turn(
             burst.device_s,
+            called_s,
             host_s=statistics.median(burst.host_s),
             exposed=len(burst.exposed),
             throttled=cuda.throttled(self._before, after),
@@ -117,7 +123,7 @@ def clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
 
 
 def settle_allocator() -> None:
-    """Makes malloc keep what it has, in this process: blocks of up to 32 MiB come from a heap that never shrinks.
+    """Makes malloc keep what it has, in this process: blocks of any size come from a heap that never shrinks.
 
     By itself glibc learns from the blocks that happen to be released first, imports included, which sizes it hands back to
     the kernel. Whether a call then pays for its pages anew depended on what else its process had imported: one
@@ -125,8 +131,8 @@ def settle_allocator() -> None:
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 class Stopwatch:
@@ -142,6 +148,16 @@ class Stopwatch:
 def now() -> str:
     """The time of day in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def seconds_since(time: str) -> float:
+    """Of the time of day, since what `now` said then."""
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+
+
+def seconds_of_this_process() -> float:
+    """Wall time since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -187,7 +203,7 @@ def process_peak_bytes(work: Work) -> int | None:
     return max(_status_bytes("VmHWM") - before, 0)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def _status_bytes(key: str) -> int:

@@ -7,10 +7,8 @@ The second builds an attention, holds it to the same on one rank at a short leng
 """
 
 import argparse
-import ctypes
 import gc
 import os
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -29,8 +27,8 @@ from bsbr.interface import Attention, MultiHeadAttention
 from bsbr.ranks import Ranks, ring_sent_bytes, split
 from evals.cli import CONF
 from evals.config import DTYPES, cores
+from evals.forkserver import end_with_parent
 from evals.measure import Stopwatch
-from evals.worker import PR_SET_PDEATHSIG
 from evals.workloads import Work, only, tokens_in
 
 
@@ -99,8 +97,7 @@ def _fork(follow: Callable[[int, Connection], None], rank: int) -> Connection:
     try:
         ours.close()
         gc.freeze()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         if os.getppid() == parent:  # or it died before it was asked for
             follow(rank, theirs)
     except EOFError:

@@ -5,156 +5,17 @@ there. From them come results/<sweep>/results.csv, the tables on the screen and 
 after the round that is running, and shows what there is; a second one ends it at once. --dry-run tells what would be done.
 """
 
-import signal
 import sys
-from pathlib import Path
-from types import FrameType
 
-import pandas as pd
-from omegaconf import DictConfig
-from tqdm import tqdm
-
-from evals import cli, context, figures, table
-from evals.analysis import analyse
-from evals.config import Comparison, every_sweep, read_comparison
-from evals.engine import Engine
-from evals.ledger import Ledger, Record
-
-
-class Run:
-    """What the jobs of one command share: the progress bar, and which comparisons were made."""
-
-    def __init__(self, *, dry: bool) -> None:
-        self.dry = dry
-        self.seconds_left = 0.0
-        self.interrupted = False
-        self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
-        self.comparisons: list[str] = []
-
-    def compare(self, cfg: DictConfig) -> None:
-        """One Hydra job."""
-        comparison = read_comparison(cfg, cli.Session.swept)
-        samples = ledger(cfg)
-        certificates = Ledger(Path(cfg.results_dir) / "certificates.jsonl")
-        engine = (
-            context.Search(comparison, samples, certificates) if comparison.search else Engine(comparison, samples, certificates)
-        )
-        behind = len(self.comparisons)
-        self.comparisons.append(engine.id)
-        place = f"[{behind + 1}/{cli.Session.jobs}] {swept(comparison)}"
-        tqdm.write(f"{place}: {conditions(comparison)}")
-        if self.dry:
-            rounds, seconds = engine.outlook()
-            self.seconds_left += seconds
-            names = ", ".join(contestant.name for contestant in comparison.contestants)
-            tqdm.write(f"  {names}: {rounds} rounds are made, about {seconds:.0f} s to go")
-            return
-        torn = samples.mend()
-        if torn:
-            tqdm.write(f"warning: {torn}", file=sys.stderr)
-
-        def watch(words: str, part: float) -> None:
-            self.bar.set_description_str(f"{place} {words}", refresh=False)
-            self.bar.n = (behind + part) / cli.Session.jobs
-            self.bar.refresh()
-
-        for record in engine.run(watch):
-            if record["kind"] == "trial":
-                tqdm.write(row(record))
-            if record["kind"] == "probe":
-                tqdm.write(probe(record))
-            if self.interrupted:
-                raise KeyboardInterrupt
-
-    def interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        """What Ctrl-C does: once, it lets the running round end."""
-        if self.interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            raise cli.Abandoned
-        self.interrupted = True
-        tqdm.write("stops after this round; Ctrl-C again stops at once", file=sys.stderr)
-
-    def report(self, cfg: DictConfig) -> int:
-        """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
-        self.bar.close()
-        if self.dry:
-            print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
-            return 0
-        records, damaged = ledger(cfg).read()
-        if damaged:
-            numbers = ", ".join(map(str, damaged))
-            print(f"warning: {ledger(cfg).path} is damaged in line {numbers}, which is left out", file=sys.stderr)
-        if cfg.search:
-            return self.report_search(cfg, context.results(records))
-        results = table.results(records)
-        if results.empty:
-            return 0
-        folder = ledger(cfg).path.parent
-        path = table.write(results, folder)
-        fits = analyse(results, records)
-        for name, fitted in fits.items():
-            table.write(fitted, folder, name)
-        plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
-        print(table.shown(results[results["comparison"].isin(self.comparisons)]))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
-        return 0
-
-    def report_search(self, cfg: DictConfig, results: pd.DataFrame) -> int:
-        path = table.write(results, ledger(cfg).path.parent)
-        plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
-        print(context.shown(results))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
-        return 0
-
-
-BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
-
-
-def ledger(cfg: DictConfig) -> Ledger:
-    return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
-
-
-def swept(comparison: Comparison) -> str:
-    """Where in the sweep this comparison stands, as `seq_len=512`."""
-    key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
-    return f"{key}={comparison.settings[key]}"
-
-
-def conditions(comparison: Comparison) -> str:
-    told = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
-    settings = {key: value for key, value in comparison.settings.items() if key not in comparison.option}
-    return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
-
-
-def row(trial: Record) -> str:
-    """What the first look gave, before the rounds."""
-    name = f"  {trial['attention']:<16}"
-    if trial["outcome"] != "ok":
-        return f"{name}{trial['outcome']}: {trial['detail']}"
-    held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
-    return f"{name}about {trial['look_s'] * 1e3:8.3f} ms{held}"
-
-
-def probe(tried: Record) -> str:
-    """One length of a search, and whether it fits."""
-    held = "" if tried["peak_bytes"] is None else f"{tried['peak_bytes'] / 2**20:10.2f} MiB"
-    return f"  {tried['attention']:<16}{tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
+from evals import forkserver
 
 
 def main() -> int:
-    program, *words = sys.argv
-    dry = "--dry-run" in words
-    for arguments in every_sweep([word for word in words if word != "--dry-run"]):
-        sys.argv = [program, *arguments]
-        run = Run(dry=dry)
-        signal.signal(signal.SIGINT, run.interrupt)
-        try:
-            code = cli.run(run.compare, run.report)
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if code:
-            return code
-    return 0
+    # It imports in the background what measuring needs, while this process imports what it needs itself.
+    forkserver.start()
+    from evals.sweep import main as sweep
+
+    return sweep()
 
 
 if __name__ == "__main__":

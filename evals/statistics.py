@@ -48,7 +48,7 @@ def median_interval(
     Raises ValueError if there is no round, an empty round, a sample that is not positive and finite, or a
     confidence outside (0, 1).
     """
-    return _estimate(_checked(rounds, "rounds"), confidence, resamples, generator)[0]
+    return _estimate(_checked(rounds, "rounds"), confidence, resamples, generator)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def speedup_interval(
     reference, ours: one entry a round, in it one sequence of samples a turn. Turn i of both ran within milliseconds of
     each other, so what slowed the machine at that moment cancels in reference[r][i] / ours[r][i], the ratio of their
     medians. The ratios are then treated as `median_interval` treats samples; turns that only one of the two has count
-    for nothing. p is that of Student's t with rounds − 1 degrees of freedom, on the bootstrap's standard error: the tails
-    that a correction for many comparisons needs are beyond what a few thousand resamples hold.
+    for nothing. p is that of Student's t on the logarithms of the rounds' medians: the tails that a correction for many
+    comparisons needs are beyond what a few thousand resamples hold.
     Raises ValueError as `median_interval` does, and if the two differ in their number of rounds.
     """
     if len(reference) != len(ours):
@@ -82,15 +82,17 @@ def speedup_interval(
         )
     rounds = [medians(theirs[: len(mine)]) / medians(mine[: len(theirs)]) for theirs, mine in zip(reference, ours, strict=True)]
     samples = _checked([ratios.tolist() for ratios in rounds], "rounds")
-    estimate, deviations = _estimate(samples, confidence, resamples, generator)
-    degrees = len(samples) - 1
-    if deviations is None or degrees == 0:
-        return Speedup(estimate.value, estimate.low, estimate.high, math.nan)
-    between, within = deviations
-    error = math.sqrt(np.var(between) * len(samples) / degrees + np.var(within))
-    distance = abs(math.log(estimate.value))
-    p = 2 * float(stdtr(degrees, -distance / error)) if error > 0 else float(distance == 0)
-    return Speedup(estimate.value, estimate.low, estimate.high, p)
+    estimate = _estimate(samples, confidence, resamples, generator)
+    return Speedup(estimate.value, estimate.low, estimate.high, _p(np.log([np.median(ratios) for ratios in rounds])))
+
+
+def _p(logarithms: Array) -> float:
+    """How probable it is that normal numbers around 0 have a mean so far from it; NaN for a single one."""
+    degrees = len(logarithms) - 1
+    if degrees == 0:
+        return math.nan
+    distance, error = abs(float(np.mean(logarithms))), float(np.std(logarithms, ddof=1)) / math.sqrt(len(logarithms))
+    return 2 * float(stdtr(degrees, -distance / error)) if error > 0 else float(distance == 0)
 
 
 def medians(turns: Rounds) -> Array:
@@ -167,20 +169,18 @@ ONE_SIGMA = 0.68
 # --- the bootstrap ------------------------------------------------------------------------------
 
 
-def _estimate(
-    samples: list[Array], confidence: float, resamples: int, generator: np.random.Generator
-) -> tuple[Interval, tuple[Array, Array] | None]:
-    """The median with its interval, and the log deviations that it comes from; None where the spread is unknown."""
+def _estimate(samples: list[Array], confidence: float, resamples: int, generator: np.random.Generator) -> Interval:
+    """The median with its interval."""
     _check_options(confidence, resamples)
     value = _log_median(samples)
     if len(samples) == 1 and len(samples[0]) == 1:
-        return Interval(math.exp(value), math.nan, math.nan), None
+        return Interval(math.exp(value), math.nan, math.nan)
     choice = generator.integers(len(samples), size=(resamples, len(samples)))
     between, within = _deviations(samples, choice, generator)
     deviations = _widening(len(samples), resamples, generator) * between + within
     low, high = np.quantile(deviations, [(1 - confidence) / 2, (1 + confidence) / 2])
     # Skewed or tied samples can put both percentiles on one side of the estimate, which belongs to its interval.
-    return Interval(math.exp(value), math.exp(value + min(low, 0.0)), math.exp(value + max(high, 0.0))), (between, within)
+    return Interval(math.exp(value), math.exp(value + min(low, 0.0)), math.exp(value + max(high, 0.0)))
 
 
 def _deviations(samples: list[Array], choice: NDArray[np.int64], generator: np.random.Generator) -> tuple[Array, Array]:

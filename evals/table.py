@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from evals.ceilings import TOLERANCE, Ceilings, Floor, floor, highest, implausible_peak, impossible
@@ -18,7 +17,8 @@ from evals.cost import differing
 from evals.figures import swept_column
 from evals.history import History, Runner
 from evals.ledger import Record
-from evals.statistics import ONE_SIGMA, Speedup, median_interval, noise_floor, verdicts
+from evals.machine import IDENTITY
+from evals.statistics import ONE_SIGMA, Speedup, noise_floor, verdicts
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
@@ -97,8 +97,7 @@ def _impossible(name: str, history: History, least: Floor | None, tolerance: flo
 
 def _speed(name: str, history: History) -> dict[str, Any]:
     rounds = history.medians(Runner(name))
-    # The same ledger gives the same table: the bootstrap's randomness is fixed.
-    latency = median_interval(list(rounds.values()), generator=np.random.default_rng(0))
+    latency = history.latency(Runner(name))
     records = [history.record(Runner(name), number) for number in rounds]
     host_s = [record["host_s"] for record in records if "host_s" in record]
     return {
@@ -141,7 +140,7 @@ def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Ceilings]
 
 
 def _machine(description: Record) -> tuple[Any, ...]:
-    return tuple(description["settings"][key] for key in ("processor", "torch", "device", "dtype", "threads"))
+    return tuple(description["settings"][key] for key in IDENTITY)
 
 
 def _name_unmatched(rows: list[dict[str, Any]]) -> None:

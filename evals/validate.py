@@ -16,25 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from bsbr.interface import Attention
 from evals import cli, table
 from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger
 from evals.machine import ROOT
 from evals.measure import clock, settle_allocator
+from evals.rounds import counted
 from evals.worker import run_isolated
 from evals.workloads import prepare
 
@@ -44,38 +41,39 @@ NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "
 # --- of things that are equal, none is faster -----------------------------------------------------
 
 
-def aa(count: int, budget_s: float) -> bool:
-    """Of `count` comparisons of an attention with itself, 92.5 % hold 1 and at most 2 % are called faster or slower."""
+def aa(numbers: range, *options: str) -> bool:
+    """Of comparisons of an attention with itself, 92.5 % hold 1 and at most 2 % are called faster or slower."""
     held = wrong = 0
-    for number in tqdm(range(count), desc="aa", disable=None):
+    for number in tqdm(numbers, desc="aa", disable=None):
         chance = random.Random(number)
-        row = against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), budget_s, number, slower=1.0)
+        row = against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), number, *options, slower=1.0)
         held += row["speedup_low"] <= 1 <= row["speedup_high"]
         wrong += row["verdict"] in ("faster", "slower")
+        tqdm.write(f"aa {number}: {told(row)}")
+    count = len(numbers)
     print(f"aa: {held} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
     print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
     return held >= 0.925 * count and wrong <= 0.02 * count
 
 
-def slowdown(count: int, budget_s: float, factor: float = 1.05) -> bool:
-    """Of `count` comparisons with an attention that takes 5 % longer, 9 of 10 call it slower."""
-    found, shown = 0, []
-    for number in tqdm(range(count), desc="slowdown", disable=None):
+def slowdown(numbers: range, *options: str, factor: float = 1.05) -> bool:
+    """Of comparisons with an attention that takes 5 % longer, 9 of 10 call it slower."""
+    found = 0
+    for number in tqdm(numbers, desc="slowdown", disable=None):
         chance = random.Random(number)
-        row = against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), budget_s, number, slower=factor)
+        row = against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), number, *options, slower=factor)
         found += row["verdict"] == "slower"
-        interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
-        shown.append(f"{row['relative_to']} at {row['seq_len']}: {interval}, {row['verdict']}")
+        tqdm.write(f"slowdown {number}: {told(row)}")
+    count = len(numbers)
     print(f"slowdown: {found} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
-    print(*shown, sep="\n")
     return found >= 0.9 * count
 
 
-def against_itself(name: str, seq_len: int, budget_s: float, seed: int, *, slower: float) -> dict[str, Any]:
+def against_itself(name: str, seq_len: int, seed: int, *options: str, slower: float) -> dict[str, Any]:
     """The row of an attention that runs against itself, which takes `slower` times as long."""
-    node = f"{{_target_: evals.validate.slowed, _recursive_: false, factor: {slower}, of: ${{attention.{name}}}}}"
-    options = (f"shape.seq_len={seq_len}", f"sampling.budget_s={budget_s}", f"sampling.seed={seed}", f"relative_to={name}")
-    comparison = composed(f"attention=[{name}]", f"+attention.again={node}", *options)
+    node = f"{{_target_: evals.slowed.slowed, _recursive_: false, factor: {slower}, of: ${{attention.{name}}}}}"
+    place = (f"shape.seq_len={seq_len}", f"sampling.seed={seed}", f"relative_to={name}")
+    comparison = composed(f"attention=[{name}]", f"+attention.again={node}", *place, *options)
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "samples.jsonl")
         for _ in Engine(comparison, ledger, CERTIFICATES).run(lambda _words, _part: None):
@@ -87,36 +85,22 @@ def against_itself(name: str, seq_len: int, budget_s: float, seed: int, *, slowe
     return row
 
 
+def told(row: dict[str, Any]) -> str:
+    interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
+    return f"{row['relative_to']} at {row['seq_len']}, {row['rounds']} rounds: {interval}, {row['verdict']}"
+
+
 CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
-
-
-def slowed(factor: float, of: dict[str, Any], hidden_dim: int, num_heads: int) -> Attention:
-    """An attention whose `forward` takes `factor` times as long."""
-    attention: Attention = instantiate(of, hidden_dim=hidden_dim, num_heads=num_heads)
-    if factor == 1:
-        return attention
-    whole = type(attention).forward
-
-    def forward(self: Attention, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        start = time.perf_counter()
-        output = whole(self, hidden_states, attention_mask)
-        end = start + factor * (time.perf_counter() - start)
-        while time.perf_counter() < end:
-            pass
-        return output
-
-    attention.forward = types.MethodType(forward, attention)  # type: ignore[method-assign]
-    return attention
 
 
 # --- the clock ------------------------------------------------------------------------------------
 
 
-def clock_agrees() -> bool:
+def clock_agrees(*options: str) -> bool:
     """Latencies agree within 3 % with torch.utils.benchmark on five shapes."""
     agree = True
     for name, seq_len in (("standard", 512), ("bsbr", 1000), ("linear", 2048), ("delta_net", 300), ("gau", 4096)):
-        comparison = composed(f"attention=[{name}]", f"shape.seq_len={seq_len}")
+        comparison = composed(f"attention=[{name}]", f"shape.seq_len={seq_len}", *options)
         result = run_isolated(both_clocks, comparison, comparison.contestants[0], timeout_s=120.0)
         if result.outcome != "ok":
             raise UsageError(f"{name} ended as {result.outcome}: {result.detail}")
@@ -135,9 +119,9 @@ def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, 
     ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
-    for _ in range(40):
-        mine = statistics.median(ours.turn(0.05).samples_s)
-        pairs.append((mine, timer.timeit(max(1, round(0.05 / mine))).median))
+    for _ in counted(400, 12.0):
+        mine = statistics.median(ours.turn(0.01).samples_s)
+        pairs.append((mine, timer.timeit(max(1, round(0.01 / mine))).median))
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
@@ -158,9 +142,13 @@ def kills(count: int) -> bool:
         chance, kept = random.Random(0), b""
         killed = finished = 0
         while killed < count:
+            before = _size(ledger.path)
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
-                process.wait(chance.uniform(3, 12))
+                # A few while it begins; most of them after it has come to measure something, however slow the machine is.
+                while chance.random() > 0.003 and process.poll() is None and _size(ledger.path) == before:
+                    time.sleep(0.1)
+                process.wait(chance.uniform(0, 4))
                 ledger.path.unlink()  # it was through: from the beginning, then
                 kept, finished = b"", finished + 1
                 continue
@@ -185,6 +173,10 @@ def kills(count: int) -> bool:
     return bool(complete) and not twice
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -198,12 +190,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
     parser.add_argument("checks", nargs="+", choices=("aa", "slowdown", "clock", "kills"))
     parser.add_argument("--count", type=int, help="of comparisons, or kills (default: 200 for aa, 10 for slowdown, 100 for kills)")
-    parser.add_argument("--budget-s", type=float, default=8.0, help="of each comparison (default: that of the sweeps)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first comparison, to make a part of them at a time")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config, as device.threads=1")
     options = parser.parse_args(arguments)
+
+    def numbers(count: int) -> range:
+        return range(options.first, options.first + (options.count or count))
+
     checks: dict[str, Callable[[], bool]] = {
-        "aa": lambda: aa(options.count or 200, options.budget_s),
-        "slowdown": lambda: slowdown(options.count or 10, options.budget_s),
-        "clock": clock_agrees,
+        "aa": lambda: aa(numbers(200), *options.set),
+        "slowdown": lambda: slowdown(numbers(10), *options.set),
+        "clock": lambda: clock_agrees(*options.set),
         "kills": lambda: kills(options.count or 100),
     }
     try:
@@ -215,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    __spec__ = None  # type: ignore[assignment]
+    # What a child is to call must be of a module with a name: of the imported one.
     from evals.validate import main as command
 
     sys.exit(command())

@@ -1,9 +1,7 @@
 """A measurement in a process of its own, which may hang, crash or run out of memory without taking anything with it."""
 
 import contextlib
-import ctypes
 import fcntl
-import multiprocessing
 import os
 import resource
 import signal
@@ -20,14 +18,8 @@ from typing import Any, Self
 import torch
 
 from evals.config import one_sentence
+from evals.forkserver import end_with_parent, launch
 from evals.measure import private_bytes
-
-# A child of the forkserver has everything imported and shares nothing with a parent that has worked. Ready must lie what
-# it imports again with the command's own module, and torch._dynamo, which torch's profiler imports when it first starts:
-# a second for every measurement of memory.
-PRELOAD = ["evals.cli", "evals.engine", "evals.table", "torch._dynamo"]
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -51,24 +43,21 @@ class Worker:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, memory_limit_bytes: int | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._log = tempfile.NamedTemporaryFile(prefix="bsbr-worker-")  # noqa: SIM115  closed at exit
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_child, args=(theirs, self._log.name, memory_limit_bytes, function, arguments), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process, self._connection = launch(_child, self._log.name, memory_limit_bytes, function, arguments)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()  # also of a process that is stopped
+        self.kill()
         self._process.join()
         self._connection.close()
         self._log.close()
+
+    def kill(self) -> None:
+        """Lets the process end, also one that is stopped; the end of the context waits until it is gone."""
+        self._process.kill()
 
     def result(self, timeout_s: float) -> Result:
         """The next result: what the function returned, or yielded first."""
@@ -141,12 +130,11 @@ def _child(
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if sys.platform == "linux":
-        # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if memory_limit is not None:
-            allowed = private_bytes() + memory_limit
-            resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
+    end_with_parent()
+    if sys.platform == "linux" and memory_limit is not None:
+        allowed = private_bytes() + memory_limit
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     try:
         value = function(*arguments)
         if isinstance(value, Generator):

@@ -66,7 +66,8 @@ MEASURING = {
     "cuda.py",  # of calls on a device
     "ceilings.py",  # of what the machine can do at most
     "machine.py",  # reads how many cores and bytes there are
-    "validate.py",  # slows an attention down on purpose, and holds our clock against torch's
+    "slowed.py",  # slows an attention down on purpose
+    "validate.py",  # holds our clock against torch's
 }
 
 

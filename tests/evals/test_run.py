@@ -157,7 +157,19 @@ def test_the_same_command_again_measures_nothing_and_says_the_same(swept: tuple[
     assert (again.returncode, again.stderr) == (0, "")
     assert measurements(folder, "seq_len") == before
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
-    assert again.stdout[again.stdout.index("latency in ms") :] == said[said.index("latency in ms") :]
+    *tables, share = said[said.index("latency in ms") :].splitlines()
+    assert again.stdout[again.stdout.index("latency in ms") :].splitlines() == tables
+    assert re.fullmatch(r"\d+% of \d+ s went into calls that were timed, or warmed up for that", share)
+
+
+def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept: tuple[Path, str]) -> None:
+    rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in measurements(swept[0], "seq_len"):
+        if one["kind"] == "latency":
+            assert one["called_s"] > 0.999 * (one["first_call_s"] + sum(map(sum, one["turns"])))
+            rounds.setdefault((one["comparison"], one["round"]), []).append(one)
+    for own in rounds.values():
+        assert sum(one["called_s"] for one in own) < own[0]["round_s"]
 
 
 def test_a_torn_line_is_set_aside_and_told(swept: tuple[Path, str]) -> None:

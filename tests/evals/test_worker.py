@@ -1,17 +1,23 @@
 """Whatever happens in a child process comes back as a result, and nothing of it stays."""
 
 import ctypes
+import gc
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Generator
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from evals.worker import Result, outcome_of, run_isolated
+
+ROOT = Path(__file__).parents[2]
 
 
 def product(a: int, b: int) -> int:
@@ -64,6 +70,53 @@ def test_a_child_does_not_inherit_what_the_parent_did() -> None:
         assert run_isolated(torch.get_num_threads, timeout_s=60).value == before
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_child_does_not_import_the_command_that_starts_it(tmp_path: Path) -> None:
+    command = tmp_path / "command.py"
+    command.write_text(
+        "import os\nfrom evals.worker import run_isolated\nprint('imported', flush=True)\n"
+        "if __name__ == '__main__':\n    print(run_isolated(os.path.basename, '/a/b', timeout_s=60).value)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for arguments in (["-m", "command"], ["command.py"]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.stdout.split(), done.stderr) == (["imported", "b"], "")
+
+
+def wait_for_more() -> Generator[int, None, None]:
+    yield os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is dead")
+def test_a_killed_command_leaves_no_process_behind() -> None:
+    script = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport test_worker\nfrom evals.worker import Worker\n"
+        "worker = Worker(test_worker.wait_for_more)\n"
+        "print(worker.result(60).value, flush=True)\nsys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        server = child.parent()
+        assert server is not None
+        assert child.status() == psutil.STATUS_STOPPED
+        process.kill()
+    _, alive = psutil.wait_procs([child, server], timeout=60)
+    assert alive == []
+
+
+def imported(name: str) -> bool:
+    return name in sys.modules
+
+
+def test_a_child_starts_with_what_measuring_needs_and_not_with_what_draws() -> None:
+    assert run_isolated(imported, "torch._dynamo", timeout_s=60).value
+    assert not run_isolated(imported, "matplotlib", timeout_s=60).value
+    assert run_isolated(gc.get_freeze_count, timeout_s=60).value > 10_000
 
 
 @pytest.mark.parametrize(

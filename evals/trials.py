@@ -1,0 +1,119 @@
+"""What is found out about a contestant before it is timed: whether it is certified, what it declares and what it holds."""
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals import cuda
+from evals.certify import certificate
+from evals.config import Comparison, Contestant, cores, digest
+from evals.cost import cost
+from evals.ledger import Ledger, Record
+from evals.measure import available_bytes, now, peak_allocated_bytes, process_peak_bytes
+from evals.worker import Result, Worker
+from evals.workloads import prepare
+
+CERTIFICATE = ("certify.py", "checks.py")
+
+CERTIFICATE_S = 5.0
+"""About what a certificate takes, for planning ahead."""
+
+_inconclusive: list[Record] = []
+"""Certificates that were not finished: another day they may be, so that only this command remembers them."""
+
+
+class Trials:
+    """`code`: of each contestant, a digest. `certificates` remembers which code was certified and how that came out."""
+
+    def __init__(self, comparison: Comparison, code: dict[str, str], certificates: Ledger, memory_limit_bytes: int) -> None:
+        self.comparison = comparison
+        self.code = code
+        self.certificates = certificates
+        self.memory_limit_bytes = memory_limit_bytes
+
+    def make(self, contestants: Sequence[Contestant]) -> Iterator[Record]:
+        """A record each, in the order in which they are done: each on a core of its own, since nothing is timed meanwhile."""
+        # What takes longest begins: a certificate is the longer the longer the blocks are.
+        with torch.device("meta"):
+            lengths = {one.name: one.build(self.comparison.model).block_length for one in contestants}
+        pool = ThreadPoolExecutor(cores())
+        try:
+            order = sorted(contestants, key=lambda one: -lengths[one.name])
+            for future in as_completed([pool.submit(self._made, one) for one in order]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _made(self, contestant: Contestant) -> Record:
+        record = {"attention": contestant.name, "outcome": "ok", "detail": ""}
+        certified = self.certified(contestant)
+        if certified.outcome != "ok":
+            return record | {"outcome": certified.outcome, "detail": certified.detail}
+        limit_s = self.comparison.sampling.timeout_s
+        with Worker(trial, self.comparison, contestant, memory_limit_bytes=self.memory_limit_bytes) as worker:
+            declared = worker.result(limit_s)  # which runs the attention's own code, too
+            if declared.outcome != "ok":
+                return record | {"outcome": declared.outcome, "detail": declared.detail}
+            held = worker.ask(None, limit_s)
+        if held.outcome != "ok":
+            record["detail"] = f"peak memory is unknown ({held.outcome}): {held.detail}"
+        return {**record, **declared.value, **(held.value or {})}
+
+    def certified(self, contestant: Contestant) -> Result:
+        """ok; uncertified, with what the certificate of this code says against it; unsupported where none can be made here."""
+        key = self._key(contestant)
+        for record in [*self.certificates.read()[0], *_inconclusive]:
+            if record.get("key") == key:
+                return Result("uncertified" if record["objection"] else "ok", detail=str(record["objection"]))
+        limit = int(0.8 * available_bytes() / cores())  # as many may run at once
+        result = certificate(contestant, self.comparison, limit)
+        if result.outcome == "unsupported":
+            return Result("unsupported", detail=result.detail)
+        if result.outcome == "ok":
+            words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
+        else:
+            words = f"the certificate ended as {result.outcome}: {result.detail}"
+        record = {"key": key, "attention": contestant.name, "objection": words, "time": now()}
+        if result.outcome == "ok":
+            self.certificates.append(record)
+        else:
+            _inconclusive.append(record)
+        return Result("uncertified" if words else "ok", detail=words)
+
+    def seconds(self, contestants: Sequence[Contestant]) -> float:
+        """About how long their certificates would take that there are not yet."""
+        known = {record.get("key") for record in self.certificates.read()[0]}
+        return CERTIFICATE_S * sum(self._key(one) not in known for one in contestants) / cores()
+
+    def _key(self, contestant: Contestant) -> str:
+        model, device = self.comparison.model, self.comparison.device
+        what = [contestant.node, self.code[contestant.name], model.hidden_dim, model.num_heads, source(*CERTIFICATE)]
+        # Kernels that run only there are certified in its precision.
+        return digest(what if device.kind == "cpu" else [*what, device.kind, device.dtype])
+
+
+def source(*names: str) -> list[str]:
+    """The text of files of this package."""
+    paths = (Path(__file__).parent / name for name in names)
+    return [path.read_text() for path in paths if path.exists()]
+
+
+# --- in a child process -------------------------------------------------------------------------
+
+
+def trial(comparison: Comparison, contestant: Contestant) -> Generator[dict[str, Any], None, None]:
+    """What it declares, found without data; then what it holds. It has not worked in this process before that."""
+    yield cost(comparison, contestant)
+    yield memory(comparison, contestant)
+
+
+def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
+    work, _, _, counted = prepare(comparison, contestant)
+    if comparison.device.kind == "cuda":
+        peak = cuda.peak_memory(work)
+        return {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes, **counted()}
+    # In this order: the first asks for a process that has not worked yet.
+    return {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work), **counted()}
