@@ -180,6 +180,9 @@ class DeltaNetAttention(MultiHeadAttention):
             q, k = rotate(q, start), rotate(k, start)
         return q, k, v, self.beta_proj(hidden_states).sigmoid().transpose(1, 2)
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, beta = tensors
         if self.impl == "fla":

@@ -197,6 +197,9 @@ class GatedDeltaNetAttention(MultiHeadAttention):
         log_alpha = -self.log_rate.exp() * F.softplus(self.decay_proj(hidden_states) + self.step_bias)
         return q, k, v, beta.transpose(1, 2), log_alpha.transpose(1, 2)
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, beta, log_alpha = tensors
         if self.impl == "fla":

@@ -129,6 +129,9 @@ class LinearAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.chunk_size
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         if self.impl == "fla":

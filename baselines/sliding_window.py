@@ -135,6 +135,9 @@ class SlidingWindowAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.window_size
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         if self.impl == "flex" and q.shape[2] > 1:

@@ -284,6 +284,9 @@ class SparseAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.block_size
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         if self.impl == "flex" and q.shape[2] > 1:

@@ -117,6 +117,9 @@ class StandardAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
         self.backend = checked_backend(backend)
 
+    def implementation(self, *_: Tensor) -> str:
+        return self.backend
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         return softmax_attention(q, k, v, dropout_p=self.dropout_p, backend=self.backend)

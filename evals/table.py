@@ -30,7 +30,7 @@ COLUMNS = (
     *("host_s", "exposed", "throttled"),
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "relative_to", "speedup", "speedup_low", "speedup_high"),
     *("p", "noise_floor", "verdict"),
-    *("floor_s", "ceiling_fraction", "limit", "flops", "least_bytes"),
+    *("impl", "floor_s", "ceiling_fraction", "limit", "flops", "least_bytes"),
     *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "sent_bytes", "match", "unmatched", "comparison"),
 )
 

@@ -114,6 +114,16 @@ def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
     work, _, _, counted = prepare(comparison, contestant)
     if comparison.device.kind == "cuda":
         peak = cuda.peak_memory(work)
-        return {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes, **counted()}
-    # In this order: the first asks for a process that has not worked yet.
-    return {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work), **counted()}
+        held: dict[str, Any] = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
+    else:  # in this order: the first asks for a process that has not worked yet
+        held = {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work)}
+    return {**held, **counted(), "impl": implementation(comparison, contestant)}
+
+
+@torch.no_grad()
+def implementation(comparison: Comparison, contestant: Contestant) -> str:
+    """Which of its implementations the attention runs on this device, in this precision."""
+    device = comparison.device
+    attention = contestant.build(comparison.model).to(device.kind, device.torch_dtype).eval()
+    one_token = torch.zeros(1, 1, comparison.model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
+    return attention.implementation(*attention.project(one_token))
