@@ -21,6 +21,7 @@ from bsbr.interface import (
     rotate,
     split_heads,
 )
+from bsbr.kernels import tuning
 from bsbr.plain import sdpa, unit_norm
 from bsbr.ranks import Ranks
 
@@ -254,7 +255,8 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(self.meta_k_proj(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        return dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
+        chosen = dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
+        return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---
 

@@ -70,12 +70,12 @@ def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> Tile:
     return found
 
 
-def used(device: torch.device) -> str:
-    """Which tiles kernels on this device run with, for a record of results."""
-    if _is_hopper(device):
-        return "hopper (predicted, never measured)"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-    return f"default (untuned for {name})"
+def used(like: Tensor) -> str:
+    """Which tiles the kernels run with for such tensors, for a record of results."""
+    if _is_hopper(like.device) and like.element_size() == 2:
+        return "hopper tiles (predicted, never measured)"
+    name = torch.cuda.get_device_name(like.device) if like.device.type == "cuda" else like.device.type
+    return f"default tiles (untuned for {str(like.dtype).removeprefix('torch.')} on {name})"
 
 
 def _is_hopper(device: torch.device) -> bool:
