@@ -12,3 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 folder = tempfile.mkdtemp(prefix=f"bsbr-tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-")
 tempfile.tempdir = os.environ["TMPDIR"] = folder
 atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for a process that they started."""
+    return (os.cpu_count() or 1) + 1

@@ -366,7 +366,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["attention=[nope]"], "unknown attention 'nope'; known are bsbr, delta_net, gau, hopfield, linear, "),
+        (["attention=[nope]"], "unknown attention 'nope'; known are bsbr, delta_net, delta_net_fla, gated_delta_net, "),
         (["sweep=nope"], "unknown sweep 'nope'; known are all, batch_size, "),
         (["attention=[]"], "no attention is selected"),
         (["attention.bsbr.chunk_size=0"], "attention 'bsbr' cannot be built: chunk_size must be a positive integer, got 0"),
