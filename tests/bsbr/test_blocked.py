@@ -79,10 +79,11 @@ def test_a_future_that_overflows_does_not_reach_the_past() -> None:
 
 
 def test_the_choice_of_implementation() -> None:
-    tensors = inputs(CHUNK, features=False, dtype=torch.float32)
+    tensors = inputs(CHUNK + 1, features=False, dtype=torch.float32)
     order = [tensors[name] for name in ("q", "k", "v", "r", "h")]
     assert dispatch.choose("auto", *order) == "blocked"
     assert dispatch.choose("torch", *order) == "torch"
+    assert dispatch.choose("auto", *order[:3], order[3][:, :, :1], *order[4:]) == "torch"  # a single chunk
     assert dispatch.choose("auto", *order, dropout_p=0.1) == "torch"
     assert dispatch.choose("auto", *(x.bfloat16() for x in order)) == "torch"
     with pytest.raises(NotImplementedError, match=r"impl='blocked' was asked for: blocks have no dropout; impl='torch' takes"):
