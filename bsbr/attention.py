@@ -17,6 +17,7 @@ from bsbr.interface import (
     check_hidden_states,
     count,
     next_position,
+    pages_of,
     require_positive,
     rotate,
     split_heads,
@@ -312,7 +313,7 @@ class BSBRAttention(MultiHeadAttention):
         complete = tokens // size
         pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
         meta_keys = self._meta_key(pooled)
-        known = _pages(state, "meta_keys"), _pages(state, "states")
+        known = pages_of(state, "meta_keys"), pages_of(state, "states")
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, *features
         options = self._options(tensors)
         if self.implementation(*tensors) == "blocked":
@@ -350,7 +351,7 @@ class BSBRAttention(MultiHeadAttention):
             pooled = (after["open_hidden"] / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
             new = {"meta_keys": self._meta_key(pooled), "states": after["open_state"].to(v.dtype).unsqueeze(2)}
             for name, chunk in new.items():
-                after |= _paged(name, _pages(state, name), chunk)
+                after |= _paged(name, pages_of(state, name), chunk)
             after["open_state"], after["open_hidden"] = (torch.zeros_like(after[name]) for name in ("open_state", "open_hidden"))
         return attended, after
 
@@ -396,10 +397,6 @@ class BSBRAttention(MultiHeadAttention):
 
 
 # --- pages --------------------------------------------------------------------------------------
-
-
-def _pages(state: State, name: str) -> list[Tensor]:
-    return [state[f"{name}.{index}"] for index in range(sum(key.startswith(f"{name}.") for key in state))]
 
 
 def _paged(name: str, pages: list[Tensor], new: Tensor) -> State:

@@ -41,8 +41,8 @@ def segment(
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bsbr.plain.segment`; without dropout, differentiable once."""
-    batch, _heads, time, head_dim = q.shape
-    kv_heads, chunks, before = k.shape[1], h.shape[2], k.shape[2] - time
+    time, chunks = q.shape[2], h.shape[2]
+    before = k.shape[2] - time
     first = sum(page.shape[2] for page in past[0])
     stored, values = k[:, :, before:] if k_features is None else k_features, v[:, :, before:]
     normed = k_features is None
@@ -54,7 +54,7 @@ def segment(
 
     # Stretch by stretch: what is stored is mixed, and what is retrieved is read, before the next one begins.
     rows = r.shape[2]
-    states = v.new_empty(batch, kv_heads, chunks, stored.shape[3], head_dim)
+    states = v.new_empty(*v.shape[:2], chunks, stored.shape[3], v.shape[3])
     out = _like_hidden(q)
     for start in range(0, rows, STRETCH):
         stop = min(rows, start + STRETCH)
@@ -134,7 +134,7 @@ def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: boo
 
 def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, normed: bool) -> None:
     """Writes the gradients by all of `keys` and `v`: zero behind the last stored chunk."""
-    batch, kv_heads, chunks, _features, _head_dim = d_states.shape
+    batch, kv_heads, chunks = d_states.shape[:3]
     for x in (d_keys, d_v):
         x[:, :, chunks * chunk_size :] = 0
     if not chunks:

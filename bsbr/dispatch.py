@@ -21,20 +21,18 @@ def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: 
     obstacles = {"triton": _not_triton, "blocked": _not_blocked}
     if impl == "auto":
         chunks = tensors[3].shape[2]
-        return next(
-            (one for one in FASTEST_FIRST if not obstacles[one](tensors, gain, dropout_p) and chunks >= WORTHWHILE[one]), "torch"
-        )
+        able = (one for one, least in WORTHWHILE.items() if chunks >= least and not obstacles[one](tensors, gain, dropout_p))
+        return next(able, "torch")
     obstacle = obstacles[impl](tensors, gain, dropout_p) if impl in obstacles else None
     if obstacle:
         raise NotImplementedError(f"impl='{impl}' was asked for: {obstacle}; impl='torch' takes every input")
     return impl
 
 
-FASTEST_FIRST: tuple[Impl, ...] = ("triton", "blocked")
-
-WORTHWHILE = {"triton": 1, "blocked": 2}
-"""From how many chunks on. A single one is a single operation in plain torch, and 1.3 to 1.8 times as fast there. A rule by
-size would find the turning point better, but a certificate, whose sequences are short, would then be of the other implementation.
+WORTHWHILE: dict[Impl, int] = {"triton": 1, "blocked": 2}
+"""From how many chunks on, the fastest first. A single one is one operation in plain torch, and 1.3 to 1.8 times as fast
+there. A rule by size would find the turning point better, but a certificate, whose sequences are short, would then be of the
+other implementation.
 """
 
 
