@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from bsbr import blocked, dispatch, kernels, plain, reference
+from bsbr import dispatch, kernels, native, plain, reference
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -55,7 +55,7 @@ def bsbr_attention(
     q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
     gain: g, one factor a head [heads], how much retrieval weighs; by default 1.
     top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. dropout_p acts on the weights
-    of both softmaxes. impl: torch, blocked (CPU, in cache-sized blocks), triton (GPU); auto takes the fastest that can.
+    of both softmaxes. impl: torch, native (CPU, compiled C++), triton (GPU); auto takes the fastest that can.
 
     Returns [batch, heads, time, head_dim]. Cost per head: local O(n·chunk_size·d), states and read-out O(n·d_r·d),
     mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
@@ -79,8 +79,8 @@ def bsbr_attention(
     if chosen == "triton":
         return kernels.bsbr_attention(q, k, v, r, h, **options)
     h = h[:, :, : chunks - 1]
-    if chosen == "blocked":
-        return blocked.segment(q, k, v, r, h, **options)[0]
+    if chosen == "native":
+        return native.segment(q, k, v, r, h, **options)[0]
     return plain.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
 
 
@@ -316,8 +316,8 @@ class BSBRAttention(MultiHeadAttention):
         known = pages_of(state, "meta_keys"), pages_of(state, "states")
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, *features
         options = self._options(tensors)
-        if self.implementation(*tensors) == "blocked":
-            attended, states, retrieved = blocked.segment(*tensors[:5], past=known, **options)
+        if self.implementation(*tensors) == "native":
+            attended, states, retrieved = native.segment(*tensors[:5], past=known, **options)
         else:  # the kernels know of no past
             attended, states, retrieved = plain.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
         rest = complete * size

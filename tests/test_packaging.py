@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_bsbr_only_and_all_of_it(wheel: Path) -> None:
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if not re.match(r"bsbr-[^/]+\.dist-info/", name)}
-    source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bsbr").rglob("*.py")} | {"bsbr/py.typed"}
+    source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bsbr").rglob("*.py")} | {"bsbr/py.typed", "bsbr/native.cpp"}
     assert packaged == source
 
 

@@ -70,8 +70,10 @@ def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Pat
     assert not measured.trials.certificates.read()[0]  # another machine may run it
 
 
-@pytest.mark.parametrize(("options", "impl"), [(["shape.seq_len=128"], "torch"), (["shape.seq_len=129"], "blocked")])
-def test_a_row_names_the_implementation_that_runs_at_its_length(options: list[str], impl: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "impl"), [([], "native"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
+)
+def test_a_row_names_the_implementation_that_runs_in_its_precision(options: list[str], impl: str) -> None:
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         comparison = read_comparison(compose("config", ["attention=[bsbr]", *options]))
     assert implementation(comparison, comparison.contestants[0]) == impl

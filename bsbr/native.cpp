@@ -1,0 +1,547 @@
+// BSBR on a CPU, one chunk of one head at a time: all that a chunk needs stays in the cache of one core, every product
+// runs in registers, and only results go to memory. `bsbr/native.py` compiles this file and says what the functions compute.
+//
+// A product takes its right operand *packed*: in panels of WIDTH columns, one after the other, each row of a panel
+// contiguous, zeros behind the last column. Its left operand stays where it is, under any two strides.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <omp.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, ROWS = 12;  // of a vector; of a tile: ROWS x 2 sums and what feeds them fill 32 registers
+#else
+constexpr int BYTES = 32, ROWS = 6;  // 16 registers of AVX2; 32 of half the size of NEON
+#endif
+
+using index = std::ptrdiff_t;
+
+template <class T>
+struct Lanes {
+    typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vector = typename Lanes<T>::type;
+template <class T>
+constexpr int LANES = BYTES / sizeof(T);
+template <class T>
+constexpr int WIDTH = 2 * LANES<T>;
+
+template <class T>
+Vector<T>& vector(T* at) {
+    return *reinterpret_cast<Vector<T>*>(at);
+}
+template <class T>
+const Vector<T>& vector(const T* at) {
+    return *reinterpret_cast<const Vector<T>*>(at);
+}
+
+index panels(index columns, index width) { return (columns + width - 1) / width; }
+
+// --- products -----------------------------------------------------------------------------------
+
+/// Sums of M rows and WIDTH columns, in registers.
+template <class T, int M>
+struct Tile {
+    Vector<T> sum[M][2];
+
+    Tile() : sum{} {}
+
+    /// += left [M, depth] right [depth, WIDTH]; left(i, k) lies at i * row + k * step.
+    /// A function of its own, so that the compiler keeps all sums in registers.
+    __attribute__((noinline)) void add_product(const T* left, index row, index step, const T* right, index depth) {
+        Vector<T> local[M][2];
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) local[i][0] = sum[i][0], local[i][1] = sum[i][1];
+        for (index k = 0; k < depth; ++k, left += step, right += WIDTH<T>) {
+            Vector<T> first = vector(right), second = vector(right + LANES<T>);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) {
+                local[i][0] += left[i * row] * first;
+                local[i][1] += left[i * row] * second;
+            }
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) sum[i][0] = local[i][0], sum[i][1] = local[i][1];
+    }
+
+    __attribute__((always_inline)) void scale_rows(const T* by) {
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) sum[i][0] *= by[i], sum[i][1] *= by[i];
+    }
+
+    /// Writes `columns` of it, at most WIDTH, or adds them to what is there.
+    __attribute__((always_inline)) void store(T* to, index row, index columns, bool add = false) {
+        if (columns >= WIDTH<T> && !add) {
+#pragma GCC unroll 12
+            for (int i = 0; i < M; ++i) vector(to + i * row) = sum[i][0], vector(to + i * row + LANES<T>) = sum[i][1];
+            return;
+        }
+        T rows[M][WIDTH<T>];
+#pragma GCC unroll 12
+        for (int i = 0; i < M; ++i) vector(rows[i]) = sum[i][0], vector(rows[i] + LANES<T>) = sum[i][1];
+        for (int i = 0; i < M; ++i)
+            for (index j = 0; j < std::min<index>(columns, WIDTH<T>); ++j) to[i * row + j] = rows[i][j] + (add ? to[i * row + j] : T(0));
+    }
+};
+
+/// Calls body(first row, number of rows as a constant) for all rows, in blocks of ROWS and smaller ones for what is left.
+template <int M = ROWS, class Body>
+inline void by_rows(index rows, Body&& body, index start = 0) {
+    for (; start + M <= rows; start += M) body(start, std::integral_constant<int, M>{});
+    if constexpr (M > 1) by_rows<(M > 3 ? M / 3 : M - 1)>(rows, body, start);
+}
+
+constexpr int AHEAD = 16;
+
+/// Asks for a row that is read soon: rows of a head lie too far apart for the processor to guess.
+template <class T>
+inline void fetch(const T* row, index size) {
+    for (index i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+/// Packs x [depth, columns], whose rows lie `row` apart.
+template <class T>
+void pack(const T* x, index row, index depth, index columns, T* packed) {
+    for (index start = 0; start < columns; start += WIDTH<T>) {
+        const index wide = std::min<index>(WIDTH<T>, columns - start);
+        for (index k = 0; k < depth; ++k, packed += WIDTH<T>) {
+            const T* from = x + k * row + start;
+            if (start == 0) fetch(from + AHEAD * row, columns);
+            if (wide == WIDTH<T>) {
+                vector(packed) = vector(from), vector(packed + LANES<T>) = vector(from + LANES<T>);
+            } else {
+                for (index j = 0; j < WIDTH<T>; ++j) packed[j] = j < wide ? from[j] : T(0);
+            }
+        }
+    }
+}
+
+/// Packs the transpose of x [columns, depth], whose rows lie `row` apart.
+template <class T>
+void pack_transposed(const T* x, index row, index depth, index columns, T* packed) {
+    for (index start = 0; start < columns; start += WIDTH<T>, packed += depth * WIDTH<T>) {
+        const index wide = std::min<index>(WIDTH<T>, columns - start);
+        if (wide < WIDTH<T>) std::fill(packed, packed + depth * WIDTH<T>, T(0));
+        for (index j = 0; j < wide; ++j) {
+            const T* from = x + (start + j) * row;
+            fetch(from + AHEAD * row, depth);
+            for (index k = 0; k < depth; ++k) packed[k * WIDTH<T> + j] = from[k];
+        }
+    }
+}
+
+// --- rows ---------------------------------------------------------------------------------------
+
+inline Vector<float> exponential(Vector<float> x) {
+    // e^x = 2^n e^r, |r| <= ln 2 / 2; n sits in the low bits of x / ln 2 + 1.5 * 2^23. Cephes' polynomial, error 1 ulp or so.
+    typedef std::int32_t Bits __attribute__((vector_size(BYTES)));
+    typedef float Aligned __attribute__((vector_size(BYTES)));
+    const float magic = 12582912.f;
+    const Aligned shifted = x * 1.44269504f + magic;
+    const Aligned n = shifted - magic;
+    const Aligned r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Aligned p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    const Aligned result = (Aligned)((Bits)p + ((Bits)shifted << 23));
+    return x < -87.f ? Vector<float>{} : Vector<float>(result);
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+    for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <class T>
+T total(Vector<T> x) {
+    T sum = 0;
+    for (int i = 0; i < LANES<T>; ++i) sum += x[i];
+    return sum;
+}
+
+/// Turns scores [wide] into e^(score - their maximum) of the first `visible`, and 0 behind them. Returns their sum.
+template <class T>
+T exponentials(T* scores, index visible, index wide) {
+    std::fill(scores + visible, scores + wide, -std::numeric_limits<T>::infinity());
+    const index end = panels(visible, LANES<T>) * LANES<T>;
+    Vector<T> most = vector(scores);
+    for (index j = LANES<T>; j < end; j += LANES<T>) {
+        const Vector<T> x = vector(scores + j);
+        most = x > most ? x : most;
+    }
+    T maximum = most[0];
+    for (int i = 1; i < LANES<T>; ++i) maximum = most[i] > maximum ? most[i] : maximum;
+    Vector<T> sum{};
+    for (index j = 0; j < end; j += LANES<T>) sum += vector(scores + j) = exponential(vector(scores + j) - maximum);
+    std::fill(scores + end, scores + wide, T(0));
+    return total<T>(sum);
+}
+
+template <class T>
+T dot(const T* a, const T* b, index size) {
+    Vector<T> sum{};
+    index i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) sum += vector(a + i) * vector(b + i);
+    T rest = total<T>(sum);
+    for (; i < size; ++i) rest += a[i] * b[i];
+    return rest;
+}
+
+/// to = x * factor
+template <class T>
+void scaled(const T* x, T factor, index size, T* to) {
+    index i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) vector(to + i) = vector(x + i) * factor;
+    for (; i < size; ++i) to[i] = x[i] * factor;
+}
+
+/// What `unit_norm` multiplies a row with.
+template <class T>
+T inverse_norm(const T* x, index size) {
+    return 1 / std::sqrt(dot(x, x, size) + T(1e-6));
+}
+
+/// to = (g - y (y.g)) * inverse: the gradient by x of y = x * inverse(x), from that by y.
+template <class T>
+void unit_norm_backward(const T* gradient, const T* normed, T inverse, index size, T* to) {
+    const T along = dot(gradient, normed, size);
+    index i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) vector(to + i) = (vector(gradient + i) - vector(normed + i) * along) * inverse;
+    for (; i < size; ++i) to[i] = (gradient[i] - normed[i] * along) * inverse;
+}
+
+// --- tensors ------------------------------------------------------------------------------------
+
+}  // namespace
+
+extern "C" {
+
+/// [batch, heads, time, dim], or [batch, heads, chunks, d_r, dim] with its last two contiguous; null where there is none.
+struct Tensor {
+    void* data;
+    std::int64_t item, head, time;  // strides, of elements
+};
+
+struct Sizes {
+    std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, head_dim, features, normed, threads;
+};
+}
+
+namespace {
+
+template <class T>
+T* at(const Tensor& x, index item, index head, index time) {
+    return static_cast<T*>(x.data) + item * x.item + head * x.head + time * x.time;
+}
+
+/// A chunk: its tokens, and the keys that it sees, counted as q and as k count them.
+struct Chunk {
+    index start, length, first_key, keys, seen_before;
+    Chunk(const Sizes& s, index number) {
+        start = number * s.chunk_size;
+        length = std::min<index>(s.chunk_size, s.time - start);
+        first_key = std::max<index>(0, s.before + start - s.overlap);
+        keys = s.before + start + length - first_key;
+        seen_before = keys - length;
+    }
+};
+
+/// Scratch of one thread, handed out in pieces that begin at a cache line.
+template <class T>
+struct Scratch {
+    T* next;
+    T* take(index size) {
+        T* piece = next;
+        next += panels(size, 16) * 16;
+        return piece;
+    }
+};
+
+template <class T>
+index padded(index columns) {
+    return panels(columns, WIDTH<T>) * WIDTH<T>;
+}
+
+/// The distance between rows of scores, with a panel to spare for zeros.
+template <class T>
+index score_row(index keys) {
+    return padded<T>(keys) + 2 * WIDTH<T>;
+}
+
+index most_keys(const Sizes& s) { return std::min(s.chunk_size, s.time) + s.overlap; }
+
+/// What one thread needs for the most demanding of the four functions, of elements: a whole number of cache lines.
+template <class T>
+index scratch_size(const Sizes& s) {
+    const index keys = padded<T>(most_keys(s)), dim = padded<T>(std::max(s.head_dim, s.features));
+    return 6 * keys * dim + dim * dim + 2 * keys * score_row<T>(keys) + 3 * ROWS * score_row<T>(std::max(keys, dim));
+}
+
+/// Calls body(task, scratch of its thread) for all tasks.
+template <class T, class Body>
+void in_parallel(index tasks, const Sizes& s, T* memory, Body&& body) {
+    const int threads = static_cast<int>(std::min<index>(s.threads, tasks));
+    const index size = scratch_size<T>(s);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (index task = 0; task < tasks; ++task) body(task, Scratch<T>{memory + omp_get_thread_num() * size});
+}
+
+// --- storing ------------------------------------------------------------------------------------
+
+template <class T>
+void store(const Sizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
+    const index depth = s.chunk_size;
+    in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+        const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
+        const T* key = at<T>(keys, item, head, chunk * depth);
+        // Blocks of ROWS features, each [token, ROWS]: what a tile reads together lies together.
+        T* blocks = scratch.take(panels(s.features, ROWS) * ROWS * depth);
+        for (index token = 0; token < depth; ++token) {
+            const T* row = key + token * keys.time;
+            fetch(row + AHEAD * keys.time, s.features);
+            const T factor = s.normed ? inverse_norm(row, s.features) : T(1);
+            T* to = blocks + token * ROWS;
+            for (index f = 0; f < s.features; f += ROWS, to += depth * ROWS)
+                for (index a = 0; a < std::min<index>(ROWS, s.features - f); ++a) to[a] = row[f + a] * factor;
+        }
+        T* values = scratch.take(depth * padded<T>(s.head_dim));
+        pack(at<T>(v, item, head, chunk * depth), v.time, depth, s.head_dim, values);
+        T* state = at<T>(states, item, head, chunk);
+        for (index column = 0; column < s.head_dim; column += WIDTH<T>)
+            by_rows(s.features, [&](index f, auto m) {
+                Tile<T, m()> tile;
+                tile.add_product(blocks + f / ROWS * ROWS * depth + f % ROWS, 1, ROWS, values + column * depth, depth);
+                tile.store(state + f * s.head_dim + column, s.head_dim, s.head_dim - column);
+            });
+    });
+}
+
+template <class T>
+void store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Tensor d_keys, Tensor d_v, T* memory) {
+    const index row = s.features + WIDTH<T>;
+    in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+        const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
+        const index start = chunk * s.chunk_size;
+        const T *key = at<T>(keys, item, head, start), *value = at<T>(v, item, head, start);
+        T *d_key = at<T>(d_keys, item, head, start), *d_value = at<T>(d_v, item, head, start);
+        const T* d_state = at<T>(d_states, item, head, chunk);
+        T* by_feature = scratch.take(s.features * padded<T>(s.head_dim));
+        T* by_dim = scratch.take(s.head_dim * padded<T>(s.features));
+        pack(d_state, s.head_dim, s.features, s.head_dim, by_feature);
+        pack_transposed(d_state, s.head_dim, s.head_dim, s.features, by_dim);
+        T* stored = scratch.take(ROWS * row);
+        T* gradient = scratch.take(ROWS * row);
+        by_rows(s.chunk_size, [&](index i, auto m) {
+            T inverse[ROWS];
+            for (int a = 0; a < m; ++a) {
+                const T* from = key + (i + a) * keys.time;
+                inverse[a] = s.normed ? inverse_norm(from, s.features) : T(1);
+                scaled(from, inverse[a], s.features, stored + a * row);
+            }
+            for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                Tile<T, m()> tile;
+                tile.add_product(stored, row, 1, by_feature + column * s.features, s.features);
+                tile.store(d_value + i * d_v.time + column, d_v.time, s.head_dim - column);
+            }
+            for (index column = 0; column < s.features; column += WIDTH<T>) {
+                Tile<T, m()> tile;
+                tile.add_product(value + i * v.time, v.time, 1, by_dim + column * s.head_dim, s.head_dim);
+                tile.store(gradient + column, row, WIDTH<T>);
+            }
+            for (int a = 0; a < m; ++a) {
+                T* to = d_key + (i + a) * d_keys.time;
+                if (s.normed) unit_norm_backward(gradient + a * row, stored + a * row, inverse[a], s.features, to);
+                else std::copy(gradient + a * row, gradient + a * row + s.features, to);
+            }
+        });
+    });
+}
+
+// --- attending ----------------------------------------------------------------------------------
+
+/// Scores of M queries, from `query` on, with the first `visible` keys at least.
+template <class T, int M>
+void score(const T* query, index row, const T* keys, index head_dim, T scale, index visible, T* scores, index score_row) {
+    T factors[M];
+    std::fill(factors, factors + M, scale);
+    for (index column = 0; column < visible; column += WIDTH<T>) {
+        Tile<T, M> tile;
+        tile.add_product(query, row, 1, keys + column * head_dim, head_dim);
+        tile.scale_rows(factors);
+        tile.store(scores + column, score_row, WIDTH<T>);
+    }
+}
+
+template <class T>
+void attend(const Sizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor out, T* memory) {
+    const index row = score_row<T>(most_keys(s)), group = s.heads / s.kv_heads;
+    const T scale = 1 / std::sqrt(T(s.head_dim));
+    in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
+        const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
+        const Chunk chunk(s, number);
+        T* keys = scratch.take(s.head_dim * padded<T>(chunk.keys));
+        T* values = scratch.take(chunk.keys * padded<T>(s.head_dim));
+        pack_transposed(at<T>(k, item, head / group, chunk.first_key), k.time, s.head_dim, chunk.keys, keys);
+        pack(at<T>(v, item, head / group, chunk.first_key), v.time, chunk.keys, s.head_dim, values);
+        T* state = scratch.take(s.features * padded<T>(s.head_dim));
+        pack(at<T>(retrieved, item, head, number), s.head_dim, s.features, s.head_dim, state);
+        T* scores = scratch.take(ROWS * row);
+        T* reads = scratch.take(ROWS * s.features);
+        const Tensor& source = features.data ? features : q;
+        by_rows(chunk.length, [&](index i, auto m) {
+            const T* query = at<T>(q, item, head, chunk.start + i);
+            const index visible = chunk.seen_before + i + m, wide = padded<T>(visible);
+            for (int a = 0; a < m; ++a) fetch(query + (a + m) * q.time, s.head_dim);
+            score<T, m()>(query, q.time, keys, s.head_dim, scale, visible, scores, row);
+            T sum[ROWS], share[ROWS];
+            for (int a = 0; a < m; ++a) {
+                sum[a] = exponentials(scores + a * row, visible - m + a + 1, wide);
+                share[a] = 1 / sum[a];
+                const T* read = at<T>(source, item, head, chunk.start + i + a);
+                const T factor = features.data ? T(1) : inverse_norm(read, s.features);
+                scaled(read, factor, s.features, reads + a * s.features);
+            }
+            for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                Tile<T, m()> tile;
+                tile.add_product(reads, s.features, 1, state + column * s.features, s.features);
+                tile.scale_rows(sum);
+                tile.add_product(scores, row, 1, values + column * chunk.keys, visible);
+                tile.scale_rows(share);
+                tile.store(at<T>(out, item, head, chunk.start + i) + column, out.time, s.head_dim - column);
+            }
+        });
+    });
+}
+
+template <class T>
+void attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q,
+                     Tensor d_k, Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory) {
+    const index row = score_row<T>(most_keys(s)), group = s.heads / s.kv_heads;
+    const T scale = 1 / std::sqrt(T(s.head_dim));
+    // Chunks that overlap add to the same keys: then one thread takes all chunks of a head, in order.
+    const index together = s.overlap ? s.chunks : 1;
+    in_parallel(s.batch * (s.chunks / together) * s.kv_heads, s, memory, [&](index task, const Scratch<T> whole) {
+        const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
+        const index first = together > 1 ? 0 : task / s.kv_heads % s.chunks;
+        for (index number = first; number < first + together; ++number) {
+            Scratch<T> scratch = whole;
+            const Chunk chunk(s, number);
+            const index key_row = k.time, value_row = v.time;
+            const T *key = at<T>(k, item, kv_head, chunk.first_key), *value = at<T>(v, item, kv_head, chunk.first_key);
+            T* keys_by_dim = scratch.take(s.head_dim * padded<T>(chunk.keys));
+            T* values_by_dim = scratch.take(s.head_dim * padded<T>(chunk.keys));
+            T* keys = scratch.take(chunk.keys * padded<T>(s.head_dim));
+            pack_transposed(key, key_row, s.head_dim, chunk.keys, keys_by_dim);
+            pack_transposed(value, value_row, s.head_dim, chunk.keys, values_by_dim);
+            pack(key, key_row, chunk.keys, s.head_dim, keys);
+            T* state = scratch.take(s.head_dim * padded<T>(s.features));
+            T* queries = scratch.take(chunk.length * padded<T>(s.head_dim));
+            T* d_outs = scratch.take(chunk.length * padded<T>(s.head_dim));
+            T* weights = scratch.take(chunk.length * row);
+            T* d_scores = scratch.take(chunk.length * row);
+            T* reads = scratch.take(chunk.length * s.features);
+            const index read_row = s.features + WIDTH<T>;
+            T* d_reads = scratch.take(ROWS * read_row);
+
+            for (index head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                const T *query = at<T>(q, item, head, chunk.start), *d_rows = at<T>(d_out, item, head, chunk.start);
+                pack_transposed(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features, state);
+                pack(query, q.time, chunk.length, s.head_dim, queries);
+                pack(d_rows, d_out.time, chunk.length, s.head_dim, d_outs);
+                by_rows(chunk.length, [&](index i, auto m) {
+                    const index visible = chunk.seen_before + i + m, wide = padded<T>(visible);
+                    T *weight = weights + i * row, *d_score = d_scores + i * row;
+                    const T* d_row = d_rows + i * d_out.time;
+                    score<T, m()>(query + i * q.time, q.time, keys_by_dim, s.head_dim, scale, visible, weight, row);
+                    score<T, m()>(d_row, d_out.time, values_by_dim, s.head_dim, T(1), visible, d_score, row);
+                    for (int a = 0; a < m; ++a) {
+                        // Zeros reach a panel further than what is visible: tiles of keys read them.
+                        T *p = weight + a * row, *d = d_score + a * row;
+                        const T share = 1 / exponentials(p, visible - m + a + 1, wide + WIDTH<T>);
+                        std::fill(d + wide, d + wide + WIDTH<T>, T(0));
+                        for (index j = 0; j < wide; j += LANES<T>) vector(p + j) *= share;
+                        const T along = dot(p, d, wide);
+                        for (index j = 0; j < wide; j += LANES<T>) vector(d + j) = vector(p + j) * (vector(d + j) - along) * scale;
+                    }
+
+                    // By φ(Q), and by Q through it.
+                    T inverse[ROWS];
+                    for (int a = 0; a < m; ++a) {
+                        const T* read = features.data ? at<T>(features, item, head, chunk.start + i + a) : query + (i + a) * q.time;
+                        inverse[a] = features.data ? T(1) : inverse_norm(read, s.features);
+                        scaled(read, inverse[a], s.features, reads + (i + a) * s.features);
+                    }
+                    for (index column = 0; column < s.features; column += WIDTH<T>) {
+                        Tile<T, m()> tile;
+                        tile.add_product(d_row, d_out.time, 1, state + column * s.head_dim, s.head_dim);
+                        tile.store(d_reads + column, read_row, WIDTH<T>);
+                    }
+                    T* d_query = at<T>(d_q, item, head, chunk.start + i);
+                    for (int a = 0; a < m; ++a) {
+                        const T* by_read = d_reads + a * read_row;
+                        if (features.data) {
+                            std::copy(by_read, by_read + s.features, at<T>(d_features, item, head, chunk.start + i + a));
+                            std::fill(d_query + a * d_q.time, d_query + a * d_q.time + s.head_dim, T(0));
+                        } else {
+                            unit_norm_backward(by_read, reads + (i + a) * s.features, inverse[a], s.features, d_query + a * d_q.time);
+                        }
+                    }
+                    for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                        Tile<T, m()> tile;
+                        tile.add_product(d_score, row, 1, keys + column * chunk.keys, visible);
+                        tile.store(d_query + column, d_q.time, s.head_dim - column, true);
+                    }
+                });
+                // By keys and values: only rows that see them.
+                const bool add = s.overlap || head % group;
+                by_rows(chunk.keys, [&](index j, auto m) {
+                    const index from = std::max<index>(0, j - chunk.seen_before), rows = chunk.length - from;
+                    for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                        const index packed = column * chunk.length + from * WIDTH<T>;
+                        Tile<T, m()> by_key, by_value;
+                        by_key.add_product(d_scores + from * row + j, 1, row, queries + packed, rows);
+                        by_key.store(at<T>(d_k, item, kv_head, chunk.first_key + j) + column, d_k.time, s.head_dim - column, add);
+                        by_value.add_product(weights + from * row + j, 1, row, d_outs + packed, rows);
+                        by_value.store(at<T>(d_v, item, kv_head, chunk.first_key + j) + column, d_v.time, s.head_dim - column, add);
+                    }
+                });
+                T* d_state = at<T>(d_retrieved, item, head, number);
+                by_rows(s.features, [&](index f, auto m) {
+                    for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                        Tile<T, m()> tile;
+                        tile.add_product(reads + f, 1, s.features, d_outs + column * chunk.length, chunk.length);
+                        tile.store(d_state + f * s.head_dim + column, s.head_dim, s.head_dim - column);
+                    }
+                });
+            }
+        }
+    });
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                                \
+    extern "C" {                                                                                                       \
+    std::int64_t scratch_size_##NAME(const Sizes* s) { return scratch_size<T>(*s); }                                   \
+    void store_##NAME(const Sizes* s, const Tensor* x, T* memory) { store(*s, x[0], x[1], x[2], memory); }             \
+    void store_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                           \
+        store_backward(*s, x[0], x[1], x[2], x[3], x[4], memory);                                                      \
+    }                                                                                                                  \
+    void attend_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                                   \
+        attend(*s, x[0], x[1], x[2], x[3], x[4], x[5], memory);                                                        \
+    }                                                                                                                  \
+    void attend_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                          \
+        attend_backward(*s, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], memory);                \
+    }                                                                                                                  \
+    }
+EXPORT(float32, float)
+EXPORT(float64, double)

@@ -1,0 +1,234 @@
+"""BSBR on a CPU, in C++: a chunk of a head at a time, in the cache of one core, forward and backward.
+
+Whole-tensor operations (`bsbr.plain`) send every intermediate through memory, which is slower than the products between
+them. `native.cpp` fuses what a chunk needs: its scores, softmax, values and what it retrieves, or all their gradients.
+It is compiled on first use, for the machine at hand, by the compiler that torch.compile uses too (some seconds, kept for the
+next time); between the chunks, retrieval itself is `bsbr.plain.retrieve`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsbr.plain import retrieve
+
+STRETCH = 64
+"""Chunks that are stored, mixed and read together where no gradients are kept: what follows finds their keys in the cache."""
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+TYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def unsupported(*tensors: Tensor, dropout_p: float = 0.0) -> str | None:
+    """Why these tensors cannot be taken, or None."""
+    types = {x.dtype for x in tensors}
+    if any(x.device.type != "cpu" for x in tensors):
+        return f"native code is for a CPU, got tensors on {tensors[0].device}"
+    if len(types) > 1 or not types <= TYPES.keys():
+        return f"native code takes float32 or float64, got {', '.join(sorted(map(str, types)))}"
+    if dropout_p:
+        return "native code has no dropout"
+    built = library()
+    return built if isinstance(built, str) else None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The compiled `native.cpp`; where it cannot be had, why not, which is also said aloud, once."""
+    try:
+        return ctypes.CDLL(str(_build()))
+    except OSError as error:
+        problem = str(error)
+    except subprocess.CalledProcessError as error:
+        problem = f"{' '.join(error.cmd[:1])} failed: {(error.stderr.strip().splitlines() or ['it said nothing'])[0]}"
+    reason = f"there is no native code ({problem}); a C++ compiler with OpenMP makes it, CXX names one"
+    warnings.warn(f"BSBR runs in plain torch, several times slower: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _build() -> Path:
+    """Compiles unless this source was compiled for this processor before; safe beside other processes that do the same."""
+    compiler = os.environ.get("CXX", "c++")
+    identity = [SOURCE.read_text(), compiler, *FLAGS, platform.machine(), torch.__version__, _processor()]
+    name = f"native-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            built = Path(own) / name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+            built.replace(folder / name)
+    return folder / name
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    h: Tensor,
+    *,
+    past: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+    q_features: Tensor | None = None,
+    k_features: Tensor | None = None,
+    gain: Tensor | None = None,
+    chunk_size: int,
+    chunk_overlap: int = 0,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bsbr.plain.segment`; without dropout, differentiable once."""
+    time, chunks = q.shape[2], h.shape[2]
+    before = k.shape[2] - time
+    first = sum(page.shape[2] for page in past[0])
+    stored, values = k[:, :, before:] if k_features is None else k_features, v[:, :, before:]
+    normed = k_features is None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, r, h, q_features, k_features, gain)):
+        states: Tensor = _States.apply(stored, values, chunk_size, chunks, normed)  # type: ignore[no-untyped-call]
+        retrieved = retrieve(r, [*past[0], h], [*past[1], states], first=first, top_k=top_k, gain=gain)
+        out: Tensor = _Output.apply(q, k, v, q_features, retrieved, chunk_size, chunk_overlap)  # type: ignore[no-untyped-call]
+        return out, states, retrieved[:, :, -1]
+
+    # Stretch by stretch: what is stored is mixed, and what is retrieved is read, before the next one begins.
+    rows = r.shape[2]
+    states = v.new_empty(*v.shape[:2], chunks, stored.shape[3], v.shape[3])
+    out = _like_hidden(q)
+    for start in range(0, rows, STRETCH):
+        stop = min(rows, start + STRETCH)
+        known = min(stop, chunks)
+        tokens = slice(start * chunk_size, min(time, stop * chunk_size))
+        seen = slice(max(0, before + tokens.start - chunk_overlap), before + tokens.stop)
+        _store(stored[:, :, tokens], values[:, :, tokens], states[:, :, start:known], chunk_size, normed)
+        retrieved = retrieve(
+            r[:, :, start:stop], [*past[0], h[:, :, :known]], [*past[1], states], first=first + start, top_k=top_k, gain=gain
+        )
+        features = None if q_features is None else q_features[:, :, tokens]
+        _attend(q[:, :, tokens], k[:, :, seen], v[:, :, seen], features, retrieved, out[:, :, tokens], chunk_size, chunk_overlap)
+    return out, states, retrieved[:, :, -1]
+
+
+class _States(torch.autograd.Function):
+    """F_s = φ(K_s)ᵀ V_s of the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]; φ is `unit_norm` if `normed`."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, v: Tensor, chunk_size: int, chunks: int, normed: bool) -> Tensor:
+        ctx.save_for_backward(keys, v)
+        ctx.options = chunk_size, normed
+        states = v.new_empty(*v.shape[:2], chunks, keys.shape[3], v.shape[3])
+        _store(keys, v, states, chunk_size, normed)
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_states: Tensor) -> tuple[Tensor | None, ...]:
+        keys, v = ctx.saved_tensors
+        chunk_size, normed = ctx.options
+        d_keys, d_v = _like_hidden(keys), _like_hidden(v)
+        for x in (d_keys, d_v):
+            x[:, :, d_states.shape[2] * chunk_size :] = 0  # of chunks that are not stored
+        _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states.contiguous(), d_keys, d_v)
+        return d_keys, d_v, None, None, None
+
+
+class _Output(torch.autograd.Function):
+    """softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄, φ(Q) = `unit_norm` of Q where no features are given; k and v may begin earlier than q."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, chunk_size: int, chunk_overlap: int
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, features, retrieved)
+        ctx.options = chunk_size, chunk_overlap
+        out = _like_hidden(q)
+        _attend(q, k, v, features, retrieved, out, chunk_size, chunk_overlap)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, features, retrieved = ctx.saved_tensors
+        chunk_size, chunk_overlap = ctx.options
+        d_q, d_k, d_v = (_like_hidden(x) for x in (q, k, v))
+        if chunk_overlap:  # several chunks add to a key's gradient
+            d_k.zero_()
+            d_v.zero_()
+        d_features = None if features is None else _like_hidden(features)
+        d_retrieved = torch.empty_like(retrieved, memory_format=torch.contiguous_format)
+        gradients = d_q, d_k, d_v, d_features, d_retrieved
+        sizes = _sizes_of_output(q, k, retrieved, chunk_size, chunk_overlap)
+        _call("attend_backward", sizes, d_out, q, k, v, features, retrieved.contiguous(), *gradients)
+        return *gradients, None, None
+
+
+def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: bool) -> None:
+    """Writes F_s of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has."""
+    _call("store", _sizes(keys, v, states.shape[2], chunk_size, normed), keys, v, states)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, out: Tensor, chunk_size: int, chunk_overlap: int
+) -> None:
+    """Writes `out` [batch, heads, time, head_dim]."""
+    sizes = _sizes_of_output(q, k, retrieved, chunk_size, chunk_overlap)
+    _call("attend", sizes, q, k, v, features, retrieved.contiguous(), out)
+
+
+# --- calling ------------------------------------------------------------------------------------
+
+
+def _sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, normed: bool) -> tuple[int, ...]:
+    """`Sizes` of native.cpp, as storing needs them: of key-value heads alone."""
+    batch, kv_heads, time, features = keys.shape
+    return batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, v.shape[3], features, normed
+
+
+def _sizes_of_output(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, chunk_overlap: int) -> tuple[int, ...]:
+    batch, heads, time, head_dim = q.shape
+    before = k.shape[2] - time
+    chunks, features = retrieved.shape[2:4]
+    return batch, heads, k.shape[1], time, before, chunk_size, chunk_overlap, chunks, head_dim, features, False
+
+
+def _call(function: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+    """Calls a function of native.cpp, which writes to some of the tensors, with memory of its own for each thread."""
+    code = library()
+    assert isinstance(code, ctypes.CDLL), code
+    first = tensors[0]
+    assert first is not None
+    if not first.numel():
+        return
+    name, threads = TYPES[first.dtype], torch.get_num_threads()
+    settings = (ctypes.c_int64 * 12)(*sizes, threads)
+    # Rows must be contiguous; copies of those that are not live until the end of this function.
+    rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    described = [number for x in rows for number in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))]
+    size = getattr(code, f"scratch_size_{name}")
+    size.restype = ctypes.c_int64
+    scratch = first.new_empty(threads * size(settings))
+    getattr(code, f"{function}_{name}")(settings, (ctypes.c_int64 * len(described))(*described), ctypes.c_void_p(scratch.data_ptr()))
+
+
+def _like_hidden(x: Tensor) -> Tensor:
+    """Room for [batch, heads, time, dim], laid out as [batch, time, heads · dim]: joined heads are then no copy."""
+    batch, heads, time, dim = x.shape
+    return x.new_empty(batch, time, heads, dim).transpose(1, 2)
