@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from bsbr import kernels, native
@@ -18,7 +17,10 @@ def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: 
     Raises ValueError if there is no such implementation, NotImplementedError if it cannot take these tensors.
     """
     check(impl)
-    obstacles: dict[Impl, Callable[[Sequence[Tensor], Tensor | None, float], str | None]] = {"triton": _not_triton, "native": _not_native}
+    obstacles: dict[Impl, Callable[[Sequence[Tensor], Tensor | None, float], str | None]] = {
+        "triton": _not_triton,
+        "native": _not_native,
+    }
     if impl == "auto":
         return next((one for one, obstacle in obstacles.items() if not obstacle(tensors, gain, dropout_p)), "torch")
     obstacle = obstacles[impl](tensors, gain, dropout_p) if impl in obstacles else None

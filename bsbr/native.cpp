@@ -45,6 +45,9 @@ index panels(index columns, index width) { return (columns + width - 1) / width;
 
 // --- products -----------------------------------------------------------------------------------
 
+/// Floating point operations of this thread's products; a test holds them against what BSBR declares.
+thread_local index operations;
+
 /// Sums of M rows and WIDTH columns, in registers.
 template <class T, int M>
 struct Tile {
@@ -55,6 +58,7 @@ struct Tile {
     /// += left [M, depth] right [depth, WIDTH]; left(i, k) lies at i * row + k * step.
     /// A function of its own, so that the compiler keeps all sums in registers.
     __attribute__((noinline)) void add_product(const T* left, index row, index step, const T* right, index depth) {
+        operations += 2 * M * WIDTH<T> * depth;
         Vector<T> local[M][2];
 #pragma GCC unroll 12
         for (int i = 0; i < M; ++i) local[i][0] = sum[i][0], local[i][1] = sum[i][1];
@@ -286,21 +290,27 @@ index scratch_size(const Sizes& s) {
     return 6 * keys * dim + dim * dim + 2 * keys * score_row<T>(keys) + 3 * ROWS * score_row<T>(std::max(keys, dim));
 }
 
-/// Calls body(task, scratch of its thread) for all tasks.
+/// Calls body(task, scratch of its thread) for all tasks. Returns the floating point operations of their products.
 template <class T, class Body>
-void in_parallel(index tasks, const Sizes& s, T* memory, Body&& body) {
+index in_parallel(index tasks, const Sizes& s, T* memory, Body&& body) {
     const int threads = static_cast<int>(std::min<index>(s.threads, tasks));
     const index size = scratch_size<T>(s);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (index task = 0; task < tasks; ++task) body(task, Scratch<T>{memory + omp_get_thread_num() * size});
+    index total = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1) reduction(+ : total)
+    for (index task = 0; task < tasks; ++task) {
+        operations = 0;
+        body(task, Scratch<T>{memory + omp_get_thread_num() * size});
+        total += operations;
+    }
+    return total;
 }
 
 // --- storing ------------------------------------------------------------------------------------
 
 template <class T>
-void store(const Sizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
+index store(const Sizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
     const index depth = s.chunk_size;
-    in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
         const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
         const T* key = at<T>(keys, item, head, chunk * depth);
         // Blocks of ROWS features, each [token, ROWS]: what a tile reads together lies together.
@@ -326,9 +336,9 @@ void store(const Sizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
 }
 
 template <class T>
-void store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Tensor d_keys, Tensor d_v, T* memory) {
+index store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Tensor d_keys, Tensor d_v, T* memory) {
     const index row = s.features + WIDTH<T>;
-    in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
         const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
         const index start = chunk * s.chunk_size;
         const T *key = at<T>(keys, item, head, start), *value = at<T>(v, item, head, start);
@@ -382,10 +392,10 @@ void score(const T* query, index row, const T* keys, index head_dim, T scale, in
 }
 
 template <class T>
-void attend(const Sizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor out, T* memory) {
+index attend(const Sizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor out, T* memory) {
     const index row = score_row<T>(most_keys(s)), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
-    in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
+    return in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
         const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
         const Chunk chunk(s, number);
         T* keys = scratch.take(s.head_dim * padded<T>(chunk.keys));
@@ -423,13 +433,13 @@ void attend(const Sizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tenso
 }
 
 template <class T>
-void attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q,
+index attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q,
                      Tensor d_k, Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory) {
     const index row = score_row<T>(most_keys(s)), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
     // Chunks that overlap add to the same keys: then one thread takes all chunks of a head, in order.
     const index together = s.overlap ? s.chunks : 1;
-    in_parallel(s.batch * (s.chunks / together) * s.kv_heads, s, memory, [&](index task, const Scratch<T> whole) {
+    return in_parallel(s.batch * (s.chunks / together) * s.kv_heads, s, memory, [&](index task, const Scratch<T> whole) {
         const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
         const index first = together > 1 ? 0 : task / s.kv_heads % s.chunks;
         for (index number = first; number < first + together; ++number) {
@@ -529,19 +539,19 @@ void attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v,
 
 }  // namespace
 
-#define EXPORT(NAME, T)                                                                                                \
-    extern "C" {                                                                                                       \
-    std::int64_t scratch_size_##NAME(const Sizes* s) { return scratch_size<T>(*s); }                                   \
-    void store_##NAME(const Sizes* s, const Tensor* x, T* memory) { store(*s, x[0], x[1], x[2], memory); }             \
-    void store_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                           \
-        store_backward(*s, x[0], x[1], x[2], x[3], x[4], memory);                                                      \
-    }                                                                                                                  \
-    void attend_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                                   \
-        attend(*s, x[0], x[1], x[2], x[3], x[4], x[5], memory);                                                        \
-    }                                                                                                                  \
-    void attend_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                          \
-        attend_backward(*s, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], memory);                \
-    }                                                                                                                  \
+#define EXPORT(NAME, T)                                                                                                  \
+    extern "C" {                                                                                                         \
+    std::int64_t scratch_size_##NAME(const Sizes* s) { return scratch_size<T>(*s); }                                     \
+    std::int64_t store_##NAME(const Sizes* s, const Tensor* x, T* memory) { return store(*s, x[0], x[1], x[2], memory); } \
+    std::int64_t store_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                     \
+        return store_backward(*s, x[0], x[1], x[2], x[3], x[4], memory);                                                 \
+    }                                                                                                                    \
+    std::int64_t attend_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                             \
+        return attend(*s, x[0], x[1], x[2], x[3], x[4], x[5], memory);                                                   \
+    }                                                                                                                    \
+    std::int64_t attend_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                    \
+        return attend_backward(*s, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], memory);           \
+    }                                                                                                                    \
     }
 EXPORT(float32, float)
 EXPORT(float64, double)

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def unsupported(*tensors: Tensor, dropout_p: float = 0.0) -> str | None:
 def library() -> ctypes.CDLL | str:
     """The compiled `native.cpp`; where it cannot be had, why not, which is also said aloud, once."""
     try:
-        return ctypes.CDLL(str(_build()))
+        code = ctypes.CDLL(str(_build()))
+        _make_countable()
+        return code
     except OSError as error:
         problem = str(error)
     except subprocess.CalledProcessError as error:
@@ -118,12 +120,13 @@ def segment(
         known = min(stop, chunks)
         tokens = slice(start * chunk_size, min(time, stop * chunk_size))
         seen = slice(max(0, before + tokens.start - chunk_overlap), before + tokens.stop)
-        _store(stored[:, :, tokens], values[:, :, tokens], states[:, :, start:known], chunk_size, normed)
+        torch.ops.bsbr.store(stored[:, :, tokens], values[:, :, tokens], states[:, :, start:known], chunk_size, normed)
         retrieved = retrieve(
             r[:, :, start:stop], [*past[0], h[:, :, :known]], [*past[1], states], first=first + start, top_k=top_k, gain=gain
         )
         features = None if q_features is None else q_features[:, :, tokens]
-        _attend(q[:, :, tokens], k[:, :, seen], v[:, :, seen], features, retrieved, out[:, :, tokens], chunk_size, chunk_overlap)
+        part = q[:, :, tokens], k[:, :, seen], v[:, :, seen], features, retrieved, out[:, :, tokens]
+        torch.ops.bsbr.attend(*part, chunk_size, chunk_overlap)
     return out, states, retrieved[:, :, -1]
 
 
@@ -135,7 +138,7 @@ class _States(torch.autograd.Function):
         ctx.save_for_backward(keys, v)
         ctx.options = chunk_size, normed
         states = v.new_empty(*v.shape[:2], chunks, keys.shape[3], v.shape[3])
-        _store(keys, v, states, chunk_size, normed)
+        torch.ops.bsbr.store(keys, v, states, chunk_size, normed)
         return states
 
     @staticmethod
@@ -146,7 +149,7 @@ class _States(torch.autograd.Function):
         d_keys, d_v = _like_hidden(keys), _like_hidden(v)
         for x in (d_keys, d_v):
             x[:, :, d_states.shape[2] * chunk_size :] = 0  # of chunks that are not stored
-        _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states.contiguous(), d_keys, d_v)
+        torch.ops.bsbr.store_backward(keys, v, d_states.contiguous(), d_keys, d_v, chunk_size, normed)
         return d_keys, d_v, None, None, None
 
 
@@ -160,7 +163,7 @@ class _Output(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, features, retrieved)
         ctx.options = chunk_size, chunk_overlap
         out = _like_hidden(q)
-        _attend(q, k, v, features, retrieved, out, chunk_size, chunk_overlap)
+        torch.ops.bsbr.attend(q, k, v, features, retrieved.contiguous(), out, chunk_size, chunk_overlap)
         return out
 
     @staticmethod
@@ -175,25 +178,69 @@ class _Output(torch.autograd.Function):
         d_features = None if features is None else _like_hidden(features)
         d_retrieved = torch.empty_like(retrieved, memory_format=torch.contiguous_format)
         gradients = d_q, d_k, d_v, d_features, d_retrieved
-        sizes = _sizes_of_output(q, k, retrieved, chunk_size, chunk_overlap)
-        _call("attend_backward", sizes, d_out, q, k, v, features, retrieved.contiguous(), *gradients)
+        torch.ops.bsbr.attend_backward(d_out, q, k, v, features, retrieved.contiguous(), *gradients, chunk_size, chunk_overlap)
         return *gradients, None, None
 
 
-def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: bool) -> None:
+# --- operations ---------------------------------------------------------------------------------
+
+# Known to torch's dispatcher, so that its profiler shows them and its FLOP counter counts them: each returns the floating
+# point operations of the products that it ran.
+_OPERATIONS = torch.library.Library("bsbr", "DEF")
+
+
+def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Registers a function as torch.ops.bsbr.<name>."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        name = signature.partition("(")[0]
+        _OPERATIONS.define(signature)
+        _OPERATIONS.impl(name, function, "CPU")
+        return function
+
+    return register
+
+
+def _make_countable() -> None:
+    from torch.utils.flop_counter import register_flop_formula  # which loads Triton, where there is one
+
+    for name in ("store", "store_backward", "attend", "attend_backward"):
+        register_flop_formula(getattr(torch.ops.bsbr, name), get_raw=True)(lambda *_, out_val, **__: out_val)
+
+
+@_operation("store(Tensor keys, Tensor v, Tensor(a!) states, int chunk_size, bool normed) -> int")
+def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: bool) -> int:
     """Writes F_s of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has."""
-    _call("store", _sizes(keys, v, states.shape[2], chunk_size, normed), keys, v, states)
+    return _call("store", _sizes(keys, v, states.shape[2], chunk_size, normed), keys, v, states)
 
 
+@_operation(
+    "store_backward(Tensor keys, Tensor v, Tensor d_states, Tensor(a!) d_keys, Tensor(b!) d_v, int chunk_size, bool normed) -> int"
+)
+def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, normed: bool) -> int:
+    """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
+    return _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states, d_keys, d_v)
+
+
+@_operation(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) out, int chunk_size, int overlap) -> int"
+)
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, out: Tensor, chunk_size: int, chunk_overlap: int
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, out: Tensor, chunk_size: int, overlap: int
+) -> int:
     """Writes `out` [batch, heads, time, head_dim]."""
-    sizes = _sizes_of_output(q, k, retrieved, chunk_size, chunk_overlap)
-    _call("attend", sizes, q, k, v, features, retrieved.contiguous(), out)
+    return _call("attend", _sizes_of_output(q, k, retrieved, chunk_size, overlap), q, k, v, features, retrieved, out)
 
 
-# --- calling ------------------------------------------------------------------------------------
+@_operation(
+    "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) d_q, "
+    "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap) -> int"
+)
+def _attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, *rest: Any) -> int:
+    """Writes what is called d_; where chunks overlap, `d_k` and `d_v` are added to."""
+    *gradients, chunk_size, overlap = rest
+    sizes = _sizes_of_output(q, k, retrieved, chunk_size, overlap)
+    return _call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)
 
 
 def _sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, normed: bool) -> tuple[int, ...]:
@@ -202,30 +249,34 @@ def _sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, normed: bool) 
     return batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, v.shape[3], features, normed
 
 
-def _sizes_of_output(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, chunk_overlap: int) -> tuple[int, ...]:
+def _sizes_of_output(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, overlap: int) -> tuple[int, ...]:
     batch, heads, time, head_dim = q.shape
-    before = k.shape[2] - time
     chunks, features = retrieved.shape[2:4]
-    return batch, heads, k.shape[1], time, before, chunk_size, chunk_overlap, chunks, head_dim, features, False
+    return batch, heads, k.shape[1], time, k.shape[2] - time, chunk_size, overlap, chunks, head_dim, features, False
 
 
-def _call(function: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-    """Calls a function of native.cpp, which writes to some of the tensors, with memory of its own for each thread."""
-    code = library()
-    assert isinstance(code, ctypes.CDLL), code
-    first = tensors[0]
-    assert first is not None
-    if not first.numel():
-        return
-    name, threads = TYPES[first.dtype], torch.get_num_threads()
+def _call(function: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> int:
+    """Calls a function of native.cpp, which writes to some of the tensors, with scratch memory for each thread."""
+    present = [x for x in tensors if x is not None]
+    if not all(x.numel() for x in present):
+        return 0
+    kind, threads = TYPES[present[0].dtype], torch.get_num_threads()
     settings = (ctypes.c_int64 * 12)(*sizes, threads)
-    # Rows must be contiguous; copies of those that are not live until the end of this function.
+    # Rows must be contiguous, as those of all that is written are.
     rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     described = [number for x in rows for number in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))]
-    size = getattr(code, f"scratch_size_{name}")
-    size.restype = ctypes.c_int64
-    scratch = first.new_empty(threads * size(settings))
-    getattr(code, f"{function}_{name}")(settings, (ctypes.c_int64 * len(described))(*described), ctypes.c_void_p(scratch.data_ptr()))
+    scratch = present[0].new_empty(threads * _function(f"scratch_size_{kind}")(settings))
+    arguments = settings, (ctypes.c_int64 * len(described))(*described), ctypes.c_void_p(scratch.data_ptr())
+    return int(_function(f"{function}_{kind}")(*arguments))
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    code = library()
+    assert isinstance(code, ctypes.CDLL), code
+    function = code[name]
+    function.restype = ctypes.c_int64
+    return function
 
 
 def _like_hidden(x: Tensor) -> Tensor:

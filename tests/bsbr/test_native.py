@@ -25,7 +25,11 @@ def inputs(
 
     chunks = -(-time // chunk)
     tensors = {"q": heads(4, time, dim), "k": heads(2, time, dim), "v": heads(2, time, dim)}
-    tensors |= {"r": heads(4, chunks, dim), "h": heads(2, chunks - 1, dim), "gain": torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype)}
+    tensors |= {
+        "r": heads(4, chunks, dim),
+        "h": heads(2, chunks - 1, dim),
+        "gain": torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype),
+    }
     return tensors | ({"q_features": heads(4, time, features), "k_features": heads(2, time, features)} if features else {})
 
 
@@ -141,7 +145,9 @@ def fresh_library() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_library")
-@pytest.mark.parametrize(("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it said nothing")])
+@pytest.mark.parametrize(
+    ("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it said nothing")]
+)
 def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, problem: str
 ) -> None:
