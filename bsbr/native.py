@@ -201,6 +201,7 @@ def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., i
     return register
 
 
+@functools.cache
 def _make_countable() -> None:
     from torch.utils.flop_counter import register_flop_formula  # which loads Triton, where there is one
 

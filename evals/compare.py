@@ -47,7 +47,6 @@ class Cell:
     peak_bytes: float
     rounds: dict[int, float]
     times: dict[int, float]  # when each round was measured, in seconds
-    code: str = ""  # a digest of the attention's source
 
 
 def read(folder: Path) -> list[Cell]:
@@ -100,7 +99,6 @@ def _cell(folder: Path, row: "pd.Series[Any]", description: Record, latencies: S
         peak_bytes=float(row["peak_bytes"]),
         rounds={record["round"]: _log_median(record) for record in latencies if timed},
         times={record["round"]: datetime.fromisoformat(record["time"]).timestamp() for record in latencies if timed},
-        code=description.get("code", {}).get(row["attention"], ""),
     )
 
 
@@ -117,18 +115,15 @@ def _log_median(record: Record) -> float:
 # --- what came out ------------------------------------------------------------------------------
 
 
-def compare(a: Sequence[Cell], b: Sequence[Cell], unchanged: Sequence[str] = ()) -> pd.DataFrame:
+def compare(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
     """One row a cell of either set. Raises UsageError if the two have no cell in common.
 
-    unchanged: attentions that the caller knows to be the same in both, beside those whose source and options are. What
-    they were slower by in a round of one set is taken out of that round of the others.
     ratio is time_A / time_B, above 1 where B is faster; p_holm its p value, corrected for all cells at hand.
     """
     names = matched(a, b)
     left, right = _keyed("A", a, names), _keyed("B", b, names)
     if not left.keys() & right.keys():
         raise UsageError(f"A and B have no cell in common: {_differences(list(left), list(right), names)}")
-    both_have = {key: (left[key], right[key]) for key in left if key in right}
     rows, timed = [], []
     for key in dict.fromkeys([*left, *right]):
         both = left.get(key), right.get(key)
@@ -142,11 +137,7 @@ def compare(a: Sequence[Cell], b: Sequence[Cell], unchanged: Sequence[str] = ())
         row["verdict"] = _unmeasured(row["outcome_a"], row["outcome_b"])
         one, other = both
         if one and other and one.rounds and other.rounds:
-            beside = [
-                pair for place, pair in both_have.items() if place[1:] == key[1:] and place != key and _same(*pair, unchanged)
-            ]
-            ratio, row["paired"] = speedup(one, other, beside)
-            row["beside"] = ", ".join(same.attention for same, _ in beside) if row["paired"] else ""
+            ratio, row["paired"] = speedup(one, other)
             row |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
             # np.fmax: a set without a floor leaves that of the other; two of them leave NaN, which is told.
             row["noise_floor"] = float(np.fmax(one.noise_floor, other.noise_floor))
@@ -156,7 +147,7 @@ def compare(a: Sequence[Cell], b: Sequence[Cell], unchanged: Sequence[str] = ())
     floors = [0.0 if math.isnan(row["noise_floor"]) else row["noise_floor"] for row, _ in timed]
     for (row, _), verdict, p in zip(timed, verdicts(ratios, floors), holm([ratio.p for ratio in ratios]), strict=True):
         row |= {"verdict": verdict, "p_holm": p}
-    computed = ("ratio", "ratio_low", "ratio_high", "p_holm", "noise_floor", "verdict", "paired", "beside")
+    computed = ("ratio", "ratio_low", "ratio_high", "p_holm", "noise_floor", "verdict", "paired")
     return pd.DataFrame(rows, columns=[*dict.fromkeys([*("attention", *names), *computed, *(key for row in rows for key in row)])])
 
 
@@ -166,27 +157,18 @@ def _unmeasured(a: str, b: str) -> str:
     return f"{a} -> {b}" if a != b else "untimed" if a == "ok" else f"{a} in both"
 
 
-def _same(one: Cell, other: Cell, unchanged: Sequence[str]) -> bool:
-    return one.attention in unchanged or (one.code != "" and one.code == other.code and one.options == other.options)
-
-
-def speedup(a: Cell, b: Cell, beside: Sequence[tuple[Cell, Cell]] = ()) -> tuple[Speedup, bool]:
+def speedup(a: Cell, b: Cell) -> tuple[Speedup, bool]:
     """time_A / time_B from log round medians, and whether its rounds are paired.
 
     Where round r of both was measured before round r + 1 of either, on one machine, what slowed the machine in that round
-    cancels: Student's t on the differences. What slowed it in one of the two, some ten seconds apart, also slowed the
-    attentions `beside` this one, which are the same in A and B and ran in turns with it: their mean difference is taken
-    out. Otherwise Welch's t on the two means, with the degrees of freedom of
+    cancels: Student's t on the differences. Otherwise Welch's t on the two means, with the degrees of freedom of
     Welch 1947 (Biometrika 34). The scatter between rounds is then all that is known: what differed between the two
     runs as a whole, say a warmer machine, is not in the interval, and counts as a difference of the code.
     """
     rounds = _interleaved(a, b)
     if rounds:
-        kept = [number for number in rounds if all(number in cell.rounds for pair in beside for cell in pair)]
-        pairs = [(a, b), *beside]
-        own, *others = np.array([[one.rounds[number] - other.rounds[number] for number in kept] for one, other in pairs])
-        differences = own - (np.mean(others, axis=0) if others else 0.0)
-        return _student(float(differences.mean()), float(differences.var(ddof=1)) / len(kept), len(kept) - 1), True
+        differences = np.array([a.rounds[number] - b.rounds[number] for number in rounds])
+        return _student(float(differences.mean()), float(differences.var(ddof=1)) / len(rounds), len(rounds) - 1), True
     sides = [np.array(list(cell.rounds.values())) for cell in (a, b)]
     value = float(sides[0].mean() - sides[1].mean())
     if min(map(len, sides)) < 2:
@@ -271,9 +253,6 @@ def shown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
         told.append("Their processors differ: the ratios compare these machines as much as the code.")
     if rows["paired"].isin([False]).any():  # None where nothing was timed
         told.append("Rounds of A and B were not interleaved: all else that changed between the two runs is in the ratio too.")
-    beside = sorted({name for names in rows["beside"].dropna() for name in names.split(", ") if name})
-    if beside:
-        told.append(f"Taken out of the others, round by round, is what slowed {', '.join(beside)}, the same in A and B.")
     if (rows["ratio"].notna() & rows["noise_floor"].isna()).any():
         told.append("Where there is no floor, nothing was measured against itself.")
     options = {cell.attention: cell.options for cell in a}
@@ -336,9 +315,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", metavar="REV", help="measure this commit, and then the working tree as B")
     parser.add_argument("--rounds", type=int, default=10, help="with --base: rounds of each (default: 10)")
     parser.add_argument("--threshold", default="5%", help="what may get worse without exit code 1 (default: 5%%)")
-    parser.add_argument(
-        "--unchanged", default="", metavar="NAME,…", help="attentions that are the same in both though a file of theirs changed"
-    )
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     try:
         options, rest = parser.parse_known_args(arguments)
@@ -347,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
         folders = map(Path, rest) if options.base is None else measure(options.base, rest, options.rounds)
         a, b = (read(folder) for folder in folders)
-        rows = compare(a, b, options.unchanged.split(","))
+        rows = compare(a, b)
         if options.csv:
             rows.to_csv(options.csv, index=False)
     except (UsageError, argparse.ArgumentError) as error:

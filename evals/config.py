@@ -113,7 +113,7 @@ class Contestant:
             if near and near.__name__.partition(".")[0] == module.__name__.partition(".")[0]:
                 own.add(inspect.getsourcefile(near))
         core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
-        files = {Path(path) for path in own if path} | set(Path(core).rglob("*.py"))
+        files = {Path(path) for path in own if path} | {*Path(core).rglob("*.py"), *Path(core).rglob("*.cpp")}
         return digest([path.read_text() for path in sorted(files)])
 
 

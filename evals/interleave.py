@@ -1,19 +1,19 @@
-"""Measures another commit of this repository in turns with the working tree, a round each, for `evals.compare --base`."""
+"""Measures another commit of this repository in turns with the working tree, for `evals.compare --base`."""
 
 import contextlib
 import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Self
 
 from evals.config import UsageError
 from evals.machine import ROOT
+from evals.worker import BATON, alone
 
 
 def until(rounds: int) -> list[str]:
@@ -30,7 +30,7 @@ LOCATE = f"from importlib.util import find_spec as f; [print(n, getattr(f(n), 'o
 
 
 def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path]:
-    """Measures commit `rev` and the working tree in turns of one round each; returns the folders of both results."""
+    """Measures commit `rev` and the working tree, in turns of milliseconds; returns the folders of both results."""
     if rounds < 2:
         raise UsageError(f"--rounds must be at least 2, since it is between rounds that noise shows, got {rounds}")
     for word in overrides:
@@ -50,22 +50,40 @@ def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path
                 package, _, origin = line.partition(" ")
                 if not Path(origin).is_relative_to(tree):
                     raise UsageError(f"{name} cannot be measured: there is no {package} in it, python would take {origin}")
+        if BATON not in (base / "evals" / "worker.py").read_text():
+            raise UsageError(f"base cannot be measured: the harness of {rev} cannot take turns with another; compare two folders")
         print(f"results go to {folder}", file=sys.stderr)
-        for number in range(1, rounds + 1):
-            random.Random(f"{commit} {number}").shuffle(sides)
-            for name, tree in sides:
-                print(f"round {number}/{rounds}: {name}", file=sys.stderr)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "evals.run",
-                    *overrides,
-                    *options,
-                    f"sweep_name={folder.name}/{name}",
-                    *until(number),
-                ]
-                _checked(command, tree, f"{name} cannot be measured")
+        with alone():
+            _side_by_side(
+                {
+                    tree: [
+                        sys.executable,
+                        "-m",
+                        "evals.run",
+                        *overrides,
+                        *options,
+                        f"sweep_name={folder.name}/{name}",
+                        *until(rounds),
+                    ]
+                    for name, tree in sides
+                }
+            )
     return folder / "base", folder / "here"
+
+
+def _side_by_side(commands: dict[Path, list[str]]) -> None:
+    """Runs a command in each of two trees; they take turns. Raises UsageError with the last words of one that fails."""
+    pipes = os.pipe(), os.pipe()
+    os.write(pipes[0][1], b".")  # the first begins
+    ends = (pipes[0][0], pipes[1][1]), (pipes[1][0], pipes[0][1])
+    with contextlib.ExitStack() as stack:
+        running = []
+        for (tree, command), own in zip(commands.items(), ends, strict=True):
+            running.append(stack.enter_context(_Command(command, tree, own)))
+        for end in itertools.chain(*pipes):
+            os.close(end)  # ours: that of a command closes with it
+        for one in running:
+            one.finish(f"{'base' if one.tree != ROOT else 'here'} cannot be measured")
 
 
 @contextlib.contextmanager
@@ -79,28 +97,53 @@ def _worktree(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, capture_output=True, check=False)
 
 
-def _checked(command: Sequence[str], tree: Path, otherwise: str) -> str:
-    """What a command says that imports its code from `tree`. Raises UsageError with its last words if it fails."""
-    # Before an installed bsbr, and before what the user's own paths hold, comes the tree.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
-        # A session of its own: of Ctrl-C it hears from us, once, and its workers end with it.
-        start = partial(subprocess.Popen[bytes], cwd=tree, env=environment, start_new_session=True)
-        with start(command, stdout=said, stderr=complaints) as process:
-            try:
-                process.wait()
-            except BaseException:
-                process.send_signal(signal.SIGINT)
-                try:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(GRACE_S)
-                finally:
-                    with contextlib.suppress(ProcessLookupError):  # nothing is left of it
-                        os.killpg(process.pid, signal.SIGKILL)
-                raise
-        for file in (said, complaints):
+class _Command:
+    """One that imports its code from `tree`, in a session of its own: of Ctrl-C it hears from us, once."""
+
+    def __init__(self, command: Sequence[str], tree: Path, baton: tuple[int, int] | None = None) -> None:
+        self.tree = tree
+        # Before an installed bsbr, and before what the user's own paths hold, comes the tree.
+        path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = os.environ | {"PYTHONPATH": path}
+        if baton:
+            environment[BATON] = f"{baton[0]},{baton[1]}"
+        self._said, self._complaints = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115  closed at exit
+        self._process = subprocess.Popen(
+            command,
+            cwd=tree,
+            env=environment,
+            stdout=self._said,
+            stderr=self._complaints,
+            pass_fds=baton or (),
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever still runs is let end in good order, and made to if it does not."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._said.close()
+        self._complaints.close()
+
+    def finish(self, otherwise: str) -> str:
+        """What it says until it ends. Raises UsageError with its last words if it fails."""
+        self._process.wait()
+        for file in (self._said, self._complaints):
             file.seek(0)
-        if process.returncode:
-            words = complaints.read().strip().splitlines()
+        if self._process.returncode:
+            words = self._complaints.read().strip().splitlines()
             raise UsageError(": ".join([otherwise, *(" ".join(line.split()) for line in words[-1:])]))
-        return said.read().strip()
+        return self._said.read().strip()
+
+
+def _checked(command: Sequence[str], tree: Path, otherwise: str) -> str:
+    with _Command(command, tree) as running:
+        return running.finish(otherwise)

@@ -144,6 +144,10 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
+    def leave_out(self, seconds: float) -> None:
+        """Of the time until now."""
+        self._start += seconds
+
 
 def now() -> str:
     """The time of day in UTC, ISO 8601."""

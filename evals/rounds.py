@@ -13,7 +13,7 @@ from evals.history import History, Runner
 from evals.ledger import Record
 from evals.measure import Stopwatch, Turn, clock, settle_allocator
 from evals.statistics import Interval, half_width
-from evals.worker import Result, Worker
+from evals.worker import Result, Worker, pass_on
 from evals.workloads import prepare
 
 PLANNED_ROUNDS = 8
@@ -82,7 +82,7 @@ def measured(number: int, comparison: Comparison, history: History, key: str, me
     groups = [runners] if together else [[runner] for runner in runners]
     for group in groups:
         share_s = sampling.budget_s / PLANNED_ROUNDS / len(groups)
-        results |= _take_turns(group, comparison, share_s, chance, memory_limit_bytes)
+        results |= _take_turns(group, comparison, share_s, chance, memory_limit_bytes, watch)
     seconds = watch.seconds()
     return [
         {
@@ -99,9 +99,15 @@ def measured(number: int, comparison: Comparison, history: History, key: str, me
 
 
 def _take_turns(
-    runners: Sequence[Runner], comparison: Comparison, share_s: float, chance: random.Random, memory_limit_bytes: int
+    runners: Sequence[Runner],
+    comparison: Comparison,
+    share_s: float,
+    chance: random.Random,
+    memory_limit_bytes: int,
+    watch: Stopwatch,
 ) -> dict[Runner, Result]:
-    watch = Stopwatch()
+    """Of processes that are gone behind it. `watch` runs, but for turns of another command."""
+    end_s = watch.seconds() + share_s
     sampling = comparison.sampling
     contestants = {one.name: one for one in comparison.contestants}
     with ExitStack() as stack:
@@ -115,7 +121,7 @@ def _take_turns(
             if result.outcome == "ok":
                 results[runner] = workers[runner].ask(None, sampling.timeout_s)
         taken: dict[Runner, list[Turn]] = {runner: [] for runner in runners}
-        for _ in counted(sampling.turns, share_s - watch.seconds()):
+        for _ in counted(sampling.turns, end_s, watch):
             order = [runner for runner in runners if results[runner].outcome == "ok"]
             chance.shuffle(order)
             for runner in order:
@@ -124,6 +130,7 @@ def _take_turns(
                     taken[runner].append(result.value)
                 else:
                     results[runner] = result
+                watch.leave_out(pass_on())
         for worker in workers.values():
             worker.kill()  # all at once, which takes less time than one after the other
     for runner, result in results.items():
@@ -132,11 +139,11 @@ def _take_turns(
     return results
 
 
-def counted(most: int, seconds: float) -> Iterator[int]:
-    """0, 1, … up to `most`, as long as the caller's loop ends within `seconds` if it goes on as it went so far. 0 in any case."""
-    watch = Stopwatch()
+def counted(most: int, end_s: float, watch: Stopwatch) -> Iterator[int]:
+    """0, 1, … up to `most`, as long as the caller's loop ends before `end_s` if it goes on as it went so far. 0 in any case."""
+    start = watch.seconds()
     for turn in range(most):
-        if turn and watch.seconds() * (turn + 1) / turn > seconds:
+        if turn and start + (watch.seconds() - start) * (turn + 1) / turn > end_s:
             return
         yield turn
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from evals import cli, context
-from evals.config import Comparison, every_sweep, read_comparison
+from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger, Record
 from evals.measure import seconds_of_this_process
@@ -58,14 +58,14 @@ class Run:
 
         trials: dict[str, Record] = {}
         for record in engine.run(watch):
+            # As many trials at once as there are cores; of all else, one thing at a time.
+            self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
             if record["kind"] == "trial":
                 trials[record["attention"]] = record
                 if record["outcome"] != "ok":
                     tqdm.write(failed(record))
-            if record["kind"] == "latency":
-                self.called_s += record.get("called_s", 0.0)
-                if not record["twin"] and record["attention"] in trials:
-                    tqdm.write(first_row(record, trials.pop(record["attention"])))
+            if record["kind"] == "latency" and not record["twin"] and record["attention"] in trials:
+                tqdm.write(first_row(record, trials.pop(record["attention"])))
             if record["kind"] == "probe":
                 tqdm.write(probe(record))
             if self.interrupted:
@@ -108,7 +108,7 @@ class Run:
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         if self.called_s:
             seconds = seconds_of_this_process()
-            print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were timed, or warmed up for that")
+            print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
         return 0
 
     def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:

@@ -12,7 +12,7 @@ from evals.certify import certificate
 from evals.config import Comparison, Contestant, cores, digest
 from evals.cost import cost
 from evals.ledger import Ledger, Record
-from evals.measure import available_bytes, now, peak_allocated_bytes, process_peak_bytes
+from evals.measure import Stopwatch, available_bytes, now, peak_allocated_bytes, process_peak_bytes
 from evals.worker import Result, Worker
 from evals.workloads import prepare
 
@@ -112,12 +112,13 @@ def trial(comparison: Comparison, contestant: Contestant) -> Generator[dict[str,
 
 def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
     work, _, _, counted = prepare(comparison, contestant)
+    watch = Stopwatch()
     if comparison.device.kind == "cuda":
         peak = cuda.peak_memory(work)
         held: dict[str, Any] = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
     else:  # in this order: the first asks for a process that has not worked yet
         held = {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work)}
-    return {**held, **counted(), "impl": implementation(comparison, contestant)}
+    return {**held, "called_s": watch.seconds(), **counted(), "impl": implementation(comparison, contestant)}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger
 from evals.machine import ROOT
-from evals.measure import clock, settle_allocator
+from evals.measure import Stopwatch, clock, settle_allocator
 from evals.rounds import counted
 from evals.worker import run_isolated
 from evals.workloads import prepare
@@ -118,7 +118,7 @@ def both_clocks(comparison: Comparison, contestant: Contestant) -> tuple[float, 
     ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
-    for _ in counted(400, 12.0):
+    for _ in counted(400, 12.0, Stopwatch()):
         mine = statistics.median(ours.turn(0.01).samples_s)
         # A median of calls, as ours is; each of them costs two more that warm up.
         theirs = statistics.median(timer.timeit(1).median for _ in range(max(1, round(0.003 / mine))))

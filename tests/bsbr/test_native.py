@@ -50,10 +50,20 @@ def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
         torch.testing.assert_close(a.to(b), b, rtol=0, atol=tolerance * size, msg=lambda words, name=name: f"{name}: {words}")
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests run with one thread each; these with as many as asked for."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(usual)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("features", [None, 3])
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 2])
-@pytest.mark.parametrize("stretch", [1, 3])
+@pytest.mark.parametrize(("stretch", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
+@pytest.mark.usefixtures("threads")
 def test_values_and_gradients_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, options: dict[str, int]
 ) -> None:

@@ -105,26 +105,6 @@ def test_what_slows_a_round_of_both_cancels_when_they_are_paired() -> None:
     assert compare.compare([cell(a)], [cell(b)])["verdict"].tolist() == ["ambiguous"]
 
 
-@pytest.mark.parametrize(("codes", "unchanged"), [(("1", "1"), ()), (("1", "2"), ("standard",))])
-def test_what_slows_a_round_of_one_side_shows_in_what_did_not_change(codes: tuple[str, str], unchanged: Sequence[str]) -> None:
-    generator = np.random.default_rng(0)
-    base = np.array([0.3, -0.3] * 4)
-    here = -base
-    noise = iter(generator.normal(0, 0.005, (4, 8)))
-    slower = in_turns(base + next(noise), here + 0.2 + next(noise))
-    sides = zip(in_turns(base + next(noise), here + next(noise), attention="standard"), codes, strict=True)
-    same = [Cell(**{**vars(one), "code": code}) for one, code in sides]
-    rows = compare.compare(*([one, other] for one, other in zip(slower, same, strict=True)), unchanged=unchanged)
-    assert rows["verdict"].tolist() == ["slower", "ambiguous"]
-    assert rows["beside"].tolist() == ["standard", ""]
-    assert rows["ratio"][0] == pytest.approx(math.exp(-0.2), rel=0.01)
-    # Another length tells nothing of this one, and what differs in its code tells nothing at all.
-    elsewhere = [Cell(**{**vars(one), "settings": {"seq_len": 64}}) for one in same]
-    for others in (elsewhere, [Cell(**{**vars(one), "code": str(number)}) for number, one in enumerate(same)]):
-        rows = compare.compare(*([one, other] for one, other in zip(slower, others, strict=True)))
-        assert rows["verdict"][0] == "ambiguous"
-
-
 # --- many cells ---------------------------------------------------------------------------------
 
 
@@ -526,12 +506,12 @@ def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
     command = [sys.executable, "-m", "evals.compare", "--base", "HEAD", *SMALL]
     with subprocess.Popen(command, cwd=repository, env=environment(repository), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert any(line.startswith("round 1/10") for line in process.stderr)
+        assert any(line.startswith("results go to") for line in process.stderr)
         assert len(git(repository, "worktree", "list").splitlines()) == 2
         process.send_signal(signal.SIGINT)
         words = process.stderr.read()
     assert process.returncode == 130
-    assert words.startswith("interrupted")
+    assert "interrupted" in words
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 

@@ -11,7 +11,7 @@ from evals import cli
 from evals.config import read_comparison
 from evals.history import History
 from evals.ledger import Record
-from evals.measure import Turn
+from evals.measure import Stopwatch, Turn
 from evals.rounds import counted, finished, of_turns
 
 
@@ -75,7 +75,21 @@ def test_without_a_reference_it_is_latencies_that_must_be_known() -> None:
     ("most", "seconds", "turns"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
 )
 def test_there_are_as_many_turns_as_fit_but_one_in_any_case(most: int, seconds: float, turns: int) -> None:
-    assert list(counted(most, seconds)) == list(range(turns))
+    assert list(counted(most, seconds, Stopwatch())) == list(range(turns))
+
+
+def test_turns_of_another_command_take_no_time_from_a_round() -> None:
+    watch, made = Stopwatch(), 0
+    for _ in counted(50, 1e5, watch):
+        made += 1
+        watch.leave_out(-1e4)  # as if this turn had taken so long
+    assert made == 9  # the tenth would end at 1e5 and a moment
+    watch, made = Stopwatch(), 0
+    for _ in counted(50, 1e5, watch):
+        made += 1
+        watch.leave_out(-1e4)
+        watch.leave_out(1e4)
+    assert made == 50
 
 
 def test_all_time_in_calls_is_told_and_not_that_of_samples_alone() -> None:

@@ -159,7 +159,7 @@ def test_the_same_command_again_measures_nothing_and_says_the_same(swept: tuple[
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
     *tables, share = said[said.index("latency in ms") :].splitlines()
     assert again.stdout[again.stdout.index("latency in ms") :].splitlines() == tables
-    assert re.fullmatch(r"\d+% of \d+ s went into calls that were timed, or warmed up for that", share)
+    assert re.fullmatch(r"\d+% of \d+ s went into calls that were measured, or warmed up for that", share)
 
 
 def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept: tuple[Path, str]) -> None:
