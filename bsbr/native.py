@@ -196,6 +196,7 @@ def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., i
         name = signature.partition("(")[0]
         _OPERATIONS.define(signature)
         _OPERATIONS.impl(name, function, "CPU")
+        _OPERATIONS.impl(name, lambda *_: 0, "Meta")  # where there is no data nothing is computed
         return function
 
     return register

@@ -218,7 +218,8 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if computes(func) and any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result)):
+        written = func._schema.is_mutable or any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result))
+        if computes(func) and written:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and storage_key(leaf) in self.bytes:
                     key = storage_key(leaf)

@@ -150,8 +150,8 @@ class Stopwatch:
 
 
 def now() -> str:
-    """The time of day in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The time of day in UTC, ISO 8601, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def seconds_since(time: str) -> float:
