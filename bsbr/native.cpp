@@ -98,7 +98,7 @@ struct Tile {
 template <int M = ROWS, class Body>
 inline void by_rows(index rows, Body&& body, index start = 0) {
     for (; start + M <= rows; start += M) body(start, std::integral_constant<int, M>{});
-    if constexpr (M > 1) by_rows<(M > 3 ? M / 3 : M - 1)>(rows, body, start);
+    if constexpr (M > 1) by_rows<(M > 4 ? 4 : M > 2 ? 2 : 1)>(rows, body, start);
 }
 
 constexpr int AHEAD = 16;
@@ -314,14 +314,14 @@ index store(const Sizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
         const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
         const T* key = at<T>(keys, item, head, chunk * depth);
         // Blocks of ROWS features, each [token, ROWS]: what a tile reads together lies together.
-        T* blocks = scratch.take(panels(s.features, ROWS) * ROWS * depth);
+        T* blocks = scratch.take((s.features + ROWS) * depth);
+        T* line = scratch.take(s.features + ROWS);
         for (index token = 0; token < depth; ++token) {
             const T* row = key + token * keys.time;
             fetch(row + AHEAD * keys.time, s.features);
-            const T factor = s.normed ? inverse_norm(row, s.features) : T(1);
-            T* to = blocks + token * ROWS;
-            for (index f = 0; f < s.features; f += ROWS, to += depth * ROWS)
-                for (index a = 0; a < std::min<index>(ROWS, s.features - f); ++a) to[a] = row[f + a] * factor;
+            scaled(row, s.normed ? inverse_norm(row, s.features) : T(1), s.features, line);
+            for (index f = 0; f < s.features; f += ROWS)
+                std::memcpy(blocks + f * depth + token * ROWS, line + f, ROWS * sizeof(T));
         }
         T* values = scratch.take(depth * padded<T>(s.head_dim));
         pack(at<T>(v, item, head, chunk * depth), v.time, depth, s.head_dim, values);
