@@ -101,7 +101,7 @@ inline void by_rows(index rows, Body&& body, index start = 0) {
     if constexpr (M > 1) by_rows<(M > 4 ? 4 : M > 2 ? 2 : 1)>(rows, body, start);
 }
 
-constexpr int AHEAD = 16;
+constexpr int AHEAD = 16;  // rows
 
 /// Asks for a row that is read soon: rows of a head lie too far apart for the processor to guess.
 template <class T>

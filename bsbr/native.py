@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bsbr.plain import retrieve
 
-STRETCH = 64
+STRETCH = 32
 """Chunks that are stored, mixed and read together where no gradients are kept: what follows finds their keys in the cache."""
 
 SOURCE = Path(__file__).with_name("native.cpp")

@@ -137,12 +137,12 @@ def retrieve(
         # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         scores, chosen = scores[..., :top_k], order[..., :top_k]
-        visible = visible.expand(*order.shape).gather(-1, chosen)
-    weights = torch.softmax(scores, dim=-1)
-    if first < chunks:
-        weights = weights.where(visible, 0)
+    # What is not seen weighs exactly 0 already, but in a row that sees nothing. One factor a row: each product of all
+    # weights would be kept for the gradient.
+    factor = (torch.arange(first, first + rows, device=r.device) > 0).to(wide).view(rows, 1)
     if gain is not None:
-        weights = weights * gain.view(kv_heads, group, 1, 1)
+        factor = factor * gain.view(kv_heads, group, 1, 1)
+    weights = torch.softmax(scores, dim=-1) * factor
     weights = F.dropout(weights.to(states[0].dtype), dropout_p)
     pieces = [page.flatten(3) for page in states]
     mixed = _mix(weights, sizes, pieces) if chosen is None else _mix_chosen(weights, chosen, sizes, pieces)
