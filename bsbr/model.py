@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsbr.attention import BSBRAttention
+from bsbr.convolution import ShortConvolution
 from bsbr.interface import Attention, State, count, next_position, pack, require_positive
 
 BuildAttention = Callable[..., Attention]
@@ -22,14 +23,25 @@ BuildAttention = Callable[..., Attention]
 class TransformerLayer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(feed_forward(norm(x))).
 
-    hidden_states: [batch, time, hidden_dim], in and out, 0 at padding. ff_dim is the width inside the feed-forward part.
+    hidden_states: [batch, time, hidden_dim], in and out, 0 at padding. ff_dim is the width inside the feed-forward part;
+    conv_size, that of a `ShortConvolution` in front of the attention, None for none.
     Source: Vaswani 2017 (arXiv:1706.03762), with the norms in front as in Xiong 2020 (arXiv:2002.04745).
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, ff_dim: int, *, attention: BuildAttention, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        ff_dim: int,
+        *,
+        attention: BuildAttention,
+        dropout: float = 0.0,
+        conv_size: int | None = None,
+    ) -> None:
         super().__init__()
         require_positive(ff_dim=ff_dim)
         self.attention = attention(hidden_dim=hidden_dim, num_heads=num_heads)
+        self.convolution = None if conv_size is None else ShortConvolution(hidden_dim, conv_size)
         self.attention_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(nn.Linear(hidden_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, hidden_dim))
@@ -39,13 +51,18 @@ class TransformerLayer(nn.Module):
         if attention_mask is not None:
             packed, unpack = pack(hidden_states, attention_mask)
             return unpack(self(packed))
-        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states)))
-        return self._feed_forward(hidden_states)
+        normed = self.attention_norm(hidden_states)
+        if self.convolution is not None:
+            normed = self.convolution(normed)
+        return self._feed_forward(hidden_states + self.dropout(self.attention(normed)))
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """See `Attention.extend`: the state is the attention's."""
-        attended, state = self.attention.extend(self.attention_norm(hidden_states), state)
-        return self._feed_forward(hidden_states + self.dropout(attended)), state
+        """See `Attention.extend`: the state is the attention's, and what the convolution needs of the tokens before."""
+        normed, before = self.attention_norm(hidden_states), {}
+        if self.convolution is not None:
+            normed, before["convolved"] = self.convolution.extend(normed, None if state is None else state["convolved"])
+        attended, after = self.attention.extend(normed, state)
+        return self._feed_forward(hidden_states + self.dropout(attended)), {**after, **before}
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         return cast(Tensor, hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))))
@@ -56,6 +73,7 @@ class TransformerModel(nn.Module):
 
     Sinusoidal positions are added to the embeddings (Vaswani 2017, section 3.5), computed for the length at
     hand: no table, no maximum. positions=False leaves them out, for attentions that bring their own.
+    conv_size: see `TransformerLayer`.
     use_checkpointing=True recomputes each layer in the backward pass instead of keeping its activations.
     Padding is taken out once, here; see `bsbr.interface.pack`.
     """
@@ -70,6 +88,7 @@ class TransformerModel(nn.Module):
         *,
         attention: BuildAttention,
         dropout: float = 0.0,
+        conv_size: int | None = None,
         positions: bool = True,
         use_checkpointing: bool = False,
     ) -> None:
@@ -78,7 +97,8 @@ class TransformerModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, hidden_dim)
         nn.init.normal_(self.embedding.weight, std=hidden_dim**-0.5)
         self.layers = nn.ModuleList(
-            TransformerLayer(hidden_dim, num_heads, ff_dim, attention=attention, dropout=dropout) for _ in range(num_layers)
+            TransformerLayer(hidden_dim, num_heads, ff_dim, attention=attention, dropout=dropout, conv_size=conv_size)
+            for _ in range(num_layers)
         )
         self.final_norm = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
@@ -224,6 +244,7 @@ class BSBRModel(TransformerModel):
         dropout: float = 0.0,
         compression_factor: int | None = None,
         *,
+        conv_size: int | None = None,
         positions: bool = True,
         use_checkpointing: bool = False,
         **options: int | bool | None,
@@ -242,6 +263,7 @@ class BSBRModel(TransformerModel):
                 **options,  # type: ignore[arg-type]
             ),
             dropout=dropout,
+            conv_size=conv_size,
             positions=positions,
             use_checkpointing=use_checkpointing,
         )

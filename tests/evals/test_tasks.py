@@ -53,12 +53,12 @@ def test_examples_have_the_form_that_the_trainer_takes(task: Task) -> None:
     for longer in (task, replace(task, seq_len=4 * task.seq_len)):
         batch = longer.batch(50, generator("form"))
         assert {tuple(tensor.shape) for tensor in batch} == {(50, longer.seq_len)}
-        assert 0 <= batch.inputs.min()
+        assert batch.inputs.min() >= 0
         assert batch.inputs.max() < longer.vocab_size == task.vocab_size
         asked = batch.targets[batch.targets != IGNORED]
-        assert 0 <= asked.min()
+        assert asked.min() >= 0
         assert asked.max() < longer.vocab_size
-        assert 0 <= batch.groups.min()
+        assert batch.groups.min() >= 0
         assert batch.groups.max() < len(longer.groups)
         assert (batch.targets != IGNORED).any(dim=1).all()
         assert 0 < longer.chance <= 1
@@ -225,6 +225,6 @@ def test_the_default_text_is_the_standard_library(text: str) -> None:
     ],
 )
 def test_bad_options_are_one_sentence(make: object, words: str) -> None:
-    with pytest.raises(ValueError, match="^[^\n]+$") as caught:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         make()  # type: ignore[operator]
     assert words in str(caught.value)

@@ -1,0 +1,38 @@
+"""A short causal convolution along time, as it stands before the attention of a layer."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsbr.interface import check_hidden_states, require_positive
+
+
+class ShortConvolution(nn.Module):
+    """y_t = x_t + Σ_{i<w} w_i ⊙ x_{t−i}: each channel by itself, x before the beginning is 0.   Poli 2023 (arXiv:2302.10866), 3.
+
+    It lets a token see its neighbours before attention compares it with others, as recall needs: a key is found by the token
+    after it. hidden_states: [batch, time, hidden_dim], in and out. size: w. At first y = x but for small random weights.
+    """
+
+    def __init__(self, hidden_dim: int, size: int) -> None:
+        super().__init__()
+        require_positive(size=size)
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(hidden_dim, 1, size))
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        check_hidden_states(hidden_states, self.weight.shape[0])
+        return self.extend(hidden_states, None)[0]
+
+    def extend(self, hidden_states: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs for new tokens, and the last w − 1 inputs [batch, w − 1, hidden_dim], which the next ones need as `before`."""
+        batch, _, hidden_dim = hidden_states.shape
+        if before is None:
+            before = hidden_states.new_zeros(batch, self.size - 1, hidden_dim)
+        seen = torch.cat([before, hidden_states], dim=1)
+        mixed = F.conv1d(seen.mT, self.weight, groups=hidden_dim).mT
+        # A clone: a view would keep the whole sequence alive.
+        return cast(Tensor, hidden_states + mixed), seen[:, seen.shape[1] - self.size + 1 :].clone()
