@@ -1,7 +1,5 @@
 """A short causal convolution along time, as it stands before the attention of a layer."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,4 +33,4 @@ class ShortConvolution(nn.Module):
         seen = torch.cat([before, hidden_states], dim=1)
         mixed = F.conv1d(seen.mT, self.weight, groups=hidden_dim).mT
         # A clone: a view would keep the whole sequence alive.
-        return cast(Tensor, hidden_states + mixed), seen[:, seen.shape[1] - self.size + 1 :].clone()
+        return hidden_states + mixed, seen[:, seen.shape[1] - self.size + 1 :].clone()

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from bsbr.interface import Attention
 from bsbr.model import TransformerLayer
+from evals.tasks.task import Task
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
-    *("relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir"),
+    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir"),
 )
 MATCHES = ("params",)
 MATCHED_WITHIN = 0.01
@@ -52,6 +53,7 @@ class Model:
     ff_dim: int
     num_layers: int
     vocab_size: int
+    conv_size: int | None = None  # of a convolution in front of every attention of a layer or model
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,27 @@ class Sampling:
     timeout_s: float
     memory_limit_gib: float | None
     seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every contestant learns: `warmup` is a part of the steps, `lengths` are multiples of seq_len at which it is asked."""
+
+    steps: int
+    learning_rates: tuple[float, ...]
+    seeds: int
+    warmup: float
+    weight_decay: float
+    clip: float
+    accumulate: int
+    examples: int
+    lengths: tuple[int, ...]
+    checkpoint_s: float
+
+    @property
+    def settings(self) -> dict[str, int | float]:
+        """What a trained model depends on, and is the same for all."""
+        return {key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "accumulate", "examples")}
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,8 @@ class Comparison:
     relative_to: str
     match: str | None  # what is equalised between the contestants
     search: str | None  # what is looked for, instead of timing this one shape
+    task: dict[str, Any] | None  # what is learned, instead of timing
+    training: Training
     workload: dict[str, Any]
     shape: Shape
     model: Model
@@ -139,13 +164,17 @@ class Comparison:
         """What all its contestants are measured under, as the table of results names it."""
         model = asdict(self.model)
         if self.model.scope != "model":  # of the decoder no more is built
-            layer = ("ff_dim",) if self.model.scope == "layer" else ()
+            layer = ("ff_dim", "conv_size") if self.model.scope == "layer" else ()
             model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads", *layer)}
+        if model.get("conv_size") is None:
+            model.pop("conv_size", None)
         match = {} if self.match is None else {"match": self.match}
+        kind, node = ("workload", self.workload) if self.task is None else ("task", self.task)
         return {
             **self.option,
-            "workload": str(self.workload["_target_"]).rpartition(".")[2],
-            **{option: value for option, value in self.workload.items() if option != "_target_"},
+            kind: str(node["_target_"]).rpartition(".")[2],
+            **{option: value for option, value in node.items() if option != "_target_"},
+            **({} if self.task is None else self.training.settings),
             "device": self.device.kind,
             "dtype": self.device.dtype,
             "threads": self.device.threads,
@@ -167,6 +196,8 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     attentions = values.get("attention")
     if not attentions:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
+    if "block" in values:  # conf/attention/*.yaml have read it
+        _integers("", {"block": values.pop("block")})
     _check_keys("", values, KEYS)
     for name, node in attentions.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
@@ -187,13 +218,18 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         relative_to=str(values["relative_to"]),
         match=_choice("match", values["match"], MATCHES),
         search=_choice("search", values["search"], SEARCHES),
+        task=values["task"],
+        training=_training(values["training"]),
         workload=_workload(values["workload"]),
         shape=_shape(values["shape"]),
         model=_model(values["model"]),
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
-    _check_workload(comparison)
+    if comparison.task is None:
+        _check_workload(comparison)
+    else:
+        comparison = _for_task(comparison)
     with torch.device("meta"):  # nothing is allocated, whatever the size
         for contestant in comparison.contestants:
             contestant.build(comparison.model)
@@ -240,7 +276,9 @@ def matched(comparison: Comparison) -> Comparison:
 
 def layer_parameters(contestant: Contestant, model: Model, ff_dim: int) -> int:
     with torch.device("meta"):
-        layer = TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=lambda **_: contestant.build(model))
+        layer = TransformerLayer(
+            model.hidden_dim, model.num_heads, ff_dim, attention=lambda **_: contestant.build(model), conv_size=model.conv_size
+        )
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
@@ -280,6 +318,55 @@ def _check_workload(comparison: Comparison) -> None:
         )
 
 
+def build_task(comparison: Comparison) -> Task:
+    """What is learned, at the comparison's length. Raises UsageError if the node names nothing that can be built, or no `Task`."""
+    node = comparison.task
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise UsageError(f"task must be null or a mapping with a _target_, such as evals.tasks.mqar.MQAR, got {node!r}")
+    try:
+        task = instantiate(node, seq_len=comparison.shape.seq_len)
+    except InstantiationException as error:
+        raise UsageError(f"task {node['_target_']} cannot be made: {one_sentence(error.__cause__ or error)}") from error
+    if not isinstance(task, Task):
+        raise UsageError(f"task {node['_target_']} is {type(task).__name__}, not a subclass of evals.tasks.task.Task")
+    return task
+
+
+def _for_task(comparison: Comparison) -> Comparison:
+    """With the task's vocabulary. Raises UsageError for what cannot be trained."""
+    model, device, training = comparison.model, comparison.device, comparison.training
+    if comparison.search is not None:
+        raise UsageError(f"a comparison has a task or a search, not both, got search={comparison.search}")
+    if model.scope != "model":
+        raise UsageError(f"a task is learned by a whole model: it needs model.scope=model, got {model.scope}")
+    if device.dtype not in ("float32", "bfloat16" if device.kind == "cuda" else "float64"):
+        raise UsageError(f"training takes device.dtype=float32, or bfloat16 on cuda or float64 on cpu, got {device.dtype}")
+    if comparison.shape.batch_size < training.accumulate:
+        raise UsageError(
+            f"training.accumulate must be at most shape.batch_size = {comparison.shape.batch_size}, got {training.accumulate}"
+        )
+    task = build_task(comparison)
+    for times in training.lengths:
+        replace(task, seq_len=times * task.seq_len)
+    return replace(comparison, model=replace(model, vocab_size=task.vocab_size))
+
+
+def _training(values: dict[str, Any]) -> Training:
+    _check_keys("training.", values, names(Training))
+    _integers("training", {key: values[key] for key in ("steps", "seeds", "accumulate", "examples")})
+    for key in ("learning_rates", "lengths"):
+        given = values[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],)
+        kinds, what = (int, "whole numbers") if key == "lengths" else (int | float, "numbers")
+        if not given or not all(isinstance(one, kinds) and not isinstance(one, bool) and one > 0 for one in given):
+            raise UsageError(f"training.{key} must be a list of {what} above 0, got {list(given)!r}")
+    for key, least in (("warmup", 0), ("weight_decay", 0), ("clip", 1e-9), ("checkpoint_s", 0)):
+        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or values[key] < least:
+            raise UsageError(f"training.{key} must be a number of at least {least:g}, got {values[key]!r}")
+    if values["warmup"] > 1:
+        raise UsageError(f"training.warmup must be a part of the steps, from 0 to 1, got {values['warmup']!r}")
+    return Training(**values)
+
+
 def _shape(values: dict[str, Any]) -> Shape:
     _check_keys("shape.", values, names(Shape))
     return Shape(**_integers("shape", values))
@@ -290,7 +377,8 @@ def _model(values: dict[str, Any]) -> Model:
     if values["scope"] not in SCOPES:
         raise UsageError(f"model.scope must be one of {', '.join(SCOPES)}, got {values['scope']!r}")
     open_ = [key for key in ("hidden_dim", "num_heads", "head_dim") if values[key] is None]
-    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope" and key not in open_})
+    absent = [*open_, *(["conv_size"] if values["conv_size"] is None else [])]
+    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope" and key not in absent})
     head_dim = sizes.pop("head_dim", None)
     if len(open_) > 1:
         raise UsageError(f"of model.hidden_dim, num_heads and head_dim one may be null, got null for {' and '.join(open_)}")
@@ -366,7 +454,7 @@ def _check_keys(group: str, values: Any, expected: Sequence[str]) -> None:
 def _integers(group: str, values: dict[str, Any]) -> dict[str, int]:
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{group}.{key} must be a positive integer, got {value!r}")
+            raise UsageError(f"{group}{'.' if group else ''}{key} must be a positive integer, got {value!r}")
     return values
 
 

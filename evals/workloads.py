@@ -187,10 +187,9 @@ def build(comparison: Comparison, contestant: Contestant) -> Module:
         return contestant.build(model)
 
     if model.scope == "layer":
-        return TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=attention)
-    return CausalLM(
-        TransformerModel(model.vocab_size, model.hidden_dim, model.num_layers, model.num_heads, ff_dim, attention=attention)
-    )
+        return TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=attention, conv_size=model.conv_size)
+    sizes = (model.vocab_size, model.hidden_dim, model.num_layers, model.num_heads, ff_dim)
+    return CausalLM(TransformerModel(*sizes, attention=attention, conv_size=model.conv_size))
 
 
 def inputs(comparison: Comparison) -> Tensor:

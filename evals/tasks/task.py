@@ -37,6 +37,9 @@ class Task(ABC):
     grouped_by: ClassVar[str | None] = None
     """What tells one group of targets from another, as a column of the table; None: there is one group."""
 
+    unit: ClassVar[str] = "token"
+    """What one target is: of a byte, the loss is told in bits, too."""
+
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
