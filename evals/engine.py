@@ -33,6 +33,21 @@ Watch = Callable[[str, float], None]
 """Told what is about to be done, and which part of the comparison is behind it."""
 
 
+def check_axis(comparison: Comparison, ledger: Ledger) -> None:
+    """Raises UsageError if the ledger is of a sweep over something else, or of another kind: a table has one x axis."""
+    kind, words = ("comparison", "timing") if comparison.task is None else ("study", "training")
+    for record in ledger.read()[0]:
+        if record.get("kind") not in ("comparison", "study"):
+            continue
+        if record["kind"] != kind:
+            raise UsageError(f"{ledger.path.parent} holds no {words}: give this a folder of its own, as in sweep_name=mine")
+        if record["swept"] != comparison.swept:
+            raise UsageError(
+                f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "
+                f"{comparison.swept or 'nothing'}: give it a folder of its own, as in sweep_name=mine"
+            )
+
+
 class Engine:
     """Works off one comparison. What `ledger` holds of it already is not measured again, so that a killed run goes on.
 
@@ -43,12 +58,7 @@ class Engine:
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         self.comparison = comparison
         self.ledger = ledger
-        for record in ledger.read()[0]:
-            if record.get("kind") == "comparison" and record["swept"] != comparison.swept:
-                raise UsageError(
-                    f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "
-                    f"{comparison.swept or 'nothing'}: give it a folder of its own, as in sweep_name=mine"
-                )
+        check_axis(comparison, ledger)
         self.processor = machine.processor(comparison.device.kind)
         with torch.device("meta"):
             self.code = {one.name: one.code(one.build(comparison.model)) for one in comparison.contestants}

@@ -51,6 +51,21 @@ def median_interval(
     return _estimate(_checked(rounds, "rounds"), confidence, resamples, generator)
 
 
+def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
+    """Mean of independent values, such as one a seed, with the interval of Student's t; NaN bounds where there is only one.
+
+    Raises ValueError if there is none, or one is not finite.
+    """
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be finite and at least one, got {list(values)}")
+    mean, count = math.fsum(values) / len(values), len(values)
+    if count == 1:
+        return Interval(mean, math.nan, math.nan)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
+    return Interval(mean, mean - half, mean + half)
+
+
 @dataclass(frozen=True)
 class Speedup(Interval):
     """`p`: how probable so large a deviation from 1 is where there is none; NaN where nothing is known between rounds."""

@@ -16,6 +16,7 @@ from evals.engine import Engine
 from evals.ledger import Ledger, Record
 from evals.measure import seconds_of_this_process
 from evals.statistics import medians
+from evals.study import Study
 
 
 class Run:
@@ -34,18 +35,16 @@ class Run:
         comparison = read_comparison(cfg, cli.Session.swept)
         samples = ledger(cfg)
         certificates = Ledger(Path(cfg.results_dir) / "certificates.jsonl")
-        engine = (
-            context.Search(comparison, samples, certificates) if comparison.search else Engine(comparison, samples, certificates)
-        )
+        job = kind_of(comparison)(comparison, samples, certificates)
         behind = len(self.comparisons)
-        self.comparisons.append(engine.id)
+        self.comparisons.append(job.id)
         place = f"[{behind + 1}/{cli.Session.jobs}] {swept(comparison)}"
         tqdm.write(f"{place}: {conditions(comparison)}")
         if self.dry:
-            rounds, seconds = engine.outlook()
+            made, seconds = job.outlook()
             self.seconds_left += seconds
             names = ", ".join(contestant.name for contestant in comparison.contestants)
-            tqdm.write(f"  {names}: {rounds} rounds are made, about {seconds:.0f} s to go")
+            tqdm.write(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, about {seconds:.0f} s to go")
             return
         torn = samples.mend()
         if torn:
@@ -57,7 +56,7 @@ class Run:
             self.bar.refresh()
 
         trials: dict[str, Record] = {}
-        for record in engine.run(watch):
+        for record in job.run(watch):
             # As many trials at once as there are cores; of all else, one thing at a time.
             self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
             if record["kind"] == "trial":
@@ -68,6 +67,8 @@ class Run:
                 tqdm.write(first_row(record, trials.pop(record["attention"])))
             if record["kind"] == "probe":
                 tqdm.write(probe(record))
+            if record["kind"] == "run":
+                tqdm.write(trained(record))
             if self.interrupted:
                 raise KeyboardInterrupt
 
@@ -95,6 +96,8 @@ class Run:
             print(f"warning: {ledger(cfg).path} is damaged in line {numbers}, which is left out", file=sys.stderr)
         if cfg.search:
             return self.report_search(cfg, context.results(records))
+        if cfg.task:
+            return self.report_study(cfg, records)
         results = table.results(records)
         if results.empty:
             return 0
@@ -120,6 +123,20 @@ class Run:
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         return 0
 
+    def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
+        from evals import figures, scores, table
+
+        results, curves = scores.results(records), scores.curves(records)
+        if results.empty:
+            return 0
+        path = table.write(results, ledger(cfg).path.parent)
+        table.write(curves, ledger(cfg).path.parent, "curves")
+        plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
+        print(scores.shown(results[results["study"].isin(self.comparisons)]))
+        drawn = f"\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}" if plots else ""
+        print(f"\n{path}: {len(results)} rows{drawn}")
+        return 0
+
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,6 +148,11 @@ def ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
 
+def kind_of(comparison: Comparison) -> type[Engine | context.Search | Study]:
+    """What works it off: one that trains, one that looks for the longest sequence, or one that times."""
+    return Study if comparison.task else context.Search if comparison.search else Engine
+
+
 def swept(comparison: Comparison) -> str:
     """Where in the sweep this comparison stands, as `seq_len=512`."""
     key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
@@ -139,7 +161,9 @@ def swept(comparison: Comparison) -> str:
 
 def conditions(comparison: Comparison) -> str:
     told = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
-    settings = {key: value for key, value in comparison.settings.items() if key not in comparison.option}
+    settings = {key: value for key, value in comparison.settings.items() if key not in comparison.option and value is not None}
+    if comparison.task:
+        return ", ".join(str(value) if key == "task" else f"{key} {value}" for key, value in settings.items())
     return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
 
 
@@ -160,6 +184,16 @@ def probe(tried: Record) -> str:
     """One length of a search, and whether it fits."""
     held = "" if tried["peak_bytes"] is None else f"{tried['peak_bytes'] / 2**20:10.2f} MiB"
     return f"  {tried['attention']:<16}{tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
+
+
+def trained(run: Record) -> str:
+    """One training run: how well it does where it was trained."""
+    if run["outcome"] != "ok":
+        return failed(run)
+    asked = run["evaluations"][0]
+    accuracy = sum(asked["right"]) / sum(asked["targets"])
+    place = f"rate {run['learning_rate']:g}, seed {run['seed']}"
+    return f"  {run['attention']:<16}{place:<24}accuracy {accuracy:.3f}, loss {run['curve'][-1][1]:.3f}, {run['train_s']:.0f} s"
 
 
 def main() -> int:

@@ -1,0 +1,169 @@
+"""Trains every contestant of a comparison on its task: at each learning rate, and at the best one with every seed."""
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from evals import machine
+from evals.config import Comparison, Contestant, Training, build_task, digest
+from evals.engine import Watch, check_axis
+from evals.ledger import Ledger, Record
+from evals.measure import available_bytes, now
+from evals.tasks.task import Task
+from evals.train import Progress, train
+from evals.trials import Trials, source
+from evals.worker import Result, Worker, alone
+
+
+def next_run(runs: Sequence[Record], training: Training) -> tuple[float, int] | None:
+    """The learning rate and seed of the run that one contestant still lacks; None if there is no more to do.
+
+    runs: its records so far. Every learning rate is tried with seed 0; the best of them then has the other seeds.
+    """
+    made = {(run["learning_rate"], run["seed"]) for run in runs}
+    for rate in training.learning_rates:
+        if (rate, 0) not in made:
+            return rate, 0
+    best = best_rate(runs, training.learning_rates)
+    if best is None:
+        return None
+    return next(((best, seed) for seed in range(training.seeds) if (best, seed) not in made), None)
+
+
+def best_rate(runs: Sequence[Record], rates: Sequence[float]) -> float | None:
+    """The rate whose run with seed 0 had the least validation loss; None if none came to an end."""
+    first = {run["learning_rate"]: run["validation_loss"] for run in runs if run["seed"] == 0 and run["outcome"] == "ok"}
+    return min((rate for rate in rates if rate in first), key=lambda rate: first[rate], default=None)
+
+
+class Study:
+    """Works off a comparison with a task. Runs that `ledger` holds are not made again, whichever command made them.
+
+    A run that was killed goes on from its checkpoint. Raises UsageError if the ledger is of a sweep over something else.
+    """
+
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+        check_axis(comparison, ledger)
+        self.comparison = comparison
+        self.ledger = ledger
+        self.task: Task = build_task(comparison)
+        with torch.device("meta"):
+            code = {one.name: one.code(one.build(comparison.model)) for one in comparison.contestants}
+        self.memory_limit_bytes = int(0.8 * available_bytes())
+        if comparison.sampling.memory_limit_gib is not None:
+            self.memory_limit_bytes = int(comparison.sampling.memory_limit_gib * 2**30)
+        self.trials = Trials(comparison, code, certificates, self.memory_limit_bytes)
+        self.settings = {
+            **comparison.settings,
+            **self.task.facts(),
+            "processor": machine.processor(comparison.device.kind),
+            "torch": torch.__version__,
+        }
+        trainer = source("train.py", "workloads.py", "tasks/task.py")
+        own = Path(inspect.getsourcefile(type(self.task)) or "").read_text()
+        self.keys = {
+            one.name: digest([self.settings, comparison.training.lengths, asdict(one), code[one.name], trainer, own])
+            for one in comparison.contestants
+        }
+        self.id = digest([self.keys, comparison.training.learning_rates, comparison.training.seeds])
+
+    def outlook(self) -> tuple[int, float]:
+        """How many runs there are already, and about how many seconds the others take; 0 where nothing tells."""
+        done = {one.name: self.runs(one) for one in self.comparison.contestants}
+        known = [float(run["train_s"]) for runs in done.values() for run in runs if run["outcome"] == "ok"]
+        made = sum(map(len, done.values()))
+        each = sum(known) / len(known) if known else 0.0
+        return made, each * max(0, self._wanted() - made)
+
+    def run(self, watch: Watch) -> Iterator[Record]:
+        """Yields every record as soon as it is in the ledger. Of a main thread."""
+        yield self._kept(self.description())
+        for contestant in self.comparison.contestants:
+            watch(f"{contestant.name}: certificate", self._part())
+            objection = self.objection(contestant)
+            if objection is not None:
+                yield objection
+                continue
+            while (wanted := next_run(self.runs(contestant), self.comparison.training)) is not None:
+                yield self._kept(self._trained(contestant, *wanted, watch))
+                self.saved(contestant, *wanted).unlink(missing_ok=True)
+
+    def runs(self, contestant: Contestant) -> list[Record]:
+        """What the ledger holds of a contestant's runs."""
+        key = self.keys[contestant.name]
+        return [record for record in self.ledger.read()[0] if record.get("kind") == "run" and record["run"] == key]
+
+    def objection(self, contestant: Contestant) -> Record | None:
+        """The record that says why this contestant is not trained; None if it is certified."""
+        certified = self.trials.certified(contestant)
+        if certified.outcome == "ok":
+            return None
+        known = [record for record in self.runs(contestant) if record["outcome"] == certified.outcome]
+        return known[0] if known else self._kept(self.record(contestant, None, 0, certified))
+
+    def record(self, contestant: Contestant, learning_rate: float | None, seed: int, result: Result) -> Record:
+        """What the ledger keeps of a run."""
+        outcome = {"outcome": result.outcome, "detail": result.detail}
+        return {
+            "kind": "run",
+            "run": self.keys[contestant.name],
+            "attention": contestant.name,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            **(result.value if result.outcome == "ok" else outcome),
+            "time": now(),
+        }
+
+    def saved(self, contestant: Contestant, learning_rate: float, seed: int) -> Path:
+        """Where the checkpoint of a run lies until its record is in the ledger."""
+        name = f"{contestant.name}-{digest([self.keys[contestant.name], learning_rate, seed])}.safetensors"
+        return self.ledger.path.parent / "checkpoints" / name.replace(os.sep, "_")
+
+    def _trained(self, contestant: Contestant, learning_rate: float, seed: int, watch: Watch) -> Record:
+        limit_s, saved = self.comparison.sampling.timeout_s, self.saved(contestant, learning_rate, seed)
+        arguments = (self.comparison, contestant, self.task, learning_rate, seed, saved)
+        steps, done = self.comparison.training.steps, self._part()
+        with alone(), Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker:
+            result = worker.result(limit_s)
+            while result.outcome == "ok" and isinstance(result.value, Progress):
+                step, loss, left_s = result.value
+                words = (
+                    f"{contestant.name}, rate {learning_rate:g}, seed {seed}: step {step}/{steps}, loss {loss:.3f}, {left_s:.0f} s"
+                )
+                watch(words, done + step / steps / self._wanted())
+                result = worker.ask(None, limit_s)
+        return self.record(contestant, learning_rate, seed, result)
+
+    def _wanted(self) -> int:
+        """How many runs there are to be, if all goes well."""
+        training = self.comparison.training
+        return len(self.comparison.contestants) * (len(training.learning_rates) + training.seeds - 1)
+
+    def _part(self) -> float:
+        return min(1.0, sum(len(self.runs(one)) for one in self.comparison.contestants) / self._wanted())
+
+    def _kept(self, record: Record) -> Record:
+        self.ledger.append(record)
+        return record
+
+    def description(self) -> Record:
+        comparison = self.comparison
+        return {
+            "kind": "study",
+            "study": self.id,
+            "sweep": comparison.sweep,
+            "swept": comparison.swept,
+            "settings": self.settings,
+            "contestants": {one.name: {"node": one.node, "ff_dim": one.ff_dim} for one in comparison.contestants},
+            "runs": self.keys,
+            "learning_rates": comparison.training.learning_rates,
+            "chance": self.task.chance,
+            "grouped_by": self.task.grouped_by,
+            "unit": self.task.unit,
+            "provenance": machine.provenance(comparison.device.kind),
+            "time": now(),
+        }
