@@ -1,8 +1,9 @@
 """`python -m evals.figures results/<sweep> …`: results.csv -> plots/<sweep>/, without measuring anything.
 
 Which figures there are, and how their tables are read. Lines over the swept setting are drawn by
-`curves`, all else by `panels`, `pareto` and `longest`. Every figure is PNG and SVG, at the width of a paper. The same tables give
-the same bytes wherever the same matplotlib runs: its own fonts, and no setting of the user's.
+`curves`, all else by `panels`, `pareto` and `longest`; what was learned, by `learning` and `depths`. Every figure is PNG and
+SVG, at the width of a paper. The same tables give the same bytes wherever the same matplotlib runs: its own fonts, and no
+setting of the user's.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from evals import learning
 from evals.curves import QUANTITIES, curve, scaling
+from evals.depths import needle_depth
 from evals.longest import longest
 from evals.looks import FAILURES, RC, looks
 from evals.page import SETTINGS, Sweep, is_number, laid_out, plain
@@ -32,6 +35,9 @@ FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
     "pareto": pareto,
 }
 """All figures. One that has nothing to show is None, and is left out."""
+
+LEARNED = {**learning.FIGURES, "needle_depth": needle_depth}
+"""All figures of what was learned."""
 
 NUMBERS = (
     *("latency_s", "latency_low_s", "latency_high_s", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
@@ -245,14 +251,35 @@ def draw_contexts(results: pd.DataFrame, folder: Path) -> list[Path]:
     return _save(named, folder, ["max_context"])
 
 
+def draw_learned(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `learning` into folder from the tables of `scores`; returns the paths.
+
+    Rows that differ in another setting than the swept one go to figures of their own. Raises ValueError if a column is missing
+    or a number is none.
+    """
+    _demand(results, learning.COLUMNS)
+    results = results.assign(**{column: _numbers(results, column) for column in learning.NUMBERS})
+    named = []
+    for suffix, learned in learning.sets(results, curves, swept_column(results), looks(results["attention"].astype(str))):
+        for name, make in LEARNED.items():
+            with style.context(["default", RC]):
+                picture = make(learned)
+            if picture is not None:
+                named.append((f"{name}{suffix}", picture))
+    return _save(named, folder, LEARNED)
+
+
 def redraw(results: Path, plots: Path) -> list[Path]:
     """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are.
 
-    `draw_contexts` where results.csv is of a search for the longest context.
+    `draw_contexts` where results.csv is of a search for the longest context, `draw_learned` where it is of training.
     """
     path = results / "results.csv"
-    if path.is_file() and path.read_bytes().split(b"\n", 1)[0].find(b"max_context") >= 0:
+    head = path.read_bytes().split(b"\n", 1)[0] if path.is_file() else b""
+    if b"max_context" in head:
         return draw_contexts(pd.read_csv(path), plots)
+    if b"eval_seq_len" in head:
+        return draw_learned(pd.read_csv(path), pd.read_csv(results / "curves.csv"), plots)
     return draw(read(results), plots, **read_fits(results))
 
 
