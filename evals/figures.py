@@ -152,7 +152,8 @@ def swept_column(results: pd.DataFrame) -> str:
     if len(keys) > 1:
         raise ValueError(f"one table holds one sweep, got swept = {', '.join(map(str, keys))}")
     if not len(keys):
-        return max(("seq_len", *SETTINGS), key=lambda column: results[column].nunique())  # seq_len where nothing does
+        known = [name for name in ("seq_len", *SETTINGS) if name in results]
+        return max(known, key=lambda name: results[name].nunique())  # seq_len where nothing does
     column = str(keys[0]).rsplit(".", 1)[-1]
     if column not in results.columns:
         raise ValueError(f"the swept key {keys[0]!r} needs a column {column!r}, found {', '.join(map(str, results.columns))}")

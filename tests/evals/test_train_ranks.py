@@ -1,0 +1,45 @@
+"""Training across ranks: the same run as on one, in the same ledger."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evals.ledger import Ledger, Record
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[standard]", "shape.seq_len=16", "shape.batch_size=6"),
+    *("model.scope=model", "model.hidden_dim=16", "model.num_heads=2", "model.ff_dim=32", "device.threads=1"),
+    *("training.steps=20", "training.examples=20", "training.seeds=1", "training.learning_rates=[1e-3]", "training.accumulate=2"),
+)
+
+
+def trained(folder: Path, *words: str) -> Record:
+    arguments = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL)
+    done = subprocess.run([sys.executable, *words, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run,) = [one for one in Ledger(folder / "results" / "single" / "samples.jsonl").read()[0] if one["kind"] == "run"]
+    return run
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.train_ranks")
+    shared = trained(tmp_path / "shared", *torchrun)
+    alone = trained(tmp_path / "alone", "-m", "evals.run")
+    assert (shared["outcome"], shared["ranks"]) == ("ok", 2)
+    assert shared["run"] == alone["run"]
+    for (step, loss), (other, same) in zip(shared["curve"], alone["curve"], strict=True):
+        assert step == other
+        assert loss == pytest.approx(same, rel=1e-4)
+    assert shared["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
+    # The table of both is made by evals.run, which has nothing left to train.
+    assert trained(tmp_path / "shared", "-m", "evals.run") == shared
+
+
+def test_without_torchrun_it_says_how() -> None:
+    done = subprocess.run([sys.executable, "-m", "evals.train_ranks"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("start it with torchrun")
+    assert done.stderr.count("\n") == 1
