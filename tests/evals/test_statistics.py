@@ -9,6 +9,7 @@ from evals.statistics import (
     Speedup,
     half_width,
     holm,
+    mean_interval,
     median_interval,
     noise_floor,
     speedup_interval,
@@ -302,3 +303,16 @@ def test_half_width_is_students_interval_of_the_rounds() -> None:
     # Medians of exp(±0.1): sd 0.1414, t of one degree of freedom 12.706.
     assert half_width([[math.exp(0.1)], [math.exp(-0.1)] * 3]) == pytest.approx(math.expm1(12.7062 * 0.1), rel=1e-4)
     assert half_width([[1.0]]) == math.inf
+
+
+def test_a_mean_over_seeds_has_the_interval_of_student_t() -> None:
+    # By hand: mean 2, standard deviation 1, t(0.975, 2) = 4.3027.
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
+    alone = mean_interval([0.5])
+    assert alone.value == 0.5
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+    for wrong in ([], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="values must be finite and at least one"):
+            mean_interval(wrong)

@@ -1,8 +1,10 @@
 """The generators of examples, held against what their papers describe."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,3 +230,22 @@ def test_bad_options_are_one_sentence(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         make()  # type: ignore[operator]
     assert words in str(caught.value)
+
+
+def test_a_data_set_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(dict):  # type: ignore[type-arg]
+        column_names = ("text",)
+
+    def load_dataset(name: str, subset: str | None) -> dict[str, Rows]:
+        splits = ("train", "validation", "test") if subset else ("train",)
+        return {split: Rows(text=[f"{name} {split}"] * 50) for split in splits}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    corpus.corpus.cache_clear()
+    own = corpus.corpus(dataset="some", subset="part").splits
+    assert {bytes(text).split(b"\n")[7] for text in own.values()} == {b"some train", b"some validation", b"some test"}
+    cut = corpus.corpus(dataset="some").splits
+    assert b"".join(cut[split].tobytes() for split in ("train", "validation", "test")) == b"\n".join([b"some train"] * 50)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"task.dataset needs Hugging Face datasets: pip install .*\[datasets\]"):
+        corpus.corpus(dataset="other")
