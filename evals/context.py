@@ -76,9 +76,9 @@ class Search:
         self.allowed_bytes = most if gib is None else int(gib * 2**30)
         self.stopped_at_bytes = min(most, 2 * self.allowed_bytes + 2**30)  # what exceeds the limit is still measured
 
-    def outlook(self) -> tuple[int, float]:
+    def outlook(self) -> tuple[int, float | None]:
         """How many lengths were tried already; and of how long the others take no one knows."""
-        return sum(record.get("search") == self.id and record["kind"] == "probe" for record in self.ledger.read()[0]), 0.0
+        return sum(record.get("search") == self.id and record["kind"] == "probe" for record in self.ledger.read()[0]), None
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""

@@ -71,13 +71,12 @@ class Study:
         }
         self.id = digest([self.keys, comparison.training.learning_rates, comparison.training.seeds])
 
-    def outlook(self) -> tuple[int, float]:
-        """How many runs there are already, and about how many seconds the others take; 0 where nothing tells."""
+    def outlook(self) -> tuple[int, float | None]:
+        """How many runs there are already, and about how many seconds the others take; None where none was made yet."""
         done = {one.name: self.runs(one) for one in self.comparison.contestants}
         known = [float(run["train_s"]) for runs in done.values() for run in runs if run["outcome"] == "ok"]
         made = sum(map(len, done.values()))
-        each = sum(known) / len(known) if known else 0.0
-        return made, each * max(0, self._wanted() - made)
+        return made, sum(known) / len(known) * max(0, self._wanted() - made) if known else None
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger. Of a main thread."""

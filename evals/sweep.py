@@ -42,9 +42,10 @@ class Run:
         tqdm.write(f"{place}: {conditions(comparison)}")
         if self.dry:
             made, seconds = job.outlook()
-            self.seconds_left += seconds
+            self.seconds_left += seconds or 0.0
             names = ", ".join(contestant.name for contestant in comparison.contestants)
-            tqdm.write(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, about {seconds:.0f} s to go")
+            left = "how long the others take is not known" if seconds is None else f"about {seconds:.0f} s to go"
+            tqdm.write(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, {left}")
             return
         torn = samples.mend()
         if torn:

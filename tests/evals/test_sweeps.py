@@ -14,7 +14,13 @@ from evals.config import Comparison, UsageError, cores, every_sweep, layer_param
 from evals.cost import cost, differing, unmatched
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
-LEARNED = ("language_modeling", "length_extrapolation", "needle", "recall")  # asked for by name alone: they take hours
+LEARNED = (
+    "language_modeling",
+    "length_extrapolation",
+    "needle",
+    "recall",
+    "recall_length",
+)  # asked for by name alone: they take hours
 SMALL = ("model.hidden_dim=32", "model.num_heads=2", "model.ff_dim=64", "shape.seq_len=40")
 
 
