@@ -73,6 +73,8 @@ def _studies(records: Sequence[Record]) -> Iterator[tuple[Record, str, list[Reco
     for (name, _), study in found.items():
         key = study["runs"][name]
         runs = [record for record in records if record.get("kind") == "run" and record["run"] == key]
+        # What was not trained at first may be certified since.
+        runs = [run for run in runs if run["learning_rate"] is not None] or runs
         if runs:
             yield study, name, runs
 

@@ -27,6 +27,7 @@ class Run:
         self.seconds_left = 0.0
         self.called_s = 0.0
         self.interrupted = False
+        self.stops = "after this round"
         self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
 
@@ -55,7 +56,11 @@ class Run:
             self.bar.set_description_str(f"{place} {words}", refresh=False)
             self.bar.n = (behind + part) / cli.Session.jobs
             self.bar.refresh()
+            if comparison.task and self.interrupted:  # a run goes on from its checkpoint
+                raise KeyboardInterrupt
 
+        if comparison.task:
+            self.stops = "within seconds, and goes on from the last checkpoint"
         trials: dict[str, Record] = {}
         for record in job.run(watch):
             # As many trials at once as there are cores; of all else, one thing at a time.
@@ -79,7 +84,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise cli.Abandoned
         self.interrupted = True
-        tqdm.write("stops after this round; Ctrl-C again stops at once", file=sys.stderr)
+        tqdm.write(f"stops {self.stops}; Ctrl-C again stops at once", file=sys.stderr)
 
     def report(self, cfg: DictConfig) -> int:
         """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""

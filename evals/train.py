@@ -93,9 +93,10 @@ def train(
             if now_s - kept_s > training.checkpoint_s and first():
                 checkpoint.save(saved, model, optimizer, progress)
                 kept_s = now_s
-        if now_s - told_s > 1 and progress["curve"]:
+        if now_s - told_s > 1:
             told_s = now_s
-            yield Progress(step + 1, progress["curve"][-1][1], now_s / (step + 1 - began) * (training.steps - step - 1))
+            lately = sum_ / since if since else progress["curve"][-1][1]
+            yield Progress(step + 1, lately, now_s / (step + 1 - began) * (training.steps - step - 1))
     evaluations = []
     with torch.inference_mode():
         answers.eval()
