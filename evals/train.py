@@ -97,13 +97,15 @@ def train(
             told_s = now_s
             lately = sum_ / since if since else progress["curve"][-1][1]
             yield Progress(step + 1, lately, now_s / (step + 1 - began) * (training.steps - step - 1))
+    answers.eval()
+    validation = yield from evaluate(answers, task, comparison, "validation", progress)
     evaluations = []
-    with torch.inference_mode():
-        answers.eval()
-        validation = yield from evaluate(answers, task, comparison, "validation", progress)
-        for times in training.lengths:
-            longer = replace(task, seq_len=times * task.seq_len)
-            evaluations.append((yield from evaluate(answers, longer, comparison, "test", progress)))
+    for times in training.lengths:
+        longer = replace(task, seq_len=times * task.seq_len)
+        evaluations.append((yield from evaluate(answers, longer, comparison, "test", progress)))
+    if not all(math.isfinite(loss) for one in (validation, *evaluations) for loss in one["loss"]):
+        yield {"outcome": "diverged", "detail": "the loss after the last step is no number", "curve": progress["curve"]}
+        return
     yield {
         "outcome": "ok",
         "detail": "",
@@ -170,7 +172,7 @@ def evaluate(
     sums = torch.zeros(3, len(task.groups), dtype=torch.float64)
     for start in range(0, training.examples, size):
         batch = task.batch(min(size, training.examples - start), generator(split, task.seq_len, start), split)
-        with _autocast(device):
+        with torch.inference_mode(), _autocast(device):
             losses, right = answers(batch.inputs.to(device.kind), batch.targets.to(device.kind))
         group = batch.groups[batch.targets != IGNORED]
         for row, values in enumerate((torch.ones_like(right), right, losses)):

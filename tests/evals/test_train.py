@@ -211,3 +211,17 @@ def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path
         checkpoint.save(saved, model, optimizer, {"step": 8})
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.gradients
+
+    def spoiled(answers: Any, batch: Any, *rest: Any) -> float:
+        loss = original(answers, batch, *rest)
+        if batch.inputs.equal(build_task(comparison()).batch(6, generator("train", 0, 39)).inputs):
+            next(answers.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(train, "gradients", spoiled)
+    made = run(comparison(), tmp_path / "run.safetensors")
+    assert (made["outcome"], made["detail"]) == ("diverged", "the loss after the last step is no number")
