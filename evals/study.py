@@ -87,6 +87,8 @@ class Study:
             if objection is not None:
                 yield objection
                 continue
+            for run in self.runs(contestant):  # one that was killed right after its record was kept
+                self.saved(contestant, run["learning_rate"], run["seed"]).unlink(missing_ok=True)
             while (wanted := next_run(self.runs(contestant), self.comparison.training)) is not None:
                 yield self._kept(self._trained(contestant, *wanted, watch))
                 self.saved(contestant, *wanted).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from evals import run, scores
 from evals.cli import CONF
 from evals.config import Comparison, Training, build_task, read_comparison
 from evals.ledger import Ledger
-from evals.study import best_rate, next_run
+from evals.study import Study, best_rate, next_run
 from evals.tasks.corpus import corpus
 from evals.train import train
 
@@ -204,6 +204,23 @@ def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, 
     whole, resumed = (table(folder).drop(columns="train_s") for folder in (swept[0], tmp_path))
     pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
     pd.testing.assert_frame_equal(*(table(folder, "curves") for folder in (swept[0], tmp_path)), check_exact=True)
+
+
+def test_what_is_done_is_not_done_again_and_leaves_no_checkpoint(swept: tuple[Path, str]) -> None:
+    folder, _ = swept
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        asked = read_comparison(compose("config", [word.replace("=2,4", "=4") for word in WORDS]))
+    results = folder / "results"
+    study = Study(asked, Ledger(results / "recall" / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
+    before = runs(folder)
+    left = [study.saved(one, run["learning_rate"], run["seed"]) for one in asked.contestants for run in study.runs(one)]
+    assert len(left) == 2 * 3
+    for path in left:  # as of a command that was killed right after it kept the record
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert [record["kind"] for record in study.run(lambda words, part: None)] == ["study"]
+    assert runs(folder) == before
+    assert not any(path.exists() for path in left)
 
 
 # --- bad input ----------------------------------------------------------------------------------
