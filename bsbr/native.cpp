@@ -81,7 +81,11 @@ struct Tile {
 
     /// Writes `columns` of it, at most WIDTH, or adds them to what is there.
     __attribute__((always_inline)) void store(T* to, index row, index columns, bool add = false) {
-        if (columns >= WIDTH<T> && !add) {
+        if (columns >= WIDTH<T>) {
+            if (add) {
+#pragma GCC unroll 12
+                for (int i = 0; i < M; ++i) sum[i][0] += vector(to + i * row), sum[i][1] += vector(to + i * row + LANES<T>);
+            }
 #pragma GCC unroll 12
             for (int i = 0; i < M; ++i) vector(to + i * row) = sum[i][0], vector(to + i * row + LANES<T>) = sum[i][1];
             return;
@@ -229,7 +233,8 @@ void unit_norm_backward(const T* gradient, const T* normed, T inverse, index siz
 
 extern "C" {
 
-/// [batch, heads, time, dim], or [batch, heads, chunks, d_r, dim] with its last two contiguous; null where there is none.
+/// [batch, heads, time, dim], or [batch, heads, chunks, d_r, dim] with its last two contiguous, as one dimension; null
+/// where there is none.
 struct Tensor {
     void* data;
     std::int64_t item, head, time;  // strides, of elements
@@ -237,6 +242,11 @@ struct Tensor {
 
 struct Sizes {
     std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, head_dim, features, normed, threads;
+};
+
+/// Of retrieval from `chunks` states of `size` elements, of which the first of `rows` chunks sees `seen`.
+struct Mixing {
+    std::int64_t batch, heads, kv_heads, rows, chunks, seen, size, add, threads;
 };
 }
 
@@ -283,16 +293,23 @@ index score_row(index keys) {
 
 index most_keys(const Sizes& s) { return std::min(s.chunk_size, s.time) + s.overlap; }
 
-/// What one thread needs for the most demanding of the four functions, of elements: a whole number of cache lines.
+/// What one thread needs for the most demanding of the functions, of elements: a whole number of cache lines.
 template <class T>
 index scratch_size(const Sizes& s) {
     const index keys = padded<T>(most_keys(s)), dim = padded<T>(std::max(s.head_dim, s.features));
     return 6 * keys * dim + dim * dim + 2 * keys * score_row<T>(keys) + 3 * ROWS * score_row<T>(std::max(keys, dim));
 }
 
+constexpr index DEPTH = 256, COLUMNS = 128;  // of states that lie in a core's second cache, a panel of them in its first
+
+template <class T>
+index scratch_size(const Mixing&) {
+    return DEPTH * COLUMNS;
+}
+
 /// Calls body(task, scratch of its thread) for all tasks. Returns the floating point operations of their products.
-template <class T, class Body>
-index in_parallel(index tasks, const Sizes& s, T* memory, Body&& body) {
+template <class T, class S, class Body>
+index in_parallel(index tasks, const S& s, T* memory, Body&& body) {
     const int threads = static_cast<int>(std::min<index>(s.threads, tasks));
     const index size = scratch_size<T>(s);
     index total = 0;
@@ -373,6 +390,34 @@ index store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Ten
                 else std::copy(gradient + a * row, gradient + a * row + s.features, to);
             }
         });
+    });
+}
+
+// --- mixing -------------------------------------------------------------------------------------
+
+template <class T>
+index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memory) {
+    const index group = s.heads / s.kv_heads, parts = panels(s.size, COLUMNS);
+    return in_parallel(s.batch * s.kv_heads * parts, s, memory, [&](index task, Scratch<T> scratch) {
+        const index first = task % parts * COLUMNS, kv_head = task / parts % s.kv_heads, item = task / parts / s.kv_heads;
+        const index columns = std::min<index>(COLUMNS, s.size - first);
+        T* packed = scratch.take(DEPTH * COLUMNS);
+        for (index start = 0; start < s.chunks; start += DEPTH) {
+            const index depth = std::min<index>(DEPTH, s.chunks - start);
+            pack(at<T>(states, item, kv_head, start) + first, states.time, depth, columns, packed);
+            for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
+                by_rows(s.rows, [&](index i, auto m) {
+                    // A row sees one chunk more than the row before it; what its tile sees beyond that weighs 0.
+                    const index visible = std::clamp<index>(s.seen + i + m - 1 - start, 0, depth);
+                    if (visible == 0 && (s.add || start)) return;
+                    const T* weight = at<T>(weights, item, head, i) + start;
+                    for (index column = 0; column < columns; column += WIDTH<T>) {
+                        Tile<T, m()> tile;
+                        tile.add_product(weight, weights.time, 1, packed + column * depth, visible);
+                        tile.store(at<T>(mixed, item, head, i) + first + column, mixed.time, columns - column, s.add || start);
+                    }
+                });
+        }
     });
 }
 
@@ -539,19 +584,16 @@ index attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v
 
 }  // namespace
 
-#define EXPORT(NAME, T)                                                                                                  \
-    extern "C" {                                                                                                         \
-    std::int64_t scratch_size_##NAME(const Sizes* s) { return scratch_size<T>(*s); }                                     \
-    std::int64_t store_##NAME(const Sizes* s, const Tensor* x, T* memory) { return store(*s, x[0], x[1], x[2], memory); } \
-    std::int64_t store_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                     \
-        return store_backward(*s, x[0], x[1], x[2], x[3], x[4], memory);                                                 \
-    }                                                                                                                    \
-    std::int64_t attend_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                             \
-        return attend(*s, x[0], x[1], x[2], x[3], x[4], x[5], memory);                                                   \
-    }                                                                                                                    \
-    std::int64_t attend_backward_##NAME(const Sizes* s, const Tensor* x, T* memory) {                                    \
-        return attend_backward(*s, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], memory);           \
-    }                                                                                                                    \
-    }
-EXPORT(float32, float)
-EXPORT(float64, double)
+#define FUNCTION(NAME, SIZES, TYPE, T, ...)                                                                             \
+    std::int64_t NAME##_scratch_##TYPE(const SIZES* s) { return scratch_size<T>(*s); }                                  \
+    std::int64_t NAME##_##TYPE(const SIZES* s, const Tensor* x, T* memory) { return NAME(*s, __VA_ARGS__, memory); }
+#define FUNCTIONS(TYPE, T)                                                                                              \
+    FUNCTION(store, Sizes, TYPE, T, x[0], x[1], x[2])                                                                   \
+    FUNCTION(store_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                              \
+    FUNCTION(mix, Mixing, TYPE, T, x[0], x[1], x[2])                                                                    \
+    FUNCTION(attend, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                                \
+    FUNCTION(attend_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
+extern "C" {
+FUNCTIONS(float32, float)
+FUNCTIONS(float64, double)
+}

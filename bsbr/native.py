@@ -23,8 +23,9 @@ from torch import Tensor
 
 from bsbr.plain import retrieve
 
-STRETCH = 32
-"""Chunks that are stored, mixed and read together where no gradients are kept: what follows finds their keys in the cache."""
+STRETCH = 64
+"""Chunks that are stored, mixed and read together where no gradients are kept: fewer would read all earlier states more often,
+more would find less of what was stored in the cache."""
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -122,12 +123,28 @@ def segment(
         seen = slice(max(0, before + tokens.start - chunk_overlap), before + tokens.stop)
         torch.ops.bsbr.store(stored[:, :, tokens], values[:, :, tokens], states[:, :, start:known], chunk_size, normed)
         retrieved = retrieve(
-            r[:, :, start:stop], [*past[0], h[:, :, :known]], [*past[1], states], first=first + start, top_k=top_k, gain=gain
+            r[:, :, start:stop],
+            [*past[0], h[:, :, :known]],
+            [*past[1], states],
+            first=first + start,
+            top_k=top_k,
+            gain=gain,
+            mix=_mix,
         )
         features = None if q_features is None else q_features[:, :, tokens]
         part = q[:, :, tokens], k[:, :, seen], v[:, :, seen], features, retrieved, out[:, :, tokens]
         torch.ops.bsbr.attend(*part, chunk_size, chunk_overlap)
     return out, states, retrieved[:, :, -1]
+
+
+def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
+    """Σ_s weights[s] states[s], of the chunks alone that a row sees: see `bsbr.plain.retrieve`."""
+    mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
+    start = 0
+    for part, chunks, page in zip(weights.split(sizes, dim=-1), sizes, states, strict=True):
+        torch.ops.bsbr.mix(part, page[:, :, :chunks], mixed, first - start, start > 0)
+        start += chunks
+    return mixed
 
 
 class _States(torch.autograd.Function):
@@ -206,7 +223,7 @@ def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., i
 def _make_countable() -> None:
     from torch.utils.flop_counter import register_flop_formula  # which loads Triton, where there is one
 
-    for name in ("store", "store_backward", "attend", "attend_backward"):
+    for name in ("store", "store_backward", "mix", "attend", "attend_backward"):
         register_flop_formula(getattr(torch.ops.bsbr, name), get_raw=True)(lambda *_, out_val, **__: out_val)
 
 
@@ -222,6 +239,17 @@ def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: boo
 def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, normed: bool) -> int:
     """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
     return _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states, d_keys, d_v)
+
+
+@_operation("mix(Tensor weights, Tensor states, Tensor(a!) mixed, int seen, bool add) -> int")
+def _mix_piece(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: bool) -> int:
+    """Writes Σ_s weights[s] states[s] to `mixed` [batch, heads, rows, size], or adds it.
+
+    weights: [batch, heads, rows, chunks]; states: [batch, kv_heads, chunks, size]. Row i sees the first `seen` + i chunks;
+    behind them its weights are 0.
+    """
+    (batch, heads, rows, chunks), (_, kv_heads, _, size) = weights.shape, states.shape
+    return _call("mix", (batch, heads, kv_heads, rows, chunks, seen, size, add), weights, states, mixed)
 
 
 @_operation(
@@ -263,11 +291,11 @@ def _call(function: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> int
     if not all(x.numel() for x in present):
         return 0
     kind, threads = TYPES[present[0].dtype], torch.get_num_threads()
-    settings = (ctypes.c_int64 * 12)(*sizes, threads)
+    settings = (ctypes.c_int64 * (len(sizes) + 1))(*sizes, threads)
     # Rows must be contiguous, as those of all that is written are.
     rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     described = [number for x in rows for number in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))]
-    scratch = present[0].new_empty(threads * _function(f"scratch_size_{kind}")(settings))
+    scratch = present[0].new_empty(threads * _function(f"{function}_scratch_{kind}")(settings))
     arguments = settings, (ctypes.c_int64 * len(described))(*described), ctypes.c_void_p(scratch.data_ptr())
     return int(_function(f"{function}_{kind}")(*arguments))
 

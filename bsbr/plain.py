@@ -4,7 +4,7 @@ Four steps, each a function: softmax inside chunks, the states of chunks, their 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,20 @@ def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) ->
     return keys.mT @ values
 
 
+Mix = Callable[[Tensor, Sequence[int], Sequence[Tensor], int], Tensor]
+
+
+def mix_all(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
+    """Σ_s weights[s] states[s]; [batch, heads, rows, chunks] and, in pieces of `sizes`, [batch, kv_heads, chunks, size]."""
+    parts = weights.reshape(-1, weights.shape[1] // states[0].shape[1] * weights.shape[2], weights.shape[3]).split(sizes, dim=-1)
+    mixed = None
+    for part, chunks, page in zip(parts, sizes, states, strict=True):
+        table = page[:, :, :chunks].flatten(0, 1)
+        mixed = torch.bmm(part, table) if mixed is None else mixed.baddbmm_(part, table)
+    assert mixed is not None
+    return mixed
+
+
 def retrieve(
     r: Tensor,
     h: Sequence[Tensor],
@@ -108,13 +122,14 @@ def retrieve(
     top_k: int | None = None,
     gain: Tensor | None = None,
     dropout_p: float = 0.0,
+    mix: Mix = mix_all,
 ) -> Tensor:
     """g F̄_t, F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
 
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
     h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
     piece or several; a piece of states may have room for more chunks than h has of it. gain: g, one factor a head.
-    A chunk that sees none retrieves zero.
+    A chunk that sees none retrieves zero. mix: what sums the states where no top_k has chosen among them.
     """
     batch, heads, rows, head_dim = r.shape
     kv_heads = h[0].shape[1]
@@ -145,23 +160,12 @@ def retrieve(
     weights = torch.softmax(scores, dim=-1) * factor
     weights = F.dropout(weights.to(states[0].dtype), dropout_p)
     pieces = [page.flatten(3) for page in states]
-    mixed = _mix(weights, sizes, pieces) if chosen is None else _mix_chosen(weights, chosen, sizes, pieces)
+    mixed = mix(weights.flatten(1, 2), sizes, pieces, first) if chosen is None else _mix_chosen(weights, chosen, sizes, pieces)
     return mixed.view(batch, heads, rows, *states[0].shape[3:])
 
 
-def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-    """Σ_s weights[s] states[s]; [batch, kv_heads, group, rows, chunks] and, in pieces, [batch, kv_heads, chunks, size]."""
-    parts = weights.flatten(2, 3).flatten(0, 1).split(sizes, dim=-1)
-    mixed = None
-    for part, chunks, page in zip(parts, sizes, states, strict=True):
-        table = page[:, :, :chunks].flatten(0, 1)
-        mixed = torch.bmm(part, table) if mixed is None else mixed.baddbmm_(part, table)
-    assert mixed is not None
-    return mixed
-
-
 def _mix_chosen(weights: Tensor, chosen: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-    """`_mix` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
+    """`mix_all` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
     batch, kv_heads, _, size = states[0].shape
     rows = weights.flatten(0, 3)
     mixed, start = None, 0

@@ -79,6 +79,10 @@ def test_tiles_that_are_full_and_those_that_are_not(chunk: int, dim: int, featur
     check(tensors, tolerance, chunk_size=chunk, chunk_overlap=chunk // 3)
 
 
+def test_more_chunks_than_are_mixed_at_once() -> None:
+    check(inputs(2 * 270 + 1, features=3, dim=24, chunk=2), 1e-10, chunk_size=2)
+
+
 def test_any_strides_are_taken() -> None:
     tensors = inputs(3 * CHUNK + 1, features=3)
     plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
