@@ -244,7 +244,7 @@ struct Sizes {
     std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, head_dim, features, normed, threads;
 };
 
-/// Of retrieval from `chunks` states of `size` elements, of which the first of `rows` chunks sees `seen`.
+/// Of retrieval from `chunks` states, of which the first of `rows` chunks sees `seen`. size: of a state, or how many are chosen.
 struct Mixing {
     std::int64_t batch, heads, kv_heads, rows, chunks, seen, size, add, threads;
 };
@@ -303,8 +303,8 @@ index scratch_size(const Sizes& s) {
 constexpr index DEPTH = 256, COLUMNS = 128;  // of states that lie in a core's second cache, a panel of them in its first
 
 template <class T>
-index scratch_size(const Mixing&) {
-    return DEPTH * COLUMNS;
+index scratch_size(const Mixing& s) {
+    return std::max<index>(DEPTH * COLUMNS, panels(s.size, 16) * 16);
 }
 
 /// Calls body(task, scratch of its thread) for all tasks. Returns the floating point operations of their products.
@@ -395,6 +395,47 @@ index store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Ten
 
 // --- mixing -------------------------------------------------------------------------------------
 
+/// How many of the chunks row i of all rows sees.
+inline index seen_by(const Mixing& s, index i) { return std::clamp<index>(s.seen + i, 0, s.chunks); }
+
+template <class T>
+index choose(const Mixing& s, Tensor scores, Tensor chosen, T* memory) {
+    return in_parallel(s.batch * s.heads * s.rows, s, memory, [&](index task, Scratch<T> scratch) {
+        const index row = task % s.rows, head = task / s.rows % s.heads, item = task / s.rows / s.heads;
+        const T* score = at<T>(scores, item, head, row);
+        std::int64_t* best = at<std::int64_t>(chosen, item, head, row);
+        T* highest = scratch.take(s.size);
+        index found = 0;
+        const index seen = seen_by(s, row);
+        for (index j = 0; j < seen; ++j) {
+            if (found == s.size && !(score[j] > highest[found - 1])) continue;
+            index place = found < s.size ? found++ : found - 1;
+            for (; place > 0 && score[j] > highest[place - 1]; --place)
+                highest[place] = highest[place - 1], best[place] = best[place - 1];
+            highest[place] = score[j], best[place] = j;
+        }
+        for (; found < s.size; ++found) best[found] = found;
+    });
+}
+
+/// A few rows of `mix`: each state is read once, from its beginning to its end.
+template <class T>
+void mix_rows(const Mixing& s, const T* weights, index row, const T* states, index chunk, index columns, T* mixed, index to, T* sum) {
+    for (index i = 0; i < s.rows; ++i) {
+        if (s.add) std::copy(mixed + i * to, mixed + i * to + columns, sum);
+        else std::fill(sum, sum + columns, T(0));
+        for (index j = 0; j < seen_by(s, i); ++j) {
+            const T *state = states + j * chunk, weight = weights[i * row + j];
+            fetch(state + AHEAD * chunk, columns);
+            index c = 0;
+            for (; c + LANES<T> <= columns; c += LANES<T>) vector(sum + c) += weight * vector(state + c);
+            for (; c < columns; ++c) sum[c] += weight * state[c];
+        }
+        operations += 2 * columns * seen_by(s, i);
+        std::copy(sum, sum + columns, mixed + i * to);
+    }
+}
+
 template <class T>
 index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memory) {
     const index group = s.heads / s.kv_heads, parts = panels(s.size, COLUMNS);
@@ -402,13 +443,19 @@ index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memor
         const index first = task % parts * COLUMNS, kv_head = task / parts % s.kv_heads, item = task / parts / s.kv_heads;
         const index columns = std::min<index>(COLUMNS, s.size - first);
         T* packed = scratch.take(DEPTH * COLUMNS);
+        if (s.rows < ROWS / 2) {  // packing would take longer than the products
+            for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
+                mix_rows(s, at<T>(weights, item, head, 0), weights.time, at<T>(states, item, kv_head, 0) + first, states.time,
+                         columns, at<T>(mixed, item, head, 0) + first, mixed.time, packed);
+            return;
+        }
         for (index start = 0; start < s.chunks; start += DEPTH) {
             const index depth = std::min<index>(DEPTH, s.chunks - start);
             pack(at<T>(states, item, kv_head, start) + first, states.time, depth, columns, packed);
             for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
                 by_rows(s.rows, [&](index i, auto m) {
                     // A row sees one chunk more than the row before it; what its tile sees beyond that weighs 0.
-                    const index visible = std::clamp<index>(s.seen + i + m - 1 - start, 0, depth);
+                    const index visible = std::clamp<index>(seen_by(s, i + m - 1) - start, 0, depth);
                     if (visible == 0 && (s.add || start)) return;
                     const T* weight = at<T>(weights, item, head, i) + start;
                     for (index column = 0; column < columns; column += WIDTH<T>) {
@@ -590,6 +637,7 @@ index attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v
 #define FUNCTIONS(TYPE, T)                                                                                              \
     FUNCTION(store, Sizes, TYPE, T, x[0], x[1], x[2])                                                                   \
     FUNCTION(store_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                              \
+    FUNCTION(choose, Mixing, TYPE, T, x[0], x[1])                                                                       \
     FUNCTION(mix, Mixing, TYPE, T, x[0], x[1], x[2])                                                                    \
     FUNCTION(attend, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                                \
     FUNCTION(attend_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])

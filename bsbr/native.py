@@ -108,7 +108,8 @@ def segment(
     normed = k_features is None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, r, h, q_features, k_features, gain)):
         states: Tensor = _States.apply(stored, values, chunk_size, chunks, normed)  # type: ignore[no-untyped-call]
-        retrieved = retrieve(r, [*past[0], h], [*past[1], states], first=first, top_k=top_k, gain=gain)
+        pieces = [*past[0], h], [*past[1], states]
+        retrieved = retrieve(r, *pieces, first=first, top_k=top_k, gain=gain, choose=_choose)
         out: Tensor = _Output.apply(q, k, v, q_features, retrieved, chunk_size, chunk_overlap)  # type: ignore[no-untyped-call]
         return out, states, retrieved[:, :, -1]
 
@@ -129,6 +130,7 @@ def segment(
             first=first + start,
             top_k=top_k,
             gain=gain,
+            choose=_choose,
             mix=_mix,
         )
         features = None if q_features is None else q_features[:, :, tokens]
@@ -137,8 +139,15 @@ def segment(
     return out, states, retrieved[:, :, -1]
 
 
+def _choose(scores: Tensor, top_k: int, first: int) -> Tensor:
+    """`bsbr.plain.choose`, in one pass over the chunks that a row sees."""
+    chosen = torch.empty(*scores.shape[:3], top_k, dtype=torch.int64)
+    torch.ops.bsbr.choose(scores, chosen, first)
+    return chosen
+
+
 def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
-    """Σ_s weights[s] states[s], of the chunks alone that a row sees: see `bsbr.plain.retrieve`."""
+    """`bsbr.plain.mix`, of the chunks alone that a row sees."""
     mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
     start = 0
     for part, chunks, page in zip(weights.split(sizes, dim=-1), sizes, states, strict=True):
@@ -223,7 +232,7 @@ def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., i
 def _make_countable() -> None:
     from torch.utils.flop_counter import register_flop_formula  # which loads Triton, where there is one
 
-    for name in ("store", "store_backward", "mix", "attend", "attend_backward"):
+    for name in ("store", "store_backward", "choose", "mix", "attend", "attend_backward"):
         register_flop_formula(getattr(torch.ops.bsbr, name), get_raw=True)(lambda *_, out_val, **__: out_val)
 
 
@@ -239,6 +248,14 @@ def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: boo
 def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, normed: bool) -> int:
     """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
     return _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states, d_keys, d_v)
+
+
+@_operation("choose(Tensor scores, Tensor(a!) chosen, int seen) -> int")
+def _choose_seen(scores: Tensor, chosen: Tensor, seen: int) -> int:
+    """Writes to `chosen` [batch, heads, rows, top_k] which of the first `seen` + i `scores` [batch, heads, rows, chunks] of row i
+    are highest, the highest first; where it sees fewer, the next ones follow."""
+    (batch, heads, rows, chunks), top_k = scores.shape, chosen.shape[3]
+    return _call("choose", (batch, heads, heads, rows, chunks, seen, top_k, False), scores, chosen)
 
 
 @_operation("mix(Tensor weights, Tensor states, Tensor(a!) mixed, int seen, bool add) -> int")

@@ -99,10 +99,17 @@ def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) ->
     return keys.mT @ values
 
 
+Choose = Callable[[Tensor, int, int], Tensor]
 Mix = Callable[[Tensor, Sequence[int], Sequence[Tensor], int], Tensor]
 
 
-def mix_all(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
+def choose(scores: Tensor, top_k: int, first: int) -> Tensor:
+    """Which of `scores` [batch, heads, rows, chunks] are the top_k highest of each row, the earliest of equals."""
+    # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+
+
+def mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
     """Σ_s weights[s] states[s]; [batch, heads, rows, chunks] and, in pieces of `sizes`, [batch, kv_heads, chunks, size]."""
     parts = weights.reshape(-1, weights.shape[1] // states[0].shape[1] * weights.shape[2], weights.shape[3]).split(sizes, dim=-1)
     mixed = None
@@ -122,14 +129,16 @@ def retrieve(
     top_k: int | None = None,
     gain: Tensor | None = None,
     dropout_p: float = 0.0,
-    mix: Mix = mix_all,
+    choose: Choose = choose,
+    mix: Mix = mix,
 ) -> Tensor:
     """g F̄_t, F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
 
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
     h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
     piece or several; a piece of states may have room for more chunks than h has of it. gain: g, one factor a head.
-    A chunk that sees none retrieves zero. mix: what sums the states where no top_k has chosen among them.
+    A chunk that sees none retrieves zero. choose, mix: what finds the top_k best, and what
+    sums the states where all count.
     """
     batch, heads, rows, head_dim = r.shape
     kv_heads = h[0].shape[1]
@@ -149,9 +158,8 @@ def retrieve(
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     chosen = None
     if top_k is not None and top_k < chunks:
-        # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
-        scores, order = scores.sort(dim=-1, descending=True, stable=True)
-        scores, chosen = scores[..., :top_k], order[..., :top_k]
+        chosen = choose(scores.detach().flatten(1, 2), top_k, first).view(*scores.shape[:4], top_k)
+        scores = scores.gather(-1, chosen)
     # What is not seen weighs exactly 0 already, but in a row that sees nothing. One factor a row: each product of all
     # weights would be kept for the gradient.
     factor = (torch.arange(first, first + rows, device=r.device) > 0).to(wide).view(rows, 1)
@@ -165,7 +173,7 @@ def retrieve(
 
 
 def _mix_chosen(weights: Tensor, chosen: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-    """`mix_all` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
+    """`mix` where weights[..., i] is that of state chosen[..., i]: work for those alone, and never a copy of what is chosen."""
     batch, kv_heads, _, size = states[0].shape
     rows = weights.flatten(0, 3)
     mixed, start = None, 0
