@@ -418,24 +418,6 @@ index choose(const Mixing& s, Tensor scores, Tensor chosen, T* memory) {
     });
 }
 
-/// A few rows of `mix`: each state is read once, from its beginning to its end.
-template <class T>
-void mix_rows(const Mixing& s, const T* weights, index row, const T* states, index chunk, index columns, T* mixed, index to, T* sum) {
-    for (index i = 0; i < s.rows; ++i) {
-        if (s.add) std::copy(mixed + i * to, mixed + i * to + columns, sum);
-        else std::fill(sum, sum + columns, T(0));
-        for (index j = 0; j < seen_by(s, i); ++j) {
-            const T *state = states + j * chunk, weight = weights[i * row + j];
-            fetch(state + AHEAD * chunk, columns);
-            index c = 0;
-            for (; c + LANES<T> <= columns; c += LANES<T>) vector(sum + c) += weight * vector(state + c);
-            for (; c < columns; ++c) sum[c] += weight * state[c];
-        }
-        operations += 2 * columns * seen_by(s, i);
-        std::copy(sum, sum + columns, mixed + i * to);
-    }
-}
-
 template <class T>
 index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memory) {
     const index group = s.heads / s.kv_heads, parts = panels(s.size, COLUMNS);
@@ -443,12 +425,6 @@ index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memor
         const index first = task % parts * COLUMNS, kv_head = task / parts % s.kv_heads, item = task / parts / s.kv_heads;
         const index columns = std::min<index>(COLUMNS, s.size - first);
         T* packed = scratch.take(DEPTH * COLUMNS);
-        if (s.rows < ROWS / 2) {  // packing would take longer than the products
-            for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
-                mix_rows(s, at<T>(weights, item, head, 0), weights.time, at<T>(states, item, kv_head, 0) + first, states.time,
-                         columns, at<T>(mixed, item, head, 0) + first, mixed.time, packed);
-            return;
-        }
         for (index start = 0; start < s.chunks; start += DEPTH) {
             const index depth = std::min<index>(DEPTH, s.chunks - start);
             pack(at<T>(states, item, kv_head, start) + first, states.time, depth, columns, packed);

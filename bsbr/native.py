@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsbr import plain
 from bsbr.plain import retrieve
 
 STRETCH = 64
 """Chunks that are stored, mixed and read together where no gradients are kept: fewer would read all earlier states more often,
 more would find less of what was stored in the cache."""
+
+FEW = 3
+"""Rows that are mixed by the BLAS, as when decoding: packing what they are multiplied with would take longer than the product."""
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -148,6 +152,8 @@ def _choose(scores: Tensor, top_k: int, first: int) -> Tensor:
 
 def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
     """`bsbr.plain.mix`, of the chunks alone that a row sees."""
+    if weights.shape[2] < FEW:
+        return plain.mix(weights, sizes, states, first)
     mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
     start = 0
     for part, chunks, page in zip(weights.split(sizes, dim=-1), sizes, states, strict=True):
