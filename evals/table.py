@@ -216,7 +216,7 @@ def shown(results: pd.DataFrame) -> str:
     quantities = [quantity for quantity in QUANTITIES if quantity.column not in missing]
 
     def column(head: str, place: Any, quantity: Quantity) -> list[str]:
-        return [head, *(_cell(cells.get((name, place)), quantity) for name in names)]
+        return [head, *(cell(cells.get((name, place)), quantity) for name in names)]
 
     if len(places) == 1:
         blocks = [aligned(["", *names], [column(quantity.name, places[0], quantity) for quantity in quantities])]
@@ -234,7 +234,8 @@ def shown(results: pd.DataFrame) -> str:
     return "\n\n".join(blocks)
 
 
-def _cell(row: pd.Series | None, quantity: Quantity) -> str:
+def cell(row: pd.Series | None, quantity: Quantity) -> str:
+    """What a table says of one row: its number and interval, its outcome if it has none, nothing if there is no row."""
     if row is None:
         return ""
     if row["outcome"] != "ok":
