@@ -4,6 +4,7 @@ Exit code: 0, or 2 for what cannot be read, in one sentence on standard error.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -77,10 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=FORMATS, default="markdown", help="default: markdown")
     options = parser.parse_args(arguments)
     try:
-        print(exported(read(options.results), options.to))
+        print(exported(read(options.results), options.to), flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what we print, as head does, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
