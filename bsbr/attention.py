@@ -156,8 +156,8 @@ class BSBRAttention(MultiHeadAttention):
     r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
     φ(x) = unit_norm(P x), P learned and shared by queries and keys where there is compression and absent
     otherwise; one learned gain per head sets how much retrieval weighs. Under rotary=True the local part is rotated;
-    retrieval is by content and is not. Where no gradients are wanted, `forward` goes through a long sequence by `extend`,
-    so that what it needs beside input, output and chunk states does not grow with the length.
+    retrieval is by content and is not. Where no gradients are wanted, `forward` and `extend` go through a long sequence in
+    segments, so that what they need beside input, output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
@@ -262,14 +262,15 @@ class BSBRAttention(MultiHeadAttention):
     # --- streaming ---
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        segment = PAGE * self.chunk_size
-        if attention_mask is not None or torch.is_grad_enabled() or hidden_states.dim() != 3 or hidden_states.shape[1] <= segment:
+        short = hidden_states.dim() != 3 or hidden_states.shape[1] <= self._segment
+        if short or attention_mask is not None or torch.is_grad_enabled():
             return super().forward(hidden_states, attention_mask)
-        output, state = torch.empty_like(hidden_states), None
-        for start in range(0, hidden_states.shape[1], segment):
-            tokens = slice(start, start + segment)
-            output[:, tokens], state = self.extend(hidden_states[:, tokens], state)
-        return output
+        return self.extend(hidden_states)[0]
+
+    @property
+    def _segment(self) -> int:
+        """Tokens that are taken at a time where no gradients are wanted."""
+        return PAGE * self.chunk_size
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `Attention.extend`. A token costs O((chunk_size + d_r)·head_dim) a head, and each chunk's first one the mixing.
@@ -279,6 +280,18 @@ class BSBRAttention(MultiHeadAttention):
         `open_state` and `open_hidden`. Pages that are full are never copied again.
         """
         check_hidden_states(hidden_states, self.hidden_dim)
+        tokens, segment = hidden_states.shape[1], self._segment
+        if torch.is_grad_enabled() or tokens <= segment:
+            return self._extend(hidden_states, state)
+        output = torch.empty_like(hidden_states)
+        stop = segment - (0 if state is None else next_position(state) % self.chunk_size)  # segments end where chunks do
+        output[:, :stop], state = self._extend(hidden_states[:, :stop], state)
+        for start in range(stop, tokens, segment):
+            part = slice(start, start + segment)
+            output[:, part], state = self._extend(hidden_states[:, part], state)
+        return output, state
+
+    def _extend(self, hidden_states: Tensor, state: State | None) -> tuple[Tensor, State]:
         state = self._empty_state(hidden_states) if state is None else state
         position = next_position(state)
         opened = position % self.chunk_size
