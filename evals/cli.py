@@ -79,8 +79,13 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
             raise Stop(error) from error
 
     # Hydra's parser wants all overrides in one piece; people write options between them.
-    overrides = get_args_parser().parse_intermixed_args().overrides
+    arguments = get_args_parser().parse_intermixed_args()
+    overrides = arguments.overrides
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
+    # A sweep says so itself, but Hydra takes a config with a mistake in it for one that does not, and reports that.
+    asked = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
+    if not asked and any(word.startswith("sweep=") for word in overrides):
+        sys.argv.append("--multirun")
 
     interrupted = False
     try:

@@ -32,17 +32,21 @@ def escaped(text: str, characters: dict[str, str]) -> str:
     return "".join(characters.get(character, character) for character in re.sub(r"\s+", " ", text))
 
 
+def titled(title: str, rows: Rows) -> str:
+    return f"{title} ({NOTE})" if any("±" in text for row in rows for text in row) else title
+
+
 def markdown(title: str, rows: Rows) -> str:
     lines = [f"| {' | '.join(escaped(text, MARKDOWN) for text in row)} |" for row in rows]
     rule = f"|:--{'|--:' * (len(rows[0]) - 1)}|"
-    return "\n".join([f"**{escaped(title, MARKDOWN)}** ({NOTE})", "", lines[0], rule, *lines[1:]])
+    return "\n".join([f"**{escaped(titled(title, rows), MARKDOWN)}**", "", lines[0], rule, *lines[1:]])
 
 
 def latex(title: str, rows: Rows) -> str:
     r"""A `table` with plain `\hline`: it needs no package."""
     lines = [" & ".join(escaped(text, LATEX) for text in row) + r" \\" for row in rows]
     columns = f"l{'r' * (len(rows[0]) - 1)}"
-    head = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(f'{title} ({NOTE})', LATEX)}}}"]
+    head = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(titled(title, rows), LATEX)}}}"]
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
     return "\n".join([*head, *body, r"\end{table}"])
 

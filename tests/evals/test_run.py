@@ -377,6 +377,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
         (["shape.seq_len=some"], "shape.seq_len must be a positive integer, got 'some'"),
         (["shape.batch_size=0"], "shape.batch_size must be a positive integer, got 0"),
         (["shape.foo=3"], "Could not override 'shape.foo'"),
+        (["sweep=decode", "shape.seq_len=1,2", "shape.foo=3"], "Could not override 'shape.foo'"),
         (["+shape.foo=3"], "unknown config key 'shape.foo'; known are shape.batch_size, shape.seq_len"),
         (["+foo=3"], "unknown config key 'foo'; known are attention, "),
         (["~shape.seq_len"], "config key 'shape.seq_len' is missing"),
