@@ -28,8 +28,8 @@ STRETCH = 64
 """Chunks that are stored, mixed and read together where no gradients are kept: fewer would read all earlier states more often,
 more would find less of what was stored in the cache."""
 
-FEW = 3
-"""Rows that are mixed by the BLAS, as when decoding: packing what they are multiplied with would take longer than the product."""
+FEW = 24
+"""Fewer rows than these are mixed by the BLAS, as when decoding: packing their states takes longer than what it saves."""
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]

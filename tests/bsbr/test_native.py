@@ -68,6 +68,7 @@ def test_values_and_gradients_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, options: dict[str, int]
 ) -> None:
     monkeypatch.setattr(native, "STRETCH", stretch)
+    monkeypatch.setattr(native, "FEW", stretch)
     check(inputs(time, features=features), 1e-10, chunk_size=CHUNK, **options)
 
 
@@ -116,6 +117,7 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(attention, "PAGE", 3)
+    monkeypatch.setattr(native, "FEW", 1)
     torch.manual_seed(0)
     module = BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options).double()
     x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)

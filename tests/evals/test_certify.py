@@ -56,10 +56,7 @@ def test_bsbr_is_green_with_its_options(options: dict[str, Any]) -> None:
 
 
 def test_bsbr_in_chunks_of_one_token_is_told_that_it_holds_n_by_n_weights() -> None:
-    found = red(partial(BSBRAttention, 16, 2, chunk_size=1))
-    assert "memory" in found
-    # FLOPs are counted at 7 and 19 tokens, where the rounding of rows to whole tiles weighs more than their growth.
-    assert set(found) <= {"memory", "flops"}
+    assert set(red(partial(BSBRAttention, 16, 2, chunk_size=1))) == {"memory"}
 
 
 # --- the wrong ones -----------------------------------------------------------------------------
