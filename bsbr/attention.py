@@ -4,12 +4,13 @@
 same function as the definition reads; the two share no code.
 """
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bsbr import dispatch, kernels, native, plain, reference
+from bsbr.features import FeatureMap, features
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -23,7 +24,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.kernels import tuning
-from bsbr.plain import sdpa, unit_norm
+from bsbr.plain import sdpa
 from bsbr.ranks import Ranks
 
 
@@ -141,10 +142,13 @@ PAGE = 64
 """Chunks whose meta keys and states lie in one tensor of a state: the last page is copied when a chunk is added, no other."""
 
 
+Scale = Literal["sum", "mean"]
+
+
 class _Options(TypedDict):
     chunk_size: int
-    q_features: Tensor | None
-    k_features: Tensor | None
+    q_features: Tensor
+    k_features: Tensor
     gain: Tensor
     chunk_overlap: int
     top_k: int | None
@@ -154,13 +158,14 @@ class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
     r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
-    φ(x) = unit_norm(P x), P learned and shared by queries and keys where there is compression and absent
-    otherwise; one learned gain per head sets how much retrieval weighs. Under rotary=True the local part is rotated;
-    retrieval is by content and is not. Where no gradients are wanted, `forward` and `extend` go through a long sequence in
+    φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
+    retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head sets
+    how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no gradients are wanted, `forward` and `extend` go through a long sequence in
     segments, so that what they need beside input, output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
+    retrieval_scale: "sum", or "mean", which leaves that number of chunks out.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
 
@@ -173,6 +178,8 @@ class BSBRAttention(MultiHeadAttention):
         compression_factor: int | None = None,
         chunk_overlap: int = 0,
         retrieval_top_k: int | None = None,
+        feature_map: FeatureMap = "quadratic",
+        retrieval_scale: Scale = "sum",
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
@@ -190,11 +197,14 @@ class BSBRAttention(MultiHeadAttention):
         self.chunk_size = chunk_size
         self.chunk_overlap = chunk_overlap
         self.retrieval_top_k = retrieval_top_k
+        if retrieval_scale not in get_args(Scale):
+            raise ValueError(f"retrieval_scale must be one of {', '.join(get_args(Scale))}, got {retrieval_scale!r}")
+        self.retrieval_scale: Scale = retrieval_scale
         self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False)
-        self.feature_proj = nn.Identity() if compression_factor == 1 else nn.Linear(self.head_dim, self.feature_dim, bias=False)
+        self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim)
         self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
 
     @property
@@ -202,14 +212,14 @@ class BSBRAttention(MultiHeadAttention):
         return self.chunk_size
 
     def project(self, hidden_states: Tensor, start: int = 0, *, followed: bool = False) -> tuple[Tensor, ...]:
-        """q, k, v, r, h as `bsbr_attention` takes them, and φ(q), φ(k) unless they are `unit_norm` of q and k.
+        """q, k, v, r, h, φ(q), φ(k) as `bsbr_attention` takes them.
 
         `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
-        q, k, v, *features = self._project_tokens(hidden_states, start)
+        q, k, v, q_features, k_features = self._project_tokens(hidden_states, start)
         retrievable = (hidden_states.shape[1] - (not followed)) // self.chunk_size
         pooled = hidden_states[:, : retrievable * self.chunk_size].unflatten(1, (retrievable, self.chunk_size)).mean(dim=2)
-        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *features
+        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), q_features, k_features
 
     def attend(self, *tensors: Tensor) -> Tensor:
         return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p, impl=self.impl)
@@ -229,7 +239,7 @@ class BSBRAttention(MultiHeadAttention):
         return self.output(bsbr_attention_parallel(*tensors[:5], **options, group=ranks, lengths=lengths, dropout_p=self.dropout_p))
 
     def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
-        q_features, k_features = tensors[5:] or (None, None)
+        q_features, k_features = tensors[5:]
         return {
             "chunk_size": self.chunk_size,
             "q_features": q_features,
@@ -240,14 +250,20 @@ class BSBRAttention(MultiHeadAttention):
         }
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
-        """q, k, v of tokens from position `start` on, and φ(q), φ(k) unless they are `unit_norm` of q and k."""
+        """q, k, v, φ(q), φ(k) of tokens from position `start` on."""
         q, k, v = self.project_heads(hidden_states)
-        if self.feature_dim == self.head_dim and not self.rotary:
-            return q, k, v
-        features = unit_norm(self.feature_proj(q)), unit_norm(self.feature_proj(k))
+        q_features, k_features = self.features(hidden_states, q, k)
+        if self.retrieval_scale == "sum":
+            q_features = q_features * self._mixed(start, q_features)
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
-        return q, k, v, *features
+        return q, k, v, q_features, k_features
+
+    def _mixed(self, start: int, q_features: Tensor) -> Tensor:
+        """How many chunks are mixed for each token from position `start` on: [time, 1]."""
+        positions = torch.arange(start, start + q_features.shape[2], device=q_features.device)
+        chunks = positions.div(self.chunk_size, rounding_mode="floor").to(q_features.dtype)
+        return (chunks if self.retrieval_top_k is None else chunks.clamp(max=self.retrieval_top_k)).unsqueeze(-1)
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         return split_heads(self.meta_q_proj(hidden_states), self.num_heads)
@@ -321,13 +337,13 @@ class BSBRAttention(MultiHeadAttention):
     def _open_chunks(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that begin at a chunk's beginning: the parallel form, with the chunks before them in the retrieval."""
         tokens, size = hidden_states.shape[1], self.chunk_size
-        q, k, v, *features = self._project_tokens(hidden_states, position)
+        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
         keys, values = _joined(state["keys"], k), _joined(state["values"], v)
         complete = tokens // size
         pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
         meta_keys = self._meta_key(pooled)
         known = pages_of(state, "meta_keys"), pages_of(state, "states")
-        tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, *features
+        tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features
         options = self._options(tensors)
         if self.implementation(*tensors) == "native":
             attended, states, retrieved = native.segment(*tensors[:5], past=known, **options)
@@ -335,20 +351,18 @@ class BSBRAttention(MultiHeadAttention):
             attended, states, retrieved = plain.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
         rest = complete * size
         wide = state["open_hidden"].dtype
-        k_features = features[1][:, :, rest:] if features else unit_norm(k[:, :, rest:])
         after = self._keep(keys, values, position + tokens)
         after |= _paged("meta_keys", known[0], meta_keys) | _paged("states", known[1], states)
         after |= {
             "retrieved": retrieved.clone(),  # a view would keep every chunk's alive
-            "open_state": k_features.to(wide).mT @ v[:, :, rest:].to(wide),
+            "open_state": k_features[:, :, rest:].to(wide).mT @ v[:, :, rest:].to(wide),
             "open_hidden": hidden_states[:, rest:].to(wide).sum(dim=1),
         }
         return attended, after
 
     def _continue_chunk(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that all fall into the open chunk, its last one perhaps included: no chunk but this one is touched."""
-        q, k, v, *features = self._project_tokens(hidden_states, position)
-        q_features, k_features = features or (unit_norm(q), unit_norm(k))
+        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         tokens = q.shape[2]
         visible = None
