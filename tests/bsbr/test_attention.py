@@ -21,9 +21,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"chunk_overlap": 2, "compression_factor": 2},
     {"chunk_overlap": CHUNK + 3, "num_kv_heads": 2, "rotary": True},
     {"retrieval_top_k": 1, "compression_factor": 4, "num_kv_heads": 1},
-    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2},
-    {"retrieval_top_k": 100, "rotary": True, "compression_factor": 1},
+    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2, "retrieval_scale": "mean"},
+    {"retrieval_top_k": 100, "rotary": True, "compression_factor": 1, "feature_map": "linear"},
+    {"compression_factor": 2, "num_kv_heads": 2, "feature_map": "linear", "retrieval_scale": "mean"},
 ]
+PAIRS = {4: [(0, 0), (1, 1), (2, 2), (0, 1)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
+"""Of the factors of φ, by d_r: those that are multiplied."""
+
 options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -59,17 +63,28 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
         z = (values[..., :2] + 1j * values[..., 2:]) * np.exp(1j * np.outer(np.arange(time), [1, 0.01]))
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def phi(values: Any) -> Any:
-        features = np.einsum("bhti,oi->bhto", values, weights.get("feature_proj.weight", np.eye(4)))
-        return features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-6)
+    feature_dim = 4 // options.get("compression_factor", 1)
+
+    def phi(name: str, values: Any) -> Any:
+        if options.get("feature_map") == "linear":
+            features = np.einsum("bhti,oi->bhto", values, weights.get("features.projection.weight", np.eye(4)))
+        else:
+            weight = weights[f"features.{name}.weight"]
+            kinds = {4: 3, 2: 2, 1: 1}[feature_dim]  # 3 of 2, 1 of 1, and of 3 the first 4 of their 6 products
+            features = np.einsum("bti,hdi->bhtd", x, weight.reshape(-1, kinds, 16))
+        unit = features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-6)
+        if options.get("feature_map") == "linear":
+            return unit
+        return np.stack([unit[..., i] * unit[..., j] * (1 if i == j else 2**0.5) for i, j in PAIRS[feature_dim]], axis=-1)
 
     q, k, v = heads(x, "q_proj"), heads(x, "k_proj"), heads(x, "v_proj")
     begins = range(0, time, CHUNK)
     first_tokens = np.stack([x[:, begin] for begin in begins], axis=1)
     means = np.zeros((2, 0, 16)) if len(begins) == 1 else np.stack([x[:, b : b + CHUNK].mean(axis=1) for b in begins[:-1]], axis=1)
     expected = [turned(q), turned(k), v, heads(first_tokens, "meta_q_proj"), heads(means, "meta_k_proj")]
-    if options.get("rotary") or options.get("compression_factor", 1) > 1:  # else attend makes them itself
-        expected += [phi(q), phi(k)]
+    mixed = np.minimum(np.arange(time) // CHUNK, options.get("retrieval_top_k", time))
+    factor = np.ones(time) if options.get("retrieval_scale") == "mean" else mixed
+    expected += [phi("q_proj", q) * factor[:, None], phi("k_proj", k)]
 
     tensors = attention.project(torch.from_numpy(x))
     for actual, wanted in zip(tensors, expected, strict=True):
@@ -151,15 +166,15 @@ def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
     attention = build()
     for end in (CHUNK + 2, 2 * CHUNK, 3 * CHUNK):
         x = hidden(end + 1)
-        q, k, v, r, h = attention.project(x)
+        q, k, v, *rest = attention.project(x)
         begin = end // CHUNK * CHUNK
         v = torch.cat([v[:, :, :begin], torch.zeros_like(v[:, :, begin:])], dim=2)
-        retrieved = attention.attend(q, k, v, r, h)[:, :, end]
+        retrieved = attention.attend(q, k, v, *rest)[:, :, end]
         assert retrieved.abs().max() > 1e-3
         for s in range(end // CHUNK):
             without = v.clone()
             without[:, :, s * CHUNK : (s + 1) * CHUNK] = 0
-            other = attention.attend(q, k, without, r, h)[:, :, end]
+            other = attention.attend(q, k, without, *rest)[:, :, end]
             assert not torch.allclose(other, retrieved)
 
 
@@ -187,15 +202,15 @@ def test_dropout_acts_on_both_softmaxes() -> None:
     with torch.no_grad():
         deaf.retrieval_gain.zero_()
     torch.manual_seed(0)
-    q, k, v, r, h = attention.project(hidden(2 * CHUNK))
-    exact = attention.eval().attend(q, k, v, r, h)
-    inside = deaf.eval().attend(q, k, v, r, h)
+    q, k, v, *rest = attention.project(hidden(2 * CHUNK))
+    exact = attention.eval().attend(q, k, v, *rest)
+    inside = deaf.eval().attend(q, k, v, *rest)
     outside = exact - inside
     # Without retrieval the first part is seen alone; without local values, the second: all or nothing, twice the size.
-    assert not torch.allclose(deaf.train().attend(q, k, v, r, h), inside)
+    assert not torch.allclose(deaf.train().attend(q, k, v, *rest), inside)
     attention.train()
     v = torch.cat([v[:, :, :CHUNK], torch.zeros_like(v[:, :, CHUNK:])], dim=2)
-    retrieved = attention.attend(q, k, v, r, h)[:, :, CHUNK:]
+    retrieved = attention.attend(q, k, v, *rest)[:, :, CHUNK:]
     ratio = (retrieved / outside[:, :, CHUNK:]).detach()
     assert {round(number, 6) for number in ratio.flatten().tolist()} == {0, 2}
 
@@ -291,6 +306,8 @@ def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
         ({"compression_factor": 3}, "compression_factor must divide head_dim = 4 (16 / 4), got 3"),
         ({"compression_factor": 8}, "compression_factor must divide head_dim = 4 (16 / 4), got 8"),
         ({"compression_factor": 0}, "compression_factor must be a positive integer, got 0"),
+        ({"feature_map": "cubic"}, "feature_map must be one of quadratic, linear, got 'cubic'"),
+        ({"retrieval_scale": None}, "retrieval_scale must be one of sum, mean, got None"),
         ({"chunk_overlap": -1}, "chunk_overlap must be an integer of at least 0, got -1"),
         ({"chunk_overlap": 1.5}, "chunk_overlap must be an integer of at least 0, got 1.5"),
         ({"chunk_overlap": True}, "chunk_overlap must be an integer of at least 0, got True"),

@@ -1,0 +1,33 @@
+"""φ: what its products are, and that they make the square of the inner product."""
+
+import pytest
+import torch
+
+from bsbr.features import factors, products
+
+
+def test_products_of_three_numbers() -> None:
+    root = 2**0.5
+    x = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+    everything = torch.tensor([4, 9, 25, 6 * root, 15 * root, 10 * root], dtype=torch.float64)
+    for size in range(1, 7):
+        torch.testing.assert_close(products(x, size), everything[:size], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 11])
+def test_all_products_make_the_square_of_the_inner_product(size: int) -> None:
+    x, y = torch.randn(2, 3, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    whole = size * (size + 1) // 2
+    made = (products(x, whole) * products(y, whole)).sum(dim=-1)
+    torch.testing.assert_close(made, (x * y).sum(dim=-1).square(), rtol=0, atol=1e-12)
+
+
+def test_as_few_factors_as_are_needed() -> None:
+    assert [factors(size) for size in (1, 2, 3, 4, 6, 7, 16, 32, 36, 37, 64, 128)] == [1, 2, 2, 3, 3, 4, 6, 8, 8, 9, 11, 16]
+
+
+def test_gradients() -> None:
+    x = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for size in (3, 12, 15):
+        assert torch.autograd.gradcheck(lambda y: products(y, size), (x,))
+
