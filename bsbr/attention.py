@@ -159,9 +159,10 @@ class BSBRAttention(MultiHeadAttention):
 
     r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
     φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
-    retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head sets
-    how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no gradients are wanted, `forward` and `extend` go through a long sequence in
-    segments, so that what they need beside input, output and chunk states does not grow with the length.
+    retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head
+    sets how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
+    gradients are wanted, `forward` and `extend` go through a long sequence in segments, so that what they need beside input,
+    output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.

@@ -16,7 +16,7 @@ from baselines.sliding_window import SlidingWindowAttention, sliding_window_atte
 from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
 from bsbr.interface import State, merge_heads
-from bsbr.plain import chunk_states, local_attention, read, retrieve, unit_norm
+from bsbr.plain import chunk_states, local_attention, read, retrieve
 
 # --- who sees the future ------------------------------------------------------------------------
 
@@ -45,10 +45,10 @@ class RetrievesOwnChunk(BSBRAttention):
     """The mask over chunks is lower triangular, not strictly."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
-        q, k, v, r, h = tensors
+        q, k, v, r, h, q_features, k_features = tensors
         local = local_attention(q, k, v, chunk_size=self.chunk_size)
-        states = chunk_states(unit_norm(k), v, self.chunk_size, h.shape[2])
-        return local + read(unit_norm(q), retrieve(r, [h], [states], first=1), self.chunk_size)
+        states = chunk_states(k_features, v, self.chunk_size, h.shape[2])
+        return local + read(q_features, retrieve(r, [h], [states], first=1), self.chunk_size)
 
 
 class MetaQueryFromLastToken(BSBRAttention):
