@@ -6,9 +6,8 @@ What has to fit is everything: weights, inputs, whatever the workload prepares (
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from evals import machine
@@ -19,6 +18,9 @@ from evals.measure import available_bytes, now, peak_allocated_bytes
 from evals.trials import source
 from evals.worker import alone, run_isolated
 from evals.workloads import prepare
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STEPS = 8
 """Lengths tried within a doubling: the longest is known to 2^(1/8), 9 %."""
@@ -176,11 +178,13 @@ COLUMNS = (
 )
 
 
-def results(records: Sequence[Record]) -> pd.DataFrame:
+def results(records: Sequence[Record]) -> "pd.DataFrame":
     """One row a contestant of every search in a ledger: the longest length that fits, the next one tried that does not, and why.
 
     outcome: ok; the first length's own where none fits; uncertified; unsupported. Of a search that is not through, what it has.
     """
+    import pandas as pd  # not before: it takes half a second, for which the first measurement would have to wait
+
     described = {record["search"]: record for record in records if record.get("kind") == "search"}
     probes = [record for record in records if record.get("kind") == "probe"]
     rows: list[dict[str, Any]] = []
@@ -207,11 +211,11 @@ def _found(probes: Sequence[Record]) -> dict[str, Any]:
     return row
 
 
-def shown(table: pd.DataFrame) -> str:
+def shown(table: "pd.DataFrame") -> str:
     """The table as text: attentions down, longest context first."""
     lines = [f"{'longest context':<16} {'tokens':>10} {'peak MiB':>9}   at the next length"]
     for _, row in table.sort_values("max_context", ascending=False).iterrows():
-        found = pd.notna(row["max_context"])
+        found = bool(row.notna()["max_context"])
         tokens, held = (f"{row['max_context']:.0f}", f"{row['peak_bytes'] / 2**20:.1f}") if found else ("none", "")
         lines.append(f"{row['attention']:<16} {tokens:>10} {held:>9}   {row['detail']}".rstrip())
     return "\n".join(lines)
