@@ -1,8 +1,8 @@
 """What MkDocs does not do by itself: mathematics without JavaScript, and measured numbers that nobody types.
 
 In a page, `$…$` and, as a paragraph of its own, `$$…$$` are LaTeX, which becomes MathML here and is drawn by the browser.
-`{{ table results/<folder> <column> }}` is the table of one quantity, as `python -m evals.export` prints it, and
-`{{ cell results/<folder> <attention> <place> <column> }}` one number of it, read when the site is built.
+`{{ table results/<folder> <column> }}` is the table of one quantity, and `{{ cell results/<folder> <attention> <place> <column> }}`
+one number of it, both as `python -m evals.export` prints them and read when the site is built.
 """
 
 import re
@@ -19,11 +19,21 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from evals.export import exported
+from evals.export import markdown as table
 from evals.figures import read, swept_column
-from evals.table import QUANTITIES, cell
+from evals.table import QUANTITIES, Quantity, cell
 
 ROOT = Path(__file__).resolve().parents[1]
+KNOWN = {
+    quantity.column: quantity
+    for quantity in (
+        *QUANTITIES,
+        Quantity("% of ceiling", "part of what this machine can do at most, in %, higher is better", "ceiling_fraction", 0.01),
+        Quantity("MFLOP", "what a call must compute, in MFLOP", "flops", 1e6),
+        Quantity("state KiB", "what decoding must keep, in KiB, lower is better", "state_bytes", 2.0**10),
+        Quantity("noise %", "how far the reference seemed to be from itself, in %", "noise_floor", 0.01),
+    )
+}
 DIRECTIVE = re.compile(r"\{\{ (table|cell) ([^{}]*) \}\}")
 
 
@@ -72,17 +82,20 @@ def filled(directive: re.Match[str]) -> str:
     what, (folder, *words) = directive[1], directive[2].split()
     try:
         results = table_of(folder)
-        if what == "table":
-            others = [quantity.column for quantity in QUANTITIES if quantity.column != words[0]]
-            return exported(results.drop(columns=others, errors="ignore"), "markdown")
-        name, place, column = words
-        (row,) = [row for _, row in results.iterrows() if (row["attention"], str(row[swept_column(results)])) == (name, place)]
-        (quantity,) = [quantity for quantity in QUANTITIES if quantity.column == column]
-        return cell(row, quantity)
-    except ValueError as error:
-        raise PluginError(f"{directive[0]}: {error}") from error
+        cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
+        if what == "cell":
+            name, place, column = words
+            return cell(cells[name, place], KNOWN[column])
+        (quantity,) = (KNOWN[column] for column in words)
+    except (ValueError, KeyError) as error:
+        raise PluginError(f"{directive[0]}: {error!r}") from error
+    names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    reference = next(iter(results["relative_to"].dropna()), None)
+    rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
+    return table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
 
 
 @cache
 def table_of(folder: str) -> pd.DataFrame:
-    return read(ROOT / folder)
+    results = read(ROOT / folder)
+    return results.sort_values(swept_column(results), kind="stable")
