@@ -13,7 +13,9 @@ class Arguments(griffe.Extension):
         if obj.docstring is None or not isinstance(obj, griffe.Function | griffe.Class):
             return
         names = [parameter.name for parameter in obj.parameters]
-        obj.docstring.value = listed(obj.docstring.value, names)
+        # x[i][j] is no link, unless it stands in code, where nothing is one.
+        text = re.sub(r"(`[^`]*`)|\]\[", lambda found: found[1] or r"]\[", obj.docstring.value)
+        obj.docstring.value = listed(text, names)
 
 
 def listed(docstring: str, names: Iterable[str]) -> str:
