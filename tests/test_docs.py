@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,7 +19,7 @@ from markdown import markdown
 from mkdocs.exceptions import PluginError
 
 from evals.cli import CONF
-from evals.config import read_comparison
+from evals.config import UsageError, read_comparison
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
@@ -57,8 +58,10 @@ COMMAND = re.compile(r"python -m evals\.run (?!.*(sweep=all|--config-dir|--help)
 
 
 @pytest.mark.parametrize("command", commands())
-def test_what_the_pages_tell_to_run_can_be_run(command: str) -> None:
-    """Every option is known, and the first of its comparisons can be measured."""
+def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option is known, and the first of its comparisons can be measured, up to a GPU that may not be there."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("a text of one's own " * 1000)
     words = [word for word in shlex.split(command) if not word.startswith("-")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create()
@@ -67,8 +70,12 @@ def test_what_the_pages_tell_to_run_can_be_run(command: str) -> None:
         given = {word.partition("=")[0] for word in firsts}
         swept = [f"{key}={value}" for key, value in swept.items() if key not in given]
         firsts += [first_of(override) for override in parser.parse_overrides(swept)]
-        comparison = read_comparison(compose("config", firsts))
-    assert comparison.contestants
+        config = compose("config", firsts)
+    if config.device.kind == "cuda" and not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            read_comparison(config)
+    else:
+        assert read_comparison(config).contestants
 
 
 def first_of(override: Override) -> str:
@@ -119,7 +126,7 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
 
     assert html("from $a_1$ to $b*c*d$").count("<math") == 2
     assert '<math display="block"' in html("$$\n\\frac{a}{b}\n$$").replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
-    assert "<math" not in html("`$a$`, $5 and 6$, and $HOME/$USER")
+    assert "<math" not in html("`$a$`, from $5 to $6, and $HOME/$USER")
     with pytest.raises(PluginError, match="unknowable"):
         html(r"$\unknowable x$")
 
