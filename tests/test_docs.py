@@ -1,4 +1,4 @@
-"""Every block of the documentation's examples runs, in its order; what other pages tell to type can be composed; numbers are data."""
+"""The documentation's examples run, block by block; what other pages tell to type can be composed; numbers are data."""
 
 import importlib.util
 import os
@@ -132,11 +132,11 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
 
 
 def test_a_docstring_s_arguments_are_listed_and_its_prose_is_not() -> None:
-    docstring = "Joins a and b.\n\na: [n], the first; b, c: more,\n    and longer.\nc may be None. Ratio: a to b.\nRaises ValueError if not."
-    assert loaded("docstrings").listed(docstring, ["a", "b", "c"]).split("\n\n") == [
+    told = "a: [n], the first; b, c: more,\nand longer.\nc may be None. Ratio: a to b.\nRaises ValueError if not."
+    assert loaded("docstrings").listed(f"Joins a and b.\n\n{told}", ["a", "b", "c"]).split("\n\n") == [
         "Joins a and b.",
         "- **`a`**: [n], the first",
-        "- **`b, c`**: more,     and longer.",
+        "- **`b, c`**: more, and longer.",
         "c may be None. Ratio: a to b.",
         "Raises ValueError if not.",
     ]
