@@ -51,7 +51,7 @@ class Formula(InlineProcessor):
         super().__init__(pattern, md)
         self.display = display
 
-    def handleMatch(self, match: re.Match[str], data: str) -> tuple[etree.Element, int, int]:  # type: ignore[override]
+    def handleMatch(self, match: re.Match[str], data: str) -> tuple[etree.Element, int, int]:
         formula = convert_to_element(match[1], display=self.display)
         for element in formula.iter():
             # The library passes on what it does not know.
