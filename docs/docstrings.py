@@ -6,16 +6,21 @@ from collections.abc import Iterable, Iterator
 import griffe
 
 
+ESCAPED = {"][": r"]\[", "<": r"\<"}
+IN_PROSE = re.compile(r"(?P<code>`[^`]*`|^    .*$)|\]\[|<", flags=re.MULTILINE)
+"""x[i][j] is no link and results/<sweep> holds no tag; in code nothing is one."""
+
+
 class Arguments(griffe.Extension):
     """Puts the arguments that a docstring tells of into a list, and `Returns` and `Raises` into paragraphs of their own."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
-        if obj.docstring is None or not isinstance(obj, griffe.Function | griffe.Class):
+        if obj.docstring is None:
             return
-        names = [parameter.name for parameter in obj.parameters]
-        # x[i][j] is no link, unless it stands in code, where nothing is one.
-        text = re.sub(r"(`[^`]*`)|\]\[", lambda found: found[1] or r"]\[", obj.docstring.value)
-        obj.docstring.value = listed(text, names)
+        text = IN_PROSE.sub(lambda found: found["code"] or ESCAPED[found[0]], obj.docstring.value)
+        if isinstance(obj, griffe.Function | griffe.Class):
+            text = listed(text, [parameter.name for parameter in obj.parameters])
+        obj.docstring.value = text
 
 
 def listed(docstring: str, names: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ COMMAND = re.compile(r"python -m evals\.run (?!.*(sweep=all|--config-dir|--help)
 def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option is known, and the first of its comparisons can be measured, up to a GPU that may not be there."""
     monkeypatch.chdir(tmp_path)
-    Path("my.txt").write_text("a text of one's own " * 1000)
+    Path("my.txt").write_text("a text of one's own " * 10_000)
     words = [word for word in shlex.split(command) if not word.startswith("-")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create()
