@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import griffe
 
-
-ESCAPED = {"][": r"]\[", "<": r"\<"}
+ESCAPED = {"][": r"]\[", "<": "&lt;"}
 IN_PROSE = re.compile(r"(?P<code>`[^`]*`|^    .*$)|\]\[|<", flags=re.MULTILINE)
 """x[i][j] is no link and results/<sweep> holds no tag; in code nothing is one."""
 
