@@ -26,6 +26,7 @@ def listed(docstring: str, names: Iterable[str]) -> str:
     """Markdown. Paragraphs without an argument, such as code, stay as they are."""
     any_name = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or r"(?!)"
     argument = re.compile(rf"(?:^|(?<=[.;] ))((?:{any_name})(?:, (?:{any_name}))*): ")
+    docstring = re.sub(r"(?<=\.) (?=(?:Returns|Raises) )", "\n", docstring)
     return "\n\n".join(_paragraph(text, argument) for text in docstring.split("\n\n"))
 
 

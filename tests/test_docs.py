@@ -132,7 +132,7 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
 
 
 def test_a_docstring_s_arguments_are_listed_and_its_prose_is_not() -> None:
-    told = "a: [n], the first; b, c: more,\nand longer.\nc may be None. Ratio: a to b.\nRaises ValueError if not."
+    told = "a: [n], the first; b, c: more,\nand longer.\nc may be None. Ratio: a to b. Raises ValueError if not."
     assert loaded("docstrings").listed(f"Joins a and b.\n\n{told}", ["a", "b", "c"]).split("\n\n") == [
         "Joins a and b.",
         "- **`a`**: [n], the first",
