@@ -12,7 +12,7 @@ VENV ?= .venv
 ARGS ?=
 bin := $(VENV)/bin
 
-.PHONY: help sweep certify test lint format clean
+.PHONY: help sweep certify test lint format docs clean
 
 help:
 	@echo "make sweep    compare all attentions over sequence length: results/seq_len, plots/seq_len"
@@ -20,7 +20,8 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make format   let ruff rewrite the files"
-	@echo "make clean    remove $(VENV) and the caches; results and plots stay"
+	@echo "make docs     build the documentation: site/index.html"
+	@echo "make clean    remove $(VENV), site and the caches; results and plots stay"
 
 sweep: $(VENV)/installed
 	$(bin)/python -m evals.run sweep=seq_len $(ARGS)
@@ -41,8 +42,12 @@ format: $(VENV)/installed
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 
+# Strictly: a broken link, or a number that is not there, is an error. The variable silences an advertisement of the theme's makers.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 
 # The stamp is written last, so an install that was interrupted is repeated.
 # A package that is built from source gets its build tools from constraints.txt too: pip up to 25.2 reads PIP_CONSTRAINT

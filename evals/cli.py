@@ -132,4 +132,6 @@ def missing(error: MissingConfigException) -> str:
     # Hydra names the known ones only where a group takes a single choice, but always the folders that it looked into.
     folders = [Path(path) for path in re.findall(r"path=file://(\S+)", str(error))]
     known = set(error.options or ()) | {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
-    return f"unknown {group} '{name}'; known are {', '.join(sorted(known))}" if known else one_sentence(error)
+    if not known:
+        return one_sentence(error)
+    return f"unknown {group} '{name}'; known are {', '.join(sorted(known))}; --config-dir names a folder with more"

@@ -40,7 +40,9 @@ class Results:
             if column not in table.columns:
                 raise UsageError(f"{folder / 'results.csv'} has no column {column}: run `python -m evals.run` again")
         options = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
-        self.settings = [column for column in dict.fromkeys((*SETTINGS, *sorted(options))) if column in table.columns]
+        # match=params gives each contestant a feed-forward width of its own, which is then no setting that they share.
+        own = {"ff_dim"} - options if table.get("match", pd.Series(dtype=str)).notna().any() else set()
+        self.settings = [column for column in dict.fromkeys((*SETTINGS, *sorted(options))) if column in {*table.columns} - own]
         self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *NUMBERS))))
         self.names = list(dict.fromkeys(map(str, table["attention"])))
 

@@ -1,9 +1,9 @@
 """`python -m evals.validate aa slowdown clock`: is the instrument right, on this machine, today?
 
-aa        compares attentions with themselves: how often does an interval hold 1, how often is anything called faster or slower
-slowdown  makes one of two equal attentions slower on purpose: how often is it found
-clock     holds latencies against torch.utils.benchmark
-kills     kills a sweep at random moments and starts it again: is anything lost, or there twice
+    aa        compares attentions with themselves: how often does an interval hold 1, how often is anything called faster or slower
+    slowdown  makes one of two equal attentions slower on purpose: how often is it found
+    clock     holds latencies against torch.utils.benchmark
+    kills     kills a sweep at random moments and starts it again: is anything lost, or there twice
 
 Exit code 1 if one of them finds less than it should.
 """

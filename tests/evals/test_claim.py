@@ -244,6 +244,15 @@ def test_noise_never_supports_a_difference_that_is_not_there(tmp_path: Path, cap
     assert "supported: " not in capsys.readouterr().out
 
 
+def test_widths_that_equalise_parameters_are_no_setting(tmp_path: Path) -> None:
+    """match=params gives every contestant an ff_dim of its own: they were measured side by side all the same."""
+    folder = write(tmp_path, ledger=False, match="params")
+    table = pd.read_csv(folder / "results.csv")
+    table["ff_dim"] = table["attention"].map({"standard": 1024, "linear": 1000, "bsbr": 900})
+    table.to_csv(folder / "results.csv", index=False)
+    assert main(["bsbr uses less memory than standard at seq_len 512", str(folder)]) == CODES["supported"]
+
+
 def test_a_failure_is_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "seq_len")
     table = pd.read_csv(folder / "results.csv")

@@ -1,0 +1,142 @@
+"""The documentation's examples run, block by block; what other pages tell to type can be composed; numbers are data."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from markdown import markdown
+from mkdocs.exceptions import PluginError
+
+from evals.cli import CONF
+from evals.config import UsageError, read_comparison
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_every_block_of_the_examples_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block with a title is a file; Python shares its names over the page; a shell's commands must all succeed."""
+    monkeypatch.chdir(tmp_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    names: dict[str, object] = {}
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert blocks
+    for language, title, text in blocks:
+        if title:
+            Path(title).parent.mkdir(parents=True, exist_ok=True)
+            Path(title).write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, f"{page.name}: {text.strip().splitlines()[0]}", "exec"), names)
+        else:
+            assert language == "sh"
+            done = subprocess.run(["bash", "-euc", text], env=environment, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def commands() -> list[str]:
+    """Every `python -m evals.run …` of the README and the pages: what follows, up to a comment."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    lines = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ").splitlines()
+    return sorted({line.split("#")[0].removeprefix("python -m evals.run ").strip() for line in lines if COMMAND.match(line)})
+
+
+COMMAND = re.compile(r"python -m evals\.run (?!.*(sweep=all|--config-dir|--help))")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option is known, and the first of its comparisons can be measured, up to a GPU that may not be there."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("a text of one's own " * 10_000)
+    words = [word for word in shlex.split(command) if not word.startswith("-")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        parser = OverridesParser.create()
+        firsts = [first_of(override) for override in parser.parse_overrides(words)]
+        swept = compose("config", firsts, return_hydra_config=True).hydra.sweeper.params or {}
+        given = {word.partition("=")[0] for word in firsts}
+        swept = [f"{key}={value}" for key, value in swept.items() if key not in given]
+        firsts += [first_of(override) for override in parser.parse_overrides(swept)]
+        config = compose("config", firsts)
+    if config.device.kind == "cuda" and not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            read_comparison(config)
+    else:
+        assert read_comparison(config).contestants
+
+
+def first_of(override: Override) -> str:
+    """The override itself, or the first of the values that it sweeps over."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+# --- what MkDocs does not do by itself ------------------------------------------------------------
+
+
+def loaded(name: str) -> ModuleType:
+    """docs/<name>.py, which MkDocs loads by its path as well."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    return loaded("hooks")
+
+
+def test_a_number_on_a_page_is_the_one_in_the_results(hooks: ModuleType) -> None:
+    results = pd.read_csv(ROOT / "results" / "paper" / "seq_len" / "results.csv")
+    row = results[(results["attention"] == "linear") & (results["seq_len"] == 128)].iloc[0]
+    assert hooks.on_page_markdown("at {{ cell results/paper/seq_len linear 128 flops }} M") == f"at {row['flops'] / 1e6:.1f} M"
+    table = hooks.on_page_markdown("{{ table results/paper/seq_len speedup }}")
+    (line,) = [line for line in table.splitlines() if line.startswith("| linear |")]
+    assert line.split("|")[2].strip().startswith(f"{row['speedup']:.2f}±")
+
+
+@pytest.mark.parametrize(
+    "directive", ["cell results/paper/seq_len linear 129 flops", "table results/none speedup", "table results/paper/seq_len speed"]
+)
+def test_a_number_that_is_not_there_ends_the_build(hooks: ModuleType, directive: str) -> None:
+    with pytest.raises(PluginError, match=directive):
+        hooks.on_page_markdown(f"{{{{ {directive} }}}}")
+
+
+def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) -> None:
+    def html(text: str) -> str:
+        return markdown(text, extensions=[hooks.Mathematics()])
+
+    assert html("from $a_1$ to $b*c*d$").count("<math") == 2
+    assert '<math display="block"' in html("$$\n\\frac{a}{b}\n$$").replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    assert "<math" not in html("`$a$`, from $5 to $6, and $HOME/$USER")
+    with pytest.raises(PluginError, match="unknowable"):
+        html(r"$\unknowable x$")
+
+
+def test_a_docstring_s_arguments_are_listed_and_its_prose_is_not() -> None:
+    told = "a: [n], the first; b, c: more,\nand longer.\nc may be None. Ratio: a to b. Raises ValueError if not."
+    assert loaded("docstrings").listed(f"Joins a and b.\n\n{told}", ["a", "b", "c"]).split("\n\n") == [
+        "Joins a and b.",
+        "- **`a`**: [n], the first",
+        "- **`b, c`**: more, and longer.",
+        "c may be None. Ratio: a to b.",
+        "Raises ValueError if not.",
+    ]
