@@ -199,7 +199,7 @@ def register() -> None:
         AutoConfig.register(config.model_type, config)
         for name in AUTO_CLASSES:
             auto = getattr(transformers, name)
-            original = auto._model_mapping.get(type(AutoConfig.for_model(model_type)))
+            original = auto._model_mapping.get(type(AutoConfig.for_model(model_type)), None)
             if original is not None:
                 auto.register(config, converted_class(original))
 
