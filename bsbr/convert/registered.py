@@ -62,7 +62,7 @@ def attention(
         if layer is not None:
             layer.remember(query, key, value, None, retrieval.chunk_size)
         return attended.transpose(1, 2), None
-    if position_bias is not None and bool((real.diff(dim=1).sum(dim=1) > 1).any()):
+    if position_bias is not None and bool(((real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0] > 1).any()):
         raise NotImplementedError("a converted T5 takes padding at the ends of a row, not between its tokens")
     joined, unpack = pack(torch.cat([query, key, value], dim=1).transpose(1, 2), real)
     packed = joined.transpose(1, 2).split([x.shape[1] for x in (query, key, value)], dim=1)
