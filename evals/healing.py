@@ -64,8 +64,9 @@ def optimise(
         for group in optimizer.param_groups:
             group["lr"] = rate(plan.learning_rate, step, plan.steps, plan.warmup)
         loss = loss_of(step)
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"the loss was {float(loss)} at step {step + 1}: lower the learning rate")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss was {value} at step {step + 1}: lower the learning rate")
         loss.backward()
         nn.utils.clip_grad_norm_(moving, plan.clip)
         optimizer.step()
@@ -73,7 +74,7 @@ def optimise(
         if watch.seconds() - kept_s > plan.checkpoint_s or step + 1 == plan.steps:
             checkpoint.save(saved, model, optimizer, {"step": step + 1})
             kept_s = watch.seconds()
-        yield step + 1, float(loss)
+        yield step + 1, value
 
 
 def heal(
@@ -142,7 +143,9 @@ def moving(converted: nn.Module) -> int:
     return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
 
 
-def _seen(original: PreTrainedModel, attentions: list[str], ids: Tensor) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+def _seen(
+    original: PreTrainedModel, attentions: list[str], ids: Tensor
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """What each of the original's attentions was called with, and what came out."""
     seen = {}
 

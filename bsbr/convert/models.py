@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -62,7 +61,7 @@ class Converted:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """As the library's, from safetensors."""
-        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})  # type: ignore[misc,no-any-return]
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})  # type: ignore[misc]
 
 
 def convert_to_bsbr(
@@ -106,7 +105,8 @@ def convert_to_bsbr(
         "retrieval_top_k": retrieval_top_k,
         "compression_factor": compression_factor,
     }
-    converted = converted_class(type(model))(config)
+    cls: type[PreTrainedModel] = type(model)
+    converted = converted_class(cls)(config)
     # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)

@@ -65,11 +65,11 @@ def attention(
     if position_bias is not None and bool(((real[:, 1:] & ~real[:, :-1]).sum(dim=1) + real[:, 0] > 1).any()):
         raise NotImplementedError("a converted T5 takes padding at the ends of a row, not between its tokens")
     joined, unpack = pack(torch.cat([query, key, value], dim=1).transpose(1, 2), real)
-    packed = joined.transpose(1, 2).split([x.shape[1] for x in (query, key, value)], dim=1)
+    q, k, v = joined.transpose(1, 2).split([x.shape[1] for x in (query, key, value)], dim=1)
     in_front = real.sort(dim=1, descending=True, stable=True).values
-    attended = _attended(retrieval, module, *packed, in_front, position_bias, dropout)
+    attended = _attended(retrieval, module, q, k, v, in_front, position_bias, dropout)
     if layer is not None:
-        layer.remember(*packed, real, retrieval.chunk_size)
+        layer.remember(q, k, v, real, retrieval.chunk_size)
     return unpack(attended.transpose(1, 2)), None
 
 

@@ -157,7 +157,7 @@ class Retrieval(nn.Module):
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         if scores.dim() == 4:
             scores = scores.unsqueeze(2)
-        blocks = (self._chunked(x, chunks).flatten(1, 2) for x in (q, k, v))
+        q, k, v = (self._chunked(x, chunks).flatten(1, 2) for x in (q, k, v))
         mask = scores.expand(batch, heads, chunks, self.chunk_size, self.chunk_size).flatten(1, 2)
-        attended = F.scaled_dot_product_attention(*blocks, attn_mask=mask, dropout_p=dropout_p)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
         return attended.view(batch, heads, -1, head_dim)[:, :, :time]

@@ -4,14 +4,13 @@ Each row of a batch has chunks of its own: padding before it does not count, so 
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from bsbr import plain
 from bsbr.convert.retrieval import Retrieval
 
 
@@ -183,4 +182,4 @@ def _retrieved(retrieval: Retrieval, opening: Tensor, meta_keys: Tensor, states:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x [batch, heads, time, dim] at index [batch, picked]: [batch, heads, picked, dim]."""
-    return cast(Tensor, x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

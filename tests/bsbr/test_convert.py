@@ -16,8 +16,14 @@ from bsbr.convert import Retrieval, convert_to_bsbr
 B, VOCABULARY = 7, 61
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED = {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"head_dim": 8, "vocab_size": VOCABULARY, "max_position_embeddings": 128},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
 }
 CAUSAL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 128},
@@ -27,12 +33,23 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED,
 }
 BERT = {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"vocab_size": VOCABULARY, "max_position_embeddings": 128},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
 }
 T5 = {
-    **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY},
-    **{"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0},
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
 }
 CONFIGS = CAUSAL | {"bert": BERT, "t5": T5}
 AUTO = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
@@ -48,7 +65,9 @@ def original(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     return model
 
 
-def converted(name: str, chunk_size: int = B, dtype: torch.dtype = torch.float64, gate: float = 0.0, **options: Any) -> PreTrainedModel:
+def converted(
+    name: str, chunk_size: int = B, dtype: torch.dtype = torch.float64, gate: float = 0.0, **options: Any
+) -> PreTrainedModel:
     model = convert_to_bsbr(original(name, dtype), chunk_size, **options)
     generator = torch.Generator().manual_seed(1)
     for part in retrievals(model):
