@@ -99,7 +99,7 @@ def heal(
     attentions = attentions_of(converted)
     for name in attentions:
         attention = converted.get_submodule(name)
-        attention.retrieval.requires_grad_(True)  # type: ignore[union-attr]
+        attention.retrieval.requires_grad_(True)
         for part in list(attention.modules()) if rank else ():
             weight = getattr(part, "weight", None)
             if isinstance(weight, nn.Parameter) and weight.dim() == 2:

@@ -105,8 +105,7 @@ def convert_to_bsbr(
         "retrieval_top_k": retrieval_top_k,
         "compression_factor": compression_factor,
     }
-    cls: type[PreTrainedModel] = type(model)
-    converted = converted_class(cls)(config)
+    converted = converted_class(type(model))(config)  # type: ignore[arg-type]  # of what is Any here
     # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)
