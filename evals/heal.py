@@ -82,7 +82,7 @@ def run(plan: Plan, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-a
         converted,
         lambda step: windows(texts["train"], plan, "heal", step),
         align=Optimisation(plan.align_steps, 1e-2),
-        distil=Optimisation(plan.distil_steps, 3e-3),
+        distil=Optimisation(plan.distil_steps, 5e-3),
         rank=plan.rank,
         saved=folder,
     )
@@ -97,25 +97,24 @@ def run(plan: Plan, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-a
 
 def small(plan: Plan) -> Any:
     """The config of a model of bytes."""
-    sizes: dict[str, Any] = {
-        "gpt2": {
-            "n_embd": plan.hidden,
-            "n_layer": plan.layers,
-            "n_head": plan.heads,
-            "n_positions": plan.context,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        },
-        "llama": {
-            "hidden_size": plan.hidden,
-            "intermediate_size": 5 * plan.hidden // 2,
-            "num_hidden_layers": plan.layers,
-            "num_attention_heads": plan.heads,
-            "num_key_value_heads": plan.heads // 2,
-            "max_position_embeddings": plan.context,
-        },
-    }[plan.model]
+    gpt2 = {
+        "n_embd": plan.hidden,
+        "n_layer": plan.layers,
+        "n_head": plan.heads,
+        "n_positions": plan.context,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    llama = {
+        "hidden_size": plan.hidden,
+        "intermediate_size": 5 * plan.hidden // 2,
+        "num_hidden_layers": plan.layers,
+        "num_attention_heads": plan.heads,
+        "num_key_value_heads": plan.heads // 2,
+        "max_position_embeddings": plan.context,
+    }
+    sizes: dict[str, Any] = gpt2 if plan.model == "gpt2" else llama
     return AutoConfig.for_model(plan.model, vocab_size=256, bos_token_id=None, eos_token_id=None, **sizes)
 
 
@@ -260,8 +259,8 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "batch": (8, "windows a step"),
         "train-steps": (1500, "of the small models"),
         "align-steps": (300, "of attention outputs, layer by layer"),
-        "distil-steps": (600, "of logits"),
-        "rank": (8, "of what is added to the weights of converted attentions; 0: retrieval alone learns"),
+        "distil-steps": (800, "of logits"),
+        "rank": (8, "of what is added to the matrices of the layers; 0: retrieval alone learns"),
         "examples": (256, "windows of held-out text"),
         "threads": (torch.get_num_threads(), "of torch"),
     }

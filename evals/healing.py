@@ -1,7 +1,7 @@
 """Distils a pretrained model into its conversion: attention outputs layer by layer, then logits. The base stays as it is.
 
-What moves is what retrieval learns, and a low-rank addition to every weight of the converted attentions (LoRA,
-arXiv:2106.09685), which is merged in the end: a healed model is an ordinary one. In the first stage every attention gets
+What moves is what retrieval learns, and a low-rank addition to every matrix of the layers (LoRA, arXiv:2106.09685),
+which is merged in the end: a healed model is an ordinary one. In the first stage every attention gets
 what the original's gets, so that no layer waits for the ones below it to become right; the second mends what is left.
 """
 
@@ -98,12 +98,9 @@ def heal(
         parameter.requires_grad_(False)
     attentions = attentions_of(converted)
     for name in attentions:
-        attention = converted.get_submodule(name)
-        attention.retrieval.requires_grad_(True)
-        for part in list(attention.modules()) if rank else ():
-            weight = getattr(part, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 2:
-                parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
+        converted.get_submodule(name).retrieval.requires_grad_(True)
+    for part in matrices(converted) if rank else ():
+        parametrize.register_parametrization(part, "weight", LowRank(part.weight, rank))
 
     def attention_loss(step: int) -> Tensor:
         seen = _seen(original, attentions, batches(step))
@@ -127,10 +124,16 @@ def heal(
             continue
         for step, loss in optimise(converted, loss_of, plan, saved / f"{stage}.safetensors"):
             yield stage, step, loss
-    for name in attentions:
-        for part in converted.get_submodule(name).modules():
-            if parametrize.is_parametrized(part, "weight"):
-                parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+    for part in list(converted.modules()):
+        if parametrize.is_parametrized(part, "weight"):
+            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+
+
+def matrices(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of its layers whose weight is a matrix: neither embeddings nor the head."""
+    outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
+    weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
+    return [part for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
 
 
 def attentions_of(converted: nn.Module) -> list[str]:
