@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from bsbr.convert import convert_to_bsbr
 from evals import machine
 from evals.cli import KEPT
-from evals.config import digest
+from evals.config import digest, one_sentence
 from evals.healing import Optimisation, attentions_of, heal, moving, optimise
 from evals.ledger import Ledger, Record
 from evals.measure import now
@@ -219,8 +219,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(KEPT, file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     finally:
         watch.close()

@@ -99,8 +99,8 @@ def heal(
     attentions = attentions_of(converted)
     for name in attentions:
         converted.get_submodule(name).retrieval.requires_grad_(True)
-    for part in matrices(converted) if rank else ():
-        parametrize.register_parametrization(part, "weight", LowRank(part.weight, rank))
+    for part, weight in matrices(converted) if rank else ():
+        parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
 
     def attention_loss(step: int) -> Tensor:
         seen = _seen(original, attentions, batches(step))
@@ -129,11 +129,11 @@ def heal(
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
 
 
-def matrices(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules of its layers whose weight is a matrix: neither embeddings nor the head."""
+def matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
+    """The modules of its layers whose weight is a matrix, with that: neither embeddings nor the head."""
     outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
     weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
-    return [part for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
+    return [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
 
 
 def attentions_of(converted: nn.Module) -> list[str]:
