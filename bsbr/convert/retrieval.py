@@ -19,9 +19,10 @@ from bsbr.interface import require_positive
 class Retrieval(nn.Module):
     """The learned parts of one converted attention: (2·head_dim + 2·d_r)·head_dim numbers a head at most, and one gate.
 
-    Projections begin as the identity: chunks are scored as the pretrained attention scores tokens, and φ(q)·φ(k) is the
-    cosine of what it compares. The gate begins at 0, so that a converted model begins as its own chunks alone; retrieval
-    weighs gate / chunk_size, since a chunk's state is a sum over its tokens.
+    φ(x) = softmax(P x): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347); of unit norm
+    instead, as where nothing was pretrained, healing gave back less. All projections begin as the identity, so chunks are
+    scored as the pretrained attention scores tokens. The gate begins at 0, so that a converted model begins as its own
+    chunks alone; retrieval weighs gate · d_r / chunk_size, with which flat features and a gate of 1 read a chunk's mean value.
 
     chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
     Raises ValueError for options that cannot be.
@@ -57,13 +58,13 @@ class Retrieval(nn.Module):
     @property
     def gain(self) -> Tensor:
         """g, one factor a head."""
-        return self.gate / self.chunk_size
+        return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
     def phi_q(self, q: Tensor) -> Tensor:
-        return plain.unit_norm(q @ self.query_features)
+        return torch.softmax(q @ self.query_features, dim=-1)
 
     def phi_k(self, k: Tensor) -> Tensor:
-        return plain.unit_norm(k @ self.key_features)
+        return torch.softmax(k @ self.key_features, dim=-1)
 
     def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
         """h [batch, kv_heads, chunks, head_dim] and F [batch, kv_heads, chunks, d_r, head_dim] of the first `chunks` chunks."""

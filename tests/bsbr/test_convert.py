@@ -224,13 +224,12 @@ def test_the_causal_form_is_the_definition() -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     q, k, v = (torch.randn(2, heads, time, 8, dtype=torch.float64) for heads in (4, 2, 2))
     h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
-    norm = reference.unit_norm
     wanted = reference.bsbr_attention(
         *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
         chunk_size=B,
-        q_features=norm(q @ part.query_features),
-        k_features=norm(k @ part.key_features),
-        gain=part.gate / B,
+        q_features=(q @ part.query_features).softmax(dim=-1),
+        k_features=(k @ part.key_features).softmax(dim=-1),
+        gain=part.gate * 4 / B,
         chunk_overlap=2,
         top_k=2,
     )
@@ -247,7 +246,7 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
     got = part.bidirectional(q, k, v, None)
     spans = [slice(0, 3), slice(3, 6), slice(6, 8)]
     for head in range(2):
-        phi_q, phi_k = (reference.unit_norm(x[0, head] @ w[head]) for x, w in ((q, part.query_features), (k, part.key_features)))
+        phi_q, phi_k = ((x[0, head] @ w[head]).softmax(dim=-1) for x, w in ((q, part.query_features), (k, part.key_features)))
         for t, own in enumerate(spans):
             others = [span for s, span in enumerate(spans) if s != t]
             r = q[0, head, own].mean(dim=0) @ part.meta_query[head]
@@ -256,7 +255,7 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
             for i in range(own.start, own.stop):
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
                 far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
-                assert (got[0, head, i] - local - part.gate[head] / 3 * far).abs().max() < 1e-10
+                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * far).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
