@@ -19,7 +19,7 @@ STAGES: Mapping[str, Look] = {
 """In order; each drawn as the attention that it comes closest to."""
 
 AGREEMENTS = ("top_1", "top_5", "top_10")
-COLUMNS = ("model", "seed", "stage", "chunk_size", "context", "perplexity", "gap_closed", *AGREEMENTS)
+COLUMNS = ("model", "seed", "stage", "chunk_size", "chunk_overlap", "context", "perplexity", "gap_closed", *AGREEMENTS)
 FOOT, PLOT, GAP = 0.4, 1.7, 0.55  # inches
 
 
@@ -66,7 +66,7 @@ def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]
     closed = ", ".join(f"{name} {healed[healed['model'] == name]['gap_closed'].mean():.0%}" for name in names)
     seeds, first = results["seed"].nunique(), results.iloc[0]
     words = (
-        f"chunks of {first['chunk_size']} tokens, context {first['context']}, {seeds} seed{'s' * (seeds > 1)}; "
+        f"chunks of {first['chunk_size']} tokens that overlap by {first['chunk_overlap']}, context {first['context']}, {seeds} seed{'s' * (seeds > 1)}; "
         f"of the perplexity lost by converting, healing gives back: {closed}"
     )
     picture = headed(title, words, FOOT + PLOT + LEGEND + 0.2)

@@ -279,9 +279,11 @@ def draw_conversions(results: pd.DataFrame, positions: pd.DataFrame, folder: Pat
     if results.empty:
         raise ValueError("there is no row to draw")
     named = []
-    for name, make in conversion.FIGURES.items():
-        with style.context(["default", RC]):
-            named.append((name, make(results, positions)))
+    for overlap, rows in results.groupby("chunk_overlap"):
+        own = positions[positions["chunk_overlap"] == overlap]
+        for name, make in conversion.FIGURES.items():
+            with style.context(["default", RC]):
+                named.append((f"{name}-overlap-{overlap}", make(rows, own)))
     return _save(named, folder, conversion.FIGURES)
 
 

@@ -82,7 +82,7 @@ def run(plan: Plan, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-a
         converted,
         lambda step: windows(texts["train"], plan, "heal", step),
         align=Optimisation(plan.align_steps, 1e-2),
-        distil=Optimisation(plan.distil_steps, 5e-3),
+        distil=Optimisation(plan.distil_steps, 1e-2),
         rank=plan.rank,
         saved=folder,
     )
@@ -188,7 +188,7 @@ def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         plan, models = record["plan"], record["models"]
         given, lost = (models[name]["perplexity"] for name in ("original", "converted"))
         for name, found in models.items():
-            key = {"model": plan["model"], "seed": plan["seed"], "chunk_size": plan["chunk_size"], "stage": name}
+            key = {one: plan[one] for one in ("model", "seed", "chunk_size", "chunk_overlap")} | {"stage": name}
             values = {one: value for one, value in found.items() if one != "chunk_nats"}
             closed = {"gap_closed": (lost - found["perplexity"]) / (lost - given)}
             sizes = {"parameters": record["parameters"], "moved": record["moved"]}
@@ -254,7 +254,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "layers": (2, "of the small models"),
         "heads": (4, "of the small models"),
         "chunk-size": (16, "of the conversion, in tokens"),
-        "chunk-overlap": (0, "tokens before its chunk that a token sees too"),
+        "chunk-overlap": (8, "tokens before its chunk that a token sees too"),
         "chunks": (8, "in the context, on which all are trained and asked"),
         "batch": (8, "windows a step"),
         "train-steps": (1500, "of the small models"),
