@@ -48,7 +48,7 @@ def agreement(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
             rows = own[own["stage"] == stage]
             mark = {**STAGES[stage].line(discrete=True), "markersize": 5}
             for k, column in enumerate(AGREEMENTS):
-                label = {"label": stage, "gid": f"{name}-{stage}"} if k == 0 else {}
+                label: dict[str, Any] = {"label": stage, "gid": f"{name}-{stage}"} if k == 0 else {}
                 axes.plot([k + offset] * len(rows), rows[column], **mark, **label)
         axes.set_xticks(range(3), [f"top {column.removeprefix('top_')}" for column in AGREEMENTS])
         axes.set_xlim(-0.5, 2.5)
@@ -66,8 +66,8 @@ def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]
     closed = ", ".join(f"{name} {healed[healed['model'] == name]['gap_closed'].mean():.0%}" for name in names)
     seeds, first = results["seed"].nunique(), results.iloc[0]
     words = (
-        f"chunks of {first['chunk_size']} tokens that overlap by {first['chunk_overlap']}, context {first['context']}, {seeds} seed{'s' * (seeds > 1)}; "
-        f"of the perplexity lost by converting, healing gives back: {closed}"
+        f"chunks of {first['chunk_size']} tokens that also see {first['chunk_overlap']} before, context of {first['context']}, "
+        f"{seeds} seed{'s' * (seeds > 1)}\nof the perplexity lost by converting, healing gives back {closed}"
     )
     picture = headed(title, words, FOOT + PLOT + LEGEND + 0.2)
     width = (WIDTH - LEFT - EDGE - GAP * (len(names) - 1)) / len(names)
