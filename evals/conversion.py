@@ -61,7 +61,7 @@ FIGURES = {"perplexity": perplexity, "agreement": agreement}
 
 def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]:
     """Axes side by side, one for each model, under what they were measured under."""
-    names = list(dict.fromkeys(results["model"].astype(str)))
+    names = sorted(set(results["model"].astype(str)))
     healed = results[results["stage"] == "healed"]
     closed = ", ".join(f"{name} {healed[healed['model'] == name]['gap_closed'].mean():.0%}" for name in names)
     seeds, first = results["seed"].nunique(), results.iloc[0]
