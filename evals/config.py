@@ -137,6 +137,7 @@ class Contestant:
                 own.add(inspect.getsourcefile(near))
         core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
         files = {Path(path) for path in own if path} | {*Path(core).rglob("*.py"), *Path(core).rglob("*.cpp")}
+        files -= {*Path(core, "convert").rglob("*.py")}  # which no attention here runs
         return digest([path.read_text() for path in sorted(files)])
 
 

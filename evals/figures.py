@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from evals import learning
+from evals import conversion, learning
 from evals.curves import QUANTITIES, curve, scaling
 from evals.depths import needle_depth
 from evals.longest import longest
@@ -270,15 +270,35 @@ def draw_learned(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> l
     return _save(named, folder, LEARNED)
 
 
+def draw_conversions(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `conversion` into folder from the tables of `python -m evals.heal`; returns the paths.
+
+    Raises ValueError if a column or every row is missing.
+    """
+    _demand(results, conversion.COLUMNS)
+    if results.empty:
+        raise ValueError("there is no row to draw")
+    named = []
+    for overlap, rows in results.groupby("chunk_overlap"):
+        own = positions[positions["chunk_overlap"] == overlap]
+        for name, make in conversion.FIGURES.items():
+            with style.context(["default", RC]):
+                named.append((f"{name}-overlap-{overlap}", make(rows, own)))
+    return _save(named, folder, conversion.FIGURES)
+
+
 def redraw(results: Path, plots: Path) -> list[Path]:
     """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are.
 
-    `draw_contexts` where results.csv is of a search for the longest context, `draw_learned` where it is of training.
+    `draw_contexts` where results.csv is of a search for the longest context, `draw_learned` where it is of training,
+    `draw_conversions` where it is of conversions.
     """
     path = results / "results.csv"
     head = path.read_bytes().split(b"\n", 1)[0] if path.is_file() else b""
     if b"max_context" in head:
         return draw_contexts(pd.read_csv(path), plots)
+    if b"gap_closed" in head:
+        return draw_conversions(pd.read_csv(path), pd.read_csv(results / "positions.csv"), plots)
     if b"eval_seq_len" in head:
         return draw_learned(pd.read_csv(path), pd.read_csv(results / "curves.csv"), plots)
     return draw(read(results), plots, **read_fits(results))

@@ -25,6 +25,14 @@ def test_the_model_example_runs() -> None:
     assert list(names["answer"].shape) == [1, 20]  # type: ignore[attr-defined]
 
 
+def test_the_example_of_a_conversion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(block("python", "convert_to_bsbr("), names)
+    assert list(names["answer"].shape) == [1, 305]  # type: ignore[attr-defined]
+    assert type(names["again"]) is type(names["converted"])
+
+
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's two files where the README says that they lie, outside the repository."""

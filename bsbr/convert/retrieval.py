@@ -1,0 +1,164 @@
+"""What a converted attention has beside its own weights, and BSBR from the queries, keys and values that it hands over. Torch only.
+
+Notation as in `bsbr.bsbr_attention`. A pretrained attention shows heads and no hidden states, so here all that retrieval
+needs is projected from them, a matrix a head: r_t from a query, h_s from the mean of a chunk's keys, φ from both.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsbr import plain
+from bsbr.attention import bsbr_attention, check_options
+from bsbr.interface import require_positive
+
+
+class Retrieval(nn.Module):
+    """The learned parts of one converted attention: (2·head_dim + 2·d_r)·head_dim numbers a head at most, and one gate.
+
+    φ(x) = softmax(P x): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347); of unit norm
+    instead, as where nothing was pretrained, healing gave back less. All projections begin as the identity, so chunks are
+    scored as the pretrained attention scores tokens. The gate begins at 0, so that a converted model begins as its own
+    chunks alone; retrieval weighs gate · d_r / chunk_size, with which flat features and a gate of 1 read a chunk's mean value.
+
+    chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
+    Raises ValueError for options that cannot be.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        chunk_size: int,
+        chunk_overlap: int = 0,
+        retrieval_top_k: int | None = None,
+        compression_factor: int = 1,
+    ) -> None:
+        super().__init__()
+        check_options(chunk_size, chunk_overlap, retrieval_top_k)
+        require_positive(compression_factor=compression_factor)
+        if head_dim % compression_factor:
+            raise ValueError(f"compression_factor must divide the model's head_dim = {head_dim}, got {compression_factor}")
+        self.chunk_size = chunk_size
+        self.chunk_overlap = chunk_overlap
+        self.top_k = retrieval_top_k
+        identity = torch.eye(head_dim)
+        features = identity[:, : head_dim // compression_factor]
+        self.meta_query = nn.Parameter(identity.repeat(num_heads, 1, 1))
+        self.meta_key = nn.Parameter(identity.repeat(num_kv_heads, 1, 1))
+        self.query_features = nn.Parameter(features.repeat(num_heads, 1, 1))
+        self.key_features = nn.Parameter(features.repeat(num_kv_heads, 1, 1))
+        self.gate = nn.Parameter(torch.zeros(num_heads))
+
+    @property
+    def gain(self) -> Tensor:
+        """g, one factor a head."""
+        return self.gate * (self.query_features.shape[-1] / self.chunk_size)
+
+    def phi_q(self, q: Tensor) -> Tensor:
+        return torch.softmax(q @ self.query_features, dim=-1)
+
+    def phi_k(self, k: Tensor) -> Tensor:
+        return torch.softmax(k @ self.key_features, dim=-1)
+
+    def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+        """h [batch, kv_heads, chunks, head_dim] and F [batch, kv_heads, chunks, d_r, head_dim] of the first `chunks` chunks."""
+        tokens = chunks * self.chunk_size
+        means = k[:, :, :tokens].unflatten(2, (chunks, self.chunk_size)).mean(dim=3)
+        states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), v[:, :, :tokens], self.chunk_size, chunks)
+        return means @ self.meta_key, states
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
+
+        q: [batch, heads, time, head_dim]; k, v: [batch, kv_heads, time, head_dim]. Returns the shape of q.
+        """
+        size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
+        r = q[:, :, ::size] @ self.meta_query
+        if bias is None:
+            h = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3) @ self.meta_key
+            return bsbr_attention(
+                *(q, k, v, r, h),
+                chunk_size=size,
+                q_features=self.phi_q(q),
+                k_features=self.phi_k(k),
+                gain=self.gain,
+                chunk_overlap=self.chunk_overlap,
+                top_k=self.top_k,
+                dropout_p=dropout_p,
+            )
+        visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+        attended = self._within_chunks(q, k, v, bias.masked_fill(~visible, -torch.inf), dropout_p)
+        if not before:
+            return attended
+        h, states = self.summaries(k, v, before)
+        retrieved = plain.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
+        return attended + plain.read(self.phi_q(q), retrieved, size)
+
+    def bidirectional(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
+        """The same where tokens see what follows too: all of their chunk, and M_out every chunk but the own one.
+
+        r_t is projected from the mean of a chunk's queries: nothing about it need be known early. real: [batch, time],
+        True for the tokens, which stand in front; None: all are. An incomplete last chunk is retrieved as the others are.
+        """
+        batch, _, time, _ = q.shape
+        size, chunks = self.chunk_size, -(-time // self.chunk_size)
+        real = torch.ones(batch, time, dtype=torch.bool, device=q.device) if real is None else real
+        real = F.pad(real, (0, chunks * size - time)).view(batch, 1, chunks, size)
+        # Padding sees itself, so that no row of the softmax is empty.
+        visible = real.unsqueeze(3) | torch.eye(size, dtype=torch.bool, device=q.device)
+        zero = torch.zeros(1, dtype=q.dtype, device=q.device)
+        scores = (zero if bias is None else bias.unsqueeze(2)).where(visible, -torch.inf)
+        attended = self._within_chunks(q, k, v, scores, dropout_p)
+        if chunks == 1:
+            return attended
+        weight = real.unsqueeze(-1).to(q.dtype)
+        counts = weight.sum(dim=3).clamp(min=1)
+        r = (self._chunked(q, chunks) * weight).sum(dim=3) / counts @ self.meta_query
+        h = (self._chunked(k, chunks) * weight).sum(dim=3) / counts @ self.meta_key
+        states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(v, chunks)
+        others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
+        retrieved = self.retrieve(r, h, states, others)
+        return attended + plain.read(self.phi_q(q), retrieved * self.gain.view(-1, 1, 1, 1), size)
+
+    def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
+        """F̄ where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim].
+
+        r: [batch, heads, rows, head_dim]; h, states: of kv_heads and all chunks. A row that sees no chunk retrieves zero.
+        """
+        batch, heads, rows, head_dim = r.shape
+        kv_heads, chunks = h.shape[1:3]
+        wide = torch.promote_types(r.dtype, torch.float32)
+        grouped = r.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim).to(wide) / math.sqrt(head_dim)
+        scores = (grouped @ h.mT.to(wide)).view(batch, heads, rows, chunks)
+        scores = scores.masked_fill(~visible, torch.finfo(wide).min)
+        if self.top_k is not None and self.top_k < chunks:
+            dropped = scores.argsort(dim=-1, descending=True, stable=True)[..., self.top_k :]
+            scores = scores.scatter(-1, dropped, torch.finfo(wide).min)
+        weights = (torch.softmax(scores, dim=-1) * visible).to(states.dtype)
+        mixed = weights.reshape(batch, kv_heads, heads // kv_heads * rows, chunks) @ states.flatten(3)
+        return mixed.view(batch, heads, rows, *states.shape[3:])
+
+    def _chunked(self, x: Tensor, chunks: int) -> Tensor:
+        """[batch, heads, time, dim] -> [batch, heads, chunks, chunk_size, dim], zeros at the end."""
+        padded = F.pad(x, (0, 0, 0, chunks * self.chunk_size - x.shape[2]))
+        return cast(Tensor, padded.unflatten(2, (chunks, self.chunk_size)))
+
+    def _within_chunks(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout_p: float) -> Tensor:
+        """softmax(qkᵀ/√d + scores) v inside each chunk; scores broadcasts to [batch, heads, (chunks,) chunk_size, chunk_size]."""
+        batch, heads, time, head_dim = q.shape
+        chunks, group = -(-time // self.chunk_size), heads // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        if scores.dim() == 4:
+            scores = scores.unsqueeze(2)
+        q, k, v = (self._chunked(x, chunks).flatten(1, 2) for x in (q, k, v))
+        mask = scores.expand(batch, heads, chunks, self.chunk_size, self.chunk_size).flatten(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return attended.view(batch, heads, -1, head_dim)[:, :, :time]

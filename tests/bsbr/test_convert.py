@@ -1,0 +1,361 @@
+"""Pretrained models whose attention became BSBR: exact where that can be, the same streamed as whole, kept on disk as they are."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from bsbr import reference
+from bsbr.convert import Retrieval, convert_to_bsbr
+
+B, VOCABULARY = 7, 61
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+}
+CAUSAL: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 128},
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 90},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+}
+BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+CONFIGS = CAUSAL | {"bert": BERT, "t5": T5}
+AUTO = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+
+
+@cache
+def original(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    torch.manual_seed(0)
+    auto = AUTO.get(name, AutoModelForCausalLM)
+    model = auto.from_config(AutoConfig.for_model(name, **CONFIGS[name], **SPECIAL)).eval().to(dtype)
+    for parameter in model.parameters():  # as large as in trained models: attention that is all but uniform
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
+    return model
+
+
+def converted(
+    name: str, chunk_size: int = B, dtype: torch.dtype = torch.float64, gate: float = 0.0, **options: Any
+) -> PreTrainedModel:
+    model = convert_to_bsbr(original(name, dtype), chunk_size, **options)
+    generator = torch.Generator().manual_seed(1)
+    for part in retrievals(model):
+        for parameter in part.parameters():
+            if gate:
+                parameter.data += gate * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def retrievals(model: torch.nn.Module) -> list[Retrieval]:
+    return [part for part in model.modules() if isinstance(part, Retrieval)]
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **inputs: Any) -> Tensor:
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if mask is not None and "bert" not in model.config.model_type and not model.config.is_encoder_decoder:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, **inputs).logits
+
+
+def padded(time: int, left: int, right: int) -> Tensor:
+    """[2, time]: a row with padding, and one with none."""
+    mask = torch.ones(2, time, dtype=torch.long)
+    mask[0, :left] = 0
+    mask[0, time - right :] = 0
+    return mask
+
+
+# --- exact where it can be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_at_most_one_chunk_has_the_logits_of_the_original(name: str, dtype: torch.dtype, within: float) -> None:
+    model = converted(name, dtype=dtype)
+    for time in (1, B - 1, B):
+        ids = tokens(2, time)
+        wanted = logits(original(name, dtype), ids)
+        assert wanted.std() > 0.1
+        assert (logits(model, ids) - wanted).abs().max() < within
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_chunk_that_holds_all_has_the_logits_of_the_original_at_any_length(name: str) -> None:
+    model = converted(name, chunk_size=80)
+    ids = tokens(2, 79)
+    assert (logits(model, ids) - logits(original(name), ids)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 1)])
+def test_padding_within_a_chunk_is_as_the_original_has_it(name: str, left: int, right: int) -> None:
+    ids, mask = tokens(2, B), padded(B, left, right)
+    got, wanted = (logits(model, ids, mask) for model in (converted(name), original(name)))
+    real = slice(None) if name == "t5" else mask.bool()  # whose decoder has no padding here
+    assert (got - wanted)[real].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 9), (B, 0)])
+def test_padding_of_many_chunks_changes_no_real_logit(name: str, left: int, right: int) -> None:
+    model, time = converted(name, gate=0.5), 3 * B + 2
+    ids, mask = tokens(2, time), padded(time, left, right)
+    if name == "bert":  # whose positions are those of the row
+        left_positions = (mask.cumsum(1) - 1).clamp(min=0)
+        got = logits(model, ids, mask, position_ids=left_positions)
+    elif name == "t5":
+        with torch.no_grad():
+            got = model.get_encoder()(ids, attention_mask=mask).last_hidden_state
+            alone = model.get_encoder()(ids[:1, left : time - right]).last_hidden_state
+        assert (got[:1, left : time - right] - alone).abs().max() < 1e-10
+        return
+    else:
+        got = logits(model, ids, mask)
+    alone = logits(model, ids[:1, left : time - right])
+    assert (got[:1, left : time - right] - alone).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
+def test_generate_is_the_original_s_within_a_chunk(name: str) -> None:
+    model, options = converted(name, chunk_size=32), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    ids, mask = tokens(2, 9), padded(9, 4, 0)
+    wanted = original(name).generate(ids, attention_mask=mask, **options)
+    assert model.generate(ids, attention_mask=mask, **options).equal(wanted)
+    assert model.generate(ids, attention_mask=mask, use_cache=False, **options).equal(wanted)
+    beams = {**options, "num_beams": 3}
+    assert model.generate(ids, attention_mask=mask, **beams).equal(original(name).generate(ids, attention_mask=mask, **beams))
+
+
+# --- BSBR beyond a chunk ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("options", [{}, {"chunk_overlap": 3, "retrieval_top_k": 2, "compression_factor": 2}])
+def test_decoding_over_chunk_boundaries_is_the_whole_streamed(name: str, options: dict[str, Any]) -> None:
+    model, time = converted(name, gate=0.5, **options), 4 * B + 1
+    ids, mask = tokens(2, time), padded(time, 3, 0)
+    whole = logits(model, ids, mask)
+    assert (whole - logits(converted(name, **options), ids, mask)).abs().max() > 1e-2  # retrieval matters
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for first in (4, B, 2 * B + 3):
+        parts, cache = [], None
+        for start, stop in [(0, first), (first, first + 3), *((i, i + 1) for i in range(first + 3, time))]:
+            with torch.no_grad():
+                output = model(
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    cache=cache,
+                    use_cache=True,
+                )
+            cache = output.cache
+            parts.append(output.logits)
+        assert (torch.cat(parts, dim=1) - whole)[mask.bool()].abs().max() < 1e-10
+
+
+def test_a_t5_decoder_streams_too() -> None:
+    model, time = converted("t5", gate=0.5), 3 * B + 1
+    ids, question = tokens(2, time), tokens(2, 2 * B + 3, seed=1)
+    with torch.no_grad():
+        whole = model(input_ids=question, decoder_input_ids=ids).logits
+        encoded, cache, parts = model.get_encoder()(question), None, []
+        for start, stop in [(0, 4), *((i, i + 1) for i in range(4, time))]:
+            output = model(encoder_outputs=encoded, decoder_input_ids=ids[:, start:stop], cache=cache, use_cache=True)
+            cache = output.cache
+            parts.append(output.logits)
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-10
+
+
+def test_what_is_kept_to_decode_does_not_grow_with_the_tokens_of_complete_chunks() -> None:
+    model = converted("llama", gate=0.5)
+    kept = []
+    for time in (10 * B + 1, 20 * B + 1):
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens(1, time), cache=cache)
+            model(tokens(1, 1), cache=cache)
+        state = cache.layers[0].state
+        assert state["keys"].shape[2] == B
+        kept.append(state["states"].shape[2])
+    assert kept == [10, 20]
+
+
+def test_the_causal_form_is_the_definition() -> None:
+    torch.manual_seed(0)
+    part, time = Retrieval(4, 2, 8, chunk_size=B, chunk_overlap=2, retrieval_top_k=2, compression_factor=2).double(), 3 * B + 2
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    q, k, v = (torch.randn(2, heads, time, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
+    wanted = reference.bsbr_attention(
+        *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
+        chunk_size=B,
+        q_features=(q @ part.query_features).softmax(dim=-1),
+        k_features=(k @ part.key_features).softmax(dim=-1),
+        gain=part.gate * 4 / B,
+        chunk_overlap=2,
+        top_k=2,
+    )
+    assert (part.causal(q, k, v) - wanted).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
+    torch.manual_seed(0)
+    part, time = Retrieval(2, 2, 4, chunk_size=3, retrieval_top_k=top_k).double(), 8
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter)
+    q, k, v = (torch.randn(1, 2, time, 4, dtype=torch.float64) for _ in range(3))
+    got = part.bidirectional(q, k, v, None)
+    spans = [slice(0, 3), slice(3, 6), slice(6, 8)]
+    for head in range(2):
+        phi_q, phi_k = ((x[0, head] @ w[head]).softmax(dim=-1) for x, w in ((q, part.query_features), (k, part.key_features)))
+        for t, own in enumerate(spans):
+            others = [span for s, span in enumerate(spans) if s != t]
+            r = q[0, head, own].mean(dim=0) @ part.meta_query[head]
+            scores = torch.stack([r @ (k[0, head, s].mean(dim=0) @ part.meta_key[head]) / 2 for s in others])
+            weights = scores.softmax(dim=0) if top_k is None else (scores == scores.max()).double()
+            for i in range(own.start, own.stop):
+                local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
+                far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
+                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * far).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_an_encoder_retrieves_from_both_sides(name: str) -> None:
+    ids = tokens(1, 3 * B)
+    for place in (0, 3 * B - 1):
+        other = ids.clone()
+        other[0, place] = 3 + (ids[0, place] - 2) % (VOCABULARY - 3)
+        for gate, seen in ((0.0, False), (0.5, True)):
+            model = converted(name, gate=gate)
+            encoder = model.get_encoder() if name == "t5" else model.bert
+            with torch.no_grad():
+                change = (encoder(ids).last_hidden_state - encoder(other).last_hidden_state)[0, B : 2 * B].abs().max()
+            assert (change > 1e-6) == seen
+
+
+def test_gradients_reach_all_that_retrieval_learns() -> None:
+    model = converted("llama", gate=0.5).train()
+    model(tokens(2, 3 * B), labels=tokens(2, 3 * B)).loss.backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for part in retrievals(model) for parameter in part.parameters())
+
+
+# --- kept, and refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_loaded_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    model = converted(name, gate=0.5, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    for loader in (type(model), AUTO.get(name, AutoModelForCausalLM)):
+        again = loader.from_pretrained(tmp_path)
+        assert type(again) is type(model)
+        assert all(tensor.equal(again.state_dict()[key]) for key, tensor in model.state_dict().items())
+        ids = tokens(2, 3 * B + 1)
+        assert logits(again, ids).equal(logits(model, ids))
+
+
+def test_a_name_is_loaded_and_what_was_given_is_left_alone(tmp_path: Path) -> None:
+    source = original("gpt2", torch.float32)
+    before = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    source.save_pretrained(tmp_path)
+    model, ids = convert_to_bsbr(tmp_path, chunk_size=B), tokens(2, B)
+    assert (logits(model, ids) - logits(source, ids)).abs().max() < 1e-4
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert source.config._attn_implementation == "sdpa"
+    assert all(tensor.equal(before[key]) for key, tensor in source.state_dict().items())
+
+
+def test_a_tokenizer_is_the_original_s(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    converted("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("b a c")["input_ids"] == [2, 1, 0]
+
+
+def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
+    model = original("gpt2", torch.float32)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no weights as safetensors"):
+        convert_to_bsbr(tmp_path)
+
+
+def test_another_architecture_is_told_which_can_be_converted(tmp_path: Path) -> None:
+    AutoConfig.for_model("opt").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one of gpt2, llama, mistral, qwen2, qwen3, bert, t5, got model_type='opt'"):
+        convert_to_bsbr(str(tmp_path))
+    with pytest.raises(ValueError, match="got model_type='bsbr_gpt2'"):
+        convert_to_bsbr(converted("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("mistral", {"chunk_size": 80, "chunk_overlap": 11}, "sliding window of 90 tokens, got 91"),
+        ("bert", {"chunk_overlap": 1}, "chunk_overlap is for models that see the past alone"),
+        ("gpt2", {"compression_factor": 3}, "must divide the model's head_dim = 8, got 3"),
+        ("gpt2", {"chunk_size": 0}, "chunk_size must be a positive integer"),
+    ],
+)
+def test_options_that_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        convert_to_bsbr(original(name), **options)
+
+
+def test_masks_and_caches_that_it_would_not_honour_are_refused() -> None:
+    model, ids = converted("llama"), tokens(1, 10)
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        model(ids, position_ids=torch.arange(5).repeat(2)[None], use_cache=False)
+    with pytest.raises(NotImplementedError, match=r"padding, got one of \[1, 1, 10, 10\]"):
+        model(ids, attention_mask=torch.ones(1, 1, 10, 10))
+    with pytest.raises(NotImplementedError, match="DynamicCache"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static")
