@@ -3,6 +3,7 @@
 import signal
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from evals import cli, context
 from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
+from evals.launch import Elsewhere
 from evals.ledger import Ledger, Record
 from evals.measure import seconds_of_this_process
 from evals.statistics import medians
@@ -30,6 +32,7 @@ class Run:
         self.stops = "after this round"
         self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
+        self.elsewhere = Elsewhere(prepare, ledger)
 
     def compare(self, cfg: DictConfig) -> None:
         """One Hydra job."""
@@ -80,6 +83,8 @@ class Run:
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """What Ctrl-C does: once, it lets the running round end."""
+        if self.elsewhere.config is not None:  # what runs on other nodes goes on, and this only waits for it
+            raise KeyboardInterrupt
         if self.interrupted:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise cli.Abandoned
@@ -93,6 +98,7 @@ class Run:
         from evals.analysis import analyse
 
         self.bar.close()
+        self.comparisons += self.elsewhere.comparisons()
         if self.dry:
             print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
             return 0
@@ -154,6 +160,14 @@ def ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
 
+def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | context.Search | Study, Ledger]:
+    """What works a job off on a node, and where its records go."""
+    cli.add_import_paths()
+    comparison = read_comparison(cfg, swept)
+    samples = replace(ledger(cfg), writer=node)
+    return kind_of(comparison)(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl", node)), samples
+
+
 def kind_of(comparison: Comparison) -> type[Engine | context.Search | Study]:
     """What works it off: one that trains, one that looks for the longest sequence, or one that times."""
     return Study if comparison.task else context.Search if comparison.search else Engine
@@ -206,11 +220,12 @@ def main() -> int:
     program, *words = sys.argv
     dry = "--dry-run" in words
     for arguments in every_sweep([word for word in words if word != "--dry-run"]):
-        sys.argv = [program, *arguments]
+        here = ["launcher=local"] if dry else []
+        sys.argv = [program, *arguments, *here]
         run = Run(dry=dry)
         signal.signal(signal.SIGINT, run.interrupt)
         try:
-            code = cli.run(run.compare, run.report)
+            code = cli.run(run.compare, run.report, elsewhere=run.elsewhere)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if code:

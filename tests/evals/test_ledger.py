@@ -32,8 +32,8 @@ def test_a_torn_last_line_is_told_and_costs_nothing_else(ledger: Ledger, cut: in
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
         file.write(json.dumps(RECORDS[0])[:cut])
-    assert ledger.read() == ([RECORDS[1]], [2])
-    ledger.append(RECORDS[2])
+    assert ledger.read() == ([RECORDS[1]], ["2"])
+    ledger.append(RECORDS["2"])
     assert ledger.read() == ([RECORDS[1], RECORDS[2]], [])
     assert ledger.torn.read_text() == json.dumps(RECORDS[0])[:cut] + "\n"
     assert ledger.mend() == ""
@@ -57,7 +57,7 @@ def test_several_records_are_written_at_once(ledger: Ledger) -> None:
 def test_a_whole_last_line_without_its_newline_still_counts(ledger: Ledger) -> None:
     ledger.append(RECORDS[1])
     ledger.path.write_bytes(ledger.path.read_bytes().rstrip(b"\n"))
-    ledger.append(RECORDS[2])
+    ledger.append(RECORDS["2"])
     assert ledger.read() == ([RECORDS[1], RECORDS[2]], [])
 
 
@@ -67,7 +67,7 @@ def test_lines_that_are_no_records_are_told(ledger: Ledger, garbage: bytes) -> N
     with ledger.path.open("ab") as file:
         file.write(garbage + b"\n")
     ledger.append(RECORDS[1])
-    assert ledger.read() == ([RECORDS[0], RECORDS[1]], [2])
+    assert ledger.read() == ([RECORDS[0], RECORDS[1]], ["2"])
 
 
 def test_what_is_no_json_is_refused_and_leaves_the_file_alone(ledger: Ledger) -> None:
