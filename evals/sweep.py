@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -119,6 +120,7 @@ class Run:
         for name, fitted in fits.items():
             table.write(fitted, folder, name)
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
+        track(cfg, results)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         if self.called_s:
@@ -143,6 +145,7 @@ class Run:
             return 0
         path = table.write(results, ledger(cfg).path.parent)
         table.write(curves, ledger(cfg).path.parent, "curves")
+        track(cfg, results, curves)
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(scores.shown(results[results["study"].isin(self.comparisons)]))
         drawn = f"\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}" if plots else ""
@@ -152,6 +155,14 @@ class Run:
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def track(cfg: DictConfig, results: "pd.DataFrame", curves: "pd.DataFrame | None" = None) -> None:
+    """Writes the tables for a tracker, where one is asked for."""
+    if cfg.tracker:
+        place = instantiate(cfg.tracker, results, curves, sweep=str(cfg.sweep_name), folder=ledger(cfg).path.parent)
+        print(f"{place}: the same for {cfg.tracker._target_.rpartition('.')[2]}")
+
 
 BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
 

@@ -39,7 +39,7 @@ def test_a_sweep_ends_though_a_node_dies_under_it(cluster: "object", tmp_path: P
     ]
     assert (table["outcome"] == "ok").all()
     # Each node had one, and one of the two was started again.
-    assert sorted(set(record["job"] for record in running.records("started"))) == [0, 1]
+    assert sorted({record["job"] for record in running.records("started")}) == [0, 1]
     assert len(running.records("started")) == 3
     assert sorted(record["job"] for record in running.records("ended")) == [0, 1]
 
