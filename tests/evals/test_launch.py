@@ -53,7 +53,7 @@ def launcher(*overrides: str) -> DictConfig:
             "cores of its own: set hydra.launcher.cpus_per_task",
         ),
         (
-            ["launcher=slurm", "hydra/launcher=submitit_local"],
+            ["hydra/launcher=submitit_local"],
             "cpu",
             "launcher LocalLauncher would let comparisons run side by side",
         ),
