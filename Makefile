@@ -12,12 +12,13 @@ VENV ?= .venv
 ARGS ?=
 bin := $(VENV)/bin
 
-.PHONY: help sweep certify test lint format docs clean
+.PHONY: help sweep certify test clusters lint format docs clean
 
 help:
 	@echo "make sweep    compare all attentions over sequence length: results/seq_len, plots/seq_len"
 	@echo "make certify  check every attention against the contract"
 	@echo "make test     run the tests"
+	@echo "make clusters run sweeps on a real Slurm and a real Ray, of which a node dies; takes minutes"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make format   let ruff rewrite the files"
 	@echo "make docs     build the documentation: site/index.html"
@@ -31,6 +32,9 @@ certify: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(bin)/python -m pytest $(ARGS)
+
+clusters: $(VENV)/installed
+	BSBR_CLUSTERS=1 $(bin)/python -m pytest -n 1 -rs tests/clusters $(ARGS)
 
 lint: $(VENV)/installed
 	$(bin)/ruff check

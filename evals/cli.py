@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.config import UsageError, one_sentence
+from evals.launch import Elsewhere, check_launcher
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -47,6 +48,10 @@ class Session(Callback):
         }
         Session.jobs = math.prod(counts.values())
         Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)
+        try:
+            check_launcher(config.hydra.launcher, config.device.kind)
+        except UsageError as error:
+            raise Stop(error) from error  # of an Exception that a callback raises, Hydra makes a warning
 
 
 class Abandoned(BaseException):
@@ -60,23 +65,41 @@ class Stop(BaseException):
         self.error = error
 
 
-def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] | None = None) -> int:
+class Job:
+    """What Hydra calls for each job; and what a launcher pickles to have it called elsewhere, which is `elsewhere.placed`."""
+
+    def __init__(self, task: Callable[[DictConfig], None], elsewhere: Elsewhere | None) -> None:
+        self.task = task
+        self.elsewhere = elsewhere
+
+    def __call__(self, cfg: DictConfig) -> None:
+        add_import_paths()
+        try:
+            self.task(cfg)
+        except Exception as error:  # Hydra keeps it until the last job is done
+            raise Stop(error) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.elsewhere is None or Session.config is None:
+            raise UsageError("only python -m evals.run can be launched elsewhere; leave out launcher=")
+        placed = self.elsewhere.placed(Session.config, Session.swept)
+        return type(placed), (placed.launch, placed.swept, placed.prepare)
+
+
+def run(
+    task: Callable[[DictConfig], None],
+    report: Callable[[DictConfig], int] | None = None,
+    *,
+    elsewhere: Elsewhere | None = None,
+) -> int:
     """Runs `task` once a job under Hydra, then `report` once; returns the exit code.
 
+    elsewhere: what a launcher that does not run jobs in this process runs instead of `task`.
     Whatever a user can get wrong is one sentence on standard error and exit code 2.
     """
     # Hydra would otherwise print its errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     Session.jobs, Session.swept, Session.config = 1, None, None
-
-    def job(cfg: DictConfig) -> None:
-        for source in HydraConfig.get().runtime.config_sources:
-            if source.provider == "command-line":
-                add_import_path(Path(source.path))
-        try:
-            task(cfg)
-        except Exception as error:  # Hydra keeps it until the last job is done
-            raise Stop(error) from error
 
     # Hydra's parser wants all overrides in one piece; people write options between them.
     arguments = get_args_parser().parse_intermixed_args()
@@ -84,7 +107,7 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
     # A sweep says so itself, but Hydra takes a config with a mistake in it for one that does not, and reports that.
     asked = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
-    if not asked and any(word.startswith("sweep=") for word in overrides):
+    if not asked and any(word.startswith(("sweep=", "launcher=")) for word in overrides):
         sys.argv.append("--multirun")
 
     interrupted = False
@@ -92,7 +115,11 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
             try:
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+                command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(Job(task, elsewhere))
+                if elsewhere is None:
+                    command()
+                else:
+                    elsewhere.launch(command)
             except Stop as stop:
                 raise stop.error from None
             except KeyboardInterrupt:
@@ -115,6 +142,13 @@ def run(task: Callable[[DictConfig], None], report: Callable[[DictConfig], int] 
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
     return 2
+
+
+def add_import_paths() -> None:
+    """Of the config folders that the command line names, in a job."""
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line":
+            add_import_path(Path(source.path))
 
 
 def add_import_path(config_dir: Path) -> None:

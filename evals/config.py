@@ -24,7 +24,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
-    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir"),
+    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker"),
 )
 MATCHES = ("params",)
 MATCHED_WITHIN = 0.01

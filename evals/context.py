@@ -65,6 +65,8 @@ def search(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, most:
 class Search:
     """Works off a comparison with `search: max_context`, from its seq_len on. What `ledger` holds is not tried again."""
 
+    kind = "search"
+
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         self.comparison = comparison
         self.ledger = ledger
@@ -84,8 +86,8 @@ class Search:
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
-        with alone():
-            yield self._kept(self._description())
+        with alone(self.comparison.device.kind):
+            yield self._kept(self.description())
             for index, contestant in enumerate(self.comparison.contestants):
                 yield from self._search(contestant, partial(self._tell, watch, contestant, index))
 
@@ -121,7 +123,7 @@ class Search:
         self.ledger.append(record)
         return record
 
-    def _description(self) -> Record:
+    def description(self) -> Record:
         comparison = self.comparison
         settings = {key: value for key, value in comparison.settings.items() if key != "seq_len"}
         return {
@@ -187,10 +189,14 @@ def results(records: Sequence[Record]) -> "pd.DataFrame":
 
     described = {record["search"]: record for record in records if record.get("kind") == "search"}
     probes = [record for record in records if record.get("kind") == "probe"]
+    lost = {record["search"]: record for record in records if record.get("kind") == "lost" and "search" in record}
+    described |= {key: record["described"] for key, record in lost.items() if key not in described}
     rows: list[dict[str, Any]] = []
     for key, description in described.items():
         for name in description["contestants"]:
             own = [record for record in probes if (record["search"], record["attention"]) == (key, name)]
+            if not own and key in lost:
+                own = [{"seq_len": 0, "outcome": "lost", "detail": lost[key]["detail"]}]
             if own:
                 row = {"sweep": description["sweep"], "attention": name, "limit_bytes": description["limit_bytes"]}
                 rows.append(row | description["settings"] | _found(own))

@@ -295,7 +295,7 @@ def _mark_failures(lanes: Axes, sweep: Sweep) -> None:
                 colour = sweep.looks[name].colour
                 lanes.plot(at, np.full(len(at), lane), marker=mark, color=colour, gid=f"{name} {outcome}", **MARK)
                 legend[outcome] = Line2D([], [], marker=mark, color="black", label=outcome, **MARK)
-    lanes.legend(handles=list(legend.values()), loc="lower left", bbox_to_anchor=(0, 1), ncols=len(legend))
+    lanes.legend(handles=list(legend.values()), loc="lower left", bbox_to_anchor=(0, 1), ncols=len(legend), columnspacing=0.5)
 
 
 Crossing = tuple[float, float, float]

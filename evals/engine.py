@@ -1,5 +1,6 @@
 """Measures one comparison: tries each contestant, then times all of them in rounds, and keeps every record."""
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -55,6 +56,8 @@ class Engine:
     Raises UsageError if the ledger is of a sweep over something else: a table has one x axis.
     """
 
+    kind = "comparison"
+
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         self.comparison = comparison
         self.ledger = ledger
@@ -82,11 +85,13 @@ class Engine:
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger. Of a main thread."""
         forkserver.start()
-        with alone():
+        with alone(self.comparison.device.kind):
             history = History(self.ledger.read()[0], self.id)
             if not (finished(self.comparison, history) and self._is_last()):
                 watch("how fast is this machine", 0.0)
-                self._append(history, [self._description()])
+                if history.rounds and self._host() not in (None, platform.node()):
+                    self._append(history, [self._record("anew", host=platform.node())])
+                self._append(history, [self.description() | {"ceilings": self._ceilings()}])
             missing = [one for one in self.comparison.contestants if one.name not in history.trials]
             watch("certifies, and looks at memory", 0.0)
             for tried in self.trials.make(missing):
@@ -129,7 +134,13 @@ class Engine:
     def _record(self, kind: str, **values: Any) -> Record:
         return {"kind": kind, "comparison": self.id, **values, "time": now()}
 
-    def _description(self) -> Record:
+    def _host(self) -> str | None:
+        """Where this comparison was worked on last: it never spans machines, not even two that are alike."""
+        own = [r for r in self.ledger.read()[0] if (r.get("kind"), r.get("comparison")) == ("comparison", self.id)]
+        return str(own[-1]["provenance"]["host"]) if own else None
+
+    def description(self) -> Record:
+        """The record that says what is compared, and where; in a ledger, with the machine's ceilings besides."""
         comparison = self.comparison
         return self._record(
             "comparison",
@@ -140,7 +151,6 @@ class Engine:
             contestants={contestant.name: contestant.node for contestant in comparison.contestants},
             sampling=asdict(comparison.sampling),
             code=self.code,
-            ceilings=self._ceilings(),
             provenance=machine.provenance(comparison.device.kind),
         )
 

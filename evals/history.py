@@ -24,6 +24,7 @@ class History:
         self._rounds: dict[Runner, dict[int, Record]] = {}
         self.failures: dict[str, Record] = {}
         self.stopped = ""
+        self.lost = ""  # why it was given up, where that is the last that is known of it
         self._seconds: dict[int, float] = {}
         for record in records:
             if record.get("comparison") == comparison:
@@ -31,6 +32,10 @@ class History:
 
     def add(self, record: Record) -> None:
         kind = record["kind"]
+        if kind == "anew":  # on another machine: what came before does not count
+            self.trials, self._rounds, self.failures, self._seconds = {}, {}, {}, {}
+            self.stopped = ""
+        self.lost = str(record["detail"]) if kind == "lost" else ""
         if kind == "stopped":
             self.stopped = record["rule"]
         if kind == "trial":

@@ -47,6 +47,7 @@ FAILURES: dict[str, str | Shape] = {
     "unsupported": "_",
     "uncertified": "$?$",
     "impossible": UNEQUAL,
+    "lost": "1",
 }
 MARK: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.1, "markeredgecolor": "auto", "linestyle": "none", "clip_on": False}
 

@@ -154,6 +154,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def pause(seconds: float) -> None:
+    """Lets time go by, where something else is waited for that cannot call back."""
+    time.sleep(seconds)
+
+
 def seconds_since(time: str) -> float:
     """Of the time of day, since what `now` said then."""
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()

@@ -64,7 +64,10 @@ def _option(study: Record) -> dict[str, Any]:
 def _studies(records: Sequence[Record]) -> Iterator[tuple[Record, str, list[Record]]]:
     """Every attention of the studies that count, with its runs."""
     found: dict[tuple[str, str], Record] = {}
+    lost = {record["study"]: record["detail"] for record in records if record.get("kind") == "lost" and "study" in record}
     for record in records:
+        if record.get("kind") == "lost" and "study" in record:  # perhaps before it could say what it is
+            record = record["described"]
         if record.get("kind") == "study":
             for name in record["contestants"]:
                 place = name, json.dumps(record["settings"], sort_keys=True)
@@ -75,6 +78,8 @@ def _studies(records: Sequence[Record]) -> Iterator[tuple[Record, str, list[Reco
         runs = [record for record in records if record.get("kind") == "run" and record["run"] == key]
         # What was not trained at first may be certified since.
         runs = [run for run in runs if run["learning_rate"] is not None] or runs
+        if not runs and study["study"] in lost:
+            runs = [{"learning_rate": None, "seed": 0, "outcome": "lost", "detail": lost[study["study"]]}]
         if runs:
             yield study, name, runs
 

@@ -46,6 +46,8 @@ class Study:
     A run that was killed goes on from its checkpoint. Raises UsageError if the ledger is of a sweep over something else.
     """
 
+    kind = "study"
+
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         check_axis(comparison, ledger)
         self.comparison = comparison
@@ -128,7 +130,7 @@ class Study:
         limit_s, saved = self.comparison.sampling.timeout_s, self.saved(contestant, learning_rate, seed)
         arguments = (self.comparison, contestant, self.task, learning_rate, seed, saved)
         steps, done = self.comparison.training.steps, self._part()
-        with alone(), Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker:
+        with alone(self.comparison.device.kind), Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker:
             result = worker.result(limit_s)
             while result.outcome == "ok" and isinstance(result.value, Progress):
                 step, loss, left_s = result.value

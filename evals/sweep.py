@@ -3,16 +3,19 @@
 import signal
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from evals import cli, context
 from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
+from evals.launch import Elsewhere
 from evals.ledger import Ledger, Record
 from evals.measure import seconds_of_this_process
 from evals.statistics import medians
@@ -30,6 +33,7 @@ class Run:
         self.stops = "after this round"
         self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
         self.comparisons: list[str] = []
+        self.elsewhere = Elsewhere(prepare, ledger)
 
     def compare(self, cfg: DictConfig) -> None:
         """One Hydra job."""
@@ -80,6 +84,8 @@ class Run:
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """What Ctrl-C does: once, it lets the running round end."""
+        if self.elsewhere.config is not None:  # what runs on other nodes goes on, and this only waits for it
+            raise KeyboardInterrupt
         if self.interrupted:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise cli.Abandoned
@@ -93,6 +99,7 @@ class Run:
         from evals.analysis import analyse
 
         self.bar.close()
+        self.comparisons += self.elsewhere.comparisons()
         if self.dry:
             print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
             return 0
@@ -113,6 +120,7 @@ class Run:
         for name, fitted in fits.items():
             table.write(fitted, folder, name)
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
+        track(cfg, results)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
         print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
         if self.called_s:
@@ -137,6 +145,7 @@ class Run:
             return 0
         path = table.write(results, ledger(cfg).path.parent)
         table.write(curves, ledger(cfg).path.parent, "curves")
+        track(cfg, results, curves)
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(scores.shown(results[results["study"].isin(self.comparisons)]))
         drawn = f"\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}" if plots else ""
@@ -147,11 +156,27 @@ class Run:
 if TYPE_CHECKING:
     import pandas as pd
 
+
+def track(cfg: DictConfig, results: "pd.DataFrame", curves: "pd.DataFrame | None" = None) -> None:
+    """Writes the tables for a tracker, where one is asked for."""
+    if cfg.tracker:
+        place = instantiate(cfg.tracker, results, curves, sweep=str(cfg.sweep_name), folder=ledger(cfg).path.parent)
+        print(f"{place}: the same for {cfg.tracker._target_.rpartition('.')[2]}")
+
+
 BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
 
 
 def ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
+
+
+def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | context.Search | Study, Ledger]:
+    """What works a job off on a node, and where its records go."""
+    cli.add_import_paths()
+    comparison = read_comparison(cfg, swept)
+    samples = replace(ledger(cfg), writer=node)
+    return kind_of(comparison)(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl", node)), samples
 
 
 def kind_of(comparison: Comparison) -> type[Engine | context.Search | Study]:
@@ -206,11 +231,12 @@ def main() -> int:
     program, *words = sys.argv
     dry = "--dry-run" in words
     for arguments in every_sweep([word for word in words if word != "--dry-run"]):
-        sys.argv = [program, *arguments]
+        here = ["launcher=local"] if dry else []
+        sys.argv = [program, *arguments, *here]
         run = Run(dry=dry)
         signal.signal(signal.SIGINT, run.interrupt)
         try:
-            code = cli.run(run.compare, run.report)
+            code = cli.run(run.compare, run.report, elsewhere=run.elsewhere)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if code:

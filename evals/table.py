@@ -45,13 +45,15 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
             described[record["comparison"]] = record
         elif "comparison" in record:
             of.setdefault(record["comparison"], []).append(record)
+            if record["kind"] == "lost":  # perhaps before it could say what it is
+                described.setdefault(record["comparison"], record["described"])
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     ceilings = _ceilings(described.values())
     for key, description in described.items():
         history = History(of.get(key, []), key)
         for name in description["contestants"]:
-            if name in history.failures or history.medians(Runner(name)):
+            if name in history.failures or history.medians(Runner(name)) or history.lost:
                 rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
                     description, name, history, ceilings.get(_machine(description))
                 )
@@ -62,7 +64,10 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _row(description: Record, name: str, history: History, ceilings: Ceilings | None) -> dict[str, Any]:
-    trial, failure = history.trials[name], history.failures.get(name)
+    trial: Record = history.trials.get(name) or {"detail": ""}
+    failure = history.failures.get(name)
+    if failure is None and not history.medians(Runner(name)):
+        failure = {"outcome": "lost", "detail": history.lost}
     row = {
         "sweep": description["sweep"],
         "swept": description["swept"],
@@ -70,8 +75,8 @@ def _row(description: Record, name: str, history: History, ceilings: Ceilings | 
         "attention": name,
         **description["settings"],
         "outcome": "ok" if failure is None else failure["outcome"],
-        "detail": (failure or trial)["detail"],
-        "stopped": history.stopped,
+        "detail": (failure or trial)["detail"] or history.lost,
+        "stopped": "lost" if history.lost else history.stopped,
         **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
     }
     if failure is not None:

@@ -20,6 +20,7 @@ import torch
 from evals.config import one_sentence
 from evals.forkserver import end_with_parent, launch
 from evals.measure import Stopwatch, private_bytes
+from evals.places import occupied
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,25 @@ a byte from the first, and lets the other work by writing one to the second. The
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """While it lasts, no other command of this user measures on this machine, but for `pass_on`. Says so where it has to wait."""
+def alone(device: str = "cpu") -> Iterator[None]:
+    """While it lasts, no other command of this user measures on a core or GPU of this process, but for `pass_on`.
+
+    Says so where it has to wait.
+    """
     if BATON in os.environ:
         _take_baton()
         yield
         _give_baton()
         return
-    path = Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}.lock"
+    with contextlib.ExitStack() as stack:
+        # In the same order everywhere, so that no two wait for each other.
+        for name in occupied(device):
+            stack.enter_context(_locked(Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}-{name}.lock"))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

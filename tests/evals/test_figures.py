@@ -50,7 +50,7 @@ def csv(results: pd.DataFrame) -> bytes:
         (csv(table().head(0)), "no row to draw"),
         (
             csv(table().assign(outcome="fine")),
-            "outcome must be one of ok, oom, timeout, crash, unsupported, uncertified, impossible, got fine",
+            "outcome must be one of ok, oom, timeout, crash, unsupported, uncertified, impossible, lost, got fine",
         ),
         (csv(table().assign(verdict="better")), "verdict must be one of faster, slower, same, ambiguous, got better"),
         (csv(table().assign(limit="disk")), "limit must be one of compute, memory, got disk"),

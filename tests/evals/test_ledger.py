@@ -32,7 +32,7 @@ def test_a_torn_last_line_is_told_and_costs_nothing_else(ledger: Ledger, cut: in
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
         file.write(json.dumps(RECORDS[0])[:cut])
-    assert ledger.read() == ([RECORDS[1]], [2])
+    assert ledger.read() == ([RECORDS[1]], ["2"])
     ledger.append(RECORDS[2])
     assert ledger.read() == ([RECORDS[1], RECORDS[2]], [])
     assert ledger.torn.read_text() == json.dumps(RECORDS[0])[:cut] + "\n"
@@ -67,7 +67,7 @@ def test_lines_that_are_no_records_are_told(ledger: Ledger, garbage: bytes) -> N
     with ledger.path.open("ab") as file:
         file.write(garbage + b"\n")
     ledger.append(RECORDS[1])
-    assert ledger.read() == ([RECORDS[0], RECORDS[1]], [2])
+    assert ledger.read() == ([RECORDS[0], RECORDS[1]], ["2"])
 
 
 def test_what_is_no_json_is_refused_and_leaves_the_file_alone(ledger: Ledger) -> None:
@@ -110,3 +110,38 @@ def test_a_full_disk_leaves_whole_lines_only(ledger: Ledger) -> None:
     assert ledger.path.stat().st_size == size
     ledger.append(RECORDS[1])
     assert ledger.read() == ([RECORDS[0], RECORDS[1]], [])
+
+
+# --- several nodes ------------------------------------------------------------------------------
+
+
+def test_nodes_write_files_of_their_own_and_readers_merge_them_by_time(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    records = [{"number": number, "time": f"2026-01-01T00:00:{number:02}"} for number in range(6)]
+    for number, record in enumerate(records):
+        Ledger(path, ("", "node-a", "node-b")[number % 3]).append(record)
+    assert Ledger(path).read() == (records, [])
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["samples.jsonl", "samples.node-a.jsonl", "samples.node-b.jsonl"]
+
+
+def test_the_order_of_a_file_holds_whatever_its_clock_says(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    Ledger(path, "late").append({"number": 0, "time": "9"}, {"number": 1, "time": "1"})
+    Ledger(path, "early").append({"number": 2, "time": "5"})
+    numbers = [record["number"] for record in Ledger(path).read()[0]]
+    assert sorted(numbers) == [0, 1, 2]
+    assert numbers.index(0) < numbers.index(1)
+
+
+def test_a_torn_line_of_a_node_is_named_with_its_file_and_mended_by_that_node_alone(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    node = Ledger(path, "node-a")
+    node.append(RECORDS[0])
+    with node.own.open("a") as file:
+        file.write('{"to')
+    assert Ledger(path).read() == ([RECORDS[0]], ["2 of samples.node-a.jsonl"])
+    Ledger(path, "node-b").append(RECORDS[1])
+    assert node.mend()
+    records, damaged = Ledger(path).read()
+    assert (len(records), damaged) == (2, [])
+    assert (tmp_path / "samples.node-a.torn").read_text() == '{"to\n'
