@@ -1,8 +1,10 @@
 """What `python -m evals.run` does: works off every comparison that it is asked for, and shows what came out."""
 
+import shlex
 import signal
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from evals import cli, context
 from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger, Record
-from evals.measure import seconds_of_this_process
+from evals.measure import now, seconds_of_this_process
 from evals.statistics import medians
 from evals.study import Study
 
@@ -22,7 +24,8 @@ from evals.study import Study
 class Run:
     """What the jobs of one command share: the progress bar, and which comparisons were made."""
 
-    def __init__(self, *, dry: bool) -> None:
+    def __init__(self, arguments: Sequence[str], *, dry: bool) -> None:
+        self.command = shlex.join(["python", "-m", "evals.run", *arguments])
         self.dry = dry
         self.seconds_left = 0.0
         self.called_s = 0.0
@@ -51,6 +54,7 @@ class Run:
         torn = samples.mend()
         if torn:
             tqdm.write(f"warning: {torn}", file=sys.stderr)
+        self.note_command(samples)
 
         def watch(words: str, part: float) -> None:
             self.bar.set_description_str(f"{place} {words}", refresh=False)
@@ -77,6 +81,11 @@ class Run:
                 tqdm.write(trained(record))
             if self.interrupted:
                 raise KeyboardInterrupt
+
+    def note_command(self, samples: Ledger) -> None:
+        """Has the ledger hold the command that adds to it, once."""
+        if all(record.get("command") != self.command for record in samples.read()[0]):
+            samples.append({"kind": "command", "command": self.command, "time": now()})
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """What Ctrl-C does: once, it lets the running round end."""
@@ -114,7 +123,7 @@ class Run:
             table.write(fitted, folder, name)
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        print(f"\n{written(path, results, plots)}")
         if self.called_s:
             seconds = seconds_of_this_process()
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
@@ -126,7 +135,7 @@ class Run:
         path = table.write(results, ledger(cfg).path.parent)
         plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(context.shown(results))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        print(f"\n{written(path, results, plots)}")
         return 0
 
     def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
@@ -139,8 +148,7 @@ class Run:
         table.write(curves, ledger(cfg).path.parent, "curves")
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(scores.shown(results[results["study"].isin(self.comparisons)]))
-        drawn = f"\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}" if plots else ""
-        print(f"\n{path}: {len(results)} rows{drawn}")
+        print(f"\n{written(path, results, plots)}")
         return 0
 
 
@@ -148,6 +156,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
+
+
+def written(path: Path, results: "pd.DataFrame", plots: Sequence[Path]) -> str:
+    """Writes the report of a table that was written to `path`; says which files there are now."""
+    from evals import report
+
+    lines = [f"{path}: {len(results)} rows", str(report.write([path.parent], path.with_name("report.html")))]
+    if plots:
+        lines.append(f"{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+    return "\n".join(lines)
 
 
 def ledger(cfg: DictConfig) -> Ledger:
@@ -207,7 +225,7 @@ def main() -> int:
     dry = "--dry-run" in words
     for arguments in every_sweep([word for word in words if word != "--dry-run"]):
         sys.argv = [program, *arguments]
-        run = Run(dry=dry)
+        run = Run(arguments, dry=dry)
         signal.signal(signal.SIGINT, run.interrupt)
         try:
             code = cli.run(run.compare, run.report)

@@ -15,7 +15,9 @@ from evals.report import write
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.report", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("results", nargs="+", type=Path, help="folders that evals.run wrote; the first is what others are compared with")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="folders that evals.run wrote; the first is what others are compared with"
+    )
     parser.add_argument("--to", type=Path, help="the file (default: report.html in the folder; of several, ./report.html)")
     options = parser.parse_args(arguments)
     path = options.to or (options.results[0] if len(options.results) == 1 else Path()) / "report.html"

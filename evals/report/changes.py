@@ -41,7 +41,9 @@ def _speed(first: Source, other: Source) -> Change:
         return Change(title, f"They cannot be compared: {error}.", [], [])
     paired = bool(table["paired"].dropna().any())
     note = "A speed-up above 1 means that the later set is faster. p is corrected for all cells (Holm). " + (
-        "Rounds are paired." if paired else "The two were not measured in turns: what differs between the machines, or their days, counts too."
+        "Rounds are paired."
+        if paired
+        else "The two were not measured in turns: what differs between the machines, or their days, counts too."
     )
     settings = [name for name in table.columns[1 : table.columns.get_loc("ratio")] if table[name].nunique(dropna=False) > 1]
     rows = []
@@ -49,7 +51,15 @@ def _speed(first: Source, other: Source) -> Change:
         timed = pd.notna(row["ratio"])
         held = row["peak_bytes_b"] / row["peak_bytes_a"] if row["peak_bytes_a"] > 0 else float("nan")
         told = [interval(row, "ratio", "ratio_low", "ratio_high", times), f"{row['p_holm']:.2g}"] if timed else ["", ""]
-        rows.append([str(row["attention"]), *(plain(row[name]) for name in settings), str(row["verdict"]), *told, "" if pd.isna(held) else times(held)])
+        rows.append(
+            [
+                str(row["attention"]),
+                *(plain(row[name]) for name in settings),
+                str(row["verdict"]),
+                *told,
+                "" if pd.isna(held) else times(held),
+            ]
+        )
     return Change(title, note, ["attention", *settings, "verdict", "speed-up", "p", "peak memory"], rows)
 
 
@@ -84,11 +94,15 @@ def _context(first: Source, other: Source) -> Change:
     for place, one, two in _joined(before, after, keys):
         found = [row["max_context"] if row is not None else float("nan") for row in (one, two)]
         ratio = found[1] / found[0]
-        rows.append([*place, *("none" if pd.isna(value) else plain(value) for value in found), "" if pd.isna(ratio) else times(ratio)])
+        rows.append(
+            [*place, *("none" if pd.isna(value) else plain(value) for value in found), "" if pd.isna(ratio) else times(ratio)]
+        )
     return Change(_titled(first, other), "In tokens.", ["attention", "before", "after", "ratio"], rows)
 
 
-def _joined(before: pd.DataFrame, after: pd.DataFrame, keys: list[str]) -> "Iterator[tuple[list[str], pd.Series | None, pd.Series | None]]":
+def _joined(
+    before: pd.DataFrame, after: pd.DataFrame, keys: list[str]
+) -> "Iterator[tuple[list[str], pd.Series | None, pd.Series | None]]":
     """Every place of either, with its row in both."""
     for place in dict.fromkeys([*before.index, *after.index]):
         told = [plain(value) for value in (place if len(keys) > 1 else (place,))]

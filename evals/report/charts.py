@@ -38,7 +38,9 @@ TIMED = (
 WHOLE = {"depth": None, "position": None, "best": True}
 TRAINED = (
     Chart("accuracy", "Accuracy, higher is better", "accuracy", "accuracy_low", "accuracy_high", log=False, only=WHOLE),
-    Chart("bits", "Bits per byte, lower is better", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", log=False, only=WHOLE),
+    Chart(
+        "bits", "Bits per byte, lower is better", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", log=False, only=WHOLE
+    ),
     Chart("loss", "Loss in nats a target, lower is better", "loss_nats", "loss_low_nats", "loss_high_nats", only=WHOLE),
     Chart("state", "State to decode from, lower is better", "state_bytes", unit="B", only=WHOLE),
 )

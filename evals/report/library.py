@@ -5,8 +5,8 @@ from importlib import metadata
 from pathlib import Path
 
 import vl_convert
-from platformdirs import user_cache_path
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
 
 def vega() -> str:
     """JavaScript of about 0.9 MB that sets window.vegaEmbed and asks for nothing else.
@@ -14,7 +14,7 @@ def vega() -> str:
     Bundling takes seconds, so that the outcome is kept in the user's cache, a file a version; where that cannot be written,
     it is made anew.
     """
-    path = user_cache_path("bsbr") / f"vega-{metadata.version('vl-convert-python')}.js"
+    path = CACHE / f"vega-{metadata.version('vl-convert-python')}.js"
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

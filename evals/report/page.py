@@ -53,7 +53,11 @@ def render(sources: Sequence[Source]) -> str:
     The page forbids itself the network, and every script but its own two, by their digests.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
     found = parts(sources)
@@ -102,7 +106,13 @@ def describe(part: Part, index: int) -> dict[str, Any]:
         "hidden": list(HIDDEN),
     }
     kind = TITLES.get(part.kind, "Speed and memory")
-    return {"title": f"{kind}, by {part.swept.replace('_', ' ')}", "words": words, "changes": changes(part), "charts": drawn, "data": data}
+    return {
+        "title": f"{kind}, by {part.swept.replace('_', ' ')}",
+        "words": words,
+        "changes": changes(part),
+        "charts": drawn,
+        "data": data,
+    }
 
 
 HIDDEN = ("set", "settings")
@@ -111,7 +121,13 @@ HIDDEN = ("set", "settings")
 def values(table: pd.DataFrame) -> list[list[Any]]:
     """Row by row, in JSON's types; what is missing or infinite is None."""
     rows: list[list[Any]] = table.astype(object).to_numpy().tolist()
-    return [[None if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value for value in row] for row in rows]
+    return [
+        [
+            None if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value
+            for value in row
+        ]
+        for row in rows
+    ]
 
 
 # --- where it comes from --------------------------------------------------------------------------

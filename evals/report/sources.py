@@ -53,7 +53,7 @@ class Source:
 
     @property
     def commands(self) -> list[str]:
-        return list(dict.fromkeys(str(one["command"]) for one in self.descriptions if one.get("command")))
+        return list(dict.fromkeys(str(record["command"]) for record in self.records if record.get("kind") == "command"))
 
     @property
     def commits(self) -> list[str]:
@@ -119,8 +119,12 @@ class Part:
         named = {**SETTINGS, **learning.SAID}
         # A set is of a machine; what trained lengths and examples differ in goes with the swept setting.
         own = ("processor", "torch") if len(self.sources) > 1 else ()
-        apart = [name for name in named if name in rows and name not in (self.swept, *own) and figures.splits(rows, self.swept, name)]
-        told = [rows[name].map(lambda value, name=name: "" if pd.isna(value) else named[name].format(plain(value))) for name in apart]
+        apart = [
+            name for name in named if name in rows and name not in (self.swept, *own) and figures.splits(rows, self.swept, name)
+        ]
+        told = [
+            rows[name].map(lambda value, name=name: "" if pd.isna(value) else named[name].format(plain(value))) for name in apart
+        ]
         joined = [", ".join(filter(None, words)) for words in zip(*told, strict=True)] if told else ""
         return rows.assign(settings=joined)
 

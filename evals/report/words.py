@@ -153,16 +153,20 @@ def _crossovers(sweep: Sweep) -> str:
         faster = (row["after"] == "faster") == (other == names[0])  # `after` is said of the first
         unit = sweep.column.replace("_", " ").replace("seq len", "tokens")
         bounds = f"[{about(row['at_low'])}, {about(row['at_high'])}]"
-        clauses.append(f"{other} {'overtakes' if faster else 'falls behind'} {sweep.reference} at {about(row['at'])} {bounds} {unit}")
+        clauses.append(
+            f"{other} {'overtakes' if faster else 'falls behind'} {sweep.reference} at {about(row['at'])} {bounds} {unit}"
+        )
     return f"{'; '.join(clauses)}." if clauses else f"No one crosses {sweep.reference} beyond doubt in this range."
 
 
 def _growth(sweep: Sweep) -> str:
+    """How the latency of each grows along the swept setting, the least exponent first."""
     if sweep.scaling is None or not sweep.ordered:
         return ""
     fits = sweep.scaling[(sweep.scaling["quantity"] == "latency") & sweep.scaling["exponent"].notna()].sort_values("exponent")
-    told = [f"{row['attention']} {interval(row, 'exponent', 'exponent_low', 'exponent_high', '{:.2f}'.format)}" for _, row in fits.iterrows()]
-    return f"With n = {AXIS_NAMES.get(sweep.column, sweep.axis).partition(' (')[0]}, time grows as n to the power of {'; '.join(told)}." if told else ""
+    bounds, two_digits = ("exponent", "exponent_low", "exponent_high"), "{:.2f}".format
+    told = [f"{row['attention']} {interval(row, *bounds, two_digits)}" for _, row in fits.iterrows()]
+    return f"Time grows as {sweep.column.replace('_', ' ')} to the power of: {'; '.join(told)}." if told else ""
 
 
 def _failures(failed: pd.DataFrame, cells: int) -> str:
