@@ -90,9 +90,9 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const places = [...new Set(values.map((cell) => cell.x))].sort((a, b) => (typeof a === "number" ? a - b : 0));
   const by = (range) => ({ field: "attention", type: "nominal", legend: null, scale: { domain: names, range } });
   const colour = by(names.map((_, index) => `var(--s${part.index}-${index})`));
-  const opacity = { field: "set", type: "nominal", legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.45 + (0.55 * index) / (part.sets.length - 1))) } };
+  const opacity = { field: "set", type: "ordinal", sort: part.sets, legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.45 + (0.55 * index) / (part.sets.length - 1))) } };
   const x = chart.ordered
-    ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", base: 2, zero: false, nice: false, padding: 12 }, axis: { labelExpr: K, labelOverlap: true, grid: false, ...(places.length <= 16 ? { values: places } : {}) } }
+    ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", ...(logX ? { base: 2 } : { zero: false }), nice: false, padding: 12 }, axis: { labelExpr: K, labelOverlap: true, grid: false, ...(places.length <= 16 ? { values: places } : {}) } }
     : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : places, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
   const offset = chart.ordered || (single && part.sets.length === 1) ? {} : { xOffset: { field: single ? "set" : "series", type: "nominal" } };
   const lowest = Math.min(...ok.map((cell) => cell.low ?? cell.y)), highest = Math.max(...ok.map((cell) => cell.high ?? cell.y));
@@ -101,7 +101,7 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], tickCount: 6, labelOverlap: true } };
   const at = { x, ...offset };
   const only = (condition) => [{ filter: condition }];
-  const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = by(styles.map((style) => style.width));
+  const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };
   const layer = [];
   if (chart.low && bounded) {
     const band = ok.length > MANY && chart.ordered;
