@@ -69,12 +69,14 @@ def _learned(first: Source, other: Source) -> Change:
     before, after = (_whole(source, keys) for source in (first, other))
     rows = []
     for place, one, two in _joined(before, after, keys):
-        ends = [f"{quantity}_low", f"{quantity}_high"]
-        told = [interval(row, quantity, *ends, "{:.3f}".format) if row is not None else "not measured" for row in (one, two)]
-        known = one is not None and two is not None and one[ends].notna().all() and two[ends].notna().all()
-        apart = known and (one[ends[1]] < two[ends[0]] or two[ends[1]] < one[ends[0]])
-        better = known and (two[quantity] > one[quantity]) == (quantity == "accuracy")
-        word = ("better" if better else "worse") if apart else "not told apart" if known else "unknown"
+        low, high = f"{quantity}_low", f"{quantity}_high"
+        three = "{:.3f}".format
+        told = [interval(row, quantity, low, high, three) if row is not None else "not measured" for row in (one, two)]
+        word = "unknown"
+        if one is not None and two is not None and one[[low, high]].notna().all() and two[[low, high]].notna().all():
+            better = (two[quantity] > one[quantity]) == (quantity == "accuracy")
+            apart = one[high] < two[low] or two[high] < one[low]
+            word = "not told apart" if not apart else "better" if better else "worse"
         rows.append([*place, *told, word])
     note = "Better and worse are said where the intervals over seeds have nothing in common."
     return Change(_titled(first, other), note, [*keys, f"{quantity} before", "after", "verdict"], rows)
@@ -106,4 +108,5 @@ def _joined(
     """Every place of either, with its row in both."""
     for place in dict.fromkeys([*before.index, *after.index]):
         told = [plain(value) for value in (place if len(keys) > 1 else (place,))]
-        yield told, *(table.loc[place] if place in table.index else None for table in (before, after))
+        one, two = (table.loc[place] if place in table.index else None for table in (before, after))
+        yield told, one, two

@@ -81,6 +81,13 @@ const LABELS = {
 const INK = "var(--ink)", FAINT = "var(--rule)";
 const MANY = 800; // points, above which intervals are bands: an element a point would make a page slow
 
+/** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or where there are many only the decades. */
+function decades(lowest, highest) {
+  const steps = highest / lowest > 300 ? [1] : [1, 2, 5];
+  const powers = Array.from({ length: 40 }, (_, index) => index - 20).filter((power) => 10 ** (power + 1) > lowest / 2 && 10 ** power < 2 * highest);
+  return powers.flatMap((power) => steps.map((step) => Number(`${step}e${power}`)));
+}
+
 /** A Vega-Lite chart of cells. Colours are CSS variables, so that light, dark and print need no second drawing. */
 function specification(chart, part, values, { logX, logY, attentions, sets, settings }) {
   const ok = values.filter((cell) => cell.ok);
@@ -98,7 +105,8 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const lowest = Math.min(...ok.map((cell) => cell.low ?? cell.y)), highest = Math.max(...ok.map((cell) => cell.high ?? cell.y));
   const yScale = logY ? { type: "log", base: chart.unit === "B" ? 2 : 10, nice: false, padding: 14 } : { type: "linear", zero: true, nice: true };
   const bounded = highest > 0 && Number.isFinite(lowest);
-  const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], tickCount: 6, labelOverlap: true } };
+  const ticks = logY && bounded && chart.unit !== "B" ? { values: decades(lowest, highest) } : { tickCount: 6 };
+  const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
   const only = (condition) => [{ filter: condition }];
   const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };

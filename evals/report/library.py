@@ -8,6 +8,7 @@ import vl_convert
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
 
+
 def vega() -> str:
     """JavaScript of about 0.9 MB that sets window.vegaEmbed and asks for nothing else.
 
@@ -18,7 +19,7 @@ def vega() -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
-        script = str(vl_convert.javascript_bundle())
+        script = str(vl_convert.javascript_bundle(None))
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from evals import figures
 from evals.evidence import Results
-from evals.page import AXIS_NAMES, Sweep, about, conditions, in_bytes, is_number, plain, seconds
+from evals.page import SETTINGS, Sweep, about, conditions, in_bytes, is_number, plain, seconds
 from evals.report.sources import CONTEXT, LEARNED, Source
 
 Row = pd.Series
@@ -29,7 +29,7 @@ class Verdict:
 def verdicts(source: Source) -> list[Verdict]:
     """One a set of rows that differ in the swept setting alone."""
     if source.kind == CONTEXT:
-        return [_context(rows) for _, rows in _apart(source.table, [*figures.SETTINGS, "limit_bytes"], "")]
+        return [_context(rows) for _, rows in _apart(source.table, [*SETTINGS, "limit_bytes"], "")]
     if source.kind == LEARNED:
         table = source.table.assign(best=source.table["best"].astype("boolean").fillna(False))
         return [_learned(rows, source.swept) for _, rows in _apart(table, ["task", "scope", "dtype", "device"], source.swept)]
