@@ -19,7 +19,7 @@ from tests.evals.sweeps import failing, table
 
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "seq_len"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-HOSTILE = ('<script>window.pwned=1</script>"', "\"><img src=x onerror='window.pwned=1'>", "‮{{7*7}}`${1}</style>")
+HOSTILE = ('<script>window.pwned=1</script>"', "\"><img src=x onerror='window.pwned=1'>", "\u202e{{7*7}}`${1}</style>")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def paper(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 MARKS = """id => [...document.querySelectorAll(`#${id} [aria-roledescription=value]`)].map(mark => {
-    const {x, y, datum} = mark.__data__; return {x, y, attention: datum.attention, place: datum.x, value: datum.y, said: mark.ariaLabel}})"""
+    const {x, y, datum} = mark.__data__; return {x, y, attention: datum.attention, place: datum.x, value: datum.y}})"""
 
 
 def test_it_asks_for_nothing_and_is_small(paper: tuple[Page, list[str], Path]) -> None:
