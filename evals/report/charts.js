@@ -108,6 +108,9 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const ticks = logY && bounded && chart.unit !== "B" ? { values: decades(lowest, highest) } : { tickCount: 6 };
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
+  // A line goes through all values; where they are many, only every so many places have a mark.
+  const step = Math.ceil(ok.length / MANY), marked = new Set(places.filter((_, index) => index % step === 0));
+  for (const cell of values) cell.marked = marked.has(cell.x) || !chart.ordered;
   const only = (condition) => [{ filter: condition }];
   const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };
   const layer = [];
@@ -120,13 +123,13 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
     layer.push({ transform: only("datum.ok"), mark: { type: "line", aria: false }, encoding: { ...at, y, color: colour, strokeDash: dashes, strokeWidth: widths, opacity, detail: { field: "series" } } });
   }
   const point = { type: "point", filled: true, size: ok.length > MANY ? 16 : 62, stroke: "var(--page)", strokeWidth: 0.6 };
-  layer.push({ name: "points", transform: only("datum.ok"), mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
+  layer.push({ name: "points", transform: only("datum.ok && datum.marked"), mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
   if (ok.length < values.length) {
     layer.push({ name: "failures", transform: only("!datum.ok"), mark: { type: "text", text: "✕", fontSize: 13, fontWeight: "bold", ariaRoleDescription: "failed" }, encoding: { ...at, y: { field: "slot", type: "quantitative", scale: null, axis: null }, color: colour, tooltip: { field: "tip" }, description: { field: "said" } } });
   }
   return {
     width: "container", height: 270, autosize: { type: "fit-x", contains: "padding" },
-    description: `${chart.title}, over ${chart.xTitle}: ${ok.length} values, ${values.length - ok.length} failures`,
+    description: `${chart.title}, over ${chart.xTitle}: ${ok.length} values, ${values.length - ok.length} failures${step > 1 ? `; a mark at every ${step} places` : ""}`,
     params: [{ name: "attentions", value: attentions }, { name: "sets", value: sets }, { name: "settings", value: settings }],
     data: { name: "cells", values },
     transform: [{ filter: "indexof(attentions, datum.attention) >= 0 && indexof(sets, datum.set) >= 0 && datum.settings === settings" }],

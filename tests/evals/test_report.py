@@ -84,7 +84,9 @@ def test_a_variant_is_left_out_and_an_axis_is_made_linear(paper: tuple[Page, lis
     assert {mark["attention"] for mark in page.evaluate(MARKS, "chart-0-latency")} == {*LOOKS} - {"bsbr"}
     page.locator("#chart-0-latency").get_by_label("log y").uncheck()
     page.evaluate(
-        "async () => { while (window.report[0].charts[0].view.scale('y').type !== 'linear') await new Promise(requestAnimationFrame) }"
+        """async () => {
+            while (window.report[0].charts[0].view.scale('y').type !== 'linear') await new Promise(requestAnimationFrame);
+        }"""
     )
     marks = sorted(page.evaluate(MARKS, "chart-0-latency"), key=lambda mark: mark["value"])
     first, middle, last = marks[0], marks[-7], marks[-1]
