@@ -79,7 +79,8 @@ const LABELS = {
   "": "datum.value >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')",
 };
 const INK = "var(--ink)", FAINT = "var(--rule)";
-const MANY = 800; // points, above which intervals are bands: an element a point would make a page slow
+const MANY = 800; // values, above which intervals are bands
+const MARKED = 240; // about as many of them have a mark then: an element each would make a page slow
 
 /** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or where there are many only the decades. */
 function decades(lowest, highest) {
@@ -109,7 +110,7 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
   // A line goes through all values; where they are many, only every so many places have a mark.
-  const step = Math.ceil(ok.length / MANY), marked = new Set(places.filter((_, index) => index % step === 0));
+  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, marked = new Set(places.filter((_, index) => index % step === 0));
   for (const cell of values) cell.marked = marked.has(cell.x) || !chart.ordered;
   const only = (condition) => [{ filter: condition }];
   const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };
