@@ -164,7 +164,7 @@ def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tup
     """The rows that belong in one figure, of tables that are checked, and what tells them from the others ("" if nothing does)."""
     column = swept_column(results)
     chosen = looks(results["attention"].astype(str))  # of all, so that they are the same in every figure
-    apart = [name for name in SETTINGS if name != column and _splits(results, column, name)]
+    apart = [name for name in SETTINGS if name != column and splits(results, column, name)]
     if not apart:
         yield "", laid_out(results, column, chosen, **fits)
         return
@@ -178,7 +178,7 @@ def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tup
         yield "".join(f"-{plain(value)}" for value in values), laid_out(rows, column, chosen, **own)
 
 
-def _splits(results: pd.DataFrame, column: str, name: str) -> bool:
+def splits(results: pd.DataFrame, column: str, name: str) -> bool:
     """Whether rows differ in a setting; a number that goes with the swept one, as heads with their size, is no difference."""
     if results[name].nunique(dropna=False) < 2:
         return False

@@ -1,8 +1,10 @@
 """What `python -m evals.run` does: works off every comparison that it is asked for, and shows what came out."""
 
+import shlex
 import signal
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -17,7 +19,7 @@ from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.launch import Elsewhere
 from evals.ledger import Ledger, Record
-from evals.measure import seconds_of_this_process
+from evals.measure import now, seconds_of_this_process
 from evals.statistics import medians
 from evals.study import Study
 
@@ -25,7 +27,8 @@ from evals.study import Study
 class Run:
     """What the jobs of one command share: the progress bar, and which comparisons were made."""
 
-    def __init__(self, *, dry: bool) -> None:
+    def __init__(self, arguments: Sequence[str], *, dry: bool) -> None:
+        self.command = shlex.join(["python", "-m", "evals.run", *arguments])
         self.dry = dry
         self.seconds_left = 0.0
         self.called_s = 0.0
@@ -55,6 +58,7 @@ class Run:
         torn = samples.mend()
         if torn:
             tqdm.write(f"warning: {torn}", file=sys.stderr)
+        self.note_command(samples)
 
         def watch(words: str, part: float) -> None:
             self.bar.set_description_str(f"{place} {words}", refresh=False)
@@ -81,6 +85,11 @@ class Run:
                 tqdm.write(trained(record))
             if self.interrupted:
                 raise KeyboardInterrupt
+
+    def note_command(self, samples: Ledger) -> None:
+        """Has the ledger hold the command that adds to it, once."""
+        if all(record.get("command") != self.command for record in samples.read()[0]):
+            samples.append({"kind": "command", "command": self.command, "time": now()})
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """What Ctrl-C does: once, it lets the running round end."""
@@ -122,7 +131,7 @@ class Run:
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         track(cfg, results)
         print(table.shown(results[results["comparison"].isin(self.comparisons)]))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        print(f"\n{written(path, results, plots)}")
         if self.called_s:
             seconds = seconds_of_this_process()
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
@@ -134,7 +143,7 @@ class Run:
         path = table.write(results, ledger(cfg).path.parent)
         plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(context.shown(results))
-        print(f"\n{path}: {len(results)} rows\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        print(f"\n{written(path, results, plots)}")
         return 0
 
     def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
@@ -148,8 +157,7 @@ class Run:
         track(cfg, results, curves)
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(scores.shown(results[results["study"].isin(self.comparisons)]))
-        drawn = f"\n{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}" if plots else ""
-        print(f"\n{path}: {len(results)} rows{drawn}")
+        print(f"\n{written(path, results, plots)}")
         return 0
 
 
@@ -165,6 +173,16 @@ def track(cfg: DictConfig, results: "pd.DataFrame", curves: "pd.DataFrame | None
 
 
 BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
+
+
+def written(path: Path, results: "pd.DataFrame", plots: Sequence[Path]) -> str:
+    """Writes the report of a table that was written to `path`; says which files there are now."""
+    from evals import report
+
+    lines = [f"{path}: {len(results)} rows", str(report.write([path.parent], path.with_name("report.html")))]
+    if plots:
+        lines.append(f"{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+    return "\n".join(lines)
 
 
 def ledger(cfg: DictConfig) -> Ledger:
@@ -233,7 +251,7 @@ def main() -> int:
     for arguments in every_sweep([word for word in words if word != "--dry-run"]):
         here = ["launcher=local"] if dry else []
         sys.argv = [program, *arguments, *here]
-        run = Run(dry=dry)
+        run = Run(arguments, dry=dry)
         signal.signal(signal.SIGINT, run.interrupt)
         try:
             code = cli.run(run.compare, run.report, elsewhere=run.elsewhere)

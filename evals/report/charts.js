@@ -1,0 +1,187 @@
+// Draws what charts.py describes. All values are data of Vega: names never become markup.
+
+const UNITS = {
+  s: [[1e-9, "ns"], [1e-6, "µs"], [1e-3, "ms"], [1, "s"]],
+  B: [[1, "B"], [2 ** 10, "KiB"], [2 ** 20, "MiB"], [2 ** 30, "GiB"], [2 ** 40, "TiB"]],
+};
+
+/** A number with three digits in the largest unit that leaves at least 1 of it. */
+function human(value, unit) {
+  if (value === null || value === undefined) return "";
+  if (unit === "%") return `${Number((100 * value).toPrecision(3))} %`;
+  if (unit === "×") return `${Number(value.toPrecision(3))}×`;
+  const scale = UNITS[unit];
+  if (!scale) return Number(value.toPrecision(4)).toLocaleString("en");
+  const [factor, name] = scale.findLast(([factor]) => value >= factor * (1 - 1e-9)) ?? scale[0];
+  return `${Number((value / factor).toPrecision(3))} ${name}`;
+}
+
+/** A setting as people write it, as page.plain does: 8192 is 8k. */
+function plain(value) {
+  if (typeof value !== "number") return String(value);
+  for (const [size, unit] of [[2 ** 20, "M"], [2 ** 10, "k"]]) {
+    if (value >= size && value % 512 === 0) return `${Number((value / size).toPrecision(6))}${unit}`;
+  }
+  return String(Number(value.toPrecision(6)));
+}
+
+const TOLD = [
+  ["samples", "samples"], ["rounds", "rounds"], ["seeds", "seeds"], ["ceiling_fraction", "of the ceiling"], ["limit", "limited by"],
+  ["verdict", "against the reference"], ["noise_floor", "noise floor"], ["impl", "implementation"], ["learning_rate", "learning rate"],
+  ["commit", "commit"], ["processor", "processor"], ["torch", "torch"], ["comparison", "comparison"], ["study", "study"],
+];
+const FRACTIONS = new Set(["ceiling_fraction", "noise_floor"]);
+
+/** The rows that a chart shows, with what hovering tells. */
+function cells(chart, part, rows) {
+  const failed = new Map();
+  const wanted = rows.filter((row) => {
+    if (row.outcome !== "ok") return true;
+    const fits = Object.entries(chart.only ?? {}).every(([column, value]) => (row[column] ?? null) === value);
+    return fits && (!chart.same || row[chart.same[0]] === row[chart.same[1]]) && row[chart.y] !== null;
+  });
+  return wanted.map((row) => {
+    const ok = row.outcome === "ok";
+    const cell = { attention: row.attention, set: row.set, series: `${row.attention}\n${row.set}`, settings: row.settings, ok, x: row[chart.x] };
+    const place = `${chart.xTitle.replace(/ \(.*/, "")} ${plain(row[chart.x])}`;
+    const tip = { attention: row.attention, at: place };
+    if (part.sets.length > 1) tip.set = row.set;
+    if (ok) {
+      Object.assign(cell, { y: row[chart.y], low: row[chart.low] ?? null, high: row[chart.high] ?? null });
+      tip.value = human(cell.y, chart.unit);
+      if (cell.low !== null && cell.high !== null) tip["95 % interval"] = `${human(cell.low, chart.unit)} to ${human(cell.high, chart.unit)}`;
+      for (const [column, name] of TOLD) {
+        const value = row[column];
+        if (value === null || value === undefined || value === "") continue;
+        tip[name] = FRACTIONS.has(column) ? human(value, "%") : String(typeof value === "number" ? Number(value.toPrecision(4)) : value);
+      }
+    } else {
+      // One mark above another where several failed at one place.
+      const slot = failed.get(row[chart.x]) ?? 0;
+      failed.set(row[chart.x], slot + 1);
+      Object.assign(cell, { slot: 8 + 14 * slot, outcome: row.outcome });
+      Object.assign(tip, { outcome: row.outcome, reason: row.detail || "none was given" });
+    }
+    cell.tip = tip;
+    cell.said = Object.entries(tip).map(([key, value]) => `${key} ${value}`).join(", ");
+    return cell;
+  });
+}
+
+const K = "datum.value >= 1048576 && datum.value % 524288 == 0 ? format(datum.value / 1048576, '~g') + 'M' : " +
+  "datum.value >= 1024 && datum.value % 512 == 0 ? format(datum.value / 1024, '~g') + 'k' : format(datum.value, '~g')";
+const LABELS = {
+  s: "datum.value >= 1 ? format(datum.value, '~g') + ' s' : datum.value >= 0.999e-3 ? format(datum.value * 1e3, '~r') + ' ms' : format(datum.value * 1e6, '~r') + ' µs'",
+  B: "datum.value >= 1073741824 ? format(datum.value / 1073741824, '~r') + ' GiB' : datum.value >= 1048576 ? format(datum.value / 1048576, '~r') + ' MiB' : " +
+    "datum.value >= 1024 ? format(datum.value / 1024, '~r') + ' KiB' : format(datum.value, '~r') + ' B'",
+  "×": "format(datum.value, '~g') + '×'",
+  "%": "format(datum.value, '~%')",
+  "": "datum.value >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')",
+};
+const INK = "var(--ink)", FAINT = "var(--rule)";
+const MANY = 800; // values, above which intervals are bands
+const MARKED = 240; // about as many of them have a mark then: an element each would make a page slow
+
+/** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or where there are many only the decades. */
+function decades(lowest, highest) {
+  const steps = highest / lowest > 300 ? [1] : [1, 2, 5];
+  const powers = Array.from({ length: 40 }, (_, index) => index - 20).filter((power) => 10 ** (power + 1) > lowest / 2 && 10 ** power < 2 * highest);
+  return powers.flatMap((power) => steps.map((step) => Number(`${step}e${power}`)));
+}
+
+/** A Vega-Lite chart of cells. Colours are CSS variables, so that light, dark and print need no second drawing. */
+function specification(chart, part, values, { logX, logY, attentions, sets, settings }) {
+  const ok = values.filter((cell) => cell.ok);
+  const names = part.attentions;
+  const styles = names.map((name) => part.styles[name]);
+  const single = new Set(values.map((cell) => cell.x)).size === 1;
+  const places = [...new Set(values.map((cell) => cell.x))].sort((a, b) => (typeof a === "number" ? a - b : 0));
+  const by = (range) => ({ field: "attention", type: "nominal", legend: null, scale: { domain: names, range } });
+  const colour = by(names.map((_, index) => `var(--s${part.index}-${index})`));
+  const opacity = { field: "set", type: "ordinal", sort: part.sets, legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.45 + (0.55 * index) / (part.sets.length - 1))) } };
+  const x = chart.ordered
+    ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", ...(logX ? { base: 2 } : { zero: false }), nice: false, padding: 12 }, axis: { labelExpr: K, labelOverlap: true, grid: false, ...(places.length <= 16 ? { values: places } : {}) } }
+    : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : places, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
+  const offset = chart.ordered || (single && part.sets.length === 1) ? {} : { xOffset: { field: single ? "set" : "series", type: "nominal" } };
+  const lowest = Math.min(...ok.map((cell) => cell.low ?? cell.y)), highest = Math.max(...ok.map((cell) => cell.high ?? cell.y));
+  const yScale = logY ? { type: "log", base: chart.unit === "B" ? 2 : 10, nice: false, padding: 14 } : { type: "linear", zero: true, nice: true };
+  const bounded = highest > 0 && Number.isFinite(lowest);
+  const ticks = logY && bounded && chart.unit !== "B" ? { values: decades(lowest, highest) } : { tickCount: 6 };
+  const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
+  const at = { x, ...offset };
+  // A line goes through all values; where they are many, only every so many places have a mark.
+  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, marked = new Set(places.filter((_, index) => index % step === 0));
+  for (const cell of values) cell.marked = marked.has(cell.x) || !chart.ordered;
+  const only = (condition) => [{ filter: condition }];
+  const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };
+  const layer = [];
+  if (chart.low && bounded) {
+    const band = ok.length > MANY && chart.ordered;
+    const mark = band ? { type: "area", opacity: 0.15, aria: false } : { type: "rule", strokeWidth: 1.2, strokeOpacity: 0.75, aria: false };
+    layer.push({ transform: only("datum.ok && datum.low !== null"), mark, encoding: { ...at, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour, ...(band ? { detail: { field: "series" } } : { opacity }) } });
+  }
+  if (chart.ordered) {
+    layer.push({ transform: only("datum.ok"), mark: { type: "line", aria: false }, encoding: { ...at, y, color: colour, strokeDash: dashes, strokeWidth: widths, opacity, detail: { field: "series" } } });
+  }
+  const point = { type: "point", filled: true, size: ok.length > MANY ? 16 : 62, stroke: "var(--page)", strokeWidth: 0.6 };
+  layer.push({ name: "points", transform: only("datum.ok && datum.marked"), mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
+  if (ok.length < values.length) {
+    layer.push({ name: "failures", transform: only("!datum.ok"), mark: { type: "text", text: "✕", fontSize: 13, fontWeight: "bold", ariaRoleDescription: "failed" }, encoding: { ...at, y: { field: "slot", type: "quantitative", scale: null, axis: null }, color: colour, tooltip: { field: "tip" }, description: { field: "said" } } });
+  }
+  return {
+    width: "container", height: 270, autosize: { type: "fit-x", contains: "padding" },
+    description: `${chart.title}, over ${chart.xTitle}: ${ok.length} values, ${values.length - ok.length} failures${step > 1 ? `; a mark at every ${step} places` : ""}`,
+    params: [{ name: "attentions", value: attentions }, { name: "sets", value: sets }, { name: "settings", value: settings }],
+    data: { name: "cells", values },
+    transform: [{ filter: "indexof(attentions, datum.attention) >= 0 && indexof(sets, datum.set) >= 0 && datum.settings === settings" }],
+    layer,
+    config: {
+      background: "transparent", font: "inherit", view: { stroke: null }, mark: { tooltip: true },
+      axis: { labelColor: INK, titleColor: INK, gridColor: FAINT, domainColor: FAINT, tickColor: FAINT, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelFont: "system-ui, sans-serif", titleFont: "system-ui, sans-serif" },
+    },
+  };
+}
+
+const EMBED = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, downloadFileName: "chart", tooltip: { disableDefaultStyle: true } };
+
+/** One chart in its figure: drawn, drawn anew when its axes change, filtered when the choice of variants does. */
+class Chart {
+  constructor(figure, chart, part) {
+    Object.assign(this, { figure, chart, part });
+    this.place = figure.querySelector(".chart");
+    this.readout = figure.querySelector(".readout");
+    this.cells = cells(chart, part, part.rows);
+    for (const box of figure.querySelectorAll("input[data-axis]")) box.addEventListener("change", () => this.draw());
+    this.place.addEventListener("keydown", (event) => this.walk(event));
+  }
+
+  logarithmic(axis) {
+    return this.figure.querySelector(`input[data-axis="${axis}"]`)?.checked ?? false;
+  }
+
+  async draw() {
+    this.view?.finalize();
+    const options = { ...this.part.choice, logX: this.logarithmic("x"), logY: this.logarithmic("y") };
+    const { view } = await window.vegaEmbed(this.place, specification(this.chart, this.part, this.cells, options), EMBED);
+    this.view = view;
+  }
+
+  async choose() {
+    for (const [name, value] of Object.entries(this.part.choice)) this.view.signal(name, value);
+    await this.view.runAsync();
+  }
+
+  /** Arrow keys go from mark to mark, and what stands there is shown and spoken. */
+  walk(event) {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const marks = [...this.place.querySelectorAll("[aria-roledescription=value],[aria-roledescription=failed]")];
+    if (!marks.length) return;
+    const last = marks.indexOf(this.place.querySelector(".current"));
+    marks[last]?.classList.remove("current");
+    const mark = marks[last < 0 ? (step > 0 ? 0 : marks.length - 1) : (last + step + marks.length) % marks.length];
+    mark.classList.add("current");
+    this.readout.textContent = mark.getAttribute("aria-label");
+  }
+}

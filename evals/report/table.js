@@ -1,0 +1,115 @@
+// The full table: sorted, filtered, a page at a time, and handed on as CSV.
+
+const PAGE = 50;
+
+/** A field of CSV as RFC 4180 has it. */
+function quoted(value) {
+  const text = value === null || value === undefined ? "" : String(value);
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+class Table {
+  constructor(root, part) {
+    Object.assign(this, { root, part, sorted: null, descending: false, page: 0 });
+    this.words = root.querySelector("input[type=search]");
+    this.all = root.querySelector("input[data-all]");
+    this.table = root.querySelector("table");
+    this.status = root.querySelector("[role=status]");
+    this.rows = part.rows;
+    // What is looked through, put together once.
+    this.texts = this.rows.map((row) => part.columns.map((column) => row[column] ?? "").join("\n").toLowerCase());
+    this.words.addEventListener("input", () => this.filter());
+    this.all.addEventListener("change", () => this.draw());
+    root.querySelector("[data-csv]").addEventListener("click", () => this.download());
+    root.querySelector("[data-back]").addEventListener("click", () => this.turn(-1));
+    root.querySelector("[data-on]").addEventListener("click", () => this.turn(1));
+    this.filter();
+  }
+
+  get columns() {
+    return this.all.checked ? this.part.columns : this.part.columns.filter((column) => this.part.essential.includes(column));
+  }
+
+  filter() {
+    const words = this.words.value.toLowerCase().split(/\s+/).filter(Boolean);
+    this.found = this.rows.filter((_, index) => words.every((word) => this.texts[index].includes(word)));
+    this.order();
+  }
+
+  order() {
+    if (this.sorted !== null) {
+      const column = this.sorted, sign = this.descending ? -1 : 1;
+      this.found.sort((a, b) => {
+        const [one, other] = [a[column], b[column]];
+        if (one === null || other === null) return (one === null) - (other === null); // what is missing comes last, either way
+        return sign * (typeof one === "number" && typeof other === "number" ? one - other : String(one) < String(other) ? -1 : Number(String(one) > String(other)));
+      });
+    }
+    this.page = 0;
+    this.draw();
+  }
+
+  sort(column) {
+    this.descending = this.sorted === column && !this.descending;
+    this.sorted = column;
+    this.order();
+    this.table.querySelector(`th[aria-sort="${this.descending ? "descending" : "ascending"}"] button`)?.focus();
+  }
+
+  turn(step) {
+    this.page = Math.min(Math.max(this.page + step, 0), this.pages - 1);
+    this.draw();
+  }
+
+  get pages() {
+    return Math.max(1, Math.ceil(this.found.length / PAGE));
+  }
+
+  draw(rows = this.found.slice(this.page * PAGE, (this.page + 1) * PAGE)) {
+    const head = document.createElement("tr");
+    for (const column of this.columns) {
+      const cell = document.createElement("th"), button = document.createElement("button");
+      cell.scope = "col";
+      if (column === this.sorted) cell.setAttribute("aria-sort", this.descending ? "descending" : "ascending");
+      button.type = "button";
+      button.textContent = column;
+      button.addEventListener("click", () => this.sort(column));
+      cell.append(button);
+      head.append(cell);
+    }
+    const body = rows.map((row) => {
+      const line = document.createElement("tr");
+      if (row.outcome && row.outcome !== "ok") line.className = "failed";
+      for (const column of this.columns) {
+        const cell = document.createElement("td"), value = row[column];
+        if (typeof value === "number") {
+          cell.className = "number";
+          cell.textContent = Number.isInteger(value) ? value : Number(value.toPrecision(4));
+          cell.title = value;
+        } else {
+          cell.textContent = value ?? "";
+        }
+        line.append(cell);
+      }
+      return line;
+    });
+    this.table.tHead.replaceChildren(head);
+    this.table.tBodies[0].replaceChildren(...body);
+    const first = this.found.length ? this.page * PAGE + 1 : 0;
+    this.status.textContent = `${first}–${Math.min((this.page + 1) * PAGE, this.found.length)} of ${this.found.length} rows${this.found.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
+  }
+
+  /** What is found, in the order shown, with every column and every digit. */
+  csv() {
+    const lines = [this.part.columns, ...this.found.map((row) => this.part.columns.map((column) => row[column]))];
+    return lines.map((line) => line.map(quoted).join(",")).join("\r\n") + "\r\n";
+  }
+
+  download() {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([this.csv()], { type: "text/csv" }));
+    link.download = `${this.part.file}.csv`;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  }
+}
