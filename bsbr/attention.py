@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bsbr import dispatch, kernels, native, plain, reference
-from bsbr.features import FeatureMap, features
+from bsbr.features import Counted, FeatureMap, features
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -205,7 +205,7 @@ class BSBRAttention(MultiHeadAttention):
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False)
-        self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim)
+        self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
         self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
 
     @property
@@ -253,18 +253,11 @@ class BSBRAttention(MultiHeadAttention):
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
         """q, k, v, φ(q), φ(k) of tokens from position `start` on."""
         q, k, v = self.project_heads(hidden_states)
-        q_features, k_features = self.features(hidden_states, q, k)
-        if self.retrieval_scale == "sum":
-            q_features = q_features * self._mixed(start, q_features)
+        counted = Counted(start, self.chunk_size, self.retrieval_top_k) if self.retrieval_scale == "sum" else None
+        q_features, k_features = self.features(hidden_states, q, k, counted)
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
         return q, k, v, q_features, k_features
-
-    def _mixed(self, start: int, q_features: Tensor) -> Tensor:
-        """How many chunks are mixed for each token from position `start` on: [time, 1]."""
-        positions = torch.arange(start, start + q_features.shape[2], device=q_features.device)
-        chunks = positions.div(self.chunk_size, rounding_mode="floor").to(q_features.dtype)
-        return (chunks if self.retrieval_top_k is None else chunks.clamp(max=self.retrieval_top_k)).unsqueeze(-1)
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         return split_heads(self.meta_q_proj(hidden_states), self.num_heads)

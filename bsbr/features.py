@@ -3,15 +3,31 @@
 Which φ recalls how much for how many bytes was measured: README, "What it can remember".
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from bsbr import native
+from bsbr.dispatch import Impl
 from bsbr.interface import split_heads
 from bsbr.plain import unit_norm
 
 FeatureMap = Literal["quadratic", "linear"]
+
+
+class Counted(NamedTuple):
+    """How many chunks are mixed for each token from position `first` on: those before its own, at most `most`."""
+
+    first: int
+    chunk_size: int
+    most: int | None
+
+    def times(self, x: Tensor) -> Tensor:
+        """x [..., time, d_r] times that number."""
+        positions = torch.arange(self.first, self.first + x.shape[-2], device=x.device)
+        chunks = positions.div(self.chunk_size, rounding_mode="floor").to(x.dtype)
+        return x * (chunks if self.most is None else chunks.clamp(max=self.most)).unsqueeze(-1)
 
 
 class LinearFeatures(nn.Module):
@@ -21,13 +37,14 @@ class LinearFeatures(nn.Module):
         super().__init__()
         self.projection = nn.Identity() if feature_dim == head_dim else nn.Linear(head_dim, feature_dim, bias=False)
 
-    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(q), φ(k) [batch, heads or kv_heads, time, d_r], of heads that were not rotated."""
-        return unit_norm(self.projection(q)), unit_norm(self.projection(k))
+    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor, counted: Counted | None) -> tuple[Tensor, Tensor]:
+        """φ(q), times what is counted, and φ(k) [batch, heads or kv_heads, time, d_r], of heads that were not rotated."""
+        q_features = unit_norm(self.projection(q))
+        return q_features if counted is None else counted.times(q_features), unit_norm(self.projection(k))
 
 
 class QuadraticFeatures(nn.Module):
-    """φ(q) = `products` of unit_norm(W_q x), φ(k) of unit_norm(W_k x), x the hidden state: φ(q)·φ(k) ≈ (q̂·k̂)².
+    """φ(q) = `quadratic` of W_q x, φ(k) of W_k x, x the hidden state: φ(q)·φ(k) ≈ (q̂·k̂)².
 
     The square keeps apart what a state holds: of unit vectors that have nothing to do with each other it is much smaller
     than the product, so many more keys fit. W_q and W_k are projections of their own, to the p numbers a head whose p (p + 1) / 2
@@ -35,27 +52,37 @@ class QuadraticFeatures(nn.Module):
     arXiv:2402.18668, section 4.1) without the terms of order 0 and 1.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int) -> None:
+    def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.feature_dim = num_heads, num_kv_heads, feature_dim
+        self.num_heads, self.num_kv_heads, self.feature_dim, self.impl = num_heads, num_kv_heads, feature_dim, impl
         size = factors(feature_dim)
         self.q_proj = nn.Linear(hidden_dim, num_heads * size, bias=False)
         self.k_proj = nn.Linear(hidden_dim, num_kv_heads * size, bias=False)
 
-    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
-        factors_q = unit_norm(split_heads(self.q_proj(hidden_states), self.num_heads))
-        factors_k = unit_norm(split_heads(self.k_proj(hidden_states), self.num_kv_heads))
-        return products(factors_q, self.feature_dim), products(factors_k, self.feature_dim)
+    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor, counted: Counted | None) -> tuple[Tensor, Tensor]:
+        """φ(q), times what is counted, and φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
+        of_q = split_heads(self.q_proj(hidden_states), self.num_heads)
+        of_k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
+        if self.impl in ("auto", "native") and native.unsupported(of_q, of_k) is None:
+            return native.quadratic(of_q, self.feature_dim, counted), native.quadratic(of_k, self.feature_dim, None)
+        return quadratic(of_q, self.feature_dim, counted), quadratic(of_k, self.feature_dim, None)
 
 
-def features(kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int) -> nn.Module:
+def features(
+    kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl
+) -> LinearFeatures | QuadraticFeatures:
     """Raises ValueError if there is no such map."""
     if kind not in get_args(FeatureMap):
         raise ValueError(f"feature_map must be one of {', '.join(get_args(FeatureMap))}, got {kind!r}")
     if kind == "linear":
         return LinearFeatures(hidden_dim // num_heads, feature_dim)
-    return QuadraticFeatures(hidden_dim, num_heads, num_kv_heads, feature_dim)
+    return QuadraticFeatures(hidden_dim, num_heads, num_kv_heads, feature_dim, impl)
+
+
+def quadratic(x: Tensor, size: int, counted: Counted | None = None) -> Tensor:
+    """`products` of `unit_norm` of x [batch, heads, time, p], times what is counted: [batch, heads, time, size]."""
+    made = products(unit_norm(x), size)
+    return made if counted is None else counted.times(made)
 
 
 def factors(feature_dim: int) -> int:

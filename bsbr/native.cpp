@@ -248,6 +248,12 @@ struct Sizes {
 struct Mixing {
     std::int64_t batch, heads, kv_heads, rows, chunks, seen, size, add, threads;
 };
+
+/// Of `size` products of two of `factors` numbers, times min(position / chunk_size, most) of tokens from position `first` on;
+/// a chunk_size of 0 leaves that out.
+struct Mapping {
+    std::int64_t batch, heads, time, factors, size, first, chunk_size, most, threads;
+};
 }
 
 namespace {
@@ -305,6 +311,11 @@ constexpr index DEPTH = 256, COLUMNS = 128;  // of states that lie in a core's s
 template <class T>
 index scratch_size(const Mixing& s) {
     return std::max<index>(DEPTH * COLUMNS, panels(s.size, 16) * 16);
+}
+
+template <class T>
+index scratch_size(const Mapping& s) {
+    return 3 * (panels(2 * s.factors + s.size + 2 * LANES<T>, 16) * 16);
 }
 
 /// Calls body(task, scratch of its thread) for all tasks. Returns the floating point operations of their products.
@@ -441,6 +452,69 @@ index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memor
                     }
                 });
         }
+    });
+}
+
+// --- features -----------------------------------------------------------------------------------
+
+/// Calls body(item, head, token, the token's numbers at unit length, twice in a row, what made them so, room for as many and all
+/// features)
+/// for all tokens of all heads.
+template <class T, class Body>
+index of_units(const Mapping& s, const Tensor& x, T* memory, Body&& body) {
+    constexpr index TOKENS = 64;  // of a task
+    const index blocks = panels(s.time, TOKENS);
+    return in_parallel(s.batch * blocks, s, memory, [&](index task, Scratch<T> scratch) {
+        T* unit = scratch.take(2 * s.factors + LANES<T>);
+        T* room = scratch.take(2 * s.factors + s.size + 2 * LANES<T>);
+        std::fill_n(unit, 2 * s.factors + LANES<T>, T(0));
+        const index item = task / blocks, start = task % blocks * TOKENS;
+        for (index token = start; token < std::min<index>(s.time, start + TOKENS); ++token)
+            for (index head = 0; head < s.heads; ++head) {
+                const T* row = at<T>(x, item, head, token);
+                const T inverse = inverse_norm(row, s.factors);
+                scaled(row, inverse, s.factors, unit);
+                std::memcpy(unit + s.factors, unit, s.factors * sizeof(T));
+                body(item, head, token, unit, inverse, room);
+            }
+    });
+}
+
+/// What products of numbers that stand `apart` are taken times: √2, so that those of i and j and of j and i are one; and the count.
+template <class T>
+T weight(const Mapping& s, index token, bool apart) {
+    const T count = s.chunk_size ? std::min((s.first + token) / s.chunk_size, s.most) : 1;
+    return apart ? count * std::sqrt(T(2)) : count;
+}
+
+template <class T>
+index quadratic(const Mapping& s, Tensor x, Tensor features, T* memory) {
+    return of_units(s, x, memory, [&](index item, index head, index token, const T* unit, T, T* line) {
+        // Whole vectors: what they write behind their step, the next step writes over.
+        for (index step = 0; step * s.factors < s.size; ++step) {
+            const T factor = weight<T>(s, token, step);
+            for (index i = 0; i < s.factors; i += LANES<T>)
+                vector(line + step * s.factors + i) = vector(unit + i) * vector(unit + step + i) * factor;
+        }
+        std::memcpy(at<T>(features, item, head, token), line, s.size * sizeof(T));
+    });
+}
+
+template <class T>
+index quadratic_backward(const Mapping& s, Tensor d_features, Tensor x, Tensor d_x, T* memory) {
+    return of_units(s, x, memory, [&](index item, index head, index token, const T* unit, T inverse, T* d_unit) {
+        const T* from = at<T>(d_features, item, head, token);
+        std::fill_n(d_unit, 2 * s.factors, T(0));
+        for (index step = 0; step * s.factors < s.size; ++step) {
+            const T factor = weight<T>(s, token, step);
+            const index first = step * s.factors, length = std::min<index>(s.factors, s.size - first);
+            for (index i = 0; i < length; ++i) {
+                d_unit[i] += factor * from[first + i] * unit[step + i];
+                d_unit[step + i] += factor * from[first + i] * unit[i];
+            }
+        }
+        for (index i = 0; i < s.factors; ++i) d_unit[i] += d_unit[s.factors + i];
+        unit_norm_backward(d_unit, unit, inverse, s.factors, at<T>(d_x, item, head, token));
     });
 }
 
@@ -615,6 +689,8 @@ index attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v
     FUNCTION(store_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                              \
     FUNCTION(choose, Mixing, TYPE, T, x[0], x[1])                                                                       \
     FUNCTION(mix, Mixing, TYPE, T, x[0], x[1], x[2])                                                                    \
+    FUNCTION(quadratic, Mapping, TYPE, T, x[0], x[1])                                                                   \
+    FUNCTION(quadratic_backward, Mapping, TYPE, T, x[0], x[1], x[2])                                                    \
     FUNCTION(attend, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                                \
     FUNCTION(attend_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
 extern "C" {
