@@ -458,8 +458,7 @@ index mix(const Mixing& s, Tensor weights, Tensor states, Tensor mixed, T* memor
 // --- features -----------------------------------------------------------------------------------
 
 /// Calls body(item, head, token, the token's numbers at unit length, twice in a row, what made them so, room for as many and all
-/// features)
-/// for all tokens of all heads.
+/// features) for all tokens of all heads.
 template <class T, class Body>
 index of_units(const Mapping& s, const Tensor& x, T* memory, Body&& body) {
     constexpr index TOKENS = 64;  // of a task
