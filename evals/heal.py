@@ -190,7 +190,8 @@ def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         for name, found in models.items():
             key = {one: plan[one] for one in ("model", "seed", "chunk_size", "chunk_overlap")} | {"stage": name}
             values = {one: value for one, value in found.items() if one != "chunk_nats"}
-            closed = {"gap_closed": (lost - found["perplexity"]) / (lost - given)}
+            # Where every token still sees all that it saw, there is no gap.
+            closed = {"gap_closed": (lost - found["perplexity"]) / (lost - given) if lost != given else math.nan}
             sizes = {"parameters": record["parameters"], "moved": record["moved"]}
             rows.append({**key, "context": plan["chunks"] * plan["chunk_size"], **values, **closed, **sizes})
             for chunk, nats in enumerate(found["chunk_nats"]):

@@ -80,6 +80,7 @@ const LABELS = {
 };
 const INK = "var(--ink)", FAINT = "var(--rule)";
 const MANY = 800; // values, above which intervals are bands
+const PIXELS = 320; // about as wide a chart is at least
 const MARKED = 240; // about as many of them have a mark then: an element each would make a page slow
 
 /** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or where there are many only the decades. */
@@ -89,8 +90,16 @@ function decades(lowest, highest) {
   return powers.flatMap((power) => steps.map((step) => Number(`${step}e${power}`)));
 }
 
+/** What each layer draws of the chosen cells. Chosen here: a filter of Vega's own is interpreted for every cell, which takes its time. */
+function datasets(values, { attentions, sets, settings }) {
+  const shown = values.filter((cell) => attentions.includes(cell.attention) && sets.includes(cell.set) && cell.settings === settings);
+  const ok = shown.filter((cell) => cell.ok);
+  const lines = ok.filter((cell) => cell.lined);
+  return { lines, ranges: lines.filter((cell) => cell.low !== null), points: ok.filter((cell) => cell.marked), failures: shown.filter((cell) => !cell.ok) };
+}
+
 /** A Vega-Lite chart of cells. Colours are CSS variables, so that light, dark and print need no second drawing. */
-function specification(chart, part, values, { logX, logY, attentions, sets, settings }) {
+function specification(chart, part, values, { logX, logY, ...choice }) {
   const ok = values.filter((cell) => cell.ok);
   const names = part.attentions;
   const styles = names.map((name) => part.styles[name]);
@@ -109,34 +118,35 @@ function specification(chart, part, values, { logX, logY, attentions, sets, sett
   const ticks = logY && bounded && chart.unit !== "B" ? { values: decades(lowest, highest) } : { tickCount: 6 };
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
-  // A line goes through all values; where they are many, only every so many places have a mark.
-  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, marked = new Set(places.filter((_, index) => index % step === 0));
-  for (const cell of values) cell.marked = marked.has(cell.x) || !chart.ordered;
-  const only = (condition) => [{ filter: condition }];
+  // Where values are many, only every so many places have a mark, and a line goes through as many as it has pixels.
+  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, stride = Math.ceil(places.length / PIXELS);
+  const order = new Map(places.map((place, index) => [place, index]));
+  for (const cell of values) {
+    cell.marked = !chart.ordered || order.get(cell.x) % step === 0;
+    cell.lined = !chart.ordered || order.get(cell.x) % stride === 0;
+  }
   const dashes = by(styles.map((style) => style.dashes)), shapes = by(styles.map((style) => style.shape)), widths = { ...by(styles.map((style) => style.width)), type: "ordinal", sort: names };
   const layer = [];
   if (chart.low && bounded) {
     const band = ok.length > MANY && chart.ordered;
     const mark = band ? { type: "area", opacity: 0.15, aria: false } : { type: "rule", strokeWidth: 1.2, strokeOpacity: 0.75, aria: false };
-    layer.push({ transform: only("datum.ok && datum.low !== null"), mark, encoding: { ...at, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour, ...(band ? { detail: { field: "series" } } : { opacity }) } });
+    layer.push({ data: { name: "ranges" }, mark, encoding: { ...at, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour, ...(band ? { detail: { field: "series" } } : { opacity }) } });
   }
   if (chart.ordered) {
-    layer.push({ transform: only("datum.ok"), mark: { type: "line", aria: false }, encoding: { ...at, y, color: colour, strokeDash: dashes, strokeWidth: widths, opacity, detail: { field: "series" } } });
+    layer.push({ data: { name: "lines" }, mark: { type: "line", aria: false }, encoding: { ...at, y, color: colour, strokeDash: dashes, strokeWidth: widths, opacity, detail: { field: "series" } } });
   }
   const point = { type: "point", filled: true, size: ok.length > MANY ? 16 : 62, stroke: "var(--page)", strokeWidth: 0.6 };
-  layer.push({ name: "points", transform: only("datum.ok && datum.marked"), mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
+  layer.push({ name: "points", data: { name: "points" }, mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
   if (ok.length < values.length) {
-    layer.push({ name: "failures", transform: only("!datum.ok"), mark: { type: "text", text: "✕", fontSize: 13, fontWeight: "bold", ariaRoleDescription: "failed" }, encoding: { ...at, y: { field: "slot", type: "quantitative", scale: null, axis: null }, color: colour, tooltip: { field: "tip" }, description: { field: "said" } } });
+    layer.push({ name: "failures", data: { name: "failures" }, mark: { type: "text", text: "✕", fontSize: 13, fontWeight: "bold", ariaRoleDescription: "failed" }, encoding: { ...at, y: { field: "slot", type: "quantitative", scale: null, axis: null }, color: colour, tooltip: { field: "tip" }, description: { field: "said" } } });
   }
   return {
     width: "container", height: 270, autosize: { type: "fit-x", contains: "padding" },
     description: `${chart.title}, over ${chart.xTitle}: ${ok.length} values, ${values.length - ok.length} failures${step > 1 ? `; a mark at every ${step} places` : ""}`,
-    params: [{ name: "attentions", value: attentions }, { name: "sets", value: sets }, { name: "settings", value: settings }],
-    data: { name: "cells", values },
-    transform: [{ filter: "indexof(attentions, datum.attention) >= 0 && indexof(sets, datum.set) >= 0 && datum.settings === settings" }],
+    datasets: datasets(values, choice),
     layer,
     config: {
-      background: "transparent", font: "inherit", view: { stroke: null }, mark: { tooltip: true },
+      background: "transparent", font: "inherit", view: { stroke: null }, mark: { tooltip: true, invalid: null },
       axis: { labelColor: INK, titleColor: INK, gridColor: FAINT, domainColor: FAINT, tickColor: FAINT, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelFont: "system-ui, sans-serif", titleFont: "system-ui, sans-serif" },
     },
   };
@@ -162,12 +172,14 @@ class Chart {
   async draw() {
     this.view?.finalize();
     const options = { ...this.part.choice, logX: this.logarithmic("x"), logY: this.logarithmic("y") };
-    const { view } = await window.vegaEmbed(this.place, specification(this.chart, this.part, this.cells, options), EMBED);
+    this.spec = specification(this.chart, this.part, this.cells, options);
+    const { view } = await window.vegaEmbed(this.place, this.spec, EMBED);
     this.view = view;
   }
 
   async choose() {
-    for (const [name, value] of Object.entries(this.part.choice)) this.view.signal(name, value);
+    const drawn = new Set(this.spec.layer.map((layer) => layer.data.name));
+    for (const [name, values] of Object.entries(datasets(this.cells, this.part.choice))) if (drawn.has(name)) this.view.data(name, values);
     await this.view.runAsync();
   }
 

@@ -105,6 +105,7 @@ def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, ca
         "hidden": 16,
         "heads": 2,
         "chunk-size": 4,
+        "chunk-overlap": 1,
         "chunks": 3,
         "batch": 2,
         "examples": 4,

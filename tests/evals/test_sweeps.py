@@ -18,6 +18,7 @@ LEARNED = (
     "language_modeling",
     "length_extrapolation",
     "needle",
+    "retrieval",
     "recall",
     "recall_length",
 )  # asked for by name alone: they take hours
