@@ -113,9 +113,11 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
     : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : places, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
   const offset = chart.ordered || (single && part.sets.length === 1) ? {} : { xOffset: { field: single ? "set" : "series", type: "nominal" } };
   const lowest = Math.min(...ok.map((cell) => cell.low ?? cell.y)), highest = Math.max(...ok.map((cell) => cell.high ?? cell.y));
-  const yScale = logY ? { type: "log", base: chart.unit === "B" ? 2 : 10, nice: false, padding: 14 } : { type: "linear", zero: true, nice: true };
+  // An interval may reach below 0, where a logarithmic axis has no place for it: it then goes to the axis' end.
+  const above = Math.min(...ok.flatMap((cell) => [cell.low, cell.y]).filter((value) => value > 0));
+  const yScale = logY ? { type: "log", base: chart.unit === "B" ? 2 : 10, nice: false, padding: 14, ...(lowest > 0 ? {} : { domainMin: above, clamp: true }) } : { type: "linear", zero: true, nice: true };
   const bounded = highest > 0 && Number.isFinite(lowest);
-  const ticks = logY && bounded && chart.unit !== "B" ? { values: decades(lowest, highest) } : { tickCount: 6 };
+  const ticks = logY && bounded && chart.unit !== "B" ? { values: lowest > 0 ? decades(lowest, highest) : decades(above, highest).filter((tick) => tick >= above) } : { tickCount: 6 };
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
   // Where values are many, only every so many places have a mark, and a line goes through as many as it has pixels.

@@ -65,7 +65,7 @@ BSBR, LINEAR, WINDOW = {"chunk_size": 64}, {"chunk_size": 16}, {"window_size": 1
 FUTURE = {"causality", "padding", "streaming"}
 """What sees the future also sees right padding, and cannot be streamed."""
 
-WRONG: list[tuple[type[Attention], dict[str, int], set[str], str, str]] = [
+WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
     # the class, its options, all checks that must fail, the one that says what is wrong, and its words
     (wrong.TriuForTril, {}, FUTURE | {"parity"}, "causality", "changing the inputs after 0 changes output 0 "),
     (wrong.ReshapedHeads, {}, FUTURE, "causality", "changing the inputs after 0 changes output 0 "),
