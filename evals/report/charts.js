@@ -80,7 +80,7 @@ const LABELS = {
 };
 const INK = "var(--ink)", FAINT = "var(--rule)";
 const MANY = 800; // values, above which intervals are bands
-const PIXELS = 320; // about as wide a chart is at least
+const PLACES = 120; // most along a line or band: a chart is about 350 pixels wide at least
 const MARKED = 240; // about as many of them have a mark then: an element each would make a page slow
 
 /** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or where there are many only the decades. */
@@ -120,8 +120,8 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   const ticks = logY && bounded && chart.unit !== "B" ? { values: lowest > 0 ? decades(lowest, highest) : decades(above, highest).filter((tick) => tick >= above) } : { tickCount: 6 };
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: LABELS[chart.unit], labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
-  // Where values are many, only every so many places have a mark, and a line goes through as many as it has pixels.
-  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, stride = Math.ceil(places.length / PIXELS);
+  // Where values are many, only every so many places have a mark, and a line at most PLACES corners.
+  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, stride = Math.ceil(places.length / PLACES);
   const order = new Map(places.map((place, index) => [place, index]));
   for (const cell of values) {
     cell.marked = !chart.ordered || order.get(cell.x) % step === 0;

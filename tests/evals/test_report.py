@@ -133,29 +133,36 @@ def test_a_hostile_name_is_text(browser: Browser, tmp_path: Path) -> None:
 
 def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Path) -> None:
     page, _ = opened(browser, written(tmp_path / "many", table(tuple(LOOKS), tuple(range(1, 626)))))
-    turns = page.evaluate(
-        """async () => {
-            const [{table}] = window.report, words = document.querySelector("input[type=search]"), times = {};
-            const act = {
+    page.evaluate(
+        """() => {
+            const words = document.querySelector("input[type=search]");
+            window.act = {
                 filter: (turn) => { words.value = turn % 2 ? "" : "bsbr"; words.dispatchEvent(new Event("input")); },
                 sort: () => document.querySelector("thead button").click(),
                 choose: () => document.querySelector("input[data-attention]").click(),
             };
-            for (const [name, action] of Object.entries(act)) {
-                times[name] = [];
-                for (let turn = 0; turn < 5; turn++) {
-                    const start = performance.now();
-                    action(turn);
-                    await new Promise(requestAnimationFrame);
-                    await new Promise(resolve => setTimeout(resolve));
-                    times[name].push(performance.now() - start);
-                }
-            }
-            return times;
+            window.answer = async (name, turn) => {
+                window.act[name](turn);
+                await new Promise(requestAnimationFrame);
+                await new Promise(resolve => setTimeout(resolve));
+            };
         }"""
     )
-    # What else the machine does makes single ones late, and never early.
-    assert {name: min(times) for name, times in turns.items() if min(times) >= 200} == {}
+    # Of the page's own thread, the time that it computes: how long it waits for a core is no matter of the page.
+    counters = page.context.new_cdp_session(page)
+    counters.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def computed_s() -> float:
+        metrics = counters.send("Performance.getMetrics")["metrics"]
+        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
+
+    for name in ("filter", "sort", "choose"):
+        turns = []
+        for turn in range(5):
+            before = computed_s()
+            page.evaluate("([name, turn]) => window.answer(name, turn)", [name, turn])
+            turns.append(computed_s() - before)
+        assert 0 < min(turns) < 0.2, name
 
 
 def test_what_is_no_folder_of_results_is_one_sentence(tmp_path: Path) -> None:
