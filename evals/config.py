@@ -83,7 +83,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Training:
-    """How every contestant learns: `warmup` is a part of the steps, `lengths` are multiples of seq_len at which it is asked."""
+    """How every contestant learns: `warmup` is a part of the steps, `lengths` are multiples of seq_len at which it is asked.
+
+    curriculum: what seq_len is divided by, in as many equal parts of the steps, one after the other; the last is 1.
+    """
 
     steps: int
     learning_rates: tuple[float, ...]
@@ -93,13 +96,19 @@ class Training:
     clip: float
     accumulate: int
     examples: int
+    curriculum: tuple[int, ...]
     lengths: tuple[int, ...]
     checkpoint_s: float
 
     @property
-    def settings(self) -> dict[str, int | float]:
+    def settings(self) -> dict[str, str | int | float]:
         """What a trained model depends on, and is the same for all."""
-        return {key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "accumulate", "examples")}
+        alike = {key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "accumulate", "examples")}
+        return {**alike, "curriculum": ",".join(map(str, self.curriculum))}
+
+    def divisor(self, step: int) -> int:
+        """What seq_len is divided by at a step of 0 … steps − 1."""
+        return self.curriculum[step * len(self.curriculum) // self.steps]
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ class Comparison:
     sampling: Sampling
 
     @property
-    def settings(self) -> dict[str, str | int]:
+    def settings(self) -> dict[str, str | int | float]:
         """What all its contestants are measured under, as the table of results names it."""
         model = asdict(self.model)
         if self.model.scope != "model":  # of the decoder no more is built
@@ -349,17 +358,21 @@ def _for_task(comparison: Comparison) -> Comparison:
     task = build_task(comparison)
     for times in training.lengths:
         replace(task, seq_len=times * task.seq_len)
+    for divisor in training.curriculum:
+        task.part(divisor)
     return replace(comparison, model=replace(model, vocab_size=task.vocab_size))
 
 
 def _training(values: dict[str, Any]) -> Training:
     _check_keys("training.", values, names(Training))
     _integers("training", {key: values[key] for key in ("steps", "seeds", "accumulate", "examples")})
-    for key in ("learning_rates", "lengths"):
+    for key in ("learning_rates", "lengths", "curriculum"):
         given = values[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],)
-        kinds, what = (int, "whole numbers") if key == "lengths" else (int | float, "numbers")
+        kinds, what = (int | float, "numbers") if key == "learning_rates" else (int, "whole numbers")
         if not given or not all(isinstance(one, kinds) and not isinstance(one, bool) and one > 0 for one in given):
             raise UsageError(f"training.{key} must be a list of {what} above 0, got {list(given)!r}")
+    if values["curriculum"][-1] != 1:
+        raise UsageError(f"training.curriculum must end with 1, the whole shape.seq_len, got {list(values['curriculum'])!r}")
     for key, least in (("warmup", 0), ("weight_decay", 0), ("clip", 1e-9), ("checkpoint_s", 0)):
         if isinstance(values[key], bool) or not isinstance(values[key], int | float) or values[key] < least:
             raise UsageError(f"training.{key} must be a number of at least {least:g}, got {values[key]!r}")

@@ -77,7 +77,8 @@ def train(
     for step in range(began, training.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(learning_rate, step, training.steps, training.warmup)
-        batch = task.batch(comparison.shape.batch_size, generator("train", seed, step))
+        divisor = training.divisor(step)
+        batch = task.part(divisor).batch(divisor * comparison.shape.batch_size, generator("train", seed, step))
         sum_ += gradients(shared, batch, device, training.accumulate)
         since += 1
         nn.utils.clip_grad_norm_(model.parameters(), training.clip)

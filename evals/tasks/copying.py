@@ -1,6 +1,7 @@
 """Copying: all that was read, or the tokens that are not noise."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -50,6 +51,8 @@ class SelectiveCopy(Task):
 
     items: int = 16
     symbols: int = 64
+
+    proportional: ClassVar[tuple[str, ...]] = ("items",)
 
     def __post_init__(self) -> None:
         require(1 <= self.items <= self.symbols, f"items must be from 1 to symbols = {self.symbols}, got {self.items}")

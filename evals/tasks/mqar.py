@@ -1,6 +1,7 @@
 """Multi-query associative recall: many keys, asked for their values at power-law distances."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class MQAR(Task):
     vocabulary: int = 8192
     power: float = 0.01
     random_filler: bool = True
+
+    proportional: ClassVar[tuple[str, ...]] = ("num_pairs",)
 
     def __post_init__(self) -> None:
         require(self.num_pairs >= 1, f"num_pairs must be at least 1, got {self.num_pairs}")

@@ -2,8 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Batch(NamedTuple):
 class Task(ABC):
     """A task at one length: its fields are its options, and `dataclasses.replace(task, seq_len=…)` is the same one longer.
 
+    proportional: the options that `part` divides too, down to 1, as they are as much as the length has room for.
+
     accuracy: the part of the targets that are the likeliest token of all the vocabulary.
     """
 
@@ -36,6 +38,8 @@ class Task(ABC):
 
     grouped_by: ClassVar[str | None] = None
     """What tells one group of targets from another, as a column of the table; None: there is one group."""
+
+    proportional: ClassVar[tuple[str, ...]] = ()
 
     unit: ClassVar[str] = "token"
     """What one target is: of a byte, the loss is told in bits, too."""
@@ -57,6 +61,12 @@ class Task(ABC):
     def groups(self) -> tuple[float, ...]:
         """The values of `grouped_by`, in order."""
         return (0.0,)
+
+    def part(self, divisor: int) -> Self:
+        """The same task at a `divisor`-th of the length, which a curriculum begins with. Raises ValueError if there is none."""
+        require(self.seq_len % divisor == 0, f"training.curriculum must divide seq_len = {self.seq_len}, which {divisor} does not")
+        fewer = {option: max(1, getattr(self, option) // divisor) for option in self.proportional}
+        return replace(self, seq_len=self.seq_len // divisor, **fewer)
 
     def facts(self) -> dict[str, Any]:
         """What the examples depend on besides the options, such as a digest of a text."""

@@ -85,7 +85,7 @@ def done(rate: float, seed: int, loss: float, outcome: str = "ok") -> dict[str, 
 
 
 def test_every_rate_has_one_run_and_the_best_has_all_seeds() -> None:
-    training = Training(1, (0.1, 0.2, 0.3), 3, 0, 0, 1, 1, 1, (1,), 0)
+    training = Training(1, (0.1, 0.2, 0.3), 3, 0, 0, 1, 1, 1, (1,), (1,), 0)
     losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
     runs: list[dict[str, Any]] = []
     while (wanted := next_run(runs, training)) is not None:
@@ -96,7 +96,7 @@ def test_every_rate_has_one_run_and_the_best_has_all_seeds() -> None:
 
 
 def test_a_rate_that_diverged_is_not_the_best_and_where_all_did_there_is_none() -> None:
-    training = Training(1, (0.1, 0.2), 2, 0, 0, 1, 1, 1, (1,), 0)
+    training = Training(1, (0.1, 0.2), 2, 0, 0, 1, 1, 1, (1,), (1,), 0)
     failed = done(0.2, 0, 0.0, "diverged")
     assert next_run([done(0.1, 0, 5.0), failed], training) == (0.1, 1)
     assert next_run([done(0.1, 0, 0.0, "oom"), failed], training) is None

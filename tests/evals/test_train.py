@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from evals import checkpoint, train
 from evals.cli import CONF
 from evals.config import Comparison, build_task, read_comparison
-from evals.tasks.task import generator
+from evals.tasks.task import IGNORED, generator
 from evals.workloads import build
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +127,36 @@ def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monk
         list(train.train(asked, asked.contestants[0], build_task(asked), rate, seed, tmp_path / f"{index}.safetensors"))
     assert seen[0] == seen[1] != seen[2]
     assert len({str(batch) for batch in seen[0]}) == 40
+
+
+def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, int], int]] = []
+    original = train.gradients
+
+    def noted(answers: Any, batch: Any, *rest: Any) -> float:
+        seen.append((tuple(batch.inputs.shape), int((batch.targets != IGNORED).sum())))
+        return original(answers, batch, *rest)
+
+    monkeypatch.setattr(train, "gradients", noted)
+    made = run(comparison("training.curriculum=[4,2,1]", "task.num_pairs=4", "training.steps=6"), tmp_path / "run.safetensors")
+    # As many tokens in every step, and as many targets, for the pairs grow with the length.
+    assert seen == [((24, 4), 24), ((24, 4), 24), ((12, 8), 24), ((12, 8), 24), ((6, 16), 24), ((6, 16), 24)]
+    assert made["tokens"] == 6 * 6 * 16
+    assert [one["seq_len"] for one in made["evaluations"]] == [16, 64]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("[2]", r"training.curriculum must end with 1, the whole shape.seq_len, got \[2\]"),
+        ("[3,1]", "training.curriculum must divide seq_len = 16, which 3 does not"),
+        ("[8,1]", "num_pairs must be at most seq_len / 4 = 0, so that each key can be asked, got 1"),
+        ("[0,1]", r"training.curriculum must be a list of whole numbers above 0, got \[0, 1\]"),
+    ],
+)
+def test_a_curriculum_that_cannot_be(given: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        comparison(f"training.curriculum={given}")
 
 
 def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
