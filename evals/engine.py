@@ -122,7 +122,7 @@ class Engine:
         same = [record for record in self.ledger.read()[0] if record.get("settings") == settings]
         return bool(same) and same[-1]["comparison"] == self.id
 
-    def _settings(self) -> dict[str, str | int]:
+    def _settings(self) -> dict[str, str | int | float]:
         return {**self.comparison.settings, "processor": self.processor, "torch": torch.__version__}
 
     def _append(self, history: History, records: Sequence[Record]) -> Sequence[Record]:
