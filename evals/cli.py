@@ -42,9 +42,8 @@ class Session(Callback):
         swept = dict(config.hydra.sweeper.get("params") or {})
         given = [f"{key}={value}" for key, value in swept.items()] + list(config.hydra.overrides.task)
         counts = {
-            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
             for override in OverridesParser.create().parse_overrides(given)
-            if override.is_sweep_override()
         }
         Session.jobs = math.prod(counts.values())
         Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)

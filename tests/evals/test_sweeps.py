@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from evals.cli import CONF
+from evals.cli import CONF, Session
 from evals.config import Comparison, UsageError, cores, every_sweep, layer_parameters, read_comparison
 from evals.cost import cost, differing, unmatched
 
@@ -51,6 +51,22 @@ def jobs(name: str) -> list[list[str]]:
         return [[f"sweep={name}"]]
     (only,) = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     return [[f"sweep={name}", f"{only.get_key_element()}={value}"] for value in only.sweep_string_iterator()]
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "swept"),
+    [
+        ([], 7, "shape.seq_len"),
+        (["shape.seq_len=1024,4096"], 2, "shape.seq_len"),
+        (["shape.seq_len=1024"], 1, None),
+        (["shape.seq_len=1024", "model.num_heads=1,2,4"], 3, "model.num_heads"),
+    ],
+)
+def test_jobs_are_counted_as_the_command_line_leaves_them(given: list[str], count: int, swept: str | None) -> None:
+    config = composed("sweep=seq_len")
+    config.hydra.overrides.task = ["sweep=seq_len", *given]
+    Session().on_multirun_start(config)
+    assert (Session.jobs, Session.swept) == (count, swept)
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])
