@@ -37,7 +37,7 @@ def bsbr_attention(
     for head in range(heads):
         shared = head // group  # the key-value head that this query head reads
         keys, values, features = k[:, shared], v[:, shared], phi_k[:, shared]
-        outputs = []
+        outputs, states = [], []
         for i in range(time):
             chunk = i // chunk_size
             first = max(0, chunk * chunk_size - chunk_overlap)
@@ -45,7 +45,9 @@ def bsbr_attention(
             output = torch.einsum("bj,bjd->bd", torch.softmax(scores, dim=1), values[:, first : i + 1])
             if chunk > 0:
                 if i % chunk_size == 0:
-                    retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], features, values, chunk_size, top_k)
+                    last = slice(i - chunk_size, i)
+                    states.append(torch.einsum("bjr,bjd->brd", features[:, last], values[:, last]))
+                    retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], states, top_k)
                 weight = 1.0 if gain is None else gain[head].double()
                 output = output + weight * torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
             outputs.append(output)
@@ -53,19 +55,16 @@ def bsbr_attention(
     return torch.stack(rows, dim=1)
 
 
-def _retrieve(r_t: Tensor, h: Tensor, features: Tensor, values: Tensor, chunk_size: int, top_k: int | None) -> Tensor:
-    """F̄_t [batch, d_r, head_dim] for one head: r_t [batch, d] against the meta keys h [batch, t, d] of every earlier chunk."""
+def _retrieve(r_t: Tensor, h: Tensor, states: list[Tensor], top_k: int | None) -> Tensor:
+    """F̄_t for one head: r_t [batch, d] against the meta keys h [batch, t, d] of all t chunks before.
+
+    states: theirs, F_s. Each of them is [batch, d_r, head_dim], and so is what is returned.
+    """
     scores = torch.einsum("bd,bsd->bs", r_t, h) / math.sqrt(r_t.shape[-1])
     if top_k is not None and top_k < scores.shape[1]:
         dropped = scores.argsort(dim=1, descending=True, stable=True)[:, top_k:]  # stable: of equals the earliest is kept
         scores = scores.scatter(1, dropped, -torch.inf)
-    weights = torch.softmax(scores, dim=1)
-    retrieved = torch.zeros(len(r_t), features.shape[-1], values.shape[-1], dtype=torch.float64, device=r_t.device)
-    for s in range(h.shape[1]):
-        tokens = slice(s * chunk_size, (s + 1) * chunk_size)
-        state = torch.einsum("bjr,bjd->brd", features[:, tokens], values[:, tokens])
-        retrieved = retrieved + weights[:, s, None, None] * state
-    return retrieved
+    return torch.einsum("bs,bsrd->brd", torch.softmax(scores, dim=1), torch.stack(states, dim=1))
 
 
 def unit_norm(x: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ import tempfile
 # Threads that wait for each other on a busy core do so for a hundred times as long as they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What pytest makes of warnings ends at this process: a number that is none is an error in those that tests start, too.
+os.environ["PYTHONWARNINGS"] = "error::RuntimeWarning"
+
 # Commands that measure take turns with all others on this machine, by a lock in the temporary folder.
 folder = tempfile.mkdtemp(prefix=f"bsbr-tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-")
 tempfile.tempdir = os.environ["TMPDIR"] = folder

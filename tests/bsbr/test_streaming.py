@@ -160,14 +160,17 @@ def test_a_state_survives_the_disk(tmp_path: Path, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_state_holds_exactly_the_bytes_declared_and_keeps_no_others_alive(dtype: torch.dtype, options: dict[str, Any]) -> None:
     attention, x = build(**options).to(dtype), hidden().to(dtype)
+    by_token: State | None = None
     with torch.no_grad():
         for time in range(1, TIME + 1):
-            for sizes in ([time], [1] * time, [time // 2, time - time // 2][time < 2 :]):
-                _, state = in_pieces(attention.extend, x[:, :time], sizes)
-                position = state.pop("position")  # a counter, the same in every attention
-                assert position.tolist() == time
-                assert sum(tensor.nbytes for tensor in state.values()) == attention.state_bytes(time, batch_size=2)
-                assert sum(tensor.untyped_storage().nbytes() for tensor in state.values()) == attention.state_bytes(time, 2)
+            _, by_token = attention.extend(x[:, time - 1 : time], by_token)
+            _, at_once = attention.extend(x[:, :time])
+            _, in_two = in_pieces(attention.extend, x[:, :time], [time // 2, time - time // 2][time < 2 :])
+            for state in (by_token, at_once, in_two):
+                assert state["position"].tolist() == time
+                kept = [tensor for key, tensor in state.items() if key != "position"]  # a counter, the same in every attention
+                assert sum(tensor.nbytes for tensor in kept) == attention.state_bytes(time, batch_size=2)
+                assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == attention.state_bytes(time, 2)
 
 
 # --- what a token costs ---------------------------------------------------------------------------

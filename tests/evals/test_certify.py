@@ -20,6 +20,7 @@ from bsbr import Attention, BSBRAttention
 from evals.certify import certify, main
 from evals.checks import CHECKS
 from tests.evals import wrong_attentions as wrong
+from tests.evals.commands import call
 
 ROOT = Path(__file__).parents[2]
 NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
@@ -192,10 +193,7 @@ def test_certifying_leaves_the_process_as_it_was() -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    small = ("model.hidden_dim=32", "model.num_heads=2")
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "evals.certify", *arguments, *small]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+SMALL = ("model.hidden_dim=32", "model.num_heads=2")
 
 
 def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> None:
@@ -209,7 +207,8 @@ def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> 
     )
     (folder / "peeks.yaml").write_text("peeks: {_target_: peeks.Peeks}\n")
     (folder / "leaves.yaml").write_text("leaves: {_target_: peeks.Leaves}\n")
-    done = launch("--config-dir", str(folder.parent), "attention=[linear,peeks,leaves]")
+    command = [sys.executable, "-m", "evals.certify", "--config-dir", str(folder.parent), "attention=[linear,peeks,leaves]", *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     assert rows["linear"] == ["✓"] * len(CHECKS)
@@ -221,7 +220,7 @@ def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> 
 
 
 def test_the_command_exits_with_0_where_all_is_green() -> None:
-    done = launch("attention=[standard]")
+    done = call(main, "attention=[standard]", *SMALL)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -16,6 +16,7 @@ import torch
 
 from evals import run
 from evals.ledger import Ledger
+from tests.evals.commands import call
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -28,13 +29,22 @@ SMALL = (
 )
 
 
+def words(folder: Path, *arguments: str) -> list[str]:
+    return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL, *arguments]
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
-    places = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
-    return [sys.executable, "-W", "error::RuntimeWarning", "-m", "evals.run", *places, *SMALL, *arguments]
+    return [sys.executable, "-m", "evals.run", *words(folder, *arguments)]
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
     return subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In this one."""
+    return call(run.main, *words(folder, *arguments))
 
 
 def measurements(folder: Path, sweep: str = "single") -> list[dict[str, Any]]:
@@ -153,7 +163,7 @@ def test_plots_are_there(swept: tuple[Path, str]) -> None:
 def test_the_same_command_again_measures_nothing_and_says_the_same(swept: tuple[Path, str]) -> None:
     folder, said = swept
     before, rows = measurements(folder, "seq_len"), table(folder, "seq_len")
-    again = launch(folder, *SWEEP)
+    again = called(folder, *SWEEP)
     assert (again.returncode, again.stderr) == (0, "")
     assert measurements(folder, "seq_len") == before
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
@@ -178,7 +188,7 @@ def test_a_torn_line_is_set_aside_and_told(swept: tuple[Path, str]) -> None:
     before = measurements(folder, "seq_len")
     with path.open("a") as file:
         file.write('{"kind": "late')
-    again = launch(folder, *SWEEP)
+    again = called(folder, *SWEEP)
     assert again.returncode == 0
     assert again.stderr == f"warning: the last line of {path} was torn, and is set aside in {path.with_suffix('.torn')}\n"
     assert measurements(folder, "seq_len") == before
@@ -186,10 +196,10 @@ def test_a_torn_line_is_set_aside_and_told(swept: tuple[Path, str]) -> None:
 
 def test_more_rounds_are_added_to_those_there_are(certified: Path) -> None:
     arguments = ("attention=[standard,linear]", "shape.seq_len=50", "sampling.budget_s=1000")
-    assert launch(certified, *arguments, "sampling.max_rounds=2").returncode == 0
+    assert called(certified, *arguments, "sampling.max_rounds=2").returncode == 0
     before = measurements(certified)
     assert set(table(certified)["stopped"]) == {"rounds"}
-    assert launch(certified, *arguments, "sampling.max_rounds=3").returncode == 0
+    assert called(certified, *arguments, "sampling.max_rounds=3").returncode == 0
     after = measurements(certified)
     assert after[: len(before)] == before
     assert {m["round"] for m in after[len(before) :]} == {2}
@@ -198,7 +208,7 @@ def test_more_rounds_are_added_to_those_there_are(certified: Path) -> None:
 
 def test_a_dry_run_tells_what_is_left_and_leaves_nothing_behind(certified: Path) -> None:
     arguments = ("sweep=seq_len", "attention=[standard,linear]", "shape.seq_len=50,60", "sampling.budget_s=30")
-    done = launch(certified, *arguments, "--dry-run")
+    done = called(certified, *arguments, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("standard, linear: 0 rounds are made, about 30 s to go") == 2
     assert "in all about 1.0 min; nothing was measured" in done.stdout
@@ -210,7 +220,7 @@ def test_another_option_is_another_comparison(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     before = measurements(folder, "seq_len")
     changed = [word.replace("chunk_size=16", "chunk_size=8").replace("60,129", "60") for word in SWEEP]
-    assert launch(folder, *changed).returncode == 0
+    assert called(folder, *changed).returncode == 0
     made = measurements(folder, "seq_len")[len(before) :]
     # All of it, so that what is compared was measured side by side.
     assert {m["attention"] for m in made} == {"standard", "bsbr", "linear"}
@@ -221,13 +231,13 @@ def test_another_option_is_another_comparison(swept: tuple[Path, str]) -> None:
 
 def test_any_option_can_be_swept_and_a_folder_holds_one_sweep(certified: Path) -> None:
     places = ("attention=[standard,bsbr]", "shape.seq_len=40", "sweep_name=chunks", "sampling.min_rounds=1")
-    done = launch(certified, "-m", "attention.bsbr.chunk_size=16,32", *places)
+    done = called(certified, "-m", "attention.bsbr.chunk_size=16,32", *places)
     assert (done.returncode, done.stderr) == (0, "")
     assert "[2/2] chunk_size=32" in done.stdout
     rows = table(certified, "chunks")
     assert rows["chunk_size"].tolist() == [16, 16, 32, 32]
     assert set(rows["swept"]) == {"attention.bsbr.chunk_size"}
-    other = launch(certified, "-m", "shape.batch_size=1,2", *places)
+    other = called(certified, "-m", "shape.batch_size=1,2", *places)
     assert other.returncode == 2
     assert "chunks holds a sweep over attention.bsbr.chunk_size, and this is one over shape.batch_size" in other.stderr
     assert len(table(certified, "chunks")) == 4
@@ -243,7 +253,7 @@ def test_other_workloads_on_a_whole_decoder(certified: Path, workload: str, toke
         "shape.batch_size=2",
         "shape.seq_len=40",
     )
-    done = launch(certified, f"workload={workload}", "attention=[standard,linear]", *options)
+    done = called(certified, f"workload={workload}", "attention=[standard,linear]", *options)
     assert (done.returncode, done.stderr) == (0, "")
     rows = table(certified)
     assert rows["outcome"].tolist() == ["ok", "ok"]
@@ -328,7 +338,7 @@ def test_a_cell_that_fails_is_a_row_and_the_sweep_goes_on(certified: Path) -> No
     # It was not timed, and what failed is not tried again.
     assert [m["kind"] for m in measurements(certified) if m["attention"] == "peeks"] == ["trial"]
     before = measurements(certified)
-    assert launch(certified, *arguments).returncode == 0
+    assert called(certified, *arguments).returncode == 0
     assert measurements(certified) == before
 
 
@@ -353,7 +363,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
             "interrupted; what was measured is kept, and the same command goes on from there\n"
         )
         assert table(certified, "seq_len")["seq_len"].tolist() == [50, 50]
-    assert launch(certified, *arguments).returncode == 0
+    assert called(certified, *arguments).returncode == 0
     records = measurements(certified, "seq_len")
     assert records[: len(kept)] == kept
     whole = {(m["comparison"], m["attention"], m["kind"], m.get("round"), m.get("twin")) for m in records}
@@ -403,7 +413,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
 def test_bad_input_is_one_sentence_and_exit_code_2(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused([*command(tmp_path)[5:], *arguments], monkeypatch, capfd)
+    said = refused(words(tmp_path, *arguments), monkeypatch, capfd)
     pattern = sentence if ".*" in sentence else re.escape(sentence)
     assert re.match(f"error: .*{pattern}", said)
     assert not (tmp_path / "plots").exists()
@@ -432,7 +442,7 @@ def test_a_config_that_does_not_parse(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_one_bad_place_of_a_sweep_stops_it(tmp_path: Path) -> None:
-    done = launch(tmp_path, "sweep=seq_len", "shape.seq_len=-7,128")
+    done = called(tmp_path, "sweep=seq_len", "shape.seq_len=-7,128")
     assert done.returncode == 2
     assert done.stderr == "error: shape.seq_len must be a positive integer, got -7\n"
     assert measurements(tmp_path, "seq_len") == []
