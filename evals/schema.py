@@ -41,11 +41,8 @@ def stamped(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The table as it is written: of the schema's types also where a column is empty, no word as none, and with its version."""
     known = schema(kind)["properties"]
     typed = {name: DTYPES[_type(known[name])] for name in table if name in known}
-    return (
-        table.replace({name: {"": None} for name, dtype in typed.items() if dtype == "string"})
-        .astype(typed)
-        .assign(**{VERSION: version(kind)})
-    )
+    words = {str(name): table[name].where(table[name] != "") for name, dtype in typed.items() if dtype == "string"}
+    return table.assign(**words).astype(typed).assign(**{VERSION: version(kind)})
 
 
 def _type(column: dict[str, Any]) -> str:
@@ -77,7 +74,7 @@ def read(path: Path, **options: Any) -> pd.DataFrame:
 
     Raises OtherVersion if this checkout has another version of its schema.
     """
-    table = pd.read_csv(path, **options)
+    table: pd.DataFrame = pd.read_csv(path, **options)
     kind = kind_of(path)
     if VERSION not in table:  # a table of one's own, or a part of one: whoever needs a column will say so
         return table
@@ -114,6 +111,6 @@ def cell(text: str, kind: str = "") -> Cell:
             number = float(text)
         except ValueError:
             return text
-        if math.isfinite(number):  # JSON has no other
+        if not math.isnan(number):  # inf: an interval without an end
             return int(number) if number.is_integer() and kind != "number" else number
     return text
