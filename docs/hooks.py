@@ -2,7 +2,8 @@
 
 In a page, `$…$` and, as a paragraph of its own, `$$…$$` are LaTeX, which becomes MathML here and is drawn by the browser.
 `{{ table results/<folder> <column> }}` is the table of one quantity, and `{{ cell results/<folder> <attention> <place> <column> }}`
-one number of it, both as `python -m evals.export` prints them and read when the site is built.
+one number of it, both as `python -m evals.export` prints them and read when the site is built. `{{ columns <schema> }}` lists the
+columns that schemas/<schema>.schema.json describes.
 """
 
 import re
@@ -21,6 +22,7 @@ from mkdocs.structure.files import File, Files
 
 from evals.export import markdown as table
 from evals.figures import read, swept_column
+from evals.schema import schema
 from evals.table import QUANTITIES, Quantity, cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ KNOWN = {
         Quantity("noise %", "how far the reference seemed to be from itself, in %", "noise_floor", 0.01),
     )
 }
-DIRECTIVE = re.compile(r"\{\{ (table|cell) ([^{}]*) \}\}")
+DIRECTIVE = re.compile(r"\{\{ (table|cell|columns) ([^{}]*) \}\}")
 
 
 class Mathematics(Extension):
@@ -81,18 +83,30 @@ def filled(directive: re.Match[str]) -> str:
     """What stands in the site in place of a directive. Raises PluginError if the results do not hold it."""
     what, (folder, *words) = directive[1], directive[2].split()
     try:
+        if what == "columns":
+            return listed(folder)
         results = table_of(folder)
         cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
         if what == "cell":
             name, place, column = words
             return cell(cells[name, place], KNOWN[column])
         (quantity,) = (KNOWN[column] for column in words)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, FileNotFoundError) as error:
         raise PluginError(f"{directive[0]}: {error!r}") from error
     names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     reference = next(iter(results["relative_to"].dropna()), None)
     rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
     return table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
+
+
+def listed(kind: str) -> str:
+    """The columns of a schema as a table; those that not every sweep has come last."""
+    described, always = schema(kind)["properties"], schema(kind)["required"]
+    rows = [
+        f"| `{name}` | {column.get('unit', '')} | {column['description']}{'' if name in always else ' (where it applies)'} |"
+        for name, column in described.items()
+    ]
+    return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
 
 
 @cache

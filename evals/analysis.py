@@ -12,13 +12,11 @@ from evals.history import History, Runner
 from evals.ledger import Record
 from evals.page import is_number
 from evals.scaling import NONE, agreement, crossovers, fit_scaling
+from evals.schema import columns
 from evals.table import SETTINGS
 
-SCALING = (
-    *("attention", "quantity", "exponent", "exponent_low", "exponent_high", "overhead", "factor", "note"),
-    *("declared_exponent", "agreement"),
-)
-CROSSOVERS = ("first", "second", "at", "at_low", "at_high", "after", "note")
+SCALING = columns("scaling")
+CROSSOVERS = columns("crossovers")
 
 
 def analyse(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.DataFrame]:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from evals import table
+from evals import schema, table
 from evals.config import UsageError, one_sentence
 from evals.interleave import measure
 from evals.ledger import Ledger, Record
@@ -64,7 +64,7 @@ def read(folder: Path) -> list[Cell]:
         for record in records:
             if record.get("kind") == "latency" and record["outcome"] == "ok" and not record.get("twin"):
                 timed.setdefault((record["comparison"], record["attention"]), []).append(record)
-        rows = pd.read_csv(folder / "results.csv", dtype={"attention": str, "comparison": str, "outcome": str})
+        rows = schema.read(folder / "results.csv", dtype={"attention": str, "comparison": str, "outcome": str})
         # Of a comparison, the row of the reference knows how far that is from itself.
         floors: dict[Any, float] = rows.groupby("comparison")["noise_floor"].max().to_dict() if "noise_floor" in rows else {}
         cells = [
@@ -73,6 +73,8 @@ def read(folder: Path) -> list[Cell]:
         ]
     except KeyError as error:
         raise UsageError(f"{folder} is corrupt: its results.csv or samples.jsonl lacks {error}") from error
+    except schema.OtherVersion as error:
+        raise UsageError(str(error)) from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{folder} is corrupt: {one_sentence(error)}") from error
     if not cells:

@@ -174,11 +174,6 @@ def peak(comparison: Comparison, contestant: Contestant) -> int:
 
 # --- at read time -------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("sweep", "attention", "outcome", "max_context", "peak_bytes", "limit_bytes", "next_seq_len", "next_outcome", "detail"),
-    *("workload", "scope", "device", "dtype", "threads", "batch_size", "hidden_dim", "num_heads"),
-)
-
 
 def results(records: Sequence[Record]) -> "pd.DataFrame":
     """One row a contestant of every search in a ledger: the longest length that fits, the next one tried that does not, and why.
@@ -186,6 +181,8 @@ def results(records: Sequence[Record]) -> "pd.DataFrame":
     outcome: ok; the first length's own where none fits; uncertified; unsupported. Of a search that is not through, what it has.
     """
     import pandas as pd  # not before: it takes half a second, for which the first measurement would have to wait
+
+    from evals.schema import columns
 
     described = {record["search"]: record for record in records if record.get("kind") == "search"}
     probes = [record for record in records if record.get("kind") == "probe"]
@@ -200,8 +197,9 @@ def results(records: Sequence[Record]) -> "pd.DataFrame":
             if own:
                 row = {"sweep": description["sweep"], "attention": name, "limit_bytes": description["limit_bytes"]}
                 rows.append(row | description["settings"] | _found(own))
-    extra = {column: None for row in rows for column in row if column not in COLUMNS}
-    return pd.DataFrame(rows, columns=[*COLUMNS, *extra])
+    known = columns("longest")
+    extra = {column: None for row in rows for column in row if column not in known}
+    return pd.DataFrame(rows, columns=[*known, *extra])
 
 
 def _found(probes: Sequence[Record]) -> dict[str, Any]:

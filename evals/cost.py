@@ -47,8 +47,8 @@ def cost(comparison: Comparison, contestant: Contestant) -> dict[str, int]:
     needed = least(comparison, module)
     costs = {
         "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
-        "state_bytes": state_bytes,
-        "flops": needed.flops,
+        "state_bytes": round(state_bytes),
+        "flops": round(needed.flops),  # whatever type an attention declares them in
         "least_bytes": needed.moved_bytes,
         "held_bytes": needed.held_bytes,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from evals import schema
 from evals.config import UsageError, one_sentence
 from evals.history import History, Runner
 from evals.ledger import Ledger
@@ -33,7 +34,9 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            table = pd.read_csv(folder / "results.csv")
+            table = schema.read(folder / "results.csv")
+        except schema.OtherVersion as error:
+            raise UsageError(str(error)) from error
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder / 'results.csv'} is no table of results: {one_sentence(error)}") from error
         for column in ("attention", "outcome", "comparison", "relative_to", "seq_len"):

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from evals import conversion, learning
+from evals import conversion, learning, schema
 from evals.curves import QUANTITIES, curve, scaling
 from evals.depths import needle_depth
 from evals.longest import longest
@@ -70,7 +70,9 @@ def read(folder: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that `python -m evals.run` wrote, such as results/seq_len")
     try:
-        return checked(pd.read_csv(path))
+        return checked(schema.read(path))
+    except schema.OtherVersion:
+        raise
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path} is empty: run `python -m evals.run` again") from None
     except (ValueError, OSError) as error:  # pandas' parser and decoder errors are ValueErrors
@@ -88,7 +90,9 @@ def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
         if not path.is_file():
             continue
         try:
-            tables[name] = checked_fit(name, pd.read_csv(path))
+            tables[name] = checked_fit(name, schema.read(path))
+        except schema.OtherVersion:
+            raise
         except pd.errors.EmptyDataError:
             continue  # nothing was fitted
         except (ValueError, OSError) as error:
@@ -294,13 +298,13 @@ def redraw(results: Path, plots: Path) -> list[Path]:
     `draw_conversions` where it is of conversions.
     """
     path = results / "results.csv"
-    head = path.read_bytes().split(b"\n", 1)[0] if path.is_file() else b""
-    if b"max_context" in head:
-        return draw_contexts(pd.read_csv(path), plots)
-    if b"gap_closed" in head:
-        return draw_conversions(pd.read_csv(path), pd.read_csv(results / "positions.csv"), plots)
-    if b"eval_seq_len" in head:
-        return draw_learned(pd.read_csv(path), pd.read_csv(results / "curves.csv"), plots)
+    kind = schema.kind_of(path) if path.is_file() else ""
+    if kind == "longest":
+        return draw_contexts(schema.read(path), plots)
+    if kind == "converted":
+        return draw_conversions(schema.read(path), schema.read(results / "positions.csv"), plots)
+    if kind == "learned":
+        return draw_learned(schema.read(path), schema.read(results / "curves.csv"), plots)
     return draw(read(results), plots, **read_fits(results))
 
 

@@ -30,6 +30,8 @@ from evals.config import digest, one_sentence
 from evals.healing import Optimisation, attentions_of, heal, moving, optimise
 from evals.ledger import Ledger, Record
 from evals.measure import now
+from evals.schema import columns
+from evals.table import write
 from evals.tasks.corpus import corpus
 from evals.tasks.task import Split, generator
 from evals.trials import source
@@ -182,7 +184,7 @@ def compared(original: PreTrainedModel, model: PreTrainedModel, test: Sequence[T
 
 
 def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
-    """`results`: a row a run and model. `positions`: the perplexity in each chunk of the context."""
+    """`converted`: a row a run and model. `positions`: the perplexity in each chunk of the context."""
     rows, positions = [], []
     for record in records:
         plan, models = record["plan"], record["models"]
@@ -196,7 +198,7 @@ def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
             rows.append({**key, "context": plan["chunks"] * plan["chunk_size"], **values, **closed, **sizes})
             for chunk, nats in enumerate(found["chunk_nats"]):
                 positions.append({**key, "position": chunk * plan["chunk_size"], "perplexity": math.exp(nats)})
-    return {"results": pd.DataFrame(rows), "positions": pd.DataFrame(positions)}
+    return {name: pd.DataFrame(made, columns=list(columns(name))) for name, made in (("converted", rows), ("positions", positions))}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -225,12 +227,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     finally:
         watch.close()
-    records = ledger.read()[0]
-    for name, made in tables(records).items():
-        made.to_csv(folder / f"{name}.csv", index=False)
-    shown = tables(records)["results"][
-        ["model", "seed", "stage", "perplexity", "gap_closed", "kl", "cosine", "top_1", "top_5", "top_10"]
-    ]
+    made = tables(ledger.read()[0])
+    for name, table in made.items():
+        write(table, folder, name)
+    shown = made["converted"][["model", "seed", "stage", "perplexity", "gap_closed", "kl", "cosine", "top_1", "top_5", "top_10"]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"\n{folder / 'results.csv'}: {len(shown)} rows")
     return 0

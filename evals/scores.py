@@ -11,20 +11,13 @@ import pandas as pd
 from evals.figures import swept_column
 from evals.ledger import Record
 from evals.page import plain
+from evals.schema import columns
 from evals.statistics import mean_interval
 from evals.study import best_rate
 from evals.table import WIDTH, aligned
 
-COLUMNS = (
-    *("sweep", "swept", "attention", "outcome", "detail", "task", "seq_len", "eval_seq_len", "depth", "position"),
-    *("learning_rate", "best", "seeds", "accuracy", "accuracy_low", "accuracy_high", "chance"),
-    *("loss_nats", "loss_low_nats", "loss_high_nats", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"),
-    *("targets", "validation_loss_nats", "parameters", "ff_dim", "state_bytes", "tokens", "train_s"),
-    *("steps", "batch_size", "warmup", "weight_decay", "clip", "accumulate", "examples"),
-    *("device", "dtype", "threads", "hidden_dim", "num_heads", "num_layers", "conv_size", "vocab_size", "match"),
-    *("processor", "torch", "study"),
-)
-CURVES = ("sweep", "swept", "attention", "learning_rate", "best", "seed", "step", "tokens", "loss_nats")
+COLUMNS = columns("learned")
+CURVES = columns("curves")
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:

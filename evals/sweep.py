@@ -124,7 +124,7 @@ class Run:
         if results.empty:
             return 0
         folder = ledger(cfg).path.parent
-        path = table.write(results, folder)
+        path = table.write(results, folder, "measured")
         fits = analyse(results, records)
         for name, fitted in fits.items():
             table.write(fitted, folder, name)
@@ -140,7 +140,7 @@ class Run:
     def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:
         from evals import figures, table
 
-        path = table.write(results, ledger(cfg).path.parent)
+        path = table.write(results, ledger(cfg).path.parent, "longest")
         plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(context.shown(results))
         print(f"\n{written(path, results, plots)}")
@@ -152,7 +152,7 @@ class Run:
         results, curves = scores.results(records), scores.curves(records)
         if results.empty:
             return 0
-        path = table.write(results, ledger(cfg).path.parent)
+        path = table.write(results, ledger(cfg).path.parent, "learned")
         table.write(curves, ledger(cfg).path.parent, "curves")
         track(cfg, results, curves)
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))

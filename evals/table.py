@@ -18,21 +18,14 @@ from evals.figures import swept_column
 from evals.history import History, Runner
 from evals.ledger import Record
 from evals.machine import IDENTITY
+from evals.schema import columns, schema, stamped
 from evals.statistics import ONE_SIGMA, Speedup, noise_floor, verdicts
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
     *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
 )
-COLUMNS = (
-    *("sweep", "swept", "attention", "outcome", "detail", *SETTINGS),
-    *("latency_s", "latency_low_s", "latency_high_s", "samples", "rounds", "stopped", "first_call_s"),
-    *("host_s", "exposed", "throttled"),
-    *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "relative_to", "speedup", "speedup_low", "speedup_high"),
-    *("p", "noise_floor", "verdict"),
-    *("impl", "floor_s", "ceiling_fraction", "limit", "flops", "least_bytes"),
-    *("peak_bytes", "process_peak_bytes", "parameter_bytes", "state_bytes", "sent_bytes", "match", "unmatched", "comparison"),
-)
+COLUMNS = columns("measured")
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
@@ -169,9 +162,13 @@ def judge(rows: list[dict[str, Any]]) -> None:
         row["verdict"] = verdict
 
 
-def write(table: pd.DataFrame, folder: Path, name: str = "results") -> Path:
-    """The table as <name>.csv and <name>.parquet, each in place of what was there only once it is whole; returns the first."""
+def write(table: pd.DataFrame, folder: Path, kind: str) -> Path:
+    """The table as CSV and as Parquet, each in place of what was there only once it is whole; returns the first.
+
+    kind: the schema that it is of, which says how the files are named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    name, table = schema(kind)["file"], stamped(table, kind)
     formats: dict[str, Callable[[Path], object]] = {
         "csv": lambda path: table.to_csv(path, index=False),
         "parquet": lambda path: table.to_parquet(path, index=False),

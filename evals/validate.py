@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra import compose, initialize_config_dir
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from evals import cli, table
+from evals import cli, schema, table
 from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.engine import Engine
 from evals.ledger import Ledger
@@ -168,7 +167,7 @@ def kills(count: int) -> bool:
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         records = [record for record in ledger.read()[0] if record["kind"] in ("trial", "latency")]
         places = [tuple(record.get(key) for key in ("comparison", "attention", "kind", "round", "twin")) for record in records]
-        rows = pd.read_csv(ledger.path.with_name("results.csv"))
+        rows = schema.read(ledger.path.with_name("results.csv"))
     complete = len(rows) == 3 * 10 and (rows["outcome"] == "ok").all() and (rows["rounds"] >= 20).all()
     twice = len(places) - len(set(places))
     print(f"kills: {killed} in {finished + 1} sweeps; in the last {len(places)} records, {twice} of them twice")

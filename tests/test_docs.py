@@ -20,6 +20,7 @@ from mkdocs.exceptions import PluginError
 
 from evals.cli import CONF
 from evals.config import UsageError, read_comparison
+from evals.schema import VERSION, columns
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
@@ -114,8 +115,20 @@ def test_a_number_on_a_page_is_the_one_in_the_results(hooks: ModuleType) -> None
     assert line.split("|")[2].strip().startswith(f"{row['speedup']:.2f}±")
 
 
+def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> None:
+    lines = hooks.on_page_markdown("{{ columns crossovers }}").splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == [*columns("crossovers"), VERSION]
+    assert lines[2] == "| `first` |  | one attention |"
+
+
 @pytest.mark.parametrize(
-    "directive", ["cell results/paper/seq_len linear 129 flops", "table results/none speedup", "table results/paper/seq_len speed"]
+    "directive",
+    [
+        "cell results/paper/seq_len linear 129 flops",
+        "table results/none speedup",
+        "table results/paper/seq_len speed",
+        "columns none",
+    ],
 )
 def test_a_number_that_is_not_there_ends_the_build(hooks: ModuleType, directive: str) -> None:
     with pytest.raises(PluginError, match=directive):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals import figures, learning
+from evals import figures, learning, schema
 from evals.config import UsageError
 from evals.ledger import Ledger, Record
 from evals.page import SETTINGS, plain
@@ -77,17 +77,22 @@ def read(folders: Sequence[Path]) -> list[Source]:
 
 def _read(folder: Path, label: str) -> Source:
     path = folder / "results.csv"
-    head = path.read_bytes().split(b"\n", 1)[0] if path.is_file() else b""
-    if b"max_context" in head:
+    kind = schema.kind_of(path) if path.is_file() else ""
+    if kind == "longest":
         return Source(folder, label, CONTEXT, _demanded(path, figures.CONTEXT_COLUMNS))
-    if b"eval_seq_len" in head:
+    if kind == "learned":
         curves = folder / "curves.csv"
-        return Source(folder, label, LEARNED, _demanded(path, learning.COLUMNS), pd.read_csv(curves) if curves.is_file() else None)
+        return Source(folder, label, LEARNED, _demanded(path, learning.COLUMNS), schema.read(curves) if curves.is_file() else None)
+    if kind == "converted":
+        raise ValueError(
+            f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
+            "draws them"
+        )
     return Source(folder, label, SPEED, figures.read(folder), fits=figures.read_fits(folder))
 
 
 def _demanded(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    table = pd.read_csv(path)
+    table = schema.read(path)
     missing = [column for column in columns if column not in table]
     if missing or table.empty:
         what = f"lacks the column {', '.join(missing)}" if missing else "has no row"

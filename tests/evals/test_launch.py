@@ -179,5 +179,5 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
 
 
 def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
-    path = table.write(table.results([lost([started(0, "node1")])]), tmp_path)
+    path = table.write(table.results([lost([started(0, "node1")])]), tmp_path, "measured")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

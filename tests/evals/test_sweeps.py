@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from evals.cli import CONF, Session
 from evals.config import Comparison, UsageError, cores, every_sweep, layer_parameters, read_comparison
 from evals.cost import cost, differing, unmatched
+from evals.schema import schema
 
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 LEARNED = (
@@ -80,6 +81,13 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
         assert len(places) >= (1 if name in ("threads", "context_parallel", *LEARNED) else 2)
         assert len({one.swept for one in comparisons}) == 1
         assert next(iter(comparisons[0].option)) in comparisons[0].settings
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])
+def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
+    comparison = read(*jobs(name)[0])
+    kind = "learned" if comparison.task else "longest" if comparison.search else "measured"
+    assert {*comparison.settings} - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
 
 
 def test_sweep_all_is_every_other_one_in_a_folder_of_its_own() -> None:

@@ -1,0 +1,61 @@
+"""`python -m evals.tables results/<sweep> …`: the tables of a folder made again from its samples, without measuring anything.
+
+Every figure is computed from raw samples: where the code that does it has changed, or the schema of a table, so have the tables.
+Exit code: 0, or 2 for what cannot be read, in one sentence on standard error.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from evals import context, scores, table
+from evals.analysis import analyse
+from evals.config import UsageError
+from evals.ledger import Ledger, Record
+
+
+def made(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+    """Every table that a ledger gives, by the name of its schema."""
+    kinds = {record.get("kind") for record in records}
+    if "conversion" in kinds:
+        from evals import heal  # needs transformers
+
+        return heal.tables(records)
+    if "study" in kinds:
+        return {"learned": scores.results(records), "curves": scores.curves(records)}
+    if "search" in kinds:
+        return {"longest": context.results(records)}
+    measured = table.results(records)
+    return {"measured": measured, **analyse(measured, records)} if len(measured) else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.tables", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="folders with a samples.jsonl, such as results/seq_len")
+    options = parser.parse_args(arguments)
+    try:
+        for folder in options.results:
+            records, damaged = Ledger(folder / "samples.jsonl").read()
+            if damaged:
+                print(
+                    f"warning: samples.jsonl in {folder} is damaged in line {', '.join(damaged)}, which is left out",
+                    file=sys.stderr,
+                )
+            tables = made(records)
+            if not tables:
+                raise UsageError(
+                    f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"
+                )
+            for kind, rows in tables.items():
+                print(f"{table.write(rows, folder, kind)}: {len(rows)} rows")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
