@@ -12,10 +12,11 @@ VENV ?= .venv
 ARGS ?=
 bin := $(VENV)/bin
 
-.PHONY: help sweep certify test clusters lint format docs clean
+.PHONY: help sweep paper certify test clusters lint format docs clean
 
 help:
 	@echo "make sweep    compare all attentions over sequence length: results/seq_len, plots/seq_len"
+	@echo "make paper    measure all that the study is made of, and draw it: results/paper, plots/paper; takes hours"
 	@echo "make certify  check every attention against the contract"
 	@echo "make test     run the tests"
 	@echo "make clusters run sweeps on a real Slurm and a real Ray, of which a node dies; takes minutes"
@@ -26,6 +27,10 @@ help:
 
 sweep: $(VENV)/installed
 	$(bin)/python -m evals.run sweep=seq_len $(ARGS)
+
+# Resumable: what was measured is not measured again.  make paper ARGS='--dry-run'   make paper ARGS='device=cuda'
+paper: $(VENV)/installed
+	$(bin)/python -m evals.paper $(ARGS)
 
 certify: $(VENV)/installed
 	$(bin)/python -m evals.certify $(ARGS)

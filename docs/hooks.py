@@ -4,6 +4,9 @@ In a page, `$…$` and, as a paragraph of its own, `$$…$$` are LaTeX, which be
 `{{ table results/<folder> <column> }}` is the table of one quantity, and `{{ cell results/<folder> <attention> <place> <column> }}`
 one number of it, both as `python -m evals.export` prints them and read when the site is built. `{{ columns <schema> }}` lists the
 columns that schemas/<schema>.schema.json describes.
+
+The study's page says more: `{{ finding <name> }}` is a sentence or table of `evals.paper.findings`, `{{ figure <name> }}` a figure
+of `evals.paper.figures` with its caption, and `{{ recipe }}` the commands of conf/paper.yaml.
 """
 
 import re
@@ -21,7 +24,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from evals.export import markdown as table
-from evals.figures import read, swept_column
+from evals.figures import STUDY, read, swept_column
+from evals.paper import figures as study
+from evals.paper.findings import FINDINGS
+from evals.paper.recipe import recipe
 from evals.schema import schema
 from evals.table import QUANTITIES, Quantity, cell
 
@@ -36,7 +42,7 @@ KNOWN = {
         Quantity("noise %", "how far the reference seemed to be from itself, in %", "noise_floor", 0.01),
     )
 }
-DIRECTIVE = re.compile(r"\{\{ (table|cell|columns) ([^{}]*) \}\}")
+DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [^{}\s]+)*) \}\}")
 
 
 class Mathematics(Extension):
@@ -80,19 +86,22 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def filled(directive: re.Match[str]) -> str:
-    """What stands in the site in place of a directive. Raises PluginError if the results do not hold it."""
-    what, (folder, *words) = directive[1], directive[2].split()
+    """What stands in the site in place of a directive. Raises PluginError if it is unknown, or the results do not hold it."""
     try:
-        if what == "columns":
-            return listed(folder)
-        results = table_of(folder)
-        cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
-        if what == "cell":
-            name, place, column = words
-            return cell(cells[name, place], KNOWN[column])
-        (quantity,) = (KNOWN[column] for column in words)
-    except (ValueError, KeyError, FileNotFoundError) as error:
+        return DIRECTIVES[directive[1]](*directive[2].split())
+    except (ValueError, KeyError, TypeError) as error:
         raise PluginError(f"{directive[0]}: {error!r}") from error
+
+
+def one_cell(folder: str, name: str, place: str, column: str) -> str:
+    results = table_of(folder)
+    cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
+    return cell(cells[name, place], KNOWN[column])
+
+
+def one_table(folder: str, column: str) -> str:
+    results, quantity = table_of(folder), KNOWN[column]
+    cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
     names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     reference = next(iter(results["relative_to"].dropna()), None)
     rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
@@ -107,6 +116,43 @@ def listed(kind: str) -> str:
         for name, column in described.items()
     ]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
+
+
+def figure(name: str, *optional: str) -> str:
+    """The pictures of a figure, what they draw, and where that comes from; nothing where an `optional` one has no data."""
+    absent = study.missing(ROOT / STUDY, [one for one in study.FIGURES if one.name == name])
+    if absent and optional == ("optional",):
+        return ""
+    if absent:
+        raise ValueError(absent[name])
+    folder = ROOT / "plots" / STUDY.name
+    paths = [path for path in sorted(folder.glob(f"{name}*.svg")) if path.stem == name or path.stem.startswith(f"{name}-")]
+    if not paths and "optional" not in optional:
+        raise ValueError(f"{name} is not in plots/{STUDY.name}: run `python -m evals.figures paper`")
+    return "\n\n".join(map(embedded, paths))
+
+
+def embedded(path: Path) -> str:
+    """One picture; its caption, of which all but the first sentence opens with a click."""
+    _, says, *origin = path.with_suffix(".md").read_text(encoding="utf-8").strip().split("\n\n")
+    picture = f"![{says}](../{path.relative_to(ROOT).as_posix()})"
+    return "\n\n".join([picture, f'<details markdown="1"><summary>{says}</summary>', *origin, "</details>"])
+
+
+def commands() -> str:
+    """All that the study is measured by, as a block for a shell."""
+    lines = [f"# {step.what}\n" + "\n".join(step.lines(STUDY.as_posix())) for step in recipe()]
+    return "\n\n".join(["```sh", *lines, "```"])
+
+
+DIRECTIVES = {
+    "cell": one_cell,
+    "columns": listed,
+    "table": one_table,
+    "finding": lambda name: FINDINGS[name](ROOT / STUDY),
+    "figure": figure,
+    "recipe": commands,
+}
 
 
 @cache

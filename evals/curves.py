@@ -81,26 +81,23 @@ MEMORY = Quantity(
     tick=in_bytes,
     base=2,
 )
-QUANTITIES = (
-    LATENCY,
-    Quantity(
-        *("throughput", "Throughput in tokens/s (k = 1000), higher is better"),
-        *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
-        tick=lambda value: scaled(value, 1000, DECIMAL),
-    ),
-    MEMORY,
-    Quantity(
-        *("speedup", "Speed-up over {reference}, higher is better"),
-        *("speedup", "speedup_low", "speedup_high"),
-        tick=lambda value: f"{value:g}×",
-        base=2,
-    ),
-    Quantity(
-        *("ceiling", "Percent of this machine's ceiling, higher is better", "ceiling_fraction"),
-        tick=lambda value: f"{100 * value:g} %",
-        optional=True,
-    ),
+THROUGHPUT = Quantity(
+    *("throughput", "Throughput in tokens/s (k = 1000), higher is better"),
+    *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
+    tick=lambda value: scaled(value, 1000, DECIMAL),
 )
+SPEEDUP = Quantity(
+    *("speedup", "Speed-up over {reference}, higher is better"),
+    *("speedup", "speedup_low", "speedup_high"),
+    tick=lambda value: f"{value:g}×",
+    base=2,
+)
+CEILING = Quantity(
+    *("ceiling", "Percent of this machine's ceiling, higher is better", "ceiling_fraction"),
+    tick=lambda value: f"{100 * value:g} %",
+    optional=True,
+)
+QUANTITIES = (LATENCY, THROUGHPUT, MEMORY, SPEEDUP, CEILING)
 LIMITS = {"compute": "bound by compute", "memory": "bound by memory bandwidth", "": "bound by: unknown"}
 FACES = {"memory": "white", "": "#bbbbbb"}  # of markers, where it is not the attention's own colour
 
@@ -119,10 +116,10 @@ def curve(sweep: Sweep, quantity: Quantity) -> Figure | None:
     axes, failures, crossing = _frame(sweep, title, words, _crossing_names(sweep, crossings), details, keys)
     for index, (name, rows) in enumerate(sweep.cells.items()):
         aside = 0.7 * ((index + 0.5) / len(sweep.cells) - 0.5) if sweep.discrete else 0.0
-        _plot(axes, sweep.x + aside, rows, quantity, name, sweep)
-    _scale_x(axes, sweep)
+        plot(axes, sweep.x + aside, rows, quantity, name, sweep)
+    scale_x(axes, sweep)
     if shown:
-        _scale_y(axes, sweep.rows, quantity)
+        scale_y(axes, sweep.rows, quantity)
         _name_ends(axes, sweep, details)
     else:
         axes.set_yticks([])
@@ -161,7 +158,7 @@ def _frame(
     return axes, places[0], places[1]
 
 
-def _plot(axes: Axes, x: Numbers, rows: pd.DataFrame, quantity: Quantity, name: str, sweep: Sweep) -> None:
+def plot(axes: Axes, x: Numbers, rows: pd.DataFrame, quantity: Quantity, name: str, sweep: Sweep) -> None:
     """One attention, with a gap wherever there is no number."""
     look = sweep.looks[name]
     y = rows[quantity.column].to_numpy(float)
@@ -194,7 +191,8 @@ def _limit_keys(sweep: Sweep) -> list[Line2D]:
     return [Line2D([], [], markerfacecolor=face, label=words, **mark) for words, face in keys]
 
 
-def _scale_x(axes: Axes, sweep: Sweep) -> None:
+def scale_x(axes: Axes, sweep: Sweep) -> None:
+    """Scales and names the axis of the swept setting; ticks that have no room are left out."""
     x, names = sweep.x, sweep.ticks
     if sweep.discrete:
         axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
@@ -218,7 +216,8 @@ def _scale_x(axes: Axes, sweep: Sweep) -> None:
     axes.set_xlabel(sweep.axis)
 
 
-def _scale_y(axes: Axes, results: pd.DataFrame, quantity: Quantity) -> None:
+def scale_y(axes: Axes, results: pd.DataFrame, quantity: Quantity) -> None:
+    """Scales the axis of a quantity around what rows hold of it, of which one at least is above 0."""
     y = results[quantity.column][results[quantity.column] > 0]
     least, most = y.min(), y.max()
     if quantity.low and quantity.high:
@@ -363,7 +362,8 @@ def scaling(sweep: Sweep, which: str) -> Figure | None:
     if not laws or not sweep.rows[quantity.column].gt(0).any():
         return None
     details = {name: _exponent(laws.get(name, {})) for name in sweep.cells}
-    words = subtitle(sweep, f"below each name: p with its {CONFIDENCE:.0%} interval, and the p that the attention declares")
+    declared = ", and the p that the attention declares" if rows["declared_exponent"].notna().any() else ""
+    words = subtitle(sweep, f"below each name: p with its {CONFIDENCE:.0%} interval{declared}")
     axes, failures, _ = _frame(sweep, title, words, [], details, [])
     for name, cells in sweep.cells.items():
         look = sweep.looks[name]
@@ -379,8 +379,8 @@ def scaling(sweep: Sweep, which: str) -> Figure | None:
             fit = law["overhead"] + law["factor"] * n ** law["exponent"]
             style = look.line(discrete=False) | {"marker": "none"}
             axes.plot(n, np.where(fit > 0, fit, np.nan), gid=f"{name} fit", zorder=2 + look.width, **style)
-    _scale_x(axes, sweep)
-    _scale_y(axes, sweep.rows, quantity)
+    scale_x(axes, sweep)
+    scale_y(axes, sweep.rows, quantity)
     _name_ends(axes, sweep, details)
     if failures is not None:
         _mark_failures(failures, sweep)

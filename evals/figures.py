@@ -61,6 +61,8 @@ FORMS = ("png", "svg")
 CONTEXT_NUMBERS = ("max_context", "limit_bytes", "next_seq_len")
 CONTEXT_COLUMNS = ("attention", "outcome", "next_outcome", *CONTEXT_NUMBERS)
 
+STUDY = Path("results/paper")
+
 # --- the tables -----------------------------------------------------------------------------------
 
 
@@ -223,14 +225,18 @@ def _save(named: Iterable[tuple[str, Figure]], folder: Path, kinds: Iterable[str
     stale = {path for kind in kinds for form in FORMS for path in folder.glob(f"{kind}*.{form}")}
     paths = []
     for name, picture in named:
-        for form in FORMS:
-            paths.append(folder / f"{name}.{form}")
-            with style.context(["default", RC]):
-                # No date: unchanged data must give unchanged bytes.
-                picture.savefig(paths[-1], metadata={"Date": None} if form == "svg" else None)
+        paths += [save(picture, folder / f"{name}.{form}") for form in FORMS]
     for path in stale - {*paths}:
         path.unlink()
     return paths
+
+
+def save(picture: Figure, path: Path) -> Path:
+    """Writes a picture in the form that the path's suffix names; returns the path."""
+    with style.context(["default", RC]):
+        # No date: unchanged data must give unchanged bytes.
+        picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
 
 
 def draw_contexts(results: pd.DataFrame, folder: Path) -> list[Path]:
@@ -256,38 +262,53 @@ def draw_contexts(results: pd.DataFrame, folder: Path) -> list[Path]:
     return _save(named, folder, ["max_context"])
 
 
-def draw_learned(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes every figure of `learning` into folder from the tables of `scores`; returns the paths.
+def learned(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, learning.Learned]]:
+    """The rows that belong in one figure of what was learned, and what tells them from the others ("" if nothing does).
 
-    Rows that differ in another setting than the swept one go to figures of their own. Raises ValueError if a column is missing
-    or a number is none.
+    Raises ValueError if a column is missing or a number is none.
     """
     _demand(results, learning.COLUMNS)
     results = results.assign(**{column: _numbers(results, column) for column in learning.NUMBERS})
+    yield from learning.sets(results, curves, swept_column(results), looks(results["attention"].astype(str)))
+
+
+def draw_learned(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `learning` into folder from the tables of `scores`; returns the paths.
+
+    Rows that differ in another setting than the swept one go to figures of their own. Raises ValueError as `learned`.
+    """
     named = []
-    for suffix, learned in learning.sets(results, curves, swept_column(results), looks(results["attention"].astype(str))):
+    for suffix, rows in learned(results, curves):
         for name, make in LEARNED.items():
             with style.context(["default", RC]):
-                picture = make(learned)
+                picture = make(rows)
             if picture is not None:
                 named.append((f"{name}{suffix}", picture))
     return _save(named, folder, LEARNED)
 
 
-def draw_conversions(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes every figure of `conversion` into folder from the tables of `python -m evals.heal`; returns the paths.
+def conversions(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
+    """The rows of both tables that belong in one figure of conversions, and what tells them from the others.
 
     Raises ValueError if a column or every row is missing.
     """
     _demand(results, conversion.COLUMNS)
     if results.empty:
         raise ValueError("there is no row to draw")
-    named = []
     for overlap, rows in results.groupby("chunk_overlap"):
-        own = positions[positions["chunk_overlap"] == overlap]
+        yield f"-overlap-{overlap}", (rows, positions[positions["chunk_overlap"] == overlap])
+
+
+def draw_conversions(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `conversion` into folder from the tables of `python -m evals.heal`; returns the paths.
+
+    Raises ValueError as `conversions`.
+    """
+    named = []
+    for suffix, tables in conversions(results, positions):
         for name, make in conversion.FIGURES.items():
             with style.context(["default", RC]):
-                named.append((f"{name}-overlap-{overlap}", make(rows, own)))
+                named.append((f"{name}{suffix}", make(*tables)))
     return _save(named, folder, conversion.FIGURES)
 
 
@@ -308,18 +329,38 @@ def redraw(results: Path, plots: Path) -> list[Path]:
     return draw(read(results), plots, **read_fits(results))
 
 
+def draw_study(results: Path, plots: Path) -> list[Path]:
+    """Writes every figure of the study whose data is in `results`, says on stderr which data is not; returns the paths.
+
+    Of the GPU half, results/cuda, they go to plots/cuda. Raises ValueError for data that is none.
+    """
+    from evals.paper import figures as study  # which draws by what stands here
+
+    paths = []
+    for half in ("", "cuda"):
+        if half == "" or (results / half).is_dir():
+            paths += study.draw(results / half, plots / half)
+            print(*study.missing(results / half).values(), sep="\n", file=sys.stderr)
+    return paths
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Redraws each folder given; returns 2, with one sentence on stderr, where it cannot."""
     parser = argparse.ArgumentParser(prog="python -m evals.figures", description="Redraws plots from results, without measuring.")
-    parser.add_argument("results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len; or paper: the study's"
+    )
     parser.add_argument("--plots", type=Path, default=Path("plots"), help="folder for the folders of plots (default: plots)")
     options = parser.parse_args(arguments)
     for folder in options.results:
         try:
-            paths = redraw(folder, options.plots / folder.resolve().name)
+            if folder == Path("paper"):
+                folder, paths = STUDY, draw_study(STUDY, options.plots / STUDY.name)
+            else:
+                paths = redraw(folder, options.plots / folder.resolve().name)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

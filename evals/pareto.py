@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evals.looks import FAILURES
 from evals.page import (
+    BYTES,
     EDGE,
     LEFT,
     LEGEND,
@@ -26,6 +27,7 @@ from evals.page import (
     label,
     log_limits,
     placed,
+    scaled,
     seconds,
     subtitle,
     weight,
@@ -40,11 +42,18 @@ def front(latency: Numbers, memory: Numbers) -> list[int]:
     return sorted((i for i, one in enumerate(best) if one), key=lambda i: (latency[i], memory[i]))
 
 
-def pareto(sweep: Sweep) -> Figure | None:
+HALO = 0.16  # inches: the radius of the one that stands for the most parameters
+
+
+def pareto(sweep: Sweep, *, halos: bool = False) -> Figure | None:
     """Latency and peak memory of every attention at the greatest place (or each of three without an order), and their front.
 
-    None where no place has two attentions to choose from.
+    halos: around each point is a disc whose area is as large as its parameters.
+    None where no place has two attentions to choose from, or, with halos, parameters are not known.
     """
+    most_parameters = float(sweep.rows["parameter_bytes"].max()) if halos else math.nan
+    if halos and not most_parameters > 0:
+        return None
     crowded = [
         at
         for at in range(len(sweep.places))
@@ -60,13 +69,18 @@ def pareto(sweep: Sweep) -> Figure | None:
     # More than the marks need: names stand around them.
     limits_x = log_limits(shown["latency_s"].min() / 1.15, shown["latency_s"].max() * 1.15)
     limits_y = log_limits(shown["peak_bytes"].min() / 1.15, shown["peak_bytes"].max() * 1.15)
-    panels = [_Panel(sweep, at, width, plot, limits_x, limits_y) for at in places]
+    panels = [_Panel(sweep, at, width, plot, limits_x, limits_y, most_parameters) for at in places]
     nameless = [name for name in sweep.cells if any(name in panel.nameless for panel in panels)]
 
     told = [sweep.at(at) for at in places]
-    title = "Latency and peak memory" + (f" at {told[0]}" if len(places) == 1 else "") + ", lower left is better"
+    title = (
+        f"Latency{', ' if halos else ' and '}peak memory{' and parameters' if halos else ''}"
+        + (f" at {told[0]}" if len(places) == 1 else "")
+        + ", lower left is better"
+    )
     absent = "; ".join(filter(None, (_absent(sweep, at, told[i] if len(places) > 1 else "") for i, at in enumerate(places))))
-    words = subtitle(sweep, f"line: the front; nobody on it is beaten in both{'; not shown: ' if absent else ''}{absent}")
+    note = f"; area of a disc: parameters, at most {scaled(most_parameters, 1024, BYTES, digits=2)}" if halos else ""
+    words = subtitle(sweep, f"line: the front; nobody on it is beaten in both{note}{'; not shown: ' if absent else ''}{absent}")
     columns = max(1, int((WIDTH - LEFT) / 1.3))
     rows = math.ceil(len(nameless) / columns)
     titles = 0.2 if len(places) > 1 else 0.04
@@ -118,12 +132,23 @@ class Name:
 class _Panel:
     """One place of the sweep: points, their front, and the names that find room."""
 
-    def __init__(self, sweep: Sweep, at: int, width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        at: int,
+        width: float,
+        height: float,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        most_parameters: float,
+    ) -> None:
         self.sweep, self.size, self.limits = sweep, (width, height), (x, y)
         self.names = list(sweep.cells)
         cells = [sweep.cells[name].iloc[at] for name in self.names]
         self.latency, self.memory = (np.array([cell[of] for cell in cells], float) for of in ("latency_s", "peak_bytes"))
         self.low, self.high = (np.array([cell[of] for cell in cells], float) for of in ("latency_low_s", "latency_high_s"))
+        # Without halos the most is NaN, and so is every radius.
+        self.radii = [HALO * math.sqrt(cell["parameter_bytes"] / most_parameters) for cell in cells]
         self.front = front(self.latency, self.memory)
         self.placed = self._place_names()
         shown = [name for i, name in enumerate(self.names) if math.isfinite(self.latency[i] + self.memory[i])]
@@ -150,7 +175,8 @@ class _Panel:
         for i, name in enumerate(self.names):
             if math.isfinite(self.latency[i] + self.memory[i]):
                 x, y = points[name] = self._inches(self.latency[i], self.memory[i])
-                taken.append((x - 0.05, y - 0.05, x + 0.05, y + 0.05))
+                reach = max(0.05, np.nan_to_num(self.radii[i]))
+                taken.append((x - reach, y - reach, x + reach, y + reach))
                 if math.isfinite(self.low[i] + self.high[i]):
                     ends = [self._inches(end, self.memory[i])[0] for end in (self.low[i], self.high[i])]
                     taken.append((ends[0] - 0.04, y - 0.01, ends[1] + 0.04, y + 0.01))
@@ -190,6 +216,16 @@ class _Panel:
             look = self.sweep.looks[name]
             axes.hlines(self.memory[i], self.low[i], self.high[i], color=look.colour, linewidth=1.2, alpha=0.6, zorder=2)
             mark = look.line(discrete=True)
+            if self.radii[i] > 0:
+                disc: dict[str, Any] = {
+                    "marker": "o",
+                    "markersize": 144 * self.radii[i],
+                    "markeredgewidth": 0.6,
+                    "markeredgecolor": look.colour,
+                }
+                axes.plot(
+                    self.latency[i], self.memory[i], gid=f"{name} parameters", color=look.colour, alpha=0.25, zorder=1.8, **disc
+                )
             axes.plot(
                 self.latency[i], self.memory[i], gid=name, label=name, zorder=3, **mark | {"markersize": mark["markersize"] + 1.5}
             )

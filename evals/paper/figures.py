@@ -1,0 +1,210 @@
+"""The study's figures: which there are, of which data, drawn by what. Nothing else lists them.
+
+`python -m evals.figures paper` writes each to plots/paper as PNG and SVG, with a caption beside it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from evals import conversion, curves, learning
+from evals.depths import needle_depth
+from evals.figures import FORMS, save
+from evals.looks import RC
+from evals.panels import heatmap, memory_split
+from evals.paper import overview
+from evals.paper.captions import caption, shown
+from evals.paper.crossings import crossings
+from evals.paper.radar import radar
+from evals.paper.recipe import step_of
+from evals.paper.sources import Source, found
+from evals.pareto import pareto
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One figure of the study.
+
+    data: folders of results/paper, of which the figure needs all; `draw` takes what is in them, in this order. A pattern, which
+    stands alone, makes a figure of each folder that it fits. optional: more folders, for which `draw` may be given None.
+    """
+
+    name: str
+    says: str
+    data: tuple[str, ...]
+    draw: Callable[..., Figure | None]
+    optional: tuple[str, ...] = ()
+
+
+SEQ_LEN = ("seq_len",)
+FIGURES = (
+    # --- speed and memory, over sequence length
+    Shown(
+        "dashboard",
+        "The study at a glance: time, speed-up, memory, part of the ceiling, exponents, and what is recalled with how much.",
+        *(SEQ_LEN, overview.dashboard, ("retrieval",)),
+    ),
+    Shown(
+        "model_comparison",
+        "Latency, with its interval, and peak memory of every attention at the least, a middle and the greatest length.",
+        *(SEQ_LEN, overview.comparison),
+    ),
+    Shown("latency", "Latency over sequence length, with its interval.", SEQ_LEN, partial(curves.curve, quantity=curves.LATENCY)),
+    Shown(
+        "complexity",
+        "Latency over sequence length on logarithmic axes, the law a + b·nᵖ that fits it, and p with its interval "
+        "beside the p of the FLOPs that the attention declares.",
+        *(SEQ_LEN, partial(curves.scaling, which="latency")),
+    ),
+    Shown(
+        "speedup",
+        "How many times faster each attention is than the reference, in turns with it; rings: where it crosses.",
+        *(SEQ_LEN, partial(curves.curve, quantity=curves.SPEEDUP)),
+    ),
+    Shown("inference_heatmap", "The same ratios, cell by cell, with what may be said of each.", SEQ_LEN, heatmap),
+    Shown("crossovers", "Every pair of attentions, and the lengths at which the one or the other is faster.", SEQ_LEN, crossings),
+    Shown(
+        "ceiling",
+        "The least time that this machine's measured compute and bandwidth allow, over the time that was measured.",
+        *(SEQ_LEN, partial(curves.curve, quantity=curves.CEILING)),
+    ),
+    Shown(
+        "memory_scaling",
+        "Peak memory over sequence length on logarithmic axes, the law that fits it, and its exponent.",
+        *(SEQ_LEN, partial(curves.scaling, which="memory")),
+    ),
+    Shown(
+        "memory_split", "What memory is made of: parameters, activations, and the state that decoding keeps.", SEQ_LEN, memory_split
+    ),
+    Shown(
+        "combined",
+        "Latency, peak memory and parameters at the greatest length, and the front of those that nobody beats in the first two.",
+        *(SEQ_LEN, partial(pareto, halos=True)),
+    ),
+    Shown(
+        "radar",
+        "How near each attention comes to the best of all, on axes that the figure defines.",
+        *(SEQ_LEN, radar, ("retrieval",)),
+    ),
+    # --- beyond it: the kernel alone, long sequences, decoding
+    Shown(
+        "kernel_speedup",
+        "BSBR over SDPA on the whole sequence, the attentions alone, without projections.",
+        *(("cpu/attention",), partial(curves.curve, quantity=curves.SPEEDUP)),
+    ),
+    Shown(
+        "long_latency",
+        "BSBR with all earlier chunks, and with the 8 best, on long sequences.",
+        *(("cpu/long",), partial(curves.scaling, which="latency")),
+    ),
+    Shown("decode", "The time of one token behind a context, and the state that is kept for it.", ("decode",), overview.decode),
+    Shown("decode_long", "The same for BSBR alone, behind up to a million tokens.", ("cpu/decode",), overview.decode),
+    # --- what is remembered
+    Shown(
+        "recall_front",
+        "Accuracy of recall against the bytes that decoding keeps, and the front of those that nobody beats in both.",
+        *(("recall*",), learning.recall_front),
+    ),
+    Shown("recall", "Accuracy of recall over the number of pairs.", ("recall*",), learning.accuracy),
+    Shown("retrieval_front", "The same for forms of BSBR's retrieval.", ("retrieval",), learning.recall_front),
+    Shown(
+        "length_extrapolation",
+        "Accuracy at lengths that were not trained at.",
+        *(("length_extrapolation",), learning.accuracy_by_length),
+    ),
+    Shown("needle", "Where a needle is found: accuracy by its depth and the length.", ("needle",), needle_depth),
+    Shown(
+        "language_modeling",
+        "Bits per byte of text, by how many bytes of context there were.",
+        *(("language_modeling",), learning.bits_by_position),
+    ),
+    # --- conversion
+    Shown(
+        "conversion_perplexity",
+        "Perplexity in each chunk of the context: of the original, of its conversion, and of that after healing.",
+        *(("conversion",), lambda tables: conversion.perplexity(*tables)),
+    ),
+    Shown(
+        "conversion_agreement",
+        "How often the original's likeliest token is among the 1, 5 and 10 likeliest of its conversion, before and after healing.",
+        *(("conversion",), lambda tables: conversion.agreement(*tables)),
+    ),
+)
+"""In the order of the study. One whose data has nothing to show in it is left out."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn: its file's name, its picture, and whence it comes."""
+
+    name: str
+    picture: Figure
+    says: str
+    sources: tuple[Source, ...]
+
+
+def missing(results: Path, figures: Sequence[Shown] = FIGURES) -> dict[str, str]:
+    """By figure, in one sentence, what is not there of its data, and the command that makes it."""
+    told = {}
+    for one in figures:
+        absent = [data for data in one.data if not found(results, data)]
+        if absent:
+            step = step_of(absent[0])
+            command = f": `{step.lines(shown(results))[0]}` makes it" if step else ""
+            told[one.name] = f"{one.name} is not drawn, for there is no {shown(results)}/{absent[0]}{command}"
+    return told
+
+
+def drawings(results: Path, figures: Sequence[Shown] = FIGURES) -> Iterator[Drawing]:
+    """Every figure whose data is there. Raises ValueError, in one sentence, for data that is no table of results."""
+    known = {
+        source.folder: source
+        for data in {data for one in figures for data in (*one.data, *one.optional)}
+        for source in found(results, data)
+    }
+    for one in figures:
+        if all(found(results, data) for data in one.data):
+            for name, sources, given in _sets(one, results, known):
+                with style.context(["default", RC]):
+                    picture = one.draw(*given)
+                if picture is not None:
+                    yield Drawing(name, picture, one.says, sources)
+
+
+def _sets(one: Shown, results: Path, known: dict[Path, Source]) -> Iterator[tuple[str, tuple[Source, ...], list[object]]]:
+    """What `draw` is called with: of one folder each set in it, of several the first set of each."""
+    if len(one.data) == 1 and not one.optional:
+        several = "*" in one.data[0]
+        for source in found(results, one.data[0]):
+            source = known[source.folder]
+            for suffix, data in source.sets.items():
+                yield f"{one.name}{f'-{source.folder.name}' if several else ''}{suffix}", (source,), [data]
+        return
+    sources = [known.get(results / data) for data in (*one.data, *one.optional)]
+    yield (
+        one.name,
+        tuple(source for source in sources if source),
+        [next(iter(source.sets.values())) if source else None for source in sources],
+    )
+
+
+def draw(results: Path, plots: Path) -> list[Path]:
+    """Writes all figures, in place of those that were there, each with its caption; returns the paths.
+
+    Raises ValueError, in one sentence, for data that is no table of results, and where there is none at all.
+    """
+    plots.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for drawing in drawings(results):
+        paths += [save(drawing.picture, plots / f"{drawing.name}.{form}") for form in FORMS]
+        paths.append(plots / f"{drawing.name}.md")
+        paths[-1].write_text(caption(drawing.name, drawing.says, drawing.sources, results), encoding="utf-8")
+    if not paths:
+        raise ValueError(f"{shown(results)} holds no data of the study: `python -m evals.paper` measures it")
+    for path in {path for form in (*FORMS, "md") for path in plots.glob(f"*.{form}")} - {*paths}:
+        path.unlink()
+    return paths
