@@ -89,7 +89,7 @@ def filled(directive: re.Match[str]) -> str:
     """What stands in the site in place of a directive. Raises PluginError if it is unknown, or the results do not hold it."""
     try:
         return DIRECTIVES[directive[1]](*directive[2].split())
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise PluginError(f"{directive[0]}: {error!r}") from error
 
 
