@@ -21,6 +21,7 @@ from mkdocs.exceptions import PluginError
 from evals.cli import CONF
 from evals.config import UsageError, read_comparison
 
+pytestmark = pytest.mark.xdist_group("docs")
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))

@@ -441,6 +441,8 @@ def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], words: str, 
 
 # --- another commit -----------------------------------------------------------------------------
 
+of_a_repository = pytest.mark.xdist_group("repository")
+
 PROBE = """
 from baselines.standard import StandardAttention
 
@@ -483,6 +485,7 @@ def launch(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False)
 
 
+@of_a_repository
 def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(repository: Path) -> None:
     done = launch(repository, "--base", "HEAD", "--rounds", "2", *SMALL)
     folder = repository / "results" / "compare" / git(repository, "rev-parse", "HEAD")[:12]
@@ -502,6 +505,7 @@ def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(reposi
     ]
 
 
+@of_a_repository
 def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
     command = [sys.executable, "-m", "evals.compare", "--base", "HEAD", *SMALL]
     with subprocess.Popen(command, cwd=repository, env=environment(repository), stderr=subprocess.PIPE, text=True) as process:
@@ -515,6 +519,7 @@ def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
+@of_a_repository
 def test_a_base_that_cannot_be_measured_is_told_with_its_last_words(repository: Path) -> None:
     unknown = launch(repository, "--base", "HEAD", *SMALL, "shape.width=3")
     assert unknown.returncode == 2

@@ -13,6 +13,7 @@ from evals.cli import CONF
 from evals.config import Comparison, UsageError, cores, every_sweep, layer_parameters, read_comparison
 from evals.cost import cost, differing, unmatched
 
+pytestmark = pytest.mark.xdist_group("sweeps")
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 LEARNED = (
     "language_modeling",
