@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from evals.cli import CONF
 from evals.config import UsageError, read_comparison
 from evals.schema import VERSION, columns
 
+pytestmark = pytest.mark.xdist_group("docs")
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
@@ -69,9 +71,9 @@ def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, mon
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create()
         firsts = [first_of(override) for override in parser.parse_overrides(words)]
-        swept = compose("config", firsts, return_hydra_config=True).hydra.sweeper.params or {}
         given = {word.partition("=")[0] for word in firsts}
-        swept = [f"{key}={value}" for key, value in swept.items() if key not in given]
+        params = swept_by(*(word for word in firsts if word.startswith("sweep=")))
+        swept = [f"{key}={value}" for key, value in params.items() if key not in given]
         firsts += [first_of(override) for override in parser.parse_overrides(swept)]
         config = compose("config", firsts)
     if config.device.kind == "cuda" and not torch.cuda.is_available():
@@ -79,6 +81,12 @@ def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, mon
             read_comparison(config)
     else:
         assert read_comparison(config).contestants
+
+
+@cache
+def swept_by(*sweep: str) -> dict[str, object]:
+    """What a sweep varies by itself."""
+    return dict(compose("config", [*sweep], return_hydra_config=True).hydra.sweeper.params or {})
 
 
 def first_of(override: Override) -> str:

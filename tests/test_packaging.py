@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("packaging")
 ROOT = Path(__file__).parents[1]
 CLOCKS = (
     *("time", "timeit", "cProfile", "psutil", "tracemalloc", "resource.getrusage"),

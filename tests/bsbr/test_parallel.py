@@ -3,8 +3,8 @@
 All cases of one number of ranks run in the same processes, which leave what they found in files.
 """
 
-import multiprocessing
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from bsbr import BSBRAttention, bsbr_attention, reference
 from bsbr.interface import Attention
 from bsbr.parallel import ContextParallel, bsbr_attention_parallel, sent_bytes
 from bsbr.ranks import Ranks, ring_sent_bytes, split
+from evals import forkserver
 
+pytestmark = pytest.mark.xdist_group("parallel")
 CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
 
 # Name -> lengths of stretches, sizes and options.
@@ -91,7 +93,7 @@ def hidden(time: int) -> Tensor:
 # --- what every rank does -------------------------------------------------------------------------
 
 
-def follow(rank: int, size: int, folder: Path) -> None:
+def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
     found: dict[str, Any] = {}
@@ -203,11 +205,9 @@ def _in_a_group(rank: int) -> Any:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Case -> what each rank found."""
-    context, folders = multiprocessing.get_context("spawn"), {size: tmp_path_factory.mktemp(f"ranks-{size}") for size in (2, 4)}
-    each_rank = [(rank, size, folders[size]) for size in folders for rank in range(size)]
-    started = [context.Process(target=follow, args=arguments, daemon=True) for arguments in each_rank]
-    for process in started:
-        process.start()
+    folders = {size: tmp_path_factory.mktemp(f"ranks-{size}") for size in (2, 4)}
+    # From a server that has imported torch once for all of them.
+    started = [forkserver.launch(follow, rank, size, folders[size])[0] for size in folders for rank in range(size)]
     for process in started:
         process.join(timeout=120)
     assert [process.exitcode for process in started] == [0] * len(started)

@@ -19,10 +19,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import ttest_ind
 
-from evals import compare
+from evals import compare, interleave
 from evals.compare import Cell
 from evals.config import UsageError
 from evals.ledger import Ledger
+from tests.evals.commands import call
 
 ROOT = Path(__file__).parents[2]
 Numbers = Sequence[float] | NDArray[np.float64]
@@ -441,6 +442,8 @@ def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], words: str, 
 
 # --- another commit -----------------------------------------------------------------------------
 
+of_a_repository = pytest.mark.xdist_group("repository")
+
 PROBE = """
 from baselines.standard import StandardAttention
 
@@ -483,6 +486,7 @@ def launch(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False)
 
 
+@of_a_repository
 def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(repository: Path) -> None:
     done = launch(repository, "--base", "HEAD", "--rounds", "2", *SMALL)
     folder = repository / "results" / "compare" / git(repository, "rev-parse", "HEAD")[:12]
@@ -502,6 +506,7 @@ def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(reposi
     ]
 
 
+@of_a_repository
 def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
     command = [sys.executable, "-m", "evals.compare", "--base", "HEAD", *SMALL]
     with subprocess.Popen(command, cwd=repository, env=environment(repository), stderr=subprocess.PIPE, text=True) as process:
@@ -515,14 +520,26 @@ def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
-def test_a_base_that_cannot_be_measured_is_told_with_its_last_words(repository: Path) -> None:
-    unknown = launch(repository, "--base", "HEAD", *SMALL, "shape.width=3")
-    assert unknown.returncode == 2
-    assert "cannot be measured: error: Could not override 'shape.width'" in unknown.stderr.splitlines()[-1]
-    shutil.copytree(repository, repository.parent / "before")
-    tree = repository.parent / "before"
-    git(tree, "rm", "-r", "--quiet", "--cached", "evals/run.py")
-    git(tree, "commit", "--quiet", "--message=before there was a harness")
-    lacking = launch(tree, "--base", "HEAD", *SMALL)
-    assert lacking.returncode == 2
-    assert lacking.stderr.startswith("error: base cannot be measured: there is no evals.run in it")
+@of_a_repository
+def test_a_base_that_cannot_be_measured_is_told_with_its_last_words(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(tree: Path, *more: str) -> str:
+        """What is said in `tree` by a command that is not started there: its own imports are none of what is asked."""
+        monkeypatch.chdir(tree)
+        monkeypatch.setattr(interleave, "ROOT", tree)
+        for name, value in environment(tree).items():
+            monkeypatch.setenv(name, value)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            done = call(compare.main, "--base", "HEAD", *SMALL, *more)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert done.returncode == 2
+        return done.stderr
+
+    words = refused(repository, "shape.width=3")
+    assert "cannot be measured: error: Could not override 'shape.width'" in words.splitlines()[-1]
+    before = repository.parent / "before"
+    shutil.copytree(repository, before)
+    git(before, "rm", "-r", "--quiet", "--cached", "evals/run.py")
+    git(before, "commit", "--quiet", "--message=before there was a harness")
+    assert refused(before).startswith("error: base cannot be measured: there is no evals.run in it")

@@ -1,5 +1,7 @@
 """A sequence across processes: what the workload counts, and that its ranks wait quietly, tell what failed, and die."""
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +18,13 @@ from baselines.ring import RingAttention
 from bsbr import BSBRAttention
 from bsbr.parallel import sent_bytes
 from bsbr.ranks import Ranks, ring_sent_bytes
+from evals import run
 from evals.config import cores
-from evals.ranks import context_parallel
+from evals.ranks import context_parallel, main
 from evals.worker import Worker, run_isolated
+from tests.evals.commands import call
 
+pytestmark = pytest.mark.xdist_group("ranks")
 ROOT = Path(__file__).parents[2]
 two_cores = pytest.mark.skipif(cores() < 2, reason="two ranks take two cores")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they notice at their next read")
@@ -115,16 +120,12 @@ def test_ranks_rest_between_turns_and_die_with_the_one_that_is_timed() -> None:
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def launched(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @two_cores
 def test_the_sweep_has_a_row_for_each_number_of_ranks_with_its_bytes(tmp_path: Path) -> None:
     places = (f"results_dir={tmp_path / 'results'}", f"plots_dir={tmp_path / 'plots'}")
     small = ("model.hidden_dim=32", "model.num_heads=2", "attention.bsbr.chunk_size=16", "shape.seq_len=256")
     quick = ("sampling=quick", "sampling.budget_s=0.01", "sampling.min_rounds=2", "sampling.turns=2", "workload.ranks=1,2")
-    done = launched("evals.run", "sweep=context_parallel", *places, *small, *quick)
+    done = call(run.main, "sweep=context_parallel", *places, *small, *quick)
     assert (done.returncode, done.stderr) == (0, "")
     rows = pd.read_csv(tmp_path / "results" / "context_parallel" / "results.csv")
     assert (rows["outcome"] == "ok").all()
@@ -134,17 +135,36 @@ def test_the_sweep_has_a_row_for_each_number_of_ranks_with_its_bytes(tmp_path: P
     assert "sent by a rank in one call, MiB, lower is better" in done.stdout
 
 
-@pytest.mark.parametrize("attention", ["bsbr", "ring"])
-def test_torchrun_starts_it(attention: str) -> None:
-    sizes = ("--seq-len", "2000", "--hidden-dim", "32", "--num-heads", "2", "--calls", "2", "--attention", attention)
-    done = launched("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.ranks", *sizes)
+SIZES = ("--seq-len", "2000", "--hidden-dim", "32", "--num-heads", "2", "--calls", "2")
+
+
+def reported(attention: str, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{attention} across 2 ranks, gloo, float32 on cpu"
     assert "sent in a call, MiB a rank:" in lines[3]
 
 
+def test_torchrun_starts_it() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.ranks"]
+    reported("bsbr", subprocess.run([*torchrun, *SIZES], cwd=ROOT, capture_output=True, text=True, check=False))
+
+
+def started(rank: int, port: int) -> subprocess.CompletedProcess[str]:
+    """One of two ranks of ring attention, as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return call(main, *SIZES, "--attention", "ring")
+
+
+def test_it_takes_another_attention() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Worker(started, 0, port) as first, Worker(started, 1, port) as second:
+        assert second.result(60).value.stdout == ""
+        reported("ring", first.result(60).value)
+
+
 def test_without_torchrun_it_says_so() -> None:
-    done = launched("evals.ranks")
+    done = call(main)
     assert done.returncode == 2
     assert done.stderr.startswith("start it with torchrun, such as: torchrun --standalone --nproc-per-node=2 -m evals.ranks")

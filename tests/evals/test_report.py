@@ -17,6 +17,7 @@ from evals.report.charts import DARK, contrast, on_dark
 from evals.report.library import vega
 from tests.evals.sweeps import failing, table
 
+pytestmark = pytest.mark.xdist_group("report")
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "seq_len"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 HOSTILE = ('<script>window.pwned=1</script>"', "\"><img src=x onerror='window.pwned=1'>", "\u202e{{7*7}}`${1}</style>")

@@ -18,6 +18,7 @@ from evals import run
 from evals.ledger import Ledger
 from tests.evals.commands import call
 
+pytestmark = pytest.mark.xdist_group("run")
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "model.hidden_dim=32",

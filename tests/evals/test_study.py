@@ -21,7 +21,9 @@ from evals.ledger import Ledger
 from evals.study import Study, best_rate, next_run
 from evals.tasks.corpus import corpus
 from evals.train import train
+from tests.evals.commands import call
 
+pytestmark = pytest.mark.xdist_group("study")
 ROOT = Path(__file__).parents[2]
 TINY = (
     *("model.scope=model", "model.hidden_dim=32", "model.num_heads=1", "model.ff_dim=64", "model.conv_size=3", "device.threads=1"),
@@ -112,9 +114,8 @@ WORDS = (
 )
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    places = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
-    return [sys.executable, "-m", "evals.run", *places, *WORDS, *arguments]
+def words(folder: Path, *arguments: str) -> list[str]:
+    return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *WORDS, *arguments]
 
 
 def table(folder: Path, name: str = "results") -> pd.DataFrame:
@@ -128,7 +129,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("study")
-    finished = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = call(run.main, *words(folder))
     assert (finished.returncode, finished.stderr) == (0, "")
     return folder, finished.stdout
 
@@ -185,7 +186,7 @@ def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, 
     (tmp_path / "results" / "certificates.jsonl").write_text(certificates)
     checkpoints = tmp_path / "results" / "recall" / "checkpoints"
     with subprocess.Popen(
-        command(tmp_path, "training.checkpoint_s=0"),
+        [sys.executable, "-m", "evals.run", *words(tmp_path, "training.checkpoint_s=0")],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -198,7 +199,7 @@ def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, 
     kept = runs(tmp_path)
     assert 2 <= len(kept) < 12
     assert len(list(checkpoints.glob("*.safetensors"))) == 1
-    assert subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert call(run.main, *words(tmp_path)).returncode == 0
     assert runs(tmp_path)[: len(kept)] == kept
     assert list(checkpoints.iterdir()) == []
     whole, resumed = (table(folder).drop(columns="train_s") for folder in (swept[0], tmp_path))
@@ -251,8 +252,8 @@ def test_bad_input_is_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = {one.partition("=")[0] for one in arguments}
-    words = [word.replace("=2,4", "=2") for word in command(tmp_path)[3:] if word.partition("=")[0] not in given]
-    monkeypatch.setattr(sys, "argv", ["run.py", *words, *arguments])
+    others = [word.replace("=2,4", "=2") for word in words(tmp_path) if word.partition("=")[0] not in given]
+    monkeypatch.setattr(sys, "argv", ["run.py", *others, *arguments])
     assert run.main() == 2
     out, said = capfd.readouterr()
     assert (out, said.count("\n")) == ("", 1)

@@ -14,6 +14,7 @@ from evals.config import Comparison, UsageError, cores, every_sweep, layer_param
 from evals.cost import cost, differing, unmatched
 from evals.schema import schema
 
+pytestmark = pytest.mark.xdist_group("sweeps")
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 LEARNED = (
     "language_modeling",

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,11 @@ from hydra import compose, initialize_config_dir
 from evals import checkpoint, train
 from evals.cli import CONF
 from evals.config import Comparison, build_task, read_comparison
+from evals.forkserver import launch
 from evals.tasks.task import IGNORED, generator
 from evals.workloads import build
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("train")
 SMALL = (
     *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[bsbr]", "attention.bsbr.chunk_size=4"),
     *("shape.seq_len=16", "shape.batch_size=6", "model.scope=model", "model.hidden_dim=16", "model.num_heads=2"),
@@ -167,42 +166,29 @@ def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tmp_path: Path, monke
 
 # --- going on -----------------------------------------------------------------------------------
 
-CHILD = """
-import json, sys
-from pathlib import Path
-from tests_of_train import comparison, numbers, run
-print(json.dumps(numbers(run(comparison(*sys.argv[2:]), Path(sys.argv[1])))))
-"""
 
-
-def child(saved: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """The same run in a process of its own, with dropout, which uses the global state of randomness."""
-    code = f"import importlib.util, sys; spec = importlib.util.spec_from_file_location('tests_of_train', {__file__!r})\n"
-    code += (
-        "module = importlib.util.module_from_spec(spec); sys.modules['tests_of_train'] = module; spec.loader.exec_module(module)\n"
-    )
-    words = [sys.executable, "-c", code + CHILD, str(saved), *overrides]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def tell(connection: Connection, saved: Path, overrides: tuple[str, ...]) -> None:
+    connection.send(numbers(run(comparison(*overrides), saved)))
 
 
 def test_killed_and_started_again_it_comes_to_the_same_bit_for_bit(tmp_path: Path) -> None:
+    """Each run in a process of its own, with dropout, which uses the global state of randomness."""
     dropout = ("+attention.bsbr.dropout=0.2", "training.steps=60")
-    with child(tmp_path / "whole.safetensors", *dropout) as process:
-        assert process.stdout is not None
-        whole = json.loads(process.stdout.read())
-    assert process.returncode == 0
+    process, told = launch(tell, tmp_path / "whole.safetensors", dropout)
+    whole = told.recv()
+    process.join()
 
     saved = tmp_path / "killed.safetensors"
-    with child(saved, *dropout) as process:
-        while process.poll() is None and step_of(saved) < 10:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process, _ = launch(tell, saved, dropout)
+    while process.is_alive() and step_of(saved) < 10:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert 10 <= step_of(saved) < 60
-    with child(saved, *dropout) as process:
-        assert process.stdout is not None
-        resumed = json.loads(process.stdout.read())
-    assert resumed == whole
+    process, told = launch(tell, saved, dropout)
+    assert told.recv() == whole
+    process.join()
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["killed.safetensors", "whole.safetensors"]
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from evals import run, train_ranks
 from evals.ledger import Ledger, Record
+from tests.evals.commands import call
 
+pytestmark = pytest.mark.xdist_group("train_ranks")
 ROOT = Path(__file__).parents[2]
 SMALL = (
     *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[standard]", "shape.seq_len=16", "shape.batch_size=6"),
@@ -16,18 +19,21 @@ SMALL = (
 )
 
 
-def trained(folder: Path, *words: str) -> Record:
-    arguments = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL)
-    done = subprocess.run([sys.executable, *words, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def words(folder: Path) -> list[str]:
+    return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL]
+
+
+def trained(folder: Path, done: subprocess.CompletedProcess[str]) -> Record:
     assert done.returncode == 0, done.stderr
-    (run,) = [one for one in Ledger(folder / "results" / "single" / "samples.jsonl").read()[0] if one["kind"] == "run"]
-    return run
+    (made,) = [one for one in Ledger(folder / "results" / "single" / "samples.jsonl").read()[0] if one["kind"] == "run"]
+    return made
 
 
 def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.train_ranks")
-    shared = trained(tmp_path / "shared", *torchrun)
-    alone = trained(tmp_path / "alone", "-m", "evals.run")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.train_ranks")
+    command = [sys.executable, "-m", *torchrun, *words(tmp_path / "shared")]
+    shared = trained(tmp_path / "shared", subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False))
+    alone = trained(tmp_path / "alone", call(run.main, *words(tmp_path / "alone")))
     assert (shared["outcome"], shared["ranks"]) == ("ok", 2)
     assert shared["run"] == alone["run"]
     for (step, loss), (other, same) in zip(shared["curve"], alone["curve"], strict=True):
@@ -35,11 +41,11 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
         assert loss == pytest.approx(same, rel=1e-4)
     assert shared["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
     # The table of both is made by evals.run, which has nothing left to train.
-    assert trained(tmp_path / "shared", "-m", "evals.run") == shared
+    assert trained(tmp_path / "shared", call(run.main, *words(tmp_path / "shared"))) == shared
 
 
 def test_without_torchrun_it_says_how() -> None:
-    done = subprocess.run([sys.executable, "-m", "evals.train_ranks"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = call(train_ranks.main)
     assert done.returncode == 2
     assert done.stderr.startswith("start it with torchrun")
     assert done.stderr.count("\n") == 1

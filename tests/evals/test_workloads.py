@@ -17,6 +17,7 @@ from evals.cost import cost, extent
 from evals.measure import UNREGISTERED, peak_allocated_bytes
 from evals.workloads import Work, build, decode, inputs, period, prepare
 
+pytestmark = pytest.mark.xdist_group("workloads")
 ATTENTIONS = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
 WORKLOADS = ("prefill", "attention", "forward_backward", "train_step", "decode")
 PLACES = [(w, s) for w in WORKLOADS for s in ("attention", "layer", "model") if w != "attention" or s == "attention"]
