@@ -20,7 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from evals.export import markdown as table
+from evals.export import Table, markdown
 from evals.figures import read, swept_column
 from evals.schema import schema
 from evals.table import QUANTITIES, Quantity, cell
@@ -75,8 +75,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    return DIRECTIVE.sub(filled, markdown)
+def on_page_markdown(text: str, **_: object) -> str:
+    return DIRECTIVE.sub(filled, text)
 
 
 def filled(directive: re.Match[str]) -> str:
@@ -96,7 +96,8 @@ def filled(directive: re.Match[str]) -> str:
     names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     reference = next(iter(results["relative_to"].dropna()), None)
     rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
-    return table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
+    made = Table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
+    return markdown(made)
 
 
 def listed(kind: str) -> str:
