@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from evals import figures, schema
 from evals.conversion import STAGES
 from evals.figures import swept_column
 from evals.learning import SAID
-from evals.page import conditions, in_bytes, plain
+from evals.page import SETTINGS, conditions, in_bytes, plain
 from evals.table import QUANTITIES, cell
 
 TIMED, SEEDS = "±: half of the 95 % interval", "±: half of the 95 % interval over seeds"
@@ -51,7 +52,7 @@ class Table:
 MARKDOWN = {**{character: rf"\{character}" for character in r"\`*_[]|~$"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"}
 LATEX = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
-    **{character: f"{{{character}}}" for character in "[]*-?!,'"},  # which begin an option, or join into another character
+    **{character: f"{{{character}}}" for character in "[]*"},  # which begin an option of a row's end
     **{character: f"$^{{{number}}}$" for number, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -78,7 +79,8 @@ def escaped(text: str, characters: dict[str, str]) -> str:
 def in_latex(text: str) -> str:
     """`text` as any LaTeX engine sets it. What it may have no letter for is told by its code point."""
     known = (one if one in LATEX or one.isspace() or " " < one <= "~" else f"(U+{ord(one):04X})" for one in text)
-    return escaped("".join(known), LATEX)
+    apart = re.sub(r"([-,'])(?=\1)", "\\1\0", "".join(known))  # two of them would join into another character
+    return escaped(apart, {**LATEX, "\0": "{}"})
 
 
 def markdown(table: Table) -> str:
@@ -99,7 +101,7 @@ def latex(table: Table) -> str:
         r"\centering",
         rf"\caption{{{in_latex(table.caption)}}}",
         size,
-        r"\setlength{\tabcolsep}{3pt}",
+        r"\setlength{\tabcolsep}{2.5pt}",
     ]
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
     below = " \\\\\n".join(in_latex(text) for text in (*table.footnotes, table.under) if text)
@@ -171,7 +173,7 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
         )
         trained = ok[ok["eval_seq_len"] == ok["seq_len"]]
         failed = group[~group["attention"].isin(ok["attention"]) & (group["outcome"] != "ok")]
-        yield _over(trained, failed, swept, title, under, lambda row, of=quantity: _learned_cell(row, of))
+        yield _over(trained, failed, swept, title, under, partial(_learned_cell, quantity=quantity))
         yield _over(
             trained, failed, swept, "state to decode from, lower is better", under, lambda row: in_bytes(row["state_bytes"])
         )
@@ -179,7 +181,7 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
             if rows["eval_seq_len"].nunique() > 1:
                 at = SAID.get(swept, f"{swept} {{}}").format(plain(place)).removeprefix("trained at ")
                 of = f"{title}; trained at {at}, asked at other lengths"
-                yield _over(rows, failed[:0], "eval_seq_len", of, under, lambda row, of=quantity: _learned_cell(row, of))
+                yield _over(rows, failed[:0], "eval_seq_len", of, under, partial(_learned_cell, quantity=quantity))
 
 
 def _over(
@@ -202,7 +204,7 @@ def _learned_cell(row: "pd.Series[Any]", quantity: str) -> str:
 
 def longest(results: pd.DataFrame) -> Iterator[Table]:
     """The longest context of each attention, for each limit and group of settings."""
-    apart = [name for name in ("limit_bytes", *figures.SETTINGS) if name in results and results[name].nunique(dropna=False) > 1]
+    apart = [name for name in ("limit_bytes", *SETTINGS) if name in results and results[name].nunique(dropna=False) > 1]
     for _, group in results.groupby(apart, dropna=False, sort=False) if apart else [((), results)]:
         notes: list[str] = []
         rows = [["attention", "tokens", "held", "tokens that do not fit"]]
@@ -238,24 +240,25 @@ def converted(results: pd.DataFrame) -> Iterator[Table]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def folders_of(given: Sequence[Path]) -> list[Path]:
-    """Those that hold a results.csv: the folders themselves, or all below one that does not."""
-    found: list[Path] = []
+def folders_of(given: Sequence[Path]) -> dict[str, Path]:
+    """Those that hold a results.csv, by how they are called: the folders themselves, or all below one that does not."""
+    found: dict[str, Path] = {}
     for folder in given:
         below = sorted(path.parent for path in folder.rglob("results.csv"))
-        found += [folder] if (folder / "results.csv").is_file() or not below else below
-    return list(dict.fromkeys(found))
+        whole = (folder / "results.csv").is_file() or not below
+        found |= {str(folder): folder} if whole else {path.relative_to(folder).as_posix(): path for path in below}
+    return found
 
 
 def exported(folders: Sequence[Path], form: str) -> str:
-    """All tables of these folders; of several, each title begins with its folder's name. Raises ValueError as `tables`."""
-    found = [(folder, list(tables(folder))) for folder in folders_of(folders)]
-    texts = []
-    for folder, made in found:
-        for table in made:
-            title = f"{folder}: {table.title}" if len(found) > 1 else table.title
-            texts.append(FORMATS[form](Table(title, table.rows, table.notes, table.under, table.interval)))
-    return "\n\n".join(texts)
+    """All tables of these folders; of several, each title begins with its folder. Raises ValueError as `tables`."""
+    found = {name: list(tables(folder)) for name, folder in folders_of(folders).items()}
+    named = [
+        replace(table, title=f"{name}: {table.title}") if len(found) > 1 else table
+        for name, made in found.items()
+        for table in made
+    ]
+    return "\n\n".join(map(FORMATS[form], named))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

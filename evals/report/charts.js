@@ -157,7 +157,31 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   };
 }
 
-const EMBED = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, downloadFileName: "chart", tooltip: { disableDefaultStyle: true } };
+const TIP = document.createElement("div");
+TIP.className = "tip";
+TIP.hidden = true;
+TIP.ariaHidden = "true"; // what it tells is the mark's own label too
+document.body.append(TIP);
+
+/** Shows what stands at a mark beside the pointer, within the window; Vega's own leaves it at the edges. */
+function tooltip(handler, event, item, value) {
+  TIP.hidden = value === null || value === undefined || value === "";
+  if (TIP.hidden) return;
+  const list = document.createElement("dl");
+  for (const [key, words] of Object.entries(value)) {
+    const term = document.createElement("dt"), description = document.createElement("dd");
+    term.textContent = key;
+    description.textContent = words;
+    list.append(term, description);
+  }
+  TIP.replaceChildren(list);
+  const { width, height } = TIP.getBoundingClientRect();
+  const beside = (at, size, room) => Math.max(4, at + 14 + size < room ? at + 14 : at - 14 - size);
+  TIP.style.left = `${beside(event.clientX, width, document.documentElement.clientWidth)}px`;
+  TIP.style.top = `${beside(event.clientY, height, innerHeight)}px`;
+}
+
+const EMBED = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, downloadFileName: "chart", tooltip };
 
 /** One chart in its figure: drawn, drawn anew when its axes change, filtered when the choice of variants does. */
 class Chart {
@@ -180,6 +204,7 @@ class Chart {
     this.spec = specification(this.chart, this.part, this.cells, options);
     const { view } = await window.vegaEmbed(this.place, this.spec, EMBED);
     this.view = view;
+    this.place.querySelector("summary")?.setAttribute("aria-label", `Save the chart: ${this.chart.title}`);
   }
 
   async choose() {

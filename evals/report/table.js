@@ -74,6 +74,7 @@ class Table {
       cell.scope = "col";
       if (column === this.sorted) cell.setAttribute("aria-sort", this.descending ? "descending" : "ascending");
       button.type = "button";
+      button.ariaLabel = column; // a place to break the line at is no part of a name
       for (const [index, word] of column.split("_").entries()) button.append(...(index ? ["_", document.createElement("wbr")] : []), word);
       button.addEventListener("click", () => this.sort(column));
       cell.append(button);

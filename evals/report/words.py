@@ -221,7 +221,7 @@ def _smallest(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
     """Who keeps least to decode from at each place, and how well it does with that."""
     clauses = []
     for place, cell in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
-        least = cell.loc[cell["state_bytes"].idxmin()]
+        least = cell.sort_values("state_bytes", kind="stable").iloc[0]
         told = interval(least, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
         clauses.append(f"{least['attention']} with {in_bytes(least['state_bytes'])} at {plain(place)} {name}, and {told}")
     return f"{'; '.join(clauses)}." if clauses else ""
