@@ -46,6 +46,7 @@ def saved(picture: bytes, name: str) -> None:
 def pictures(browser: Browser, sweep: str, folder: Path) -> None:
     report = write([ROOT / "results" / "paper" / sweep], folder / f"{sweep}.html")
     page = browser.new_page(viewport=SIZE)
+    page.set_default_timeout(300_000)  # ms
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
     for theme in ("light", "dark"):
