@@ -23,7 +23,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from evals.export import markdown as table
+from evals.export import Table, markdown
 from evals.figures import STUDY, read, swept_column
 from evals.paper import figures as study
 from evals.paper.findings import FINDINGS
@@ -81,8 +81,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    return DIRECTIVE.sub(filled, markdown)
+def on_page_markdown(text: str, **_: object) -> str:
+    return DIRECTIVE.sub(filled, text)
 
 
 def filled(directive: re.Match[str]) -> str:
@@ -105,7 +105,8 @@ def one_table(folder: str, column: str) -> str:
     names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     reference = next(iter(results["relative_to"].dropna()), None)
     rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
-    return table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
+    made = Table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
+    return markdown(made)
 
 
 def listed(kind: str) -> str:

@@ -1,12 +1,13 @@
 """What changed between sets of results: from the first that was given to each of the others."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from evals import compare
 from evals.config import UsageError
+from evals.looks import FAILURES
 from evals.page import plain
 from evals.report.sources import CONTEXT, LEARNED, Part, Source
 from evals.report.words import interval, times
@@ -20,6 +21,11 @@ class Change:
     note: str
     heads: list[str]
     rows: list[list[str]]
+    unchanged: list[list[str]] = field(default_factory=list)
+    """Rows in which nothing is said to have changed."""
+
+
+UNCHANGED = ("same", "ambiguous", "untimed", *(f"{outcome} in both" for outcome in FAILURES))
 
 
 def changes(part: Part) -> list[Change]:
@@ -38,20 +44,28 @@ def _speed(first: Source, other: Source) -> Change:
     try:
         table = compare.compare(compare.read(first.folder), compare.read(other.folder))
     except UsageError as error:
-        return Change(title, f"They cannot be compared: {error}.", [], [])
+        return Change(title, f"They cannot be compared. A is {first.label}, B {other.label}: {error}.", [], [])
     paired = bool(table["paired"].dropna().any())
-    note = "A speed-up above 1 means that the later set is faster. p is corrected for all cells (Holm). " + (
+    both = table[~table["verdict"].isin(["only in A", "only in B"])]
+    note = f"{_counted(table, both, first, other)} A speed-up above 1: {other.label} is faster. p is corrected for all (Holm). " + (
         "Rounds are paired."
         if paired
         else "The two were not measured in turns: what differs between the machines, or their days, counts too."
     )
-    settings = [name for name in table.columns[1 : table.columns.get_loc("ratio")] if table[name].nunique(dropna=False) > 1]
-    rows = []
-    for _, row in table.iterrows():
+    settings = [name for name in both.columns[1 : both.columns.get_loc("ratio")] if both[name].nunique(dropna=False) > 1]
+    rows: dict[bool, list[list[str]]] = {False: [], True: []}
+    for _, row in both.iterrows():
         timed = pd.notna(row["ratio"])
         held = row["peak_bytes_b"] / row["peak_bytes_a"] if row["peak_bytes_a"] > 0 else float("nan")
-        told = [interval(row, "ratio", "ratio_low", "ratio_high", times), f"{row['p_holm']:.2g}"] if timed else ["", ""]
-        rows.append(
+        told = (
+            [
+                interval(row, "ratio", "ratio_low", "ratio_high", times),
+                f"{row['p_holm']:.2g}" if row["p_holm"] >= 1e-4 else "< 0.0001",
+            ]
+            if timed
+            else ["", ""]
+        )
+        rows[row["verdict"] in UNCHANGED].append(
             [
                 str(row["attention"]),
                 *(plain(row[name]) for name in settings),
@@ -60,7 +74,18 @@ def _speed(first: Source, other: Source) -> Change:
                 "" if pd.isna(held) else times(held),
             ]
         )
-    return Change(title, note, ["attention", *settings, "verdict", "speed-up", "p", "peak memory"], rows)
+    return Change(title, note, ["attention", *settings, "verdict", "speed-up", "p", "peak memory"], rows[False], rows[True])
+
+
+def _counted(table: pd.DataFrame, both: pd.DataFrame, first: Source, other: Source) -> str:
+    """How many cells came to which verdict, and how many only one of the two has."""
+    told = ", ".join(f"{count} {verdict}" for verdict, count in both["verdict"].value_counts().items())
+    alone = [
+        f"{count} only in {source.label}"
+        for source, verdict in ((first, "only in A"), (other, "only in B"))
+        if (count := int((table["verdict"] == verdict).sum()))
+    ]
+    return f"Of {len(both)} cells that both have: {told}{''.join(f'; {words}' for words in alone)}."
 
 
 def _learned(first: Source, other: Source) -> Change:

@@ -27,7 +27,7 @@ function plain(value) {
 
 const TOLD = [
   ["samples", "samples"], ["rounds", "rounds"], ["seeds", "seeds"], ["ceiling_fraction", "of the ceiling"], ["limit", "limited by"],
-  ["verdict", "against the reference"], ["noise_floor", "noise floor"], ["impl", "implementation"], ["learning_rate", "learning rate"],
+  ["verdict", "verdict"], ["relative_to", "relative to"], ["noise_floor", "noise floor"], ["impl", "implementation"], ["learning_rate", "learning rate"],
   ["commit", "commit"], ["processor", "processor"], ["torch", "torch"], ["comparison", "comparison"], ["study", "study"],
 ];
 const FRACTIONS = new Set(["ceiling_fraction", "noise_floor"]);
@@ -43,7 +43,7 @@ function cells(chart, part, rows) {
   return wanted.map((row) => {
     const ok = row.outcome === "ok";
     const cell = { attention: row.attention, set: row.set, series: `${row.attention}\n${row.set}`, settings: row.settings, ok, x: row[chart.x] };
-    const place = `${chart.xTitle.replace(/ \(.*/, "")} ${plain(row[chart.x])}`;
+    const place = chart.place.replace("{}", plain(row[chart.x]));
     const tip = { attention: row.attention, at: place };
     if (part.sets.length > 1) tip.set = row.set;
     if (ok) {
@@ -107,7 +107,7 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   const places = [...new Set(values.map((cell) => cell.x))].sort((a, b) => (typeof a === "number" ? a - b : 0));
   const by = (range) => ({ field: "attention", type: "nominal", legend: null, scale: { domain: names, range } });
   const colour = by(names.map((_, index) => `var(--s${part.index}-${index})`));
-  const opacity = { field: "set", type: "ordinal", sort: part.sets, legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.45 + (0.55 * index) / (part.sets.length - 1))) } };
+  const opacity = { field: "set", type: "ordinal", sort: part.sets, legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.6 + (0.4 * index) / (part.sets.length - 1))) } };
   const x = chart.ordered
     ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", ...(logX ? { base: 2 } : { zero: false }), nice: false, padding: 12 }, axis: { labelExpr: K, labelOverlap: true, grid: false, ...(places.length <= 16 ? { values: places } : {}) } }
     : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : places, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
@@ -137,8 +137,11 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   if (chart.ordered) {
     layer.push({ data: { name: "lines" }, mark: { type: "line", aria: false }, encoding: { ...at, y, color: colour, strokeDash: dashes, strokeWidth: widths, opacity, detail: { field: "series" } } });
   }
-  const point = { type: "point", filled: true, size: ok.length > MANY ? 16 : 62, stroke: "var(--page)", strokeWidth: 0.6 };
-  layer.push({ name: "points", data: { name: "points" }, mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, fill: colour, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
+  const point = { type: "point", filled: true, size: ok.length > MANY ? 16 : 62 };
+  // Of several sets only the last has filled marks: paleness alone is hard to see.
+  const hollow = { test: `datum.set !== ${JSON.stringify(part.sets.at(-1))}` };
+  const ink = { fill: { condition: { ...hollow, value: "var(--page)" }, ...colour }, stroke: { condition: { ...hollow, ...colour }, value: "var(--page)" }, strokeWidth: { condition: { ...hollow, value: 1.6 }, value: 0.6 } };
+  layer.push({ name: "points", data: { name: "points" }, mark: { ...point, ariaRoleDescription: "value" }, encoding: { ...at, y, ...ink, shape: shapes, opacity, tooltip: { field: "tip" }, description: { field: "said" } } });
   if (ok.length < values.length) {
     layer.push({ name: "failures", data: { name: "failures" }, mark: { type: "text", text: "✕", fontSize: 13, fontWeight: "bold", ariaRoleDescription: "failed" }, encoding: { ...at, y: { field: "slot", type: "quantitative", scale: null, axis: null }, color: colour, tooltip: { field: "tip" }, description: { field: "said" } } });
   }
@@ -154,7 +157,31 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   };
 }
 
-const EMBED = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, downloadFileName: "chart", tooltip: { disableDefaultStyle: true } };
+const TIP = document.createElement("div");
+TIP.className = "tip";
+TIP.hidden = true;
+TIP.ariaHidden = "true"; // what it tells is the mark's own label too
+document.body.append(TIP);
+
+/** Shows what stands at a mark beside the pointer, within the window; Vega's own leaves it at the edges. */
+function tooltip(handler, event, item, value) {
+  TIP.hidden = value === null || value === undefined || value === "";
+  if (TIP.hidden) return;
+  const list = document.createElement("dl");
+  for (const [key, words] of Object.entries(value)) {
+    const term = document.createElement("dt"), description = document.createElement("dd");
+    term.textContent = key;
+    description.textContent = words;
+    list.append(term, description);
+  }
+  TIP.replaceChildren(list);
+  const { width, height } = TIP.getBoundingClientRect();
+  const beside = (at, size, room) => Math.max(4, at + 14 + size < room ? at + 14 : at - 14 - size);
+  TIP.style.left = `${beside(event.clientX, width, document.documentElement.clientWidth)}px`;
+  TIP.style.top = `${beside(event.clientY, height, innerHeight)}px`;
+}
+
+const EMBED = { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", ast: true, downloadFileName: "chart", tooltip };
 
 /** One chart in its figure: drawn, drawn anew when its axes change, filtered when the choice of variants does. */
 class Chart {
@@ -177,6 +204,7 @@ class Chart {
     this.spec = specification(this.chart, this.part, this.cells, options);
     const { view } = await window.vegaEmbed(this.place, this.spec, EMBED);
     this.view = view;
+    this.place.querySelector("summary")?.setAttribute("aria-label", `Save the chart: ${this.chart.title}`);
   }
 
   async choose() {

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evals.looks import Look, looks
-from evals.page import AXIS_NAMES, is_number
+from evals.page import AXIS_NAMES, SETTINGS, is_number
 from evals.report.sources import CONTEXT, LEARNED, Part
 
 
@@ -51,7 +51,8 @@ def charts(part: Part) -> list[dict[str, Any]]:
     """Those that have something to show, with their axes named."""
     table = part.table
     kinds: Sequence[Chart] = {CONTEXT: FITTING, LEARNED: TRAINED}.get(part.kind, TIMED)
-    reference = next(iter(table["relative_to"].dropna()), "the reference") if "relative_to" in table else ""
+    references = list(table["relative_to"].dropna().unique()) if "relative_to" in table else []
+    reference = str(references[0]) if len(references) == 1 else f"each set's own reference ({', '.join(references)})"
     found = []
     for chart in kinds:
         if chart.y not in table or not table[chart.y].notna().any():
@@ -62,6 +63,7 @@ def charts(part: Part) -> list[dict[str, Any]]:
         described = asdict(chart) | {
             "x": x,
             "xTitle": AXIS_NAMES.get("seq_len" if x == "eval_seq_len" else x, x.replace("_", " ")),
+            "place": placed(x),
             "title": chart.title.format(reference=reference),
             "ordered": is_number(table[x]) and table[x].nunique() > 1,
             "logX": is_number(table[x]) and bool((table[x] > 0).all()),
@@ -71,6 +73,17 @@ def charts(part: Part) -> list[dict[str, Any]]:
             described["same"] = ["seq_len", "eval_seq_len"]
         found.append(described)
     return found
+
+
+def placed(column: str) -> str:
+    """How a value of the swept setting is said: {} tokens."""
+    return SETTINGS.get("seq_len" if column == "eval_seq_len" else column, f"{named(column)} {{}}")
+
+
+def named(column: str) -> str:
+    """A setting in words: num_pairs is number of pairs."""
+    spoken = {"seq_len": "sequence length", "eval_seq_len": "sequence length", "dtype": "precision"}
+    return spoken.get(column, column.replace("num_", "number of ").replace("_", " "))
 
 
 # --- how attentions look --------------------------------------------------------------------------

@@ -57,7 +57,7 @@ async function show(section, part) {
   }
   const table = new Table(section.querySelector("[data-table]"), part);
   // A page of the table is what a screen holds; paper holds more.
-  addEventListener("beforeprint", () => table.draw(table.found.slice(0, 10 * PAGE)));
+  addEventListener("beforeprint", () => table.draw(0, 10 * PAGE));
   addEventListener("afterprint", () => table.draw());
   return { part, charts, table };
 }

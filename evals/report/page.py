@@ -15,7 +15,7 @@ from evals.ceilings import Ceilings, highest
 from evals.checks import CHECKS
 from evals.page import plain
 from evals.report.changes import changes
-from evals.report.charts import charts, styles
+from evals.report.charts import charts, named, styles
 from evals.report.library import vega
 from evals.report.sources import CONTEXT, LEARNED, Part, Source, facts, parts, read
 from evals.report.words import verdicts
@@ -26,7 +26,7 @@ TITLES = {LEARNED: "What was learned", CONTEXT: "The longest context"}
 ESSENTIAL = (
     *("set", "attention", "settings", "outcome", "detail", "latency_s", "latency_low_s", "latency_high_s", "samples", "rounds"),
     *("speedup", "speedup_low", "speedup_high", "verdict", "ceiling_fraction", "peak_bytes", "state_bytes", "impl", "max_context"),
-    *("learning_rate", "seeds", "eval_seq_len", "accuracy", "accuracy_low", "accuracy_high", "bits_per_byte", "parameters"),
+    *("learning_rate", "best", "seeds", "eval_seq_len", "accuracy", "accuracy_low", "accuracy_high", "bits_per_byte", "parameters"),
 )
 """Columns of the table that are shown at first, beside the swept setting."""
 
@@ -88,7 +88,8 @@ def describe(part: Part, index: int) -> dict[str, Any]:
     settings = list(dict.fromkeys(table["settings"]))
     columns = [name for name in table if name == "settings" or (name not in ("sweep", "swept") and table[name].notna().any())]
     columns = [name for name in columns if name not in ("set", "settings")]
-    columns = [*(["set"] if len(part.sources) > 1 else []), *columns]
+    first = [*(["set"] if len(part.sources) > 1 else []), "attention", *([part.swept] if part.swept in columns else [])]
+    columns = list(dict.fromkeys([*first, *columns]))
     drawn = charts(part)
     words = [(source, verdicts(source)) for source in part.sources]
     data = {
@@ -105,9 +106,10 @@ def describe(part: Part, index: int) -> dict[str, Any]:
         "values": values(table.reindex(columns=[*columns, *HIDDEN])),
         "hidden": list(HIDDEN),
     }
-    kind = TITLES.get(part.kind, "Speed and memory")
+    along = f", by {named(part.swept)}" if table[part.swept].nunique() > 1 and part.kind != CONTEXT else ""
     return {
-        "title": f"{kind}, by {part.swept.replace('_', ' ')}",
+        "title": f"{TITLES.get(part.kind, 'Speed and memory')}{along}",
+        "failed": bool((table["outcome"] != "ok").any()),
         "words": words,
         "changes": changes(part),
         "charts": drawn,

@@ -65,14 +65,17 @@ class Table {
     return Math.max(1, Math.ceil(this.found.length / PAGE));
   }
 
-  draw(rows = this.found.slice(this.page * PAGE, (this.page + 1) * PAGE)) {
+  /** A page of what is found; from is the place of its first row, most how many rows it has at most. */
+  draw(from = this.page * PAGE, most = PAGE) {
+    const rows = this.found.slice(from, from + most);
     const head = document.createElement("tr");
     for (const column of this.columns) {
       const cell = document.createElement("th"), button = document.createElement("button");
       cell.scope = "col";
       if (column === this.sorted) cell.setAttribute("aria-sort", this.descending ? "descending" : "ascending");
       button.type = "button";
-      button.textContent = column;
+      button.ariaLabel = column; // a place to break the line at is no part of a name
+      for (const [index, word] of column.split("_").entries()) button.append(...(index ? ["_", document.createElement("wbr")] : []), word);
       button.addEventListener("click", () => this.sort(column));
       cell.append(button);
       head.append(cell);
@@ -95,8 +98,7 @@ class Table {
     });
     this.table.tHead.replaceChildren(head);
     this.table.tBodies[0].replaceChildren(...body);
-    const first = this.found.length ? this.page * PAGE + 1 : 0;
-    this.status.textContent = `${first}–${Math.min((this.page + 1) * PAGE, this.found.length)} of ${this.found.length} rows${this.found.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
+    this.status.textContent = `${rows.length ? from + 1 : 0}–${from + rows.length} of ${this.found.length} rows${this.found.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
   }
 
   /** What is found, in the order shown, with every column and every digit. */

@@ -11,6 +11,7 @@ import pandas as pd
 from evals import figures
 from evals.evidence import Results
 from evals.page import SETTINGS, Sweep, about, conditions, in_bytes, is_number, plain, seconds
+from evals.report.charts import named
 from evals.report.sources import CONTEXT, LEARNED, Source
 
 Row = pd.Series
@@ -166,7 +167,7 @@ def _growth(sweep: Sweep) -> str:
     fits = sweep.scaling[(sweep.scaling["quantity"] == "latency") & sweep.scaling["exponent"].notna()].sort_values("exponent")
     bounds, two_digits = ("exponent", "exponent_low", "exponent_high"), "{:.2f}".format
     told = [f"{row['attention']} {interval(row, *bounds, two_digits)}" for _, row in fits.iterrows()]
-    return f"Time grows as {sweep.column.replace('_', ' ')} to the power of: {'; '.join(told)}." if told else ""
+    return f"Time grows as {named(sweep.column)} to the power of: {'; '.join(told)}." if told else ""
 
 
 def _failures(failed: pd.DataFrame, cells: int) -> str:
@@ -189,6 +190,7 @@ def _learned(rows: pd.DataFrame, swept: str) -> Verdict:
     trained = ok[ok["eval_seq_len"] == ok["seq_len"]]
     name = swept.replace("num_", "").replace("_", " ")
     answers.append((question, _best_by(trained, swept, quantity, name)))
+    answers.append(("Smallest state", _smallest(trained, swept, quantity, name)))
     longer = ok[ok[swept] == ok[swept].max()] if is_number(ok[swept]) else ok[:0]
     if longer["eval_seq_len"].nunique() > 1:
         answers.append(("At lengths not trained at", _best_by(longer, "eval_seq_len", quantity, "tokens")))
@@ -212,6 +214,16 @@ def _best_by(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
         tied = f" (not told apart: {', '.join(others)})" if others else ""
         told = interval(best, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
         clauses.append(f"{best['attention']} with {told} at {plain(place)} {name}{tied}")
+    return f"{'; '.join(clauses)}." if clauses else ""
+
+
+def _smallest(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
+    """Who keeps least to decode from at each place, and how well it does with that."""
+    clauses = []
+    for place, cell in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
+        least = cell.sort_values("state_bytes", kind="stable").iloc[0]
+        told = interval(least, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
+        clauses.append(f"{least['attention']} with {in_bytes(least['state_bytes'])} at {plain(place)} {name}, and {told}")
     return f"{'; '.join(clauses)}." if clauses else ""
 
 

@@ -126,4 +126,4 @@ def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, ca
     assert main(words) == 0
     assert (tmp_path / "conversion" / "samples.jsonl").read_text() == lines
     assert "gap_closed" in capsys.readouterr().out
-    assert tables([])["results"].empty
+    assert tables([])["converted"].empty

@@ -13,13 +13,16 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from evals.config import UsageError
 from evals.looks import LOOKS, SPARE_COLOURS
 from evals.report import write
-from evals.report.charts import DARK, contrast, on_dark
+from evals.report.changes import changes
+from evals.report.charts import DARK, charts, contrast, on_dark
 from evals.report.library import vega
+from evals.report.sources import parts, read
 from tests.evals.sweeps import failing, table
 
 pytestmark = pytest.mark.xdist_group("report")
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "seq_len"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
+USED = ("button", "checkbox", "combobox", "DisclosureTriangle", "link", "radio", "region", "searchbox")
 HOSTILE = ('<script>window.pwned=1</script>"', "\"><img src=x onerror='window.pwned=1'>", "\u202e{{7*7}}`${1}</style>")
 
 
@@ -112,6 +115,50 @@ def test_the_table_filters_sorts_and_is_handed_on(paper: tuple[Page, list[str], 
         assert shown == sorted(results["latency_s"], reverse=direction == "descending")
 
 
+def test_what_is_hovered_over_is_told_within_the_window(paper: tuple[Page, list[str], Path]) -> None:
+    page, _, _ = paper
+    page.set_viewport_size({"width": 500, "height": 500})
+    for place in (0, 7, 20, 55):  # near each side
+        page.locator("#chart-0-latency [aria-roledescription=value]").nth(place).hover(force=True)
+        expect(page.locator(".tip")).to_contain_text("of the ceiling")
+        box = page.locator(".tip").bounding_box()
+        assert box is not None
+        assert (box["x"] >= 0, box["y"] >= 0, box["x"] + box["width"] <= 500) == (True, True, True)
+    page.mouse.move(0, 0)
+    expect(page.locator(".tip")).to_be_hidden()
+    page.set_viewport_size({"width": 1280, "height": 720})
+
+
+def test_all_that_can_be_used_has_a_name_of_its_own(paper: tuple[Page, list[str], Path]) -> None:
+    page, _, _ = paper
+    session = page.context.new_cdp_session(page)
+    session.send("Accessibility.enable")
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    used = [node for node in nodes if node.get("role", {}).get("value") in USED and not node.get("ignored")]
+    names = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in used]
+    assert len(names) > 30
+    assert [one for one in names if not one[1]] == []
+    assert [one for one in set(names) if names.count(one) > 1] == []
+
+
+def test_printed_it_fits_the_page_and_holds_every_row(paper: tuple[Page, list[str], Path]) -> None:
+    page, _, _ = paper
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 703, "height": 1000})  # A4 between its margins
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("[data-table] tbody tr").count() == 56
+    assert "1–56 of 56 rows" in page.locator("[data-table]").inner_text()
+    beyond = """[...document.querySelectorAll("table, svg, dl, pre")].filter(one => one.checkVisibility())
+        .filter(one => one.getBoundingClientRect().right > innerWidth + 1).map(one => one.outerHTML.slice(0, 80))"""
+    assert page.evaluate(beyond) == []
+    assert not page.get_by_label("Filter").is_visible()
+    assert page.locator(".charts svg text").first.is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("[data-table] tbody tr").count() == 50
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 720})
+
+
 def test_arrow_keys_read_the_values_out(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     page.locator("#chart-0-latency .chart").focus()
@@ -164,6 +211,25 @@ def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Pat
             page.evaluate("([name, turn]) => window.answer(name, turn)", [name, turn])
             turns.append(computed_s() - before)
         assert 0 < min(turns) < 0.2, name
+
+
+def test_of_two_sets_it_is_told_what_changed_and_whom_each_was_compared_with() -> None:
+    folders = [PAPER.parent / "cpu" / name for name in ("attention", "long")]
+    (part,) = parts(read(folders))
+    (change,) = changes(part)
+    assert "only in A" not in change.note
+    assert "; 6 only in attention; 10 only in long." in change.note
+    both = pd.concat([pd.read_csv(folder / "results.csv")[["attention", "seq_len"]] for folder in folders])
+    assert len(change.rows) + len(change.unchanged) == both.duplicated().sum() == 2
+    (speedup,) = (chart for chart in charts(part) if chart["id"] == "speedup")
+    assert speedup["title"] == "Speed-up over each set's own reference (standard, bsbr), higher is better"
+
+
+def test_conversions_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"conversion holds conversions of pretrained models, which a report does not show: `python"
+    ):
+        write([PAPER.parent / "conversion"], tmp_path / "report.html")
 
 
 def test_what_is_no_folder_of_results_is_one_sentence(tmp_path: Path) -> None:
