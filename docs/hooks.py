@@ -108,7 +108,8 @@ def one_table(folder: str, column: str) -> str:
 
 def figure(name: str, *optional: str) -> str:
     """The pictures of a figure, what they draw, and where that comes from; nothing where an `optional` one has no data."""
-    absent = study.missing(ROOT / STUDY, [one for one in study.FIGURES if one.name == name])
+    shown = {one.name: one for one in study.FIGURES}[name]
+    absent = study.missing(ROOT / STUDY, [shown])
     if absent and optional == ("optional",):
         return ""
     if absent:

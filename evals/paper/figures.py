@@ -192,14 +192,14 @@ def _sets(one: Shown, results: Path, known: dict[Path, Source]) -> Iterator[tupl
     )
 
 
-def draw(results: Path, plots: Path) -> list[Path]:
-    """Writes all figures, in place of those that were there, each with its caption; returns the paths.
+def draw(results: Path, plots: Path, figures: Sequence[Shown] = FIGURES) -> list[Path]:
+    """Writes all figures, in place of whatever was there, each with its caption; returns the paths.
 
     Raises ValueError, in one sentence, for data that is no table of results, and where there is none at all.
     """
     plots.mkdir(parents=True, exist_ok=True)
     paths = []
-    for drawing in drawings(results):
+    for drawing in drawings(results, figures):
         paths += [save(drawing.picture, plots / f"{drawing.name}.{form}") for form in FORMS]
         paths.append(plots / f"{drawing.name}.md")
         paths[-1].write_text(caption(drawing.name, drawing.says, drawing.sources, results), encoding="utf-8")

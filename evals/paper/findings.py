@@ -155,7 +155,7 @@ def exponents(results: Path) -> str:
         declared = "" if pd.isna(row["declared_exponent"]) else f"{row['declared_exponent']:.2f}"
         agrees = row.get("agreement")
         rows.append([f"`{row['attention']}`", p, declared, agrees if isinstance(agrees, str) else ""])
-    return rows_of(["attention", "p, measured", "p, of its FLOPs", "they"], rows)
+    return rows_of(["attention", "p, measured", "p, of its FLOPs", "the two"], rows)
 
 
 def memory(results: Path) -> str:
@@ -328,15 +328,15 @@ def everything(results: Path) -> list[Source]:
 
 
 def provenance(results: Path) -> str:
-    """A row a folder: when, of which commit, on which machine."""
+    """A row a folder: when, of which commit, on which processor."""
     rows = [
         [
             f"`{one.folder.relative_to(results).as_posix()}`",
-            *(" and ".join(words) or "?" for words in (one.days, one.commits, one.machines)),
+            *("; ".join(words) or "?" for words in (one.days, one.commits, one.processors)),
         ]
         for one in everything(results)
     ]
-    return rows_of(["results/paper/", "begun on", "commit", "machine"], rows)
+    return rows_of(["results/paper/", "begun on", "commit", "processor"], rows)
 
 
 FINDINGS: dict[str, Callable[[Path], str]] = {
