@@ -21,6 +21,7 @@ from evals.paper.captions import caption, shown
 from evals.paper.crossings import crossings
 from evals.paper.radar import radar
 from evals.paper.recipe import step_of
+from evals.paper.similarity import similarity
 from evals.paper.sources import Source, found
 from evals.pareto import pareto
 
@@ -124,14 +125,38 @@ FIGURES = (
     ),
     # --- conversion
     Shown(
+        "conversion_time",
+        "Latency of a pretrained decoder and of its conversion, over sequence length.",
+        *(("conversion",), partial(curves.curve, quantity=curves.LATENCY)),
+    ),
+    Shown(
+        "conversion_throughput", "The same in tokens a second.", ("conversion",), partial(curves.curve, quantity=curves.THROUGHPUT)
+    ),
+    Shown(
+        "conversion_speedup",
+        "How many times faster the conversion is than the original; rings: where it crosses.",
+        *(("conversion",), partial(curves.curve, quantity=curves.SPEEDUP)),
+    ),
+    Shown(
+        "conversion_scaling",
+        "The law a + b·nᵖ that fits the latency of both, with the interval of p.",
+        *(("conversion",), partial(curves.scaling, which="latency")),
+    ),
+    Shown("conversion_memory", "Peak memory of both.", ("conversion",), partial(curves.curve, quantity=curves.MEMORY)),
+    Shown(
         "conversion_perplexity",
         "Perplexity in each chunk of the context: of the original, of its conversion, and of that after healing.",
-        *(("conversion",), lambda tables: conversion.perplexity(*tables)),
+        *(("healing",), lambda tables: conversion.perplexity(*tables)),
     ),
     Shown(
         "conversion_agreement",
         "How often the original's likeliest token is among the 1, 5 and 10 likeliest of its conversion, before and after healing.",
-        *(("conversion",), lambda tables: conversion.agreement(*tables)),
+        *(("healing",), lambda tables: conversion.agreement(*tables)),
+    ),
+    Shown(
+        "conversion_similarity",
+        "How like the original its conversion is, before and after healing, run by run: hidden states and next tokens.",
+        *(("healing",), lambda tables: similarity(*tables)),
     ),
 )
 """In the order of the study. One whose data has nothing to show in it is left out."""

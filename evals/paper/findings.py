@@ -304,7 +304,7 @@ def _sentence(words: str) -> str:
 
 def conversion(results: Path) -> str:
     """Perplexity before and after healing, how much came back, and how many met the goal."""
-    table = source(results, "conversion").table
+    table = source(results, "healing").table
     rows, met = [], []
     for (model, overlap), own in table.groupby(["model", "chunk_overlap"]):
         of = {str(stage): found for stage, found in own.groupby("stage")}
@@ -316,6 +316,28 @@ def conversion(results: Path) -> str:
     heads = ["", "original", "converted", "healed", "came back", "top 1, converted", "top 1, healed", "seeds"]
     goal = f"The goal, that {percent(GOAL)} of what converting lost comes back, is met by {sum(met)} of {len(met)}."
     return f"{rows_of(heads, rows)}\n\n{goal}"
+
+
+def conversion_speed(results: Path) -> str:
+    """How fast a conversion is beside its original."""
+
+    def tell(one: Source) -> str:
+        sweep: Sweep = next(iter(one.sets.values()))
+        names = [name for name in sweep.cells if name != sweep.reference]
+        rows = []
+        for name in names:
+            cells = sweep.cells[name]
+            ratios = [
+                f"{digits(cell['speedup'])}{between(cell['speedup_low'], cell['speedup_high'], digits)}"
+                if cell["outcome"] == "ok"
+                else cell["outcome"]
+                for _, cell in cells.iterrows()
+            ]
+            rows.append([f"`{name}`", *ratios])
+        head = f"speed-up over `{sweep.reference}` at"
+        return f"{conditions(sweep.rows, sweep.column)}:\n\n{rows_of([head, *sweep.ticks], rows)}"
+
+    return optional(results, "conversion", tell)
 
 
 # --- where it comes from --------------------------------------------------------------------------
@@ -343,7 +365,7 @@ FINDINGS: dict[str, Callable[[Path], str]] = {
     tell.__name__: tell
     for tell in (
         *(setup, speed, rivals, exponents, memory, ceiling, losses, decode, decode_all, doubt),
-        *(recall, retrieval, extrapolation, needle, language, conversion, provenance),
+        *(recall, retrieval, extrapolation, needle, language, conversion, conversion_speed, provenance),
     )
 }
 
