@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from bsbr import convert
 from bsbr.convert import convert_to_bsbr
 from evals import machine
 from evals.cli import KEPT
@@ -196,6 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     folder = arguments.results_dir / FOLDERS[arguments.split]
     ledger, code = Ledger(folder / "samples.jsonl"), source("heal.py", "healing.py", "originals.py", "optimise.py")
+    code += [path.read_text() for path in sorted(Path(convert.__file__).parent.glob("*.py"))]
     watch = tqdm(disable=None, leave=False, bar_format="{desc}")
     try:
         for plan in plans(arguments):
