@@ -66,7 +66,12 @@ FIGURES = (
         "How many times faster each attention is than the reference, in turns with it; rings: where it crosses.",
         *(SEQ_LEN, partial(curves.curve, quantity=curves.SPEEDUP)),
     ),
-    Shown("inference_heatmap", "The same ratios, cell by cell, with what may be said of each.", SEQ_LEN, heatmap),
+    Shown(
+        "inference_heatmap",
+        "How many times faster each attention is than the reference, cell by cell, with what may be said of it.",
+        SEQ_LEN,
+        heatmap,
+    ),
     Shown("crossovers", "Every pair of attentions, and the lengths at which the one or the other is faster.", SEQ_LEN, crossings),
     Shown(
         "ceiling",
@@ -103,7 +108,12 @@ FIGURES = (
         *(("cpu/long",), partial(curves.scaling, which="latency")),
     ),
     Shown("decode", "The time of one token behind a context, and the state that is kept for it.", ("decode",), overview.decode),
-    Shown("decode_long", "The same for BSBR alone, behind up to a million tokens.", ("cpu/decode",), overview.decode),
+    Shown(
+        "decode_long",
+        "The time of one token of BSBR behind up to a million tokens, and the state that is kept for it.",
+        ("cpu/decode",),
+        overview.decode,
+    ),
     # --- what is remembered
     Shown(
         "recall_front",
@@ -111,7 +121,12 @@ FIGURES = (
         *(("recall*",), learning.recall_front),
     ),
     Shown("recall", "Accuracy of recall over the number of pairs.", ("recall*",), learning.accuracy),
-    Shown("retrieval_front", "The same for forms of BSBR's retrieval.", ("retrieval",), learning.recall_front),
+    Shown(
+        "retrieval_front",
+        "Accuracy of recall against the bytes that decoding keeps, for forms of BSBR's retrieval.",
+        ("retrieval",),
+        learning.recall_front,
+    ),
     Shown(
         "length_extrapolation",
         "Accuracy at lengths that were not trained at.",
@@ -130,7 +145,10 @@ FIGURES = (
         *(("conversion",), partial(curves.curve, quantity=curves.LATENCY)),
     ),
     Shown(
-        "conversion_throughput", "The same in tokens a second.", ("conversion",), partial(curves.curve, quantity=curves.THROUGHPUT)
+        "conversion_throughput",
+        "Tokens a second of a pretrained decoder and of its conversion, over sequence length.",
+        ("conversion",),
+        partial(curves.curve, quantity=curves.THROUGHPUT),
     ),
     Shown(
         "conversion_speedup",
@@ -139,10 +157,15 @@ FIGURES = (
     ),
     Shown(
         "conversion_scaling",
-        "The law a + b·nᵖ that fits the latency of both, with the interval of p.",
+        "The law a + b·nᵖ that fits the latency of a pretrained decoder and of its conversion, with the interval of p.",
         *(("conversion",), partial(curves.scaling, which="latency")),
     ),
-    Shown("conversion_memory", "Peak memory of both.", ("conversion",), partial(curves.curve, quantity=curves.MEMORY)),
+    Shown(
+        "conversion_memory",
+        "Peak memory of a pretrained decoder and of its conversion, over sequence length.",
+        ("conversion",),
+        partial(curves.curve, quantity=curves.MEMORY),
+    ),
     Shown(
         "conversion_perplexity",
         "Perplexity in each chunk of the context: of the original, of its conversion, and of that after healing.",
