@@ -20,6 +20,7 @@ from evals.paper.crossings import stretches
 from evals.paper.radar import respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source, found
+from evals.statistics import mean_interval
 
 OURS = "bsbr"
 GOAL = 0.8
@@ -308,11 +309,12 @@ def conversion(results: Path) -> str:
     rows, met = [], []
     for (model, overlap), own in table.groupby(["model", "chunk_overlap"]):
         of = {str(stage): found for stage, found in own.groupby("stage")}
-        closed = of["healed"]["gap_closed"].mean()
-        met.append(closed >= GOAL)
+        closed = mean_interval(list(of["healed"]["gap_closed"]))
+        met.append(closed.value >= GOAL)
+        back = percent(closed.value) + (f" ± {percent((closed.high - closed.low) / 2)}" if closed.high > closed.low else "")
         numbers = [f"{of[stage]['perplexity'].mean():.2f}" for stage in ("original", "converted", "healed")]
         agreed = [percent(of[stage]["top_1"].mean()) for stage in ("converted", "healed")]
-        rows.append([f"{model}, {overlap} tokens of overlap", *numbers, percent(closed), *agreed, f"{own['seed'].nunique()}"])
+        rows.append([f"{model}, {overlap} tokens of overlap", *numbers, back, *agreed, f"{own['seed'].nunique()}"])
     heads = ["", "original", "converted", "healed", "came back", "top 1, converted", "top 1, healed", "seeds"]
     goal = f"The goal, that {percent(GOAL)} of what converting lost comes back, is met by {sum(met)} of {len(met)}."
     return f"{rows_of(heads, rows)}\n\n{goal}"
