@@ -136,6 +136,39 @@ def check_inputs(
         raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
 
 
+def flops(
+    seq_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    feature_dim: int,
+    chunk_size: int,
+    chunk_overlap: int = 0,
+    top_k: int | None = None,
+) -> int:
+    """What `bsbr_attention` of one sequence costs at least, in matrix products, multiply-add = 2.
+
+    A head: 4·d per visible pair, 2·d_r·d per token read and per chunk mixed, 2·d per chunk scored; a kv head: 2·d_r·d per token
+    stored.
+    """
+    size = chunk_size
+    full, rest = divmod(seq_len, size)
+    chunks = -(-seq_len // size)
+    pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
+    pairs += sum(
+        min(chunk_overlap, start) * min(size, seq_len - start) for start in range(0, min(seq_len, chunk_overlap + size), size)
+    )
+    whole_overlap_from = -(-min(seq_len, chunk_overlap + size) // size) * size
+    pairs += chunk_overlap * max(0, seq_len - whole_overlap_from)
+    scored = chunks * (chunks - 1) // 2
+    mixed = scored if top_k is None else sum(min(chunk, top_k) for chunk in range(chunks))
+    state = feature_dim * head_dim
+    stored = (chunks - 1) * size
+    read_out = seq_len - min(seq_len, size)
+    per_head = 4 * head_dim * pairs + 2 * head_dim * scored + 2 * state * (mixed + read_out)
+    return num_heads * per_head + num_kv_heads * 2 * state * stored
+
+
 # --- the module ---------------------------------------------------------------------------------
 
 PAGE = 64
@@ -391,23 +424,8 @@ class BSBRAttention(MultiHeadAttention):
     # --- cost ---
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """4·d·H per visible pair, 2·d_r·d per token stored or read and per chunk mixed, 2·d per chunk scored."""
-        size, overlap = self.chunk_size, self.chunk_overlap
-        full, rest = divmod(seq_len, size)
-        chunks = -(-seq_len // size)
-        pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
-        pairs += sum(min(overlap, start) * min(size, seq_len - start) for start in range(0, min(seq_len, overlap + size), size))
-        whole_overlap_from = -(-min(seq_len, overlap + size) // size) * size
-        pairs += overlap * max(0, seq_len - whole_overlap_from)
-        scored = chunks * (chunks - 1) // 2
-        mixed = scored
-        if self.retrieval_top_k is not None:
-            mixed = sum(min(chunk, self.retrieval_top_k) for chunk in range(chunks))
-        state = self.feature_dim * self.head_dim
-        stored = (chunks - 1) * size
-        read_out = seq_len - min(seq_len, size)
-        per_item = self.num_heads * (4 * self.head_dim * pairs + 2 * self.head_dim * scored + 2 * state * (mixed + read_out))
-        return batch_size * (per_item + self.num_kv_heads * 2 * state * stored)
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.feature_dim)
+        return batch_size * flops(seq_len, *sizes, self.chunk_size, self.chunk_overlap, self.retrieval_top_k)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         state = self.feature_dim * self.head_dim

@@ -121,7 +121,8 @@ def listed(kind: str) -> str:
 
 def figure(name: str, *optional: str) -> str:
     """The pictures of a figure, what they draw, and where that comes from; nothing where an `optional` one has no data."""
-    absent = study.missing(ROOT / STUDY, [one for one in study.FIGURES if one.name == name])
+    shown = {one.name: one for one in study.FIGURES}[name]
+    absent = study.missing(ROOT / STUDY, [shown])
     if absent and optional == ("optional",):
         return ""
     if absent:

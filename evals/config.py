@@ -141,12 +141,14 @@ class Contestant:
         """
         own = {inspect.getsourcefile(cls) for cls in type(attention).__mro__ if issubclass(cls, Attention)}
         module = sys.modules[type(attention).__module__]
-        for near in map(inspect.getmodule, vars(module).values()):
-            if near and near.__name__.partition(".")[0] == module.__name__.partition(".")[0]:
+        nearby = [near for near in map(inspect.getmodule, vars(module).values()) if near]
+        for near in nearby:
+            if near.__name__.partition(".")[0] == module.__name__.partition(".")[0]:
                 own.add(inspect.getsourcefile(near))
         core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
         files = {Path(path) for path in own if path} | {*Path(core).rglob("*.py"), *Path(core).rglob("*.cpp")}
-        files -= {*Path(core, "convert").rglob("*.py")}  # which no attention here runs
+        if not any(near.__name__.startswith("bsbr.convert") for near in nearby):  # which no other attention runs
+            files -= {*Path(core, "convert").rglob("*.py")}
         return digest([path.read_text() for path in sorted(files)])
 
 

@@ -1,4 +1,4 @@
-"""`python -m evals.figures results/<sweep> …`: results.csv -> plots/<sweep>/, without measuring anything.
+"""`python -m evals.figures results/<sweep> …`: results.csv -> plots/<sweep>/, without measuring anything; `paper`: the study's.
 
 Which figures there are, and how their tables are read. Lines over the swept setting are drawn by
 `curves`, all else by `panels`, `pareto` and `longest`; what was learned, by `learning` and `depths`. Every figure is PNG and

@@ -1,159 +1,117 @@
 """`python -m evals.heal`: what converting costs, and how much of it healing gives back.
 
 For each model and seed: trains a small one from its config, on the bytes of Python's standard library; converts it; heals
-that. The three are asked the same held-out text. Every run is a line of results/conversion/samples.jsonl once it is done, and
-checkpoints until then, from which the same command goes on; the tables beside it are made from all lines.
+that. The three are asked the same held-out text. Settings are chosen with `--split validation`, whose text is of other files, and
+whose results lie apart. Every run is a line of results/healing/samples.jsonl once it is done, and checkpoints
+until then, from which the same command goes on; the tables beside it are made from all lines.
 `--pretrained gpt2` takes a model of the hub, or a folder, in place of the small ones.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from bsbr import convert
 from bsbr.convert import convert_to_bsbr
 from evals import machine
 from evals.cli import KEPT
 from evals.config import digest, one_sentence
-from evals.healing import Optimisation, attentions_of, heal, moving, optimise
+from evals.export import Table, markdown
+from evals.healing import attentions_of, heal, moving
 from evals.ledger import Ledger, Record
 from evals.measure import now
+from evals.optimise import Optimisation
+from evals.originals import MODELS, Original, nats, pretrained, train, windows
 from evals.schema import columns
+from evals.statistics import mean_interval
 from evals.table import write
 from evals.tasks.corpus import corpus
-from evals.tasks.task import Split, generator
+from evals.tasks.task import Split
 from evals.trials import source
 
-MODELS = ("gpt2", "llama")
+STAGES = ("original", "converted", "healed")
 AGREEMENTS = (1, 5, 10)
+FOLDERS: dict[Split, str] = {"test": "healing", "validation": "healing_validation"}
+"""Of the results, by the split whose windows all are asked."""
+
+SETTINGS = (
+    *("chunk_size", "chunk_overlap", "chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval"),
+    *("split", "examples"),
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run depends on, apart from the code. `chunks`: the context, in chunks of `chunk_size` tokens."""
+    """What a run depends on, apart from the code.
 
-    model: str
-    pretrained: bool
-    seed: int
-    hidden: int
-    layers: int
-    heads: int
+    chunks: the context, in chunks of `chunk_size` tokens. retrieval: whether what it learns moves, or low-rank additions alone.
+    split: which windows all are asked.
+    """
+
+    original: Original
     chunk_size: int
     chunk_overlap: int
     chunks: int
     batch: int
-    train_steps: int
     align_steps: int
     distil_steps: int
+    learning_rate: float
     rank: int
+    retrieval: bool
+    split: Split
     examples: int
 
-    @property
-    def context(self) -> int:
-        return self.chunks * self.chunk_size
 
-
-def run(plan: Plan, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
-    """What the three models come to on the test split. folder: of the checkpoints."""
-    torch.manual_seed(plan.seed)
-    if plan.pretrained:
-        original = AutoModelForCausalLM.from_pretrained(plan.model, use_safetensors=True)
-        texts = tokenised(plan.model)
+def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
+    """What the three models come to. originals: where those that were trained are kept; folder: of the checkpoints of healing."""
+    one, texts = plan.original, plan.original.texts()
+    name = f"{one.model}, seed {one.seed}"
+    if one.pretrained:
+        original = pretrained(one.model)
     else:
-        original, texts = AutoModelForCausalLM.from_config(small(plan)), dict(corpus().splits)
-        train(original, plan, texts, folder / "train.safetensors", watch)
+        original = one.untrained()
+        for step, loss in train(original, one, texts, originals / one.file):
+            watch.set_description_str(f"{name}: train {step}, loss {loss:.4f}")
     original.eval()
+    torch.manual_seed(one.seed)
     converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
-    test = [windows(texts["test"], plan, "test", start) for start in range(0, plan.examples, plan.batch)]
-    found = {"original": compared(original, original, test, plan), "converted": compared(original, converted, test, plan)}
+    # The same for every seed; of another name than what healing is given.
+    asked = [
+        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i) for i in range(0, plan.examples, plan.batch)
+    ]
+    found = {"original": compared(original, original, asked, plan), "converted": compared(original, converted, asked, plan)}
     moved = 0
     stages = heal(
         original,
         converted,
-        lambda step: windows(texts["train"], plan, "heal", step),
-        align=Optimisation(plan.align_steps, 1e-2),
-        distil=Optimisation(plan.distil_steps, 1e-2),
+        lambda step: windows(texts, "train", plan.batch, one.context, "heal", one.seed, step),
+        align=Optimisation(plan.align_steps, plan.learning_rate),
+        distil=Optimisation(plan.distil_steps, plan.learning_rate),
         rank=plan.rank,
+        retrieval=plan.retrieval,
         saved=folder,
     )
     for stage, step, loss in stages:
         moved = moved or moving(converted)
-        watch.set_description_str(f"{plan.model}, seed {plan.seed}: {stage} {step}, loss {loss:.4f}")
-    found["healed"] = compared(original, converted, test, plan)
+        watch.set_description_str(f"{name}: {stage} {step}, loss {loss:.4f}")
+    found["healed"] = compared(original, converted, asked, plan)
     gates = [float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in attentions_of(converted)]
     parameters = sum(parameter.numel() for parameter in original.parameters())
     return {"models": found, "parameters": parameters, "moved": moved, "mean_gate": gates}
 
 
-def small(plan: Plan) -> Any:
-    """The config of a model of bytes."""
-    gpt2 = {
-        "n_embd": plan.hidden,
-        "n_layer": plan.layers,
-        "n_head": plan.heads,
-        "n_positions": plan.context,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-    llama = {
-        "hidden_size": plan.hidden,
-        "intermediate_size": 5 * plan.hidden // 2,
-        "num_hidden_layers": plan.layers,
-        "num_attention_heads": plan.heads,
-        "num_key_value_heads": plan.heads // 2,
-        "max_position_embeddings": plan.context,
-    }
-    sizes: dict[str, Any] = gpt2 if plan.model == "gpt2" else llama
-    return AutoConfig.for_model(plan.model, vocab_size=256, bos_token_id=None, eos_token_id=None, **sizes)
-
-
-def train(model: PreTrainedModel, plan: Plan, texts: dict[Split, NDArray[Any]], saved: Path, watch: tqdm) -> None:  # type: ignore[type-arg]
-    def loss_of(step: int) -> Tensor:
-        return losses(model, windows(texts["train"], plan, "train", step))[0].mean()
-
-    for step, loss in optimise(model, loss_of, Optimisation(plan.train_steps, 3e-3), saved, weight_decay=0.1):
-        watch.set_description_str(f"{plan.model}, seed {plan.seed}: train {step}, loss {loss:.4f}")
-
-
-def tokenised(name: str) -> dict[Split, NDArray[Any]]:
-    """The same text as a pretrained model reads it."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return {
-        split: np.array(tokenizer(text.tobytes().decode("utf-8", "replace"))["input_ids"])
-        for split, text in corpus().splits.items()
-    }
-
-
-def windows(text: NDArray[Any], plan: Plan, split: str, step: int) -> Tensor:
-    """Token ids [batch, context] from random places, which follow from the seed and the step."""
-    seed = 0 if split == "test" else plan.seed
-    starts = torch.randint(len(text) - plan.context, (plan.batch, 1), generator=generator("conversion", split, seed, step))
-    return torch.from_numpy(text[(starts + torch.arange(plan.context)).numpy()]).long()
-
-
-def losses(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats of every token but the first [batch, context − 1]; the logits for them; the last hidden states."""
-    output = model(ids, use_cache=False, output_hidden_states=True)
-    logits = output.logits[:, :-1]
-    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-    return nats, logits, output.hidden_states[-1]
-
-
 @torch.no_grad()
-def compared(original: PreTrainedModel, model: PreTrainedModel, test: Sequence[Tensor], plan: Plan) -> Record:
+def compared(original: PreTrainedModel, model: PreTrainedModel, asked: Sequence[Tensor], plan: Plan) -> Record:
     """How a model does, and how near it is to the original.
 
     perplexity; `chunk_nats`: the mean loss in each chunk of the context. Of the last hidden states, cosine and mse, the latter
@@ -161,13 +119,13 @@ def compared(original: PreTrainedModel, model: PreTrainedModel, test: Sequence[T
     the original's likeliest token is among the model's k likeliest.
     """
     sums: dict[str, list[Tensor]] = {}
-    for ids in test:
-        _, wanted, hidden_wanted = losses(original, ids)
-        nats, logits, hidden = losses(model, ids)
+    for ids in asked:
+        wanted, hidden_wanted = _outputs(original, ids)
+        logits, hidden = _outputs(model, ids)
         p, q = wanted.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         first = wanted.argmax(dim=-1, keepdim=True)
         found = {
-            "nats": nats,
+            "nats": nats(logits, ids),
             "cosine": F.cosine_similarity(hidden, hidden_wanted, dim=-1),
             "mse": (hidden - hidden_wanted).square().mean(dim=-1) / hidden_wanted.square().mean(),
             "kl": (p.exp() * (p - q)).sum(dim=-1),
@@ -180,43 +138,78 @@ def compared(original: PreTrainedModel, model: PreTrainedModel, test: Sequence[T
     return {**means, "perplexity": math.exp(means["nats"]), "chunk_nats": [float(part.mean()) for part in by_chunk]}
 
 
+def _outputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits for every token but the first, and the last hidden states of all."""
+    output = model(ids, use_cache=False, output_hidden_states=True)
+    return output.logits[:, :-1], output.hidden_states[-1]
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
 def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
-    """`converted`: a row a run and model. `positions`: the perplexity in each chunk of the context."""
+    """`converted`: a row a run and model. `positions`: the perplexity in each chunk of the context.
+
+    gap_closed: of the nats a token that converting cost, the part that is back; gap_closed_beyond: the same of the
+    tokens behind the first chunk, in which a conversion is its original, so that healing can only change it.
+    """
     rows, positions = [], []
     for record in records:
         plan, models = record["plan"], record["models"]
-        given, lost = (models[name]["perplexity"] for name in ("original", "converted"))
-        for name, found in models.items():
-            key = {one: plan[one] for one in ("model", "seed", "chunk_size", "chunk_overlap")} | {"stage": name}
-            values = {one: value for one, value in found.items() if one != "chunk_nats"}
-            # Where every token still sees all that it saw, there is no gap.
-            closed = {"gap_closed": (lost - found["perplexity"]) / (lost - given) if lost != given else math.nan}
+        original = plan["original"]
+        for stage, found in models.items():
+            key = {"model": original["model"], "seed": original["seed"], "chunk_size": plan["chunk_size"]}
+            key |= {"chunk_overlap": plan["chunk_overlap"], "stage": stage}
+            values = {name: value for name, value in found.items() if name != "chunk_nats"}
+            closed = {"gap_closed": _closed(models, stage, lambda one: one["nats"])}
+            closed["gap_closed_beyond"] = _closed(models, stage, lambda one: sum(one["chunk_nats"][1:]))
             sizes = {"parameters": record["parameters"], "moved": record["moved"]}
-            rows.append({**key, "context": plan["chunks"] * plan["chunk_size"], **values, **closed, **sizes})
-            for chunk, nats in enumerate(found["chunk_nats"]):
-                positions.append({**key, "position": chunk * plan["chunk_size"], "perplexity": math.exp(nats)})
+            settings = {name: plan[name] for name in SETTINGS if name not in key}
+            rows.append({**key, "context": original["context"], **values, **closed, **sizes, **settings})
+            for chunk, loss in enumerate(found["chunk_nats"]):
+                positions.append({**key, "position": chunk * plan["chunk_size"], "perplexity": math.exp(loss)})
     return {name: pd.DataFrame(made, columns=list(columns(name))) for name, made in (("converted", rows), ("positions", positions))}
+
+
+def _closed(models: Record, stage: str, loss: Callable[[Record], float]) -> float:
+    """NaN where every token still sees all that it saw: there is no gap."""
+    given, lost, now_ = (loss(models[name]) for name in ("original", "converted", stage))
+    return (lost - now_) / (lost - given) if lost != given else math.nan
+
+
+def told(results: pd.DataFrame) -> list[list[str]]:
+    """Means over seeds, with half of the 95 % interval of how much was closed: a head, and a row each model and setting."""
+    varied = [name for name in SETTINGS if name in results and results[name].nunique() > 1]
+    rows = [["model", *varied, "seeds", "original", "converted", "healed", "closed", "closed beyond a chunk"]]
+    for key, own in results.groupby(["model", *varied], sort=False):
+        stages = own.groupby("stage")
+        perplexities = [math.exp(stages.get_group(stage)["nats"].mean()) for stage in STAGES]
+        healed = stages.get_group("healed")
+        shares = [mean_interval(list(healed[column])) for column in ("gap_closed", "gap_closed_beyond")]
+        counted = [f"{one.value:.0%}" + ("" if math.isnan(one.low) else f" ± {(one.high - one.low) / 2:.0%}") for one in shares]
+        rows.append([*map(str, key), str(len(healed)), *(f"{value:.3f}" for value in perplexities), *counted])
+    return rows
+
+
+# --- the command --------------------------------------------------------------------------------
 
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parsed(words)
     torch.set_num_threads(arguments.threads)
-    folder = arguments.results_dir / "conversion"
-    ledger, code = Ledger(folder / "samples.jsonl"), source("heal.py", "healing.py")
+    folder = arguments.results_dir / FOLDERS[arguments.split]
+    ledger, code = Ledger(folder / "samples.jsonl"), source("heal.py", "healing.py", "originals.py", "optimise.py")
+    code += [path.read_text() for path in sorted(Path(convert.__file__).parent.glob("*.py"))]
     watch = tqdm(disable=None, leave=False, bar_format="{desc}")
     try:
         for plan in plans(arguments):
-            key = digest([vars(plan), corpus().sha256, code, torch.__version__])
+            key = digest([asdict(plan), corpus().sha256, code, torch.__version__])
             if any(record["run"] == key for record in ledger.read()[0]):
                 continue
             checkpoints = folder / "checkpoints" / key
-            came_to = run(plan, checkpoints, watch)
-            ledger.append(
-                {"kind": "conversion", "run": key, "plan": vars(plan), **came_to, "provenance": machine.provenance(), "time": now()}
-            )
+            came_to = run(plan, arguments.results_dir / "checkpoints", checkpoints, watch)
+            done = {"kind": "conversion", "run": key, "plan": asdict(plan), **came_to}
+            ledger.append(done | {"provenance": machine.provenance(), "time": now()})
             for path in checkpoints.glob("*.safetensors"):
                 path.unlink()
     except KeyboardInterrupt:
@@ -230,18 +223,20 @@ def main(words: Sequence[str] | None = None) -> int:
     made = tables(ledger.read()[0])
     for name, table in made.items():
         write(table, folder, name)
-    shown = made["converted"][["model", "seed", "stage", "perplexity", "gap_closed", "kl", "cosine", "top_1", "top_5", "top_10"]]
-    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"\n{folder / 'results.csv'}: {len(shown)} rows")
+    title = f"Perplexity, and how much of what converting cost came back; windows of the {arguments.split} split"
+    print(markdown(Table(title, told(made["converted"]))))
+    print(f"\n{folder / 'results.csv'}: {len(made['results'])} rows")
     return 0
 
 
 def plans(arguments: argparse.Namespace) -> Iterator[Plan]:
-    fields = {name: getattr(arguments, name) for name in Plan.__dataclass_fields__ if hasattr(arguments, name)}
-    names = [arguments.pretrained] if arguments.pretrained else arguments.model
-    for name in names:
+    given = vars(arguments)
+    healing = {name: given[name] for name in Plan.__dataclass_fields__ if name in given}
+    training = {name: given[name] for name in Original.__dataclass_fields__ if name in given and name != "model"}
+    training |= {"pretrained": bool(arguments.pretrained), "context": arguments.chunks * arguments.chunk_size}
+    for name in [arguments.pretrained] if arguments.pretrained else arguments.model:
         for seed in range(arguments.seeds):
-            yield Plan(**{**fields, "model": name, "pretrained": bool(arguments.pretrained), "seed": seed})
+            yield Plan(Original(**{**training, "model": name, "seed": seed}), **healing)
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
@@ -249,8 +244,11 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="which small models")
     parser.add_argument("--pretrained", help="the name or folder of a pretrained model, instead")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), dest="results_dir")
+    parser.add_argument("--split", choices=FOLDERS, default="test", help="whose windows all are asked; validation: to choose by")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of healing (1e-2)")
+    parser.add_argument("--without-retrieval", action="store_false", dest="retrieval", help="low-rank additions alone are healed")
     numbers = {
-        "seeds": (2, "of each model"),
+        "seeds": (3, "of each model"),
         "hidden": (64, "width of the small models"),
         "layers": (2, "of the small models"),
         "heads": (4, "of the small models"),

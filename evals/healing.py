@@ -8,7 +8,7 @@ what the original's gets, so that no layer waits for the ones below it to become
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,10 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from bsbr.convert import Retrieval
-from evals import checkpoint
-from evals.measure import Stopwatch
-from evals.train import rate
+from evals.optimise import Optimisation, optimise
 
 Batches = Callable[[int], Tensor]
 """The token ids [batch, time] of a step."""
-
-
-class Optimisation(NamedTuple):
-    """`warmup`: part of the steps in which the rate rises. A checkpoint is made every `checkpoint_s` seconds, at least."""
-
-    steps: int
-    learning_rate: float
-    warmup: float = 0.1
-    clip: float = 1.0
-    checkpoint_s: float = 10.0
 
 
 class LowRank(nn.Module):
@@ -48,35 +36,6 @@ class LowRank(nn.Module):
         return weight + self.a @ self.b
 
 
-def optimise(
-    model: nn.Module, loss_of: Callable[[int], Tensor], plan: Optimisation, saved: Path, weight_decay: float = 0.0
-) -> Iterator[tuple[int, float]]:
-    """Minimises loss_of(step) over the parameters that want gradients; yields every step with its loss.
-
-    saved: the checkpoint that it goes on from where there is one. It stays, for whoever comes after to remove.
-    Raises FloatingPointError if the loss is no number.
-    """
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(moving, lr=plan.learning_rate, weight_decay=weight_decay)
-    progress = checkpoint.load(saved, model, optimizer) or {"step": 0}
-    watch, kept_s = Stopwatch(), 0.0
-    for step in range(progress["step"], plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(plan.learning_rate, step, plan.steps, plan.warmup)
-        loss = loss_of(step)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss was {value} at step {step + 1}: lower the learning rate")
-        loss.backward()
-        nn.utils.clip_grad_norm_(moving, plan.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if watch.seconds() - kept_s > plan.checkpoint_s or step + 1 == plan.steps:
-            checkpoint.save(saved, model, optimizer, {"step": step + 1})
-            kept_s = watch.seconds()
-        yield step + 1, value
-
-
 def heal(
     original: PreTrainedModel,
     converted: PreTrainedModel,
@@ -85,11 +44,13 @@ def heal(
     align: Optimisation,
     distil: Optimisation,
     rank: int,
+    retrieval: bool = True,
     saved: Path,
 ) -> Iterator[tuple[str, int, float]]:
     """Heals `converted` in place; yields the stage, the step and its loss, and has merged all when it ends.
 
-    batches: of both stages, counted through. rank: of what is added to the weights; 0 adds nothing. saved: a folder for
+    batches: of both stages, counted through. rank: of what is added to the weights; 0 adds nothing.
+    retrieval: whether what it learns moves, too. saved: a folder for
     the checkpoints, from which it goes on. Both models are put into eval mode: dropout would be one more difference.
     """
     original.eval()
@@ -98,7 +59,7 @@ def heal(
         parameter.requires_grad_(False)
     attentions = attentions_of(converted)
     for name in attentions:
-        converted.get_submodule(name).retrieval.requires_grad_(True)
+        converted.get_submodule(name).retrieval.requires_grad_(retrieval)
     for part, weight in matrices(converted) if rank else ():
         parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
 

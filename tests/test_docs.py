@@ -21,6 +21,7 @@ from mkdocs.exceptions import PluginError
 
 from evals.cli import CONF
 from evals.config import UsageError, read_comparison
+from evals.paper.__main__ import plan
 from evals.schema import VERSION, columns
 
 pytestmark = pytest.mark.xdist_group("docs")
@@ -51,9 +52,10 @@ def test_every_block_of_the_examples_runs(page: Path, tmp_path: Path, monkeypatc
 
 
 def commands() -> list[str]:
-    """Every `python -m evals.run …` of the README and the pages: what follows, up to a comment."""
+    """Every `python -m evals.run …` of the README, the pages, and the study's recipe: what follows, up to a comment."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     lines = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ").splitlines()
+    lines += plan([])[0] + plan(["device=cuda"])[0]
     return sorted({line.split("#")[0].removeprefix("python -m evals.run ").strip() for line in lines if COMMAND.match(line)})
 
 
@@ -136,11 +138,21 @@ def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> N
         "table results/none speedup",
         "table results/paper/seq_len speed",
         "columns none",
+        "finding sped",
+        "figure sped",
+        "fact 1",
     ],
 )
 def test_a_number_that_is_not_there_ends_the_build(hooks: ModuleType, directive: str) -> None:
     with pytest.raises(PluginError, match=directive):
         hooks.on_page_markdown(f"{{{{ {directive} }}}}")
+
+
+def test_a_figure_stands_with_its_caption_and_the_recipe_as_it_is(hooks: ModuleType) -> None:
+    told = hooks.on_page_markdown("{{ figure speedup }}")
+    assert "](../plots/paper/speedup.svg)" in told
+    assert "config hash: " in told
+    assert plan([])[0] == [line for line in hooks.on_page_markdown("{{ recipe }}").splitlines() if line.startswith("python ")]
 
 
 def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) -> None:

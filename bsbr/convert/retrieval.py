@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsbr import plain
-from bsbr.attention import bsbr_attention, check_options
+from bsbr import dispatch, plain
+from bsbr.attention import bsbr_attention, check_options, flops
+from bsbr.features import Counted
 from bsbr.interface import require_positive
 
 
 class Retrieval(nn.Module):
-    """The learned parts of one converted attention: (2·head_dim + 2·d_r)·head_dim numbers a head at most, and one gate.
+    """The learned parts of one converted attention: (2·head_dim + 2·d_r + 1)·head_dim numbers a head at most, and two more.
 
-    φ(x) = softmax(P x): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347); of unit norm
-    instead, as where nothing was pretrained, healing gave back less. All projections begin as the identity, so chunks are
-    scored as the pretrained attention scores tokens. The gate begins at 0, so that a converted model begins as its own
-    chunks alone; retrieval weighs gate · d_r / chunk_size, with which flat features and a gate of 1 read a chunk's mean value.
+    φ(k) = softmax(P k): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347).
+    φ(q) = 2 σ(w·q + b) softmax(P' q): softmax attention turns from what is near to what is far token by token, and a sum of
+    both needs a token's own word on how much. It is taken times the number of chunks that are mixed, as in `BSBRAttention`.
+    Projections begin as the identity, so chunks are scored as the pretrained attention scores tokens, and w and b at 0. The
+    gate begins at 0, so that a converted model begins as its own chunks alone; retrieval weighs gate · d_r / chunk_size,
+    with which flat features and a gate of 1 read the sum of the chunks' mean values.
 
     chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
     Raises ValueError for options that cannot be.
@@ -53,6 +56,8 @@ class Retrieval(nn.Module):
         self.meta_key = nn.Parameter(identity.repeat(num_kv_heads, 1, 1))
         self.query_features = nn.Parameter(features.repeat(num_heads, 1, 1))
         self.key_features = nn.Parameter(features.repeat(num_kv_heads, 1, 1))
+        self.query_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 1))
+        self.query_bias = nn.Parameter(torch.zeros(num_heads, 1, 1))
         self.gate = nn.Parameter(torch.zeros(num_heads))
 
     @property
@@ -61,10 +66,14 @@ class Retrieval(nn.Module):
         return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
     def phi_q(self, q: Tensor) -> Tensor:
-        return torch.softmax(q @ self.query_features, dim=-1)
+        return torch.softmax(q @ self.query_features, dim=-1) * (2 * torch.sigmoid(q @ self.query_weight + self.query_bias))
 
     def phi_k(self, k: Tensor) -> Tensor:
         return torch.softmax(k @ self.key_features, dim=-1)
+
+    def counted(self, chunks: Tensor) -> Tensor:
+        """How many of `chunks` are mixed: by so much retrieval is a sum over them, and no mean."""
+        return chunks if self.top_k is None else chunks.clamp(max=self.top_k)
 
     def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
         """h [batch, kv_heads, chunks, head_dim] and F [batch, kv_heads, chunks, d_r, head_dim] of the first `chunks` chunks."""
@@ -73,20 +82,26 @@ class Retrieval(nn.Module):
         states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), v[:, :, :tokens], self.chunk_size, chunks)
         return means @ self.meta_key, states
 
+    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """r, h, φ(q) and φ(k), as `bsbr_attention` takes them, of a whole sequence."""
+        size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
+        means = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3)
+        q_features = Counted(0, size, self.top_k).times(self.phi_q(q))
+        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, q_features, self.phi_k(k)
+
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
 
         q: [batch, heads, time, head_dim]; k, v: [batch, kv_heads, time, head_dim]. Returns the shape of q.
         """
         size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
-        r = q[:, :, ::size] @ self.meta_query
         if bias is None:
-            h = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3) @ self.meta_key
+            r, h, q_features, k_features = self.projected(q, k)
             return bsbr_attention(
                 *(q, k, v, r, h),
                 chunk_size=size,
-                q_features=self.phi_q(q),
-                k_features=self.phi_k(k),
+                q_features=q_features,
+                k_features=k_features,
                 gain=self.gain,
                 chunk_overlap=self.chunk_overlap,
                 top_k=self.top_k,
@@ -97,8 +112,9 @@ class Retrieval(nn.Module):
         if not before:
             return attended
         h, states = self.summaries(k, v, before)
+        r = q[:, :, ::size] @ self.meta_query
         retrieved = plain.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return attended + plain.read(self.phi_q(q), retrieved, size)
+        return attended + plain.read(Counted(0, size, self.top_k).times(self.phi_q(q)), retrieved, size)
 
     def bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
@@ -126,7 +142,8 @@ class Retrieval(nn.Module):
         states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(v, chunks)
         others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
-        return attended + plain.read(self.phi_q(q), retrieved * self.gain.view(-1, 1, 1, 1), size)
+        mixed = self.counted(others.sum(dim=-1)).view(*others.shape[:3], 1, 1)
+        return attended + plain.read(self.phi_q(q), retrieved * mixed * self.gain.view(-1, 1, 1, 1), size)
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
         """F̄ where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim].
@@ -145,6 +162,38 @@ class Retrieval(nn.Module):
         weights = (torch.softmax(scores, dim=-1) * visible).to(states.dtype)
         mixed = weights.reshape(batch, kv_heads, heads // kv_heads * rows, chunks) @ states.flatten(3)
         return mixed.view(batch, heads, rows, *states.shape[3:])
+
+    # --- what it costs and keeps ---
+
+    def flops(self, seq_len: int) -> int:
+        """Of `causal` for one sequence without bias: matrix products only, multiply-add = 2."""
+        heads, head_dim, feature_dim = self.query_features.shape
+        kv_heads, chunks = self.meta_key.shape[0], -(-seq_len // self.chunk_size)
+        meta = 2 * head_dim * head_dim * (heads * chunks + kv_heads * (chunks - 1))
+        features = 2 * seq_len * head_dim * ((heads + kv_heads) * feature_dim + heads)
+        attended = flops(
+            *(seq_len, heads, kv_heads, head_dim, feature_dim, self.chunk_size),
+            chunk_overlap=self.chunk_overlap,
+            top_k=self.top_k,
+        )
+        return meta + features + attended
+
+    def state_numbers(self, seq_len: int) -> int:
+        """How many numbers decoding keeps of one sequence; see `bsbr.convert.streaming`."""
+        heads, head_dim, feature_dim = self.query_features.shape
+        kv_heads = self.meta_key.shape[0]
+        local = 2 * kv_heads * min(seq_len, self.chunk_size + self.chunk_overlap) * head_dim
+        chunks = seq_len // self.chunk_size * kv_heads * (1 + feature_dim) * head_dim
+        return local + chunks + heads * feature_dim * head_dim
+
+    def implementation(self) -> str:
+        """Which implementation `causal` runs, where no bias is given, for tensors of the parameters' device and type."""
+        heads, head_dim, _ = self.query_features.shape
+        q, k = (self.gate.new_zeros(1, one, self.chunk_size + 1, head_dim) for one in (heads, self.meta_key.shape[0]))
+        r, h, q_features, k_features = self.projected(q, k)
+        return dispatch.choose("auto", q, k, k, r, h, q_features, k_features, gain=self.gain)
+
+    # --- parts ---
 
     def _chunked(self, x: Tensor, chunks: int) -> Tensor:
         """[batch, heads, time, dim] -> [batch, heads, chunks, chunk_size, dim], zeros at the end."""

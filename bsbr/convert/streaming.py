@@ -94,13 +94,17 @@ class StreamingLayer(CacheLayerMixin):
         counts = q.new_full((q.shape[0],), q.shape[2], dtype=torch.int64) if real is None else real.sum(dim=1)
         self.prompt = {"openings": q[:, :, ::chunk_size], "keys": k, "values": v, "position": counts}
 
+    def condense(self, retrieval: Retrieval) -> None:
+        """Keeps of a prompt what the tokens after it need, and no more."""
+        if self.prompt:
+            self.state, self.prompt = condensed(retrieval, self.prompt), {}
+
     def attend(self, retrieval: Retrieval, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Output of new tokens behind those before, one after the other: [batch, heads, new, head_dim].
 
         bias: [1, heads, new, all so far], on the softmax's scores.
         """
-        if self.prompt:
-            self.state, self.prompt = condensed(retrieval, self.prompt), {}
+        self.condense(retrieval)
         past = 0 if bias is None else bias.shape[3] - q.shape[2]
         outputs = []
         for i in range(q.shape[2]):
@@ -177,7 +181,7 @@ def _retrieved(retrieval: Retrieval, opening: Tensor, meta_keys: Tensor, states:
     """g F̄ [batch, heads, d_r, head_dim] of a chunk whose first query is `opening`, behind `complete` [batch] chunks of its row."""
     visible = (torch.arange(meta_keys.shape[2], device=opening.device) < complete[:, None]).view(len(complete), 1, 1, -1)
     mixed = retrieval.retrieve(opening @ retrieval.meta_query, meta_keys, states, visible)
-    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1)
+    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1) * retrieval.counted(complete).to(mixed.dtype).view(-1, 1, 1, 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

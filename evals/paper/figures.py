@@ -21,6 +21,7 @@ from evals.paper.captions import caption, shown
 from evals.paper.crossings import crossings
 from evals.paper.radar import radar
 from evals.paper.recipe import step_of
+from evals.paper.similarity import similarity
 from evals.paper.sources import Source, found
 from evals.pareto import pareto
 
@@ -65,7 +66,12 @@ FIGURES = (
         "How many times faster each attention is than the reference, in turns with it; rings: where it crosses.",
         *(SEQ_LEN, partial(curves.curve, quantity=curves.SPEEDUP)),
     ),
-    Shown("inference_heatmap", "The same ratios, cell by cell, with what may be said of each.", SEQ_LEN, heatmap),
+    Shown(
+        "inference_heatmap",
+        "How many times faster each attention is than the reference, cell by cell, with what may be said of it.",
+        SEQ_LEN,
+        heatmap,
+    ),
     Shown("crossovers", "Every pair of attentions, and the lengths at which the one or the other is faster.", SEQ_LEN, crossings),
     Shown(
         "ceiling",
@@ -102,7 +108,12 @@ FIGURES = (
         *(("cpu/long",), partial(curves.scaling, which="latency")),
     ),
     Shown("decode", "The time of one token behind a context, and the state that is kept for it.", ("decode",), overview.decode),
-    Shown("decode_long", "The same for BSBR alone, behind up to a million tokens.", ("cpu/decode",), overview.decode),
+    Shown(
+        "decode_long",
+        "The time of one token of BSBR behind up to a million tokens, and the state that is kept for it.",
+        ("cpu/decode",),
+        overview.decode,
+    ),
     # --- what is remembered
     Shown(
         "recall_front",
@@ -110,7 +121,12 @@ FIGURES = (
         *(("recall*",), learning.recall_front),
     ),
     Shown("recall", "Accuracy of recall over the number of pairs.", ("recall*",), learning.accuracy),
-    Shown("retrieval_front", "The same for forms of BSBR's retrieval.", ("retrieval",), learning.recall_front),
+    Shown(
+        "retrieval_front",
+        "Accuracy of recall against the bytes that decoding keeps, for forms of BSBR's retrieval.",
+        ("retrieval",),
+        learning.recall_front,
+    ),
     Shown(
         "length_extrapolation",
         "Accuracy at lengths that were not trained at.",
@@ -124,14 +140,46 @@ FIGURES = (
     ),
     # --- conversion
     Shown(
+        "conversion_time",
+        "Latency of a pretrained decoder and of its conversion, over sequence length.",
+        *(("conversion",), partial(curves.curve, quantity=curves.LATENCY)),
+    ),
+    Shown(
+        "conversion_throughput",
+        "Tokens a second of a pretrained decoder and of its conversion, over sequence length.",
+        ("conversion",),
+        partial(curves.curve, quantity=curves.THROUGHPUT),
+    ),
+    Shown(
+        "conversion_speedup",
+        "How many times faster the conversion is than the original; rings: where it crosses.",
+        *(("conversion",), partial(curves.curve, quantity=curves.SPEEDUP)),
+    ),
+    Shown(
+        "conversion_scaling",
+        "The law a + b·nᵖ that fits the latency of a pretrained decoder and of its conversion, with the interval of p.",
+        *(("conversion",), partial(curves.scaling, which="latency")),
+    ),
+    Shown(
+        "conversion_memory",
+        "Peak memory of a pretrained decoder and of its conversion, over sequence length.",
+        ("conversion",),
+        partial(curves.curve, quantity=curves.MEMORY),
+    ),
+    Shown(
         "conversion_perplexity",
         "Perplexity in each chunk of the context: of the original, of its conversion, and of that after healing.",
-        *(("conversion",), lambda tables: conversion.perplexity(*tables)),
+        *(("healing",), lambda tables: conversion.perplexity(*tables)),
     ),
     Shown(
         "conversion_agreement",
         "How often the original's likeliest token is among the 1, 5 and 10 likeliest of its conversion, before and after healing.",
-        *(("conversion",), lambda tables: conversion.agreement(*tables)),
+        *(("healing",), lambda tables: conversion.agreement(*tables)),
+    ),
+    Shown(
+        "conversion_similarity",
+        "How like the original its conversion is, before and after healing, run by run: hidden states and next tokens.",
+        *(("healing",), lambda tables: similarity(*tables)),
     ),
 )
 """In the order of the study. One whose data has nothing to show in it is left out."""
@@ -192,14 +240,14 @@ def _sets(one: Shown, results: Path, known: dict[Path, Source]) -> Iterator[tupl
     )
 
 
-def draw(results: Path, plots: Path) -> list[Path]:
-    """Writes all figures, in place of those that were there, each with its caption; returns the paths.
+def draw(results: Path, plots: Path, figures: Sequence[Shown] = FIGURES) -> list[Path]:
+    """Writes all figures, in place of whatever was there, each with its caption; returns the paths.
 
     Raises ValueError, in one sentence, for data that is no table of results, and where there is none at all.
     """
     plots.mkdir(parents=True, exist_ok=True)
     paths = []
-    for drawing in drawings(results):
+    for drawing in drawings(results, figures):
         paths += [save(drawing.picture, plots / f"{drawing.name}.{form}") for form in FORMS]
         paths.append(plots / f"{drawing.name}.md")
         paths[-1].write_text(caption(drawing.name, drawing.says, drawing.sources, results), encoding="utf-8")

@@ -20,6 +20,7 @@ from evals.paper.crossings import stretches
 from evals.paper.radar import respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source, found
+from evals.statistics import mean_interval
 
 OURS = "bsbr"
 GOAL = 0.8
@@ -155,7 +156,7 @@ def exponents(results: Path) -> str:
         declared = "" if pd.isna(row["declared_exponent"]) else f"{row['declared_exponent']:.2f}"
         agrees = row.get("agreement")
         rows.append([f"`{row['attention']}`", p, declared, agrees if isinstance(agrees, str) else ""])
-    return rows_of(["attention", "p, measured", "p, of its FLOPs", "they"], rows)
+    return rows_of(["attention", "p, measured", "p, of its FLOPs", "the two"], rows)
 
 
 def memory(results: Path) -> str:
@@ -304,18 +305,41 @@ def _sentence(words: str) -> str:
 
 def conversion(results: Path) -> str:
     """Perplexity before and after healing, how much came back, and how many met the goal."""
-    table = source(results, "conversion").table
+    table = source(results, "healing").table
     rows, met = [], []
     for (model, overlap), own in table.groupby(["model", "chunk_overlap"]):
         of = {str(stage): found for stage, found in own.groupby("stage")}
-        closed = of["healed"]["gap_closed"].mean()
-        met.append(closed >= GOAL)
+        closed = mean_interval(list(of["healed"]["gap_closed"]))
+        met.append(closed.value >= GOAL)
+        back = percent(closed.value) + (f" ± {percent((closed.high - closed.low) / 2)}" if closed.high > closed.low else "")
         numbers = [f"{of[stage]['perplexity'].mean():.2f}" for stage in ("original", "converted", "healed")]
         agreed = [percent(of[stage]["top_1"].mean()) for stage in ("converted", "healed")]
-        rows.append([f"{model}, {overlap} tokens of overlap", *numbers, percent(closed), *agreed, f"{own['seed'].nunique()}"])
+        rows.append([f"{model}, {overlap} tokens of overlap", *numbers, back, *agreed, f"{own['seed'].nunique()}"])
     heads = ["", "original", "converted", "healed", "came back", "top 1, converted", "top 1, healed", "seeds"]
     goal = f"The goal, that {percent(GOAL)} of what converting lost comes back, is met by {sum(met)} of {len(met)}."
     return f"{rows_of(heads, rows)}\n\n{goal}"
+
+
+def conversion_speed(results: Path) -> str:
+    """How fast a conversion is beside its original."""
+
+    def tell(one: Source) -> str:
+        sweep: Sweep = next(iter(one.sets.values()))
+        names = [name for name in sweep.cells if name != sweep.reference]
+        rows = []
+        for name in names:
+            cells = sweep.cells[name]
+            ratios = [
+                f"{digits(cell['speedup'])}{between(cell['speedup_low'], cell['speedup_high'], digits)}"
+                if cell["outcome"] == "ok"
+                else cell["outcome"]
+                for _, cell in cells.iterrows()
+            ]
+            rows.append([f"`{name}`", *ratios])
+        head = f"speed-up over `{sweep.reference}` at"
+        return f"{conditions(sweep.rows, sweep.column)}:\n\n{rows_of([head, *sweep.ticks], rows)}"
+
+    return optional(results, "conversion", tell)
 
 
 # --- where it comes from --------------------------------------------------------------------------
@@ -328,22 +352,22 @@ def everything(results: Path) -> list[Source]:
 
 
 def provenance(results: Path) -> str:
-    """A row a folder: when, of which commit, on which machine."""
+    """A row a folder: when, of which commit, on which processor."""
     rows = [
         [
             f"`{one.folder.relative_to(results).as_posix()}`",
-            *(" and ".join(words) or "?" for words in (one.days, one.commits, one.machines)),
+            *("; ".join(words) or "?" for words in (one.days, one.commits, one.processors)),
         ]
         for one in everything(results)
     ]
-    return rows_of(["results/paper/", "begun on", "commit", "machine"], rows)
+    return rows_of(["results/paper/", "begun on", "commit", "processor"], rows)
 
 
 FINDINGS: dict[str, Callable[[Path], str]] = {
     tell.__name__: tell
     for tell in (
         *(setup, speed, rivals, exponents, memory, ceiling, losses, decode, decode_all, doubt),
-        *(recall, retrieval, extrapolation, needle, language, conversion, provenance),
+        *(recall, retrieval, extrapolation, needle, language, conversion, conversion_speed, provenance),
     )
 }
 

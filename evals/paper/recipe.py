@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,7 @@ class Step:
         return [f"{command.replace('{results}', shlex.quote(results))}{added}" for command in self.commands]
 
 
+@cache
 def recipe(path: Path = RECIPE) -> list[Step]:
     """All steps, in order. Raises ValueError, in one sentence, for a file that is none, or a step that stands there twice."""
     try:

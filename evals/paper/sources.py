@@ -69,6 +69,11 @@ class Source:
         return _once(f"{one['commit'][:12]}{', with changes' if one.get('dirty') else ''}" for one in facts if one.get("commit"))
 
     @property
+    def processors(self) -> list[str]:
+        """What computed."""
+        return _once(str(one.get("gpu") or one["cpu"]) for one in self._facts)
+
+    @property
     def machines(self) -> list[str]:
         """What computed, its memory, and what ran there."""
         return _once(

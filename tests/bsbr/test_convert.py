@@ -227,7 +227,10 @@ def test_the_causal_form_is_the_definition() -> None:
     wanted = reference.bsbr_attention(
         *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
         chunk_size=B,
-        q_features=(q @ part.query_features).softmax(dim=-1),
+        q_features=(q @ part.query_features).softmax(dim=-1)
+        * 2
+        * (q @ part.query_weight + part.query_bias).sigmoid()
+        * torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2)).view(-1, 1),  # chunks before, of which two at most are mixed
         k_features=(k @ part.key_features).softmax(dim=-1),
         gain=part.gate * 4 / B,
         chunk_overlap=2,
@@ -253,9 +256,11 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
             scores = torch.stack([r @ (k[0, head, s].mean(dim=0) @ part.meta_key[head]) / 2 for s in others])
             weights = scores.softmax(dim=0) if top_k is None else (scores == scores.max()).double()
             for i in range(own.start, own.stop):
+                asked = 2 * (q[0, head, i] @ part.query_weight[head, :, 0] + part.query_bias[head, 0, 0]).sigmoid()
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
+                asked = asked * (len(others) if top_k is None else top_k)
                 far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
-                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * far).abs().max() < 1e-10
+                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * asked * far).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])

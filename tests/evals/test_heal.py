@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bsbr.convert import convert_to_bsbr
 from evals.heal import Plan, compared, main, tables
-from evals.healing import Optimisation, heal, optimise
+from evals.healing import heal
+from evals.optimise import Optimisation, optimise
+from evals.originals import Original, windows
 
 CHUNK, CONTEXT, VOCABULARY = 4, 16, 11
 FAMILIES = {
@@ -56,7 +59,9 @@ def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str
     before = convert_to_bsbr(model, CHUNK)
     after, steps = healed(model, tmp_path)
     assert [stage for stage, _, _ in steps] == ["align"] * 30 + ["distil"] * 30
-    plan = Plan("", False, 0, 0, 0, 0, CHUNK, 0, CONTEXT // CHUNK, 8, 0, 0, 0, 0, 0)
+    plan = Plan(
+        Original(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
+    )
     test = [batches(-1 - i) for i in range(4)]
     far, near, self = (compared(model, one, test, plan) for one in (before, after, model))
     assert near["kl"] < 0.9 * far["kl"]
@@ -80,6 +85,16 @@ def test_healing_without_additions_moves_retrieval_alone(tmp_path: Path) -> None
     assert moved == {name for name in kept if ".retrieval." in name}
 
 
+def test_healing_without_retrieval_leaves_its_gates_shut(tmp_path: Path) -> None:
+    model = original("llama")
+    converted = convert_to_bsbr(model, CHUNK)
+    list(heal(model, converted, batches, align=ALIGN, distil=DISTIL, rank=2, retrieval=False, saved=tmp_path))
+    kept = convert_to_bsbr(model, CHUNK).state_dict()
+    moved = {name for name, tensor in converted.state_dict().items() if not tensor.equal(kept[name])}
+    assert moved
+    assert not any(".retrieval." in name for name in moved)
+
+
 @pytest.mark.parametrize("stopped", [("align", 2), ("distil", 3)])
 def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, int], tmp_path: Path) -> None:
     model, plan = original("llama"), Optimisation(4, 1e-2, checkpoint_s=0)
@@ -100,30 +115,70 @@ def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
         list(optimise(model, lambda _: model(torch.tensor([float("nan")])).sum(), ALIGN, tmp_path / "x.safetensors"))
 
 
+SMALL = {
+    "hidden": 16,
+    "heads": 2,
+    "chunk-size": 4,
+    "chunk-overlap": 1,
+    "chunks": 3,
+    "batch": 2,
+    "examples": 4,
+    "train-steps": 3,
+    "align-steps": 2,
+    "distil-steps": 2,
+    "seeds": 1,
+    "threads": torch.get_num_threads(),
+}
+
+
+def command(folder: Path, *more: str) -> int:
+    return main(
+        ["--results-dir", str(folder), *(word for name, value in SMALL.items() for word in (f"--{name}", str(value))), *more]
+    )
+
+
 def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {
-        "hidden": 16,
-        "heads": 2,
-        "chunk-size": 4,
-        "chunk-overlap": 1,
-        "chunks": 3,
-        "batch": 2,
-        "examples": 4,
-        "train-steps": 3,
-        "align-steps": 2,
-        "distil-steps": 2,
-        "seeds": 1,
-        "threads": torch.get_num_threads(),
-    }
-    words = ["--results-dir", str(tmp_path), *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
-    assert main(words) == 0
-    results = pd.read_csv(tmp_path / "conversion" / "results.csv")
+    assert command(tmp_path) == 0
+    folder = tmp_path / "healing"
+    results = pd.read_csv(folder / "results.csv")
     assert list(results["stage"]) == ["original", "converted", "healed"] * 2
     assert list(results["gap_closed"][:2]) == [1, 0]
-    assert len(pd.read_csv(tmp_path / "conversion" / "positions.csv")) == 2 * 3 * 3
-    lines = (tmp_path / "conversion" / "samples.jsonl").read_text()
-    assert not list((tmp_path / "conversion" / "checkpoints").glob("*/*.safetensors"))
-    assert main(words) == 0
-    assert (tmp_path / "conversion" / "samples.jsonl").read_text() == lines
-    assert "gap_closed" in capsys.readouterr().out
+    assert set(results["split"]) == {"test"}
+    assert len(pd.read_csv(folder / "positions.csv")) == 2 * 3 * 3
+    lines = (folder / "samples.jsonl").read_text()
+    assert not list((folder / "checkpoints").glob("*/*.safetensors"))
+    assert command(tmp_path) == 0
+    assert (folder / "samples.jsonl").read_text() == lines
+    assert "| gpt2 | 1 |" in capsys.readouterr().out
+    # Settings are tried on other text, which leaves the results as they are, and on the same originals.
+    originals = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
+    assert len(originals) == 2
+    assert command(tmp_path, "--split", "validation", "--model", "llama", "--without-retrieval") == 0
+    assert (folder / "samples.jsonl").read_text() == lines
+    tried = pd.read_csv(tmp_path / "healing_validation" / "results.csv")
+    assert tried["perplexity"][0] != results["perplexity"][0]
+    assert tried["moved"][0] < results["moved"][0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == originals
+
+
+def test_windows_are_stretches_of_their_own_split_alone() -> None:
+    texts = {name: np.arange(100 * i, 100 * i + 50) for i, name in enumerate(("train", "validation", "test"))}
+    for i, split in enumerate(texts):
+        ids = windows(texts, split, 64, 16, "asked", split, 0)
+        assert ids.shape == (64, 16)
+        assert bool((ids.diff(dim=1) == 1).all())
+        assert 100 * i <= int(ids.min()) < int(ids.max()) < 100 * i + 50
+
+
+def test_the_share_of_the_gap_that_was_closed_is_in_nats_a_token() -> None:
+    losses = {"original": [2.0, 1.0, 1.0], "converted": [2.0, 1.4, 1.6], "healed": [1.9, 1.1, 1.2]}
+    models = {name: {"nats": sum(parts) / 3, "perplexity": 0.0, "chunk_nats": parts} for name, parts in losses.items()}
+    original_ = {"model": "gpt2", "seed": 0, "context": 12}
+    plan = dict.fromkeys(("chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval", "split"), 1)
+    plan |= {"original": original_, "chunk_size": 4, "chunk_overlap": 0, "examples": 1}
+    rows = tables([{"plan": plan, "models": models, "parameters": 1, "moved": 1}])["converted"].set_index("stage")
+    assert rows.loc["healed", "gap_closed"] == pytest.approx(0.8)  # 0.8 of 1.0
+    assert rows.loc["healed", "gap_closed_beyond"] == pytest.approx(
+        0.7
+    )  # 0.7 of 1.0: that the first chunk got better is no gap closed
     assert tables([])["converted"].empty
