@@ -1,5 +1,6 @@
 """Figures of conversions: the perplexity over the context, and how often a model agrees with its original."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from evals.looks import LOOKS, Look
 from evals.page import EDGE, LEFT, LEGEND, NAME, WIDTH, headed, placed
+from evals.statistics import mean_interval
 
 STAGES: Mapping[str, Look] = {
     "original": LOOKS["standard"],
@@ -63,11 +65,11 @@ def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]
     """Axes side by side, one for each model, under what they were measured under."""
     names = sorted(set(results["model"].astype(str)))
     healed = results[results["stage"] == "healed"]
-    closed = ", ".join(f"{name} {healed[healed['model'] == name]['gap_closed'].mean():.0%}" for name in names)
+    closed = ", ".join(f"{name} {_share(healed[healed['model'] == name]['gap_closed'])}" for name in names)
     seeds, first = results["seed"].nunique(), results.iloc[0]
     words = (
         f"chunks of {first['chunk_size']} tokens that also see {first['chunk_overlap']} before, context of {first['context']}, "
-        f"{seeds} seed{'s' * (seeds > 1)}\nof the perplexity lost by converting, healing gives back {closed}"
+        f"{seeds} seed{'s' * (seeds > 1)}\nof the nats a token that converting costs, healing gives back {closed}"
     )
     picture = headed(title, words, FOOT + PLOT + LEGEND + 0.2)
     width = (WIDTH - LEFT - EDGE - GAP * (len(names) - 1)) / len(names)
@@ -76,6 +78,12 @@ def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]
         axes = panels[name] = placed(picture, LEFT + number * (width + GAP), FOOT, width, PLOT)
         axes.set_title(name, size=NAME, loc="left", pad=3)
     return panels, picture
+
+
+def _share(values: pd.Series) -> str:
+    """The mean over seeds in percent, and half of its 95 % interval."""
+    mean = mean_interval(list(values))
+    return f"{mean.value:.0%}" if math.isnan(mean.low) else f"{mean.value:.0%} ± {(mean.high - mean.low) / 2:.0%}"
 
 
 def _keyed(picture: Figure, panels: Mapping[str, Axes]) -> Figure:

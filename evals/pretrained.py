@@ -161,7 +161,7 @@ class ConvertedDecoder(PretrainedDecoder):
             cache.layers[index] = layer
 
     def kept(self, cache: DynamicCache) -> State:
-        state = {}
+        state: State = {}
         for index, (layer, retrieval) in enumerate(zip(cache.layers, retrievals(self.decoder), strict=True)):
             layer.condense(retrieval)
             state |= {f"{index}.{name}": tensor for name, tensor in layer.state.items()}

@@ -12,7 +12,7 @@ from evals.config import Contestant, Model
 from evals.pretrained import ConvertedDecoder, PretrainedDecoder
 
 B = 6
-SIZES = {"hidden_dim": 16, "num_heads": 4, "max_length": 128}
+SIZES = {"hidden_dim": 16, "num_heads": 4, "max_length": 1100}
 
 
 def decoder(model_type: str, converted: bool, **options: int) -> Callable[[], PretrainedDecoder]:
@@ -48,8 +48,8 @@ def test_a_conversion_keeps_less_the_longer_the_context() -> None:
 
 
 def test_a_sequence_that_is_longer_than_its_positions_is_told_so() -> None:
-    with pytest.raises(NotImplementedError, match="max_length=128, got 129 tokens"):
-        decoder("gpt2", False)()(torch.zeros(1, 129, 16))
+    with pytest.raises(NotImplementedError, match="max_length=1100, got 1101 tokens"):
+        decoder("gpt2", False)()(torch.zeros(1, 1101, 16))
 
 
 def test_results_of_a_conversion_depend_on_the_code_that_converts(monkeypatch: pytest.MonkeyPatch) -> None:
