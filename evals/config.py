@@ -24,7 +24,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
-    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker"),
+    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker", "quiet"),
 )
 MATCHES = ("params",)
 MATCHED_WITHIN = 0.01
@@ -205,6 +205,8 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
             raise UsageError(
                 f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}"
             )
+    if not isinstance(values["quiet"], bool):
+        raise UsageError(f"quiet must be true or false, got {values['quiet']!r}")
     key = values["swept"] or swept
     place = None if key is None else OmegaConf.select(cfg, key)
     if values["swept"] and place is None:
