@@ -91,9 +91,10 @@ class Timed:
         return known
 
     def note(self) -> str:
-        told = [f"{self.history.rounds} rounds"] if self.history.rounds else []
-        if self.history.stopped:
-            told[-1:] = [f"{told[0]}, ended by {self.history.stopped}" if told else f"ended by {self.history.stopped}"]
+        rounds = self.history.rounds
+        told = [f"{rounds} round{'s' if rounds > 1 else ''}"] if rounds else []
+        if rounds and self.history.stopped:
+            told[0] += f", ended by {self.history.stopped}"
         noise = self.history.ratios(Runner(self.reference), Runner(self.reference, twin=True))
         if noise:
             itself = {"outcome": "ok", **_estimate("speedup", noise)}

@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evals.config import UsageError, one_sentence
 from evals.launch import Elsewhere, check_launcher
+from evals.usage import CONF, INTERRUPTED
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 class Session(Callback):
@@ -128,10 +128,10 @@ def run(
         if not interrupted:
             return code
         print(KEPT, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (Abandoned, KeyboardInterrupt):
         print(KEPT, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except MissingConfigException as error:
         print(f"error: {missing(error)}", file=sys.stderr)
     except (UsageError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 from evals.boards import Board
+from evals.cells import shortened
 from evals.ledger import Record
 from evals.measure import Stopwatch
 
@@ -97,7 +98,7 @@ class Table(Quiet):
         from rich.text import Text
 
         super().begin(place, conditions, board)
-        self.place = place
+        self.place = place.partition(" ")[0]
         self.console.print(Text.assemble((place, "bold"), f": {conditions}"))
 
     def watch(self, words: str, part: float, left: str) -> None:
@@ -109,7 +110,8 @@ class Table(Quiet):
         line = self.board.add(record)
         if line is not None and record["outcome"] != "ok":  # in the table is no room for why
             self.console.print(line, markup=False)
-        self._draw()
+        if record["kind"] != "latency":  # those of a round come together, and `watch` behind them
+            self._draw()
 
     def end(self, left: str | None) -> None:
         if self.live is None:
@@ -136,12 +138,19 @@ class Table(Quiet):
         from rich.table import Table as Grid
         from rich.text import Text
 
+        rows = list(self.board.rows())
+        columns = list(
+            zip(*[["", *self.board.heads, ""], *([name, *figures, state] for name, figures, state in rows)], strict=True)
+        )
+        taken = sum(2 + max(map(len, column)) for column in columns[1:])
         grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        grid.add_column("  attention", overflow="ellipsis", no_wrap=True)
+        grid.add_column("  attention", no_wrap=True)
         for head in self.board.heads:
             grid.add_column(head, justify="right", no_wrap=True)
-        grid.add_column("", overflow="ellipsis", no_wrap=True)
-        for name, figures, state in self.board.rows():
+        grid.add_column("", no_wrap=True)
+        for name, figures, state in rows:
+            # Where it is narrow, figures stay whole.
+            name = shortened(name, max(self.console.width - 2 - taken, 8))
             grid.add_row(Text(f"  {name}"), *map(Text, figures), Text(state, "dim"))
         note = self.board.note()
         return Group(grid, Text(f"  {note}", "dim")) if note else grid
@@ -151,10 +160,15 @@ class Table(Quiet):
         from rich.table import Table as Grid
         from rich.text import Text
 
+        behind = [ProgressBar(1.0, self.part, BAR), Text(f"{self.part:.0%}"), Text(self.left)]
+        words = shortened(f"{self.place} {self.words}", max(self.console.width - BAR - len(f"  100% {self.left}"), 8))
         grid = Grid.grid(padding=(0, 1))
-        grid.add_column(overflow="ellipsis", no_wrap=True)
-        grid.add_row(Text(f"{self.place} {self.words}"), ProgressBar(1.0, self.part, 16), Text(f"{self.part:.0%}"), Text(self.left))
+        grid.add_row(Text(words, no_wrap=True), *behind)
         return grid
+
+
+BAR = 16
+"""Columns that the bar of progress takes."""
 
 
 class Outlook:
