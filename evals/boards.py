@@ -99,6 +99,8 @@ class Timed:
         if noise:
             itself = {"outcome": "ok", **_estimate("speedup", noise)}
             told.append(f"noise: {self.reference} over itself {cell(itself, QUANTITIES[1])}")
+        if self.reference not in self.names:
+            told.append(f"no speed-ups: {self.reference} is not among those compared")
         return "; ".join(told)
 
 

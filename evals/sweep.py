@@ -66,7 +66,7 @@ class Run:
         def watch(words: str, part: float) -> None:
             done = behind + part
             shown.watch(words, done / cli.Session.jobs, self.outlook.left(done, cli.Session.jobs))
-            if comparison.task and self.interrupted:  # a run goes on from its checkpoint
+            if self.interrupted:  # a round is over, and a training run goes on from its checkpoint
                 raise KeyboardInterrupt
 
         if comparison.task:
@@ -78,8 +78,10 @@ class Run:
                 # As many trials at once as there are cores; of all else, one thing at a time.
                 self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
                 shown.add(record)
-                if self.interrupted:
+                if self.interrupted and record["kind"] != "latency":  # of which a round has several
                     raise KeyboardInterrupt
+            if self.interrupted:
+                raise KeyboardInterrupt
             self.outlook.found += not shown.begun
             to_go = self.outlook.left(behind + 1, cli.Session.jobs)
         finally:
