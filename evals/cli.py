@@ -175,7 +175,7 @@ def no_such_setting(error: ConfigCompositionException) -> str:
         return one_sentence(error)
     key, name, near = str(cause.full_key), str(cause.key), cause.parent_node
     group = key.rpartition(".")[0]
-    like = did_you_mean(name, map(str, near))
+    like = did_you_mean(key, [f"{group}.{one}".lstrip(".") for one in near])
     if not like:
         groups = (one for one, node in near.items() if isinstance(node, DictConfig) and name in node)
         like = next((f" (did you mean {one}.{name}?)" for one in groups), "")

@@ -485,10 +485,10 @@ def not_found(target: str) -> str:
         there = vars(importlib.import_module(module))
     except Exception as error:  # noqa: BLE001  importing runs anybody's code
         return (
-            f"{module} cannot be imported: {type(error).__name__}: {one_sentence(error)}; "
+            f"module {module} cannot be imported: {type(error).__name__}: {one_sentence(error)}; "
             "a module of your own lies in the folder of --config-dir, or beside it"
         )
-    return f"{module} has no {name}{did_you_mean(name, there)}"
+    return f"module {module} has no {name}{did_you_mean(name, there)}"
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
