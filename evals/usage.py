@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evals.cells import WIDTH, filled
+from evals.cells import WIDTH
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -51,12 +51,10 @@ def known(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def text(about: str, own: Path | None = None) -> str:
     """about: the command's docstring. own: a config folder of the user's, which adds to conf/."""
     folders = [CONF, *([] if own is None else [own])]
-    told = re.sub(r"^`.*?`: ", "", about)
-    paragraphs = [filled(" ".join(part.split())).replace("\n  ", "\n") for part in told.split("\n\n")]
     sweeps = {name: first_sentence(path) for name, path in files(folders, "sweep").items()}
     blocks = [
         "usage: python -m evals.run [option …] [setting=value …]",
-        *(paragraph[0].upper() + paragraph[1:] for paragraph in paragraphs),
+        *paragraphs(about),
         listed("Sweeps, as in sweep=seq_len", sweeps),
         listed(
             "Choices, as in device=cuda", {f"{group}=": f"{told}: {', '.join(names)}" for group, told, names in groups(folders)}
@@ -67,6 +65,27 @@ def text(about: str, own: Path | None = None) -> str:
         "Examples\n" + "\n".join(f"  {wrapped(command, 4)}\n      {what}" for command, what in EXAMPLES.items()),
     ]
     return "\n\n".join(blocks)
+
+
+def text_of_certify(about: str, own: Path | None = None) -> str:
+    """The same of `python -m evals.certify`."""
+    folders = [CONF, *([] if own is None else [own])]
+    named = {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}
+    blocks = [
+        "usage: python -m evals.certify [option …] ['attention=[…]'] [setting=value …]",
+        *paragraphs(about),
+        listed("Attentions", {"attention=": ", ".join(files(folders, "attention"))}),
+        listed("Options", named),
+        "Settings are those of python -m evals.run --help.",
+    ]
+    return "\n\n".join(blocks)
+
+
+def paragraphs(docstring: str) -> list[str]:
+    """Of a command's docstring, without its own name."""
+    told = re.sub(r"^`.*?`: ", "", docstring)
+    told = told[0].upper() + told[1:]
+    return ["\n".join(textwrap.wrap(part, WIDTH, break_on_hyphens=False)) for part in told.split("\n\n")]
 
 
 def listed(title: str, entries: dict[str, str]) -> str:

@@ -243,6 +243,48 @@ def test_help_knows_a_folder_of_one_s_own(
     assert capsys.readouterr().err.startswith("error: --config-dir must name a folder")
 
 
+# --- what a beginner gets wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("sweep=seqlen", r"unknown sweep 'seqlen' \(did you mean seq_len\?\); known are all, .*"),
+        ("seq_len=128", r".*'seq_len': there is no such setting \(did you mean shape.seq_len\?\); --help lists them"),
+        ("shape.seqlen=128", r".*'shape.seqlen': there is no such setting \(did you mean shape.seq_len\?\); --help lists them"),
+        ("sampling.budget=1", r".* \(did you mean sampling.budget_s\?\); --help lists them"),
+        ("attention.bsbr.chunksize=64", r".* its YAML does not name \(did you mean attention.bsbr.chunk_size\?\); \+attention.*"),
+        ("attention.linear_fla.chunk_size=3", r".*linear_fla is not among those selected by attention=\[standard,bsbr,.*"),
+        ("sweep=seq_len attention=bsbr,standard", r".* alone: to compare them, say 'attention=\[bsbr,standard\]'"),
+        ("shape.seq_len=128,256", r"shape.seq_len=128,256 is several values: with -m they are a sweep, and .*"),
+        ("sweep seq_len", r"'sweep' is no setting: settings are given as key=value, such as sweep=seq_len"),
+        ("--dryrun sweep=seq_len", r"unrecognized arguments: --dryrun; .* --help lists the options"),
+        ("quiet=yes", r"quiet must be true or false, got 'yes'"),
+        (
+            "--config-dir {own} attention=[no_name]",
+            r"a file of attention/ holds one key, .* _target_: beside.Cosine stands at the top",
+        ),
+        ("--config-dir {own} attention=[misspelt]", r".*: module beside has no Cosin \(did you mean Cosine\?\)"),
+        ("--config-dir {own} attention=[elsewhere]", r".*: module besides cannot be imported: .*; a module of your own lies in .*"),
+    ],
+)
+def test_a_beginner_s_mistake_is_one_sentence_that_helps(
+    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "conf"
+    (conf / "attention").mkdir(parents=True)
+    (tmp_path / "beside.py").write_text("class Cosine: ...\n")
+    (conf / "attention" / "no_name.yaml").write_text("_target_: beside.Cosine\n")
+    (conf / "attention" / "misspelt.yaml").write_text("misspelt: {_target_: beside.Cosin}\n")
+    (conf / "attention" / "elsewhere.yaml").write_text("elsewhere: {_target_: besides.Cosine}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run.py", f"results_dir={tmp_path}", *arguments.format(own=conf).split()])
+    assert run.main() == 2
+    out, said = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {sentence}\n", said)
+
+
 # --- completion -----------------------------------------------------------------------------------
 
 
