@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from evals.config import UsageError, did_you_mean, one_sentence
 from evals.launch import Elsewhere, check_launcher
-from evals.usage import CONF, INTERRUPTED
+from evals.usage import CONF, INTERRUPTED, OPTIONS
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
 
@@ -42,9 +42,8 @@ class Session(Callback):
         swept = dict(config.hydra.sweeper.get("params") or {})
         given = [f"{key}={value}" for key, value in swept.items()] + list(config.hydra.overrides.task)
         counts = {
-            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
             for override in OverridesParser.create().parse_overrides(given)
-            if override.is_sweep_override()
         }
         Session.jobs = math.prod(counts.values())
         Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)
@@ -188,6 +187,10 @@ def no_such_setting(error: ConfigCompositionException) -> str:
 
 def refuse(message: str) -> NoReturn:
     """In place of argparse's page of usage."""
+    if message.startswith("unrecognized arguments: "):  # the first of them, and all that stands behind it
+        word = message.split()[2]
+        known = [option for names in OPTIONS for option in re.findall(r"--?[\w-]+", names)]
+        message = f"unknown option {word}{did_you_mean(word, known)}"
     raise UsageError(f"{message}; settings are given as key=value, and --help lists the options")
 
 
