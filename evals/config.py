@@ -493,7 +493,7 @@ def not_found(target: str) -> str:
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """What to put behind `given`, which is unknown; empty where nothing is like it."""
-    like = difflib.get_close_matches(given, list(known), n=1)
+    like = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
     return f" (did you mean {like[0]}?)" if like else ""
 
 
