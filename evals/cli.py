@@ -21,7 +21,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from evals.config import UsageError, did_you_mean, one_sentence
 from evals.launch import Elsewhere, check_launcher
-from evals.usage import CONF, INTERRUPTED, OPTIONS
+from evals.usage import CONF as CONF
+from evals.usage import INTERRUPTED, OPTIONS
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
 
@@ -174,12 +175,13 @@ def no_such_setting(error: ConfigCompositionException) -> str:
         return one_sentence(error)
     key, name, near = str(cause.full_key), str(cause.key), cause.parent_node
     group = key.rpartition(".")[0]
-    like = did_you_mean(key, [f"{group}.{one}".lstrip(".") for one in near])
+    there = {str(one): node for one, node in near.items_ex(resolve=False)}
+    like = did_you_mean(key, [f"{group}.{one}".lstrip(".") for one in there])
     if not like:
-        groups = (one for one, node in near.items() if isinstance(node, DictConfig) and name in node)
+        groups = (one for one, node in there.items() if isinstance(node, DictConfig) and name in node)
         like = next((f" (did you mean {one}.{name}?)" for one in groups), "")
     if group == "attention":
-        return f"Could not override '{key}': {name} is not among those selected by attention=[{','.join(map(str, near))}]"
+        return f"Could not override '{key}': {name} is not among those selected by attention=[{','.join(there)}]"
     if group.startswith("attention."):
         return f"Could not override '{key}', which its YAML does not name{like}; +{key}= adds an option of its class"
     return f"Could not override '{key}': there is no such setting{like}; --help lists them"

@@ -160,7 +160,7 @@ class Table(Quiet):
         from rich.table import Table as Grid
         from rich.text import Text
 
-        behind = [ProgressBar(1.0, self.part, BAR), Text(f"{self.part:.0%}"), Text(self.left)]
+        behind: list[RenderableType] = [ProgressBar(1.0, self.part, BAR), Text(f"{self.part:.0%}"), Text(self.left)]
         words = shortened(f"{self.place} {self.words}", max(self.console.width - BAR - len(f"  100% {self.left}"), 8))
         grid = Grid.grid(padding=(0, 1))
         grid.add_row(Text(words, no_wrap=True), *behind)

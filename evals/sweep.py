@@ -64,10 +64,10 @@ class Run:
         shown = self.display = self.display or display(quiet=cfg.quiet)
 
         def watch(words: str, part: float) -> None:
-            done = behind + part
-            shown.watch(words, done / cli.Session.jobs, self.outlook.left(done, cli.Session.jobs))
             if self.interrupted:  # a round is over, and a training run goes on from its checkpoint
                 raise KeyboardInterrupt
+            done = behind + part
+            shown.watch(words, done / cli.Session.jobs, self.outlook.left(done, cli.Session.jobs))
 
         if comparison.task:
             self.stops = "within seconds, and goes on from the last checkpoint"
