@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from evals import cells, run, table, usage
+from evals import cells, run, sweep, table, usage
 from evals.config import read_comparison
 from evals.figures import read
 from evals.live import Outlook, span
@@ -196,6 +196,25 @@ def test_every_exit_code_is_documented_as_help_tells_it() -> None:
     page = (ROOT / "docs" / "user-guide" / "sweeps.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE))
     assert {int(code): meaning.replace("`", "") for code, meaning in told.items()} == usage.EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "made"), [([0, 3, 0, 0], 3, 4), ([0, 0, 0, 0], 0, 4), ([0, 3, 2, 0], 2, 3), ([130, 0, 0, 0], 130, 1)]
+)
+def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
+    codes: list[int], code: int, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+
+    def one(*_: object, **__: object) -> int:
+        begun.append(sys.argv[1:])
+        return codes[len(begun) - 1]
+
+    monkeypatch.setattr(sweep.cli, "run", one)
+    monkeypatch.setattr(sweep, "every_sweep", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
+    assert sweep.main() == code
+    assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:made]]
 
 
 @pytest.fixture
