@@ -6,6 +6,8 @@ what is measured. The terminal is in no special mode meanwhile, so that whatever
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from evals.boards import Board
@@ -34,6 +36,9 @@ class Display(Protocol):
 
     def end(self, left: str | None) -> None:
         """left: as of `watch`; None of a comparison that is broken off."""
+
+    def say(self, words: str) -> None:
+        """Tells of what happens meanwhile, on standard error. A signal handler may call it."""
 
 
 def display(*, quiet: bool) -> Display:
@@ -66,6 +71,9 @@ class Quiet:
     def end(self, left: str | None) -> None:
         pass
 
+    def say(self, words: str) -> None:
+        print(words, file=sys.stderr)
+
 
 class Lines(Quiet):
     """A line when a comparison begins, one for what is worth it, and one at its end."""
@@ -92,6 +100,8 @@ class Table(Quiet):
 
         self.console: Console = Console(highlight=False)
         self.live: Live | None = None
+        self.drawing = False
+        self.unsaid: list[str] = []
         self.words, self.part, self.left = "", 0.0, ""
 
     def begin(self, place: str, conditions: str, board: Board) -> None:
@@ -104,23 +114,42 @@ class Table(Quiet):
     def watch(self, words: str, part: float, left: str) -> None:
         super().watch(words, part, left)
         self.words, self.part, self.left = words, part, left
-        self._draw()
+        with self._undisturbed():
+            self._draw()
 
     def add(self, record: Record) -> None:
         line = self.board.add(record)
-        if line is not None and record["outcome"] != "ok":  # in the table is no room for why
-            self.console.print(line, markup=False)
-        if record["kind"] != "latency":  # those of a round come together, and `watch` behind them
-            self._draw()
+        with self._undisturbed():
+            if line is not None and record["outcome"] != "ok":  # in the table is no room for why
+                self.console.print(line, markup=False)
+            if record["kind"] != "latency":  # those of a round come together, and `watch` behind them
+                self._draw()
 
     def end(self, left: str | None) -> None:
-        if self.live is None:
+        with self._undisturbed():
+            if self.live is not None:
+                self.live.update(self._rows())
+                self.live.stop()
+                self.live = None
+                return
             for line in [] if left is None else self.closing(""):
                 self.console.print(line, markup=False)
-            return
-        self.live.update(self._rows())
-        self.live.stop()
-        self.live = None
+
+    def say(self, words: str) -> None:
+        if self.drawing:  # the terminal takes no second word in the middle of one
+            self.unsaid.append(words)
+        else:
+            super().say(words)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        self.drawing = True
+        try:
+            yield
+        finally:
+            self.drawing = False
+            while self.unsaid:
+                super().say(self.unsaid.pop())
 
     def _draw(self) -> None:
         from rich.console import Group

@@ -19,7 +19,7 @@ from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.launch import Elsewhere
 from evals.ledger import Ledger, Record
-from evals.live import Display, Outlook, display
+from evals.live import Display, Outlook, Quiet, display
 from evals.measure import now, seconds_of_this_process
 from evals.study import Study
 from evals.usage import INCOMPLETE
@@ -100,7 +100,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise cli.Abandoned
         self.interrupted = True
-        print(f"stops {self.stops}; Ctrl-C again stops at once", file=sys.stderr)
+        (self.display or Quiet()).say(f"stops {self.stops}; Ctrl-C again stops at once")
 
     def report(self, cfg: DictConfig) -> int:
         """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
