@@ -17,11 +17,11 @@ from typing import Any
 import pandas as pd
 
 from evals import figures, schema
+from evals.cells import QUANTITIES, cell
 from evals.conversion import STAGES
 from evals.figures import swept_column
 from evals.learning import SAID
 from evals.page import SETTINGS, conditions, in_bytes, plain
-from evals.table import QUANTITIES, cell
 
 TIMED, SEEDS = "±: half of the 95 % interval", "±: half of the 95 % interval over seeds"
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
