@@ -225,7 +225,7 @@ def main(words: Sequence[str] | None = None) -> int:
         write(table, folder, name)
     title = f"Perplexity, and how much of what converting cost came back; windows of the {arguments.split} split"
     print(markdown(Table(title, told(made["converted"]))))
-    print(f"\n{folder / 'results.csv'}: {len(made['results'])} rows")
+    print(f"\n{folder / 'results.csv'}: {len(made['converted'])} rows")
     return 0
 
 
