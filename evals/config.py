@@ -106,7 +106,7 @@ class Training:
     def settings(self) -> dict[str, str | int | float]:
         """What a trained model depends on, and is the same for all."""
         alike = {key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "accumulate", "examples")}
-        return {**alike, "curriculum": ",".join(map(str, self.curriculum))}
+        return alike if self.curriculum == (1,) else {**alike, "curriculum": ",".join(map(str, self.curriculum))}
 
     def divisor(self, step: int) -> int:
         """What seq_len is divided by at a step of 0 … steps − 1."""
