@@ -13,9 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from evals import checkpoint, forkserver, train
+from evals import checkpoint, train
 from evals.cli import CONF
 from evals.config import Comparison, build_task, read_comparison
+from evals.forkserver import launch
 from evals.tasks.task import generator
 from evals.workloads import build
 
@@ -143,19 +144,19 @@ def tell(connection: Connection, saved: Path, overrides: tuple[str, ...]) -> Non
 def test_killed_and_started_again_it_comes_to_the_same_bit_for_bit(tmp_path: Path) -> None:
     """Each run in a process of its own, with dropout, which uses the global state of randomness."""
     dropout = ("+attention.bsbr.dropout=0.2", "training.steps=60")
-    process, told = forkserver.launch(tell, tmp_path / "whole.safetensors", dropout)
+    process, told = launch(tell, tmp_path / "whole.safetensors", dropout)
     whole = told.recv()
     process.join()
 
     saved = tmp_path / "killed.safetensors"
-    process, _ = forkserver.launch(tell, saved, dropout)
+    process, _ = launch(tell, saved, dropout)
     while process.is_alive() and step_of(saved) < 10:
         time.sleep(0.005)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert 10 <= step_of(saved) < 60
-    process, told = forkserver.launch(tell, saved, dropout)
+    process, told = launch(tell, saved, dropout)
     assert told.recv() == whole
     process.join()
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["killed.safetensors", "whole.safetensors"]
