@@ -223,7 +223,8 @@ def _smallest(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
     for place, cell in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
         least = cell.sort_values("state_bytes", kind="stable").iloc[0]
         told = interval(least, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
-        clauses.append(f"{least['attention']} with {in_bytes(least['state_bytes'])} at {plain(place)} {name}, and {told}")
+        held = f"{in_bytes(least['state_bytes'])} at {plain(place)} {name}"
+        clauses.append(f"{least['attention']} with {held}, and {quantity.replace('_', ' ')} {told}")
     return f"{'; '.join(clauses)}." if clauses else ""
 
 
