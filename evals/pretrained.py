@@ -20,6 +20,10 @@ from bsbr.convert.streaming import StreamingLayer
 from bsbr.interface import Attention, State, check_hidden_states, count, next_position
 from evals.healing import attentions_of, matrices
 
+UNPADDED = "bsbr_unpadded"
+"""A conversion's attention without a mask function. Padding is taken out before (`Attention.forward`), and what the library looks
+up in data to make a mask would keep `evals.cost`, which has none, from counting."""
+
 
 class PretrainedDecoder(Attention):
     """The layers of a GPT-2, Llama, Mistral or Qwen, with the library's own attention: torch's SDPA.
@@ -146,6 +150,7 @@ class ConvertedDecoder(PretrainedDecoder):
         converted = convert_to_bsbr(model, **self.conversion)  # type: ignore[arg-type]  # of whole numbers and None
         for part in retrievals(converted):
             nn.init.ones_(part.gate)
+        converted.config._attn_implementation = UNPADDED
         return converted
 
     @property
@@ -221,6 +226,7 @@ def _bsbr(
     return attended.transpose(1, 2), None
 
 
+AttentionInterface.register(UNPADDED, converted_attention.attention)
 for name, plain in ((PretrainedDecoder.slow, _softmax), (ConvertedDecoder.slow, _bsbr)):
     AttentionInterface.register(name, plain)
     AttentionMaskInterface.register(name, converted_attention.mask)  # none, where there is no padding
