@@ -19,9 +19,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from evals.cells import QUANTITIES, Quantity, cell
 from evals.export import markdown as table
 from evals.figures import read, swept_column
-from evals.table import QUANTITIES, Quantity, cell
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from evals import table
+from evals.cells import WIDTH, aligned
 from evals.config import UsageError, one_sentence
 from evals.interleave import measure
 from evals.ledger import Ledger, Record
@@ -267,16 +267,16 @@ def shown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
         ["verdict", *rows["verdict"]],
     ]
     blocks = [
-        "\n".join(textwrap.fill(line, table.WIDTH, subsequent_indent="   ") for line in told),
+        "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="   ") for line in told),
         f"time of A / time of B, above 1 where B is faster; low, high: {CONFIDENCE:.0%} interval\n"
-        + table.aligned(_labels(rows), timing),
+        + aligned(_labels(rows), timing),
     ]
     changed_rows = rows[(rows["peak_bytes_a"] - rows["peak_bytes_b"]).abs() > 0]
     if len(changed_rows):
         old, new = changed_rows["peak_bytes_a"], changed_rows["peak_bytes_b"]
         memory = [[head, *(f"{one / 2**20:.3f}" for one in side)] for head, side in (("MiB in A", old), ("MiB in B", new))]
         memory.append(["more", *(f"{more:+.1%}" for more in new / old - 1)])
-        blocks.append("peak memory where it changed\n" + table.aligned(_labels(rows, changed_rows.index), memory))
+        blocks.append("peak memory where it changed\n" + aligned(_labels(rows, changed_rows.index), memory))
     counts = rows["verdict"].value_counts().items()
     return "\n\n".join([*blocks, f"{len(rows)} cells: {', '.join(f'{count} {verdict}' for verdict, count in counts)}"])
 
@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(shown(a, b, rows))
     worse = regressions(rows, threshold)
     for line in worse:
-        print(textwrap.fill(f"regression: {line}", table.WIDTH, subsequent_indent="   "))
+        print(textwrap.fill(f"regression: {line}", WIDTH, subsequent_indent="   "))
     return 1 if worse else 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evals import machine
+from evals.cells import aligned, filled
 from evals.config import Comparison, Contestant, digest
 from evals.engine import Engine, Watch
 from evals.ledger import Ledger, Record
@@ -219,9 +220,11 @@ def _found(probes: Sequence[Record]) -> dict[str, Any]:
 
 def shown(table: "pd.DataFrame") -> str:
     """The table as text: attentions down, longest context first."""
-    lines = [f"{'longest context':<16} {'tokens':>10} {'peak MiB':>9}   at the next length"]
-    for _, row in table.sort_values("max_context", ascending=False).iterrows():
-        found = bool(row.notna()["max_context"])
-        tokens, held = (f"{row['max_context']:.0f}", f"{row['peak_bytes'] / 2**20:.1f}") if found else ("none", "")
-        lines.append(f"{row['attention']:<16} {tokens:>10} {held:>9}   {row['detail']}".rstrip())
-    return "\n".join(lines)
+    ordered = table.sort_values("max_context", ascending=False)
+    tokens = [f"{one:.0f}" if one > 0 else "none" for one in ordered["max_context"]]
+    held = [f"{one / 2**20:.1f}" if one > 0 else "" for one in ordered["peak_bytes"]]
+    lines = aligned(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *held]])
+    next_lengths = [
+        filled(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]
+    ]
+    return "\n\n".join([lines, *(["\n".join(next_lengths)] if next_lengths else [])])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from evals.cells import QUANTITIES, cell
 from evals.figures import read, swept_column
-from evals.table import QUANTITIES, cell
 
 Rows = Sequence[Sequence[str]]
 NOTE = "±: half of the 95 % interval"

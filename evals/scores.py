@@ -2,18 +2,17 @@
 
 import json
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
+from evals.cells import aligned, filled
 from evals.figures import swept_column
 from evals.ledger import Record
 from evals.page import plain
 from evals.statistics import mean_interval
 from evals.study import best_rate
-from evals.table import WIDTH, aligned
 
 COLUMNS = (
     *("sweep", "swept", "attention", "outcome", "detail", "task", "seq_len", "eval_seq_len", "depth", "position"),
@@ -171,8 +170,7 @@ def shown(table: pd.DataFrame) -> str:
         )
     for _, row in whole[whole["outcome"] != "ok"].iterrows():
         rate = "" if pd.isna(row["learning_rate"]) else f" at learning rate {row['learning_rate']:g}"
-        failure = f"{row['attention']} at {swept}={row[swept]}{rate}: {row['outcome']}, {row['detail']}"
-        blocks.append(textwrap.fill(failure, WIDTH, subsequent_indent="  "))
+        blocks.append(filled(f"{row['attention']} at {swept}={row[swept]}{rate}: {row['outcome']}, {row['detail']}"))
     return "\n\n".join(blocks)
 
 

@@ -4,15 +4,14 @@ import json
 import math
 import os
 import statistics
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from evals.ceilings import TOLERANCE, Ceilings, Floor, floor, highest, implausible_peak, impossible
+from evals.cells import QUANTITIES, Quantity, aligned, cell, filled
 from evals.cost import differing
 from evals.figures import swept_column
 from evals.history import History, Runner
@@ -189,26 +188,6 @@ def write(table: pd.DataFrame, folder: Path, name: str = "results") -> Path:
 # --- on the screen ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """One quantity on the screen: its column, what it is divided by to get to its unit, and its interval's columns."""
-
-    name: str
-    title: str
-    column: str
-    unit: float = 1.0
-    bounds: tuple[str, str] | None = None
-
-
-QUANTITIES = (
-    Quantity("ms", "latency in ms, lower is better", "latency_s", 1e-3, ("latency_low_s", "latency_high_s")),
-    Quantity("speed-up", "speed-up over {reference}, higher is better", "speedup", 1.0, ("speedup_low", "speedup_high")),
-    Quantity("peak MiB", "peak memory in MiB above inputs and parameters, lower is better", "peak_bytes", 2.0**20),
-    Quantity("sent MiB", "sent by a rank in one call, MiB, lower is better", "sent_bytes", 2.0**20),
-)
-WIDTH = 80
-
-
 def shown(results: pd.DataFrame) -> str:
     """One sweep as text of at most 80 columns: attentions down, and across the swept setting, one table a quantity."""
     swept = swept_column(results)
@@ -227,43 +206,12 @@ def shown(results: pd.DataFrame) -> str:
         blocks = [aligned(["", *names], [column(quantity.name, places[0], quantity) for quantity in quantities])]
     else:
         blocks = [
-            f"{quantity.title.format(reference=reference)}\n"
+            f"{filled(quantity.title.format(reference=reference))}\n"
             + aligned([swept, *names], [column(str(place), place, quantity) for place in places])
             for quantity in quantities
         ]
     blocks.append("±: half of the 95 % interval")
     for (name, place), row in cells.items():
         if row["detail"]:
-            failure = f"{name} at {swept}={place}: {row['outcome']}, {row['detail']}"
-            blocks.append(textwrap.fill(failure, WIDTH, subsequent_indent="  "))
+            blocks.append(filled(f"{name} at {swept}={place}: {row['outcome']}, {row['detail']}"))
     return "\n\n".join(blocks)
-
-
-def cell(row: pd.Series | None, quantity: Quantity) -> str:
-    """What a table says of one row: its number and interval, its outcome if it has none, nothing if there is no row."""
-    if row is None:
-        return ""
-    if row["outcome"] != "ok":
-        return str(row["outcome"])
-    value = row[quantity.column] / quantity.unit
-    if math.isnan(value):
-        return "?"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    text = f"{value:.{digits}f}" if value >= 0.1 else f"{value:.2g}"
-    if quantity.bounds is None:
-        return text
-    low, high = (row[bound] for bound in quantity.bounds)
-    percent = 50 * (high - low) / row[quantity.column]
-    return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
-
-
-def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    """Columns of right-aligned text beside their heads, as many in a block as 80 characters hold."""
-    left = max(map(len, heads))
-    blocks: list[list[str]] = []
-    for column in columns:
-        width = max(map(len, column)) + 1
-        if not blocks or len(blocks[-1][0]) + width > WIDTH:
-            blocks.append([f"{head:<{left}}" for head in heads])
-        blocks[-1] = [line + f"{text:>{width}}" for line, text in zip(blocks[-1], column, strict=True)]
-    return "\n\n".join("\n".join(block) for block in blocks)

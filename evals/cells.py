@@ -1,0 +1,76 @@
+"""Numbers as text, in tables of at most 80 columns: what a terminal, a page and an export show of results."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity on the screen: its column, what it is divided by to get to its unit, and its interval's columns."""
+
+    name: str
+    title: str
+    column: str
+    unit: float = 1.0
+    bounds: tuple[str, str] | None = None
+
+
+QUANTITIES = (
+    Quantity("ms", "latency in ms, lower is better", "latency_s", 1e-3, ("latency_low_s", "latency_high_s")),
+    Quantity("speed-up", "speed-up over {reference}, higher is better", "speedup", 1.0, ("speedup_low", "speedup_high")),
+    Quantity("peak MiB", "peak memory in MiB above inputs and parameters, lower is better", "peak_bytes", 2.0**20),
+    Quantity("sent MiB", "sent by a rank in one call, MiB, lower is better", "sent_bytes", 2.0**20),
+)
+WIDTH = 80
+
+
+def cell(row: "pd.Series[Any] | dict[str, Any] | None", quantity: Quantity) -> str:
+    """What a table says of one row: its number and interval, its outcome if it has none, nothing if there is no row."""
+    if row is None:
+        return ""
+    if row["outcome"] != "ok":
+        return str(row["outcome"])
+    value = row[quantity.column] / quantity.unit
+    if math.isnan(value):
+        return "?"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    text = f"{value:.{digits}f}" if value >= 0.1 else f"{value:.2g}"
+    if quantity.bounds is None:
+        return text
+    low, high = (row[bound] for bound in quantity.bounds)
+    percent = 50 * (high - low) / row[quantity.column]
+    return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
+
+
+def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Columns of right-aligned text beside their heads, as many in a block as 80 characters hold.
+
+    Names that leave no room for the widest column lose their middle, which results.csv has.
+    """
+    columns = [[shortened(text, WIDTH // 2) for text in column] for column in columns]
+    widest = max((len(text) for column in columns for text in column), default=0)
+    heads = [shortened(head, WIDTH - 1 - widest) for head in heads]
+    left = max(map(len, heads))
+    blocks: list[list[str]] = []
+    for column in columns:
+        width = max(map(len, column)) + 1
+        if not blocks or len(blocks[-1][0]) + width > WIDTH:
+            blocks.append([f"{head:<{left}}" for head in heads])
+        blocks[-1] = [line + f"{text:>{width}}" for line, text in zip(blocks[-1], column, strict=True)]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def shortened(text: str, most: int) -> str:
+    """Of more than `most` characters, the first and the last of them."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
+
+
+def filled(text: str) -> str:
+    """`text` in lines of at most 80 columns, of which those behind the first are indented. Only a longer word is longer."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
