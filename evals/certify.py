@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from evals import cli
+from evals import cli, usage
 from evals.checks import CHECKS, NEEDS_GRAD, Build, Subject
 from evals.config import Comparison, Contestant, Model, one_sentence, read_comparison
 from evals.measure import available_bytes
@@ -136,6 +136,10 @@ def findings(contestant: Contestant, model: Model, device: str = "cpu", finest: 
 
 
 def main() -> int:
+    asked, _ = usage.known(sys.argv[1:])
+    if asked.help:
+        print(usage.text_of_certify(str(__doc__), asked.config_dir))
+        return 0
     report = Report()
     if not any(word.startswith("attention=") for word in sys.argv[1:]):
         known = ",".join(sorted(path.stem for path in (cli.CONF / "attention").glob("*.yaml")))

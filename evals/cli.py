@@ -5,25 +5,26 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from evals.config import UsageError, one_sentence
+from evals.config import UsageError, did_you_mean, one_sentence
 from evals.launch import Elsewhere, check_launcher
+from evals.usage import CONF as CONF
+from evals.usage import INTERRUPTED, OPTIONS
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 class Session(Callback):
@@ -42,9 +43,8 @@ class Session(Callback):
         swept = dict(config.hydra.sweeper.get("params") or {})
         given = [f"{key}={value}" for key, value in swept.items()] + list(config.hydra.overrides.task)
         counts = {
-            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
             for override in OverridesParser.create().parse_overrides(given)
-            if override.is_sweep_override()
         }
         Session.jobs = math.prod(counts.values())
         Session.swept = next((str(key) for key, count in counts.items() if count > 1), None)
@@ -101,17 +101,9 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     Session.jobs, Session.swept, Session.config = 1, None, None
 
-    # Hydra's parser wants all overrides in one piece; people write options between them.
-    arguments = get_args_parser().parse_intermixed_args()
-    overrides = arguments.overrides
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
-    # A sweep says so itself, but Hydra takes a config with a mistake in it for one that does not, and reports that.
-    asked = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
-    if not asked and any(word.startswith(("sweep=", "launcher=")) for word in overrides):
-        sys.argv.append("--multirun")
-
     interrupted = False
     try:
+        _arrange_arguments()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
             try:
@@ -128,12 +120,14 @@ def run(
         if not interrupted:
             return code
         print(KEPT, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (Abandoned, KeyboardInterrupt):
         print(KEPT, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except MissingConfigException as error:
         print(f"error: {missing(error)}", file=sys.stderr)
+    except ConfigCompositionException as error:
+        print(f"error: {no_such_setting(error)}", file=sys.stderr)
     except (UsageError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
     except BrokenPipeError:  # whoever read what we print, as head does, wants no more
@@ -142,6 +136,22 @@ def run(
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
     return 2
+
+
+def _arrange_arguments() -> None:
+    """Puts the command's arguments as Hydra takes them. Raises UsageError for what neither knows."""
+    # Hydra's parser wants all overrides in one piece; people write options between them.
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args()
+    overrides = arguments.overrides
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
+    # A sweep says so itself, but Hydra takes a config with a mistake in it for one that does not, and reports that.
+    asked = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
+    sweeps = any(word.startswith(("sweep=", "launcher=")) for word in overrides)
+    if not asked and sweeps:
+        sys.argv.append("--multirun")
+    check_words(overrides, multirun=arguments.multirun or sweeps)
 
 
 def add_import_paths() -> None:
@@ -158,6 +168,47 @@ def add_import_path(config_dir: Path) -> None:
             sys.path.insert(0, str(folder))
 
 
+def no_such_setting(error: ConfigCompositionException) -> str:
+    """A key that is not in the config, with one that is like it. Of anything else that is wrong with an override, Hydra's words."""
+    cause = error.__cause__
+    if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not isinstance(cause.parent_node, DictConfig):
+        return one_sentence(error)
+    key, name, near = str(cause.full_key), str(cause.key), cause.parent_node
+    group = key.rpartition(".")[0]
+    there = {str(one): node for one, node in near.items_ex(resolve=False)}
+    like = did_you_mean(key, [f"{group}.{one}".lstrip(".") for one in there])
+    if not like:
+        groups = (one for one, node in there.items() if isinstance(node, DictConfig) and name in node)
+        like = next((f" (did you mean {one}.{name}?)" for one in groups), "")
+    if group == "attention":
+        return f"Could not override '{key}': {name} is not among those selected by attention=[{','.join(there)}]"
+    if group.startswith("attention."):
+        return f"Could not override '{key}', which its YAML does not name{like}; +{key}= adds an option of its class"
+    return f"Could not override '{key}': there is no such setting{like}; --help lists them"
+
+
+def refuse(message: str) -> NoReturn:
+    """In place of argparse's page of usage."""
+    if message.startswith("unrecognized arguments: "):  # the first of them, and all that stands behind it
+        word = message.split()[2]
+        known = [option for names in OPTIONS for option in re.findall(r"--?[\w-]+", names)]
+        message = f"unknown option {word}{did_you_mean(word, known)}"
+    raise UsageError(f"{message}; settings are given as key=value, and --help lists the options")
+
+
+def check_words(overrides: Sequence[str], *, multirun: bool) -> None:
+    """Raises UsageError for what is no setting, and for lists that do not say what they mean."""
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            raise UsageError(f"'{word}' is no setting: settings are given as key=value, such as sweep=seq_len")
+        if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", value):
+            if key == "attention":
+                raise UsageError(f"{word} would have each of them alone: to compare them, say 'attention=[{value}]'")
+            if not multirun:
+                raise UsageError(f"{word} is several values: with -m they are a sweep, and '{key}=[{value}]' is a list")
+
+
 def missing(error: MissingConfigException) -> str:
     """An unknown choice in a config group, with the known ones."""
     if error.missing_cfg_file is None:
@@ -168,4 +219,7 @@ def missing(error: MissingConfigException) -> str:
     known = set(error.options or ()) | {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     if not known:
         return one_sentence(error)
-    return f"unknown {group} '{name}'; known are {', '.join(sorted(known))}; --config-dir names a folder with more"
+    return (
+        f"unknown {group} '{name}'{did_you_mean(name, known)}; known are {', '.join(sorted(known))}; "
+        "--config-dir names a folder with more"
+    )

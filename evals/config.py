@@ -1,11 +1,13 @@
 """The door between Hydra and the harness: what comes in is checked here, once, and goes on as frozen dataclasses."""
 
+import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +26,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 SCOPES = ("attention", "layer", "model")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
-    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker"),
+    *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker", "quiet"),
 )
 MATCHES = ("params",)
 MATCHED_WITHIN = 0.01
@@ -117,7 +119,8 @@ class Contestant:
         except InstantiationException as error:
             # Hydra's message wraps the one that says what is wrong.
             cause = error.__cause__ or error
-            raise UsageError(f"attention '{self.name}' cannot be built: {one_sentence(cause)}") from error
+            words = not_found(self.node["_target_"]) if "Error loading" in str(cause) else one_sentence(cause)
+            raise UsageError(f"attention '{self.name}' cannot be built: {words}") from error
         if not isinstance(attention, Attention):
             raise UsageError(
                 f"attention '{self.name}': _target_ {self.node['_target_']} is {type(attention).__name__}, "
@@ -200,11 +203,18 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     if "block" in values:  # conf/attention/*.yaml have read it
         _integers("", {"block": values.pop("block")})
     _check_keys("", values, KEYS)
+    if "_target_" in attentions:
+        raise UsageError(
+            "a file of attention/ holds one key, the attention's name, and _target_ and options under it; in one of those selected "
+            f"_target_: {attentions['_target_']} stands at the top"
+        )
     for name, node in attentions.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise UsageError(
                 f"attention '{name}' must be a mapping with a _target_, such as {{_target_: bsbr.BSBRAttention}}; got {node!r}"
             )
+    if not isinstance(values["quiet"], bool):
+        raise UsageError(f"quiet must be true or false, got {values['quiet']!r}")
     key = values["swept"] or swept
     place = None if key is None else OmegaConf.select(cfg, key)
     if values["swept"] and place is None:
@@ -466,6 +476,25 @@ def names(cls: "type[DataclassInstance]") -> list[str]:
 def digest(value: Any) -> str:
     """16 hexadecimal digits that change when `value` (of JSON's types) does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def not_found(target: str) -> str:
+    """Why there is no such class, in words."""
+    module, _, name = target.rpartition(".")
+    try:
+        there = vars(importlib.import_module(module))
+    except Exception as error:  # noqa: BLE001  importing runs anybody's code
+        return (
+            f"module {module} cannot be imported: {type(error).__name__}: {one_sentence(error)}; "
+            "a module of your own lies in the folder of --config-dir, or beside it"
+        )
+    return f"module {module} has no {name}{did_you_mean(name, there)}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """What to put behind `given`, which is unknown; empty where nothing is like it."""
+    like = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {like[0]}?)" if like else ""
 
 
 def one_sentence(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import Self
 
 from evals.config import UsageError
 from evals.machine import ROOT
+from evals.usage import INCOMPLETE
 from evals.worker import BATON, alone
 
 
@@ -138,7 +139,7 @@ class _Command:
         self._process.wait()
         for file in (self._said, self._complaints):
             file.seek(0)
-        if self._process.returncode:
+        if self._process.returncode not in (0, INCOMPLETE):
             words = self._complaints.read().strip().splitlines()
             raise UsageError(": ".join([otherwise, *(" ".join(line.split()) for line in words[-1:])]))
         return self._said.read().strip()
