@@ -90,10 +90,11 @@ class Engine:
             if not (finished(self.comparison, history) and self._is_last()):
                 watch("how fast is this machine", 0.0)
                 if history.rounds and self._host() not in (None, platform.node()):
-                    self._append(history, [self._record("anew", host=platform.node())])
+                    yield from self._append(history, [self._record("anew", host=platform.node())])
                 self._append(history, [self.description() | {"ceilings": self._ceilings()}])
             missing = [one for one in self.comparison.contestants if one.name not in history.trials]
-            watch("certifies, and looks at memory", 0.0)
+            if missing:
+                watch("certifies, and looks at memory", 0.0)
             for tried in self.trials.make(missing):
                 yield from self._append(history, [self._record("trial", **tried)])
             yield from self._rounds(history, watch)

@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,20 +11,22 @@ from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from evals import cli, context
+from evals.boards import board
+from evals.cells import filled
 from evals.config import Comparison, cores, every_sweep, read_comparison
 from evals.engine import Engine
 from evals.launch import Elsewhere
 from evals.ledger import Ledger, Record
+from evals.live import Display, Outlook, Quiet, display
 from evals.measure import now, seconds_of_this_process
-from evals.statistics import medians
 from evals.study import Study
+from evals.usage import INCOMPLETE
 
 
 class Run:
-    """What the jobs of one command share: the progress bar, and which comparisons were made."""
+    """What the jobs of one command share: what shows them, and which comparisons were made."""
 
     def __init__(self, arguments: Sequence[str], *, dry: bool) -> None:
         self.command = shlex.join(["python", "-m", "evals.run", *arguments])
@@ -34,7 +35,8 @@ class Run:
         self.called_s = 0.0
         self.interrupted = False
         self.stops = "after this round"
-        self.bar = tqdm(total=1.0, disable=True if dry else None, leave=False, dynamic_ncols=True, bar_format=BAR)
+        self.outlook = Outlook()
+        self.display: Display | None = None
         self.comparisons: list[str] = []
         self.elsewhere = Elsewhere(prepare, ledger)
 
@@ -47,44 +49,43 @@ class Run:
         behind = len(self.comparisons)
         self.comparisons.append(job.id)
         place = f"[{behind + 1}/{cli.Session.jobs}] {swept(comparison)}"
-        tqdm.write(f"{place}: {conditions(comparison)}")
         if self.dry:
+            print(f"{place}: {conditions(comparison)}")
             made, seconds = job.outlook()
             self.seconds_left += seconds or 0.0
             names = ", ".join(contestant.name for contestant in comparison.contestants)
             left = "how long the others take is not known" if seconds is None else f"about {seconds:.0f} s to go"
-            tqdm.write(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, {left}")
+            print(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, {left}")
             return
         torn = samples.mend()
         if torn:
-            tqdm.write(f"warning: {torn}", file=sys.stderr)
+            print(f"warning: {torn}", file=sys.stderr)
         self.note_command(samples)
+        shown = self.display = self.display or display(quiet=cfg.quiet)
 
         def watch(words: str, part: float) -> None:
-            self.bar.set_description_str(f"{place} {words}", refresh=False)
-            self.bar.n = (behind + part) / cli.Session.jobs
-            self.bar.refresh()
-            if comparison.task and self.interrupted:  # a run goes on from its checkpoint
+            if self.interrupted:  # a round is over, and a training run goes on from its checkpoint
                 raise KeyboardInterrupt
+            done = behind + part
+            shown.watch(words, done / cli.Session.jobs, self.outlook.left(done, cli.Session.jobs))
 
         if comparison.task:
             self.stops = "within seconds, and goes on from the last checkpoint"
-        trials: dict[str, Record] = {}
-        for record in job.run(watch):
-            # As many trials at once as there are cores; of all else, one thing at a time.
-            self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
-            if record["kind"] == "trial":
-                trials[record["attention"]] = record
-                if record["outcome"] != "ok":
-                    tqdm.write(failed(record))
-            if record["kind"] == "latency" and not record["twin"] and record["attention"] in trials:
-                tqdm.write(first_row(record, trials.pop(record["attention"])))
-            if record["kind"] == "probe":
-                tqdm.write(probe(record))
-            if record["kind"] == "run":
-                tqdm.write(trained(record))
+        shown.begin(place, conditions(comparison), board(job, comparison, samples.read()[0]))
+        to_go = None
+        try:
+            for record in job.run(watch):
+                # As many trials at once as there are cores; of all else, one thing at a time.
+                self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
+                shown.add(record)
+                if self.interrupted and record["kind"] != "latency":  # of which a round has several
+                    raise KeyboardInterrupt
             if self.interrupted:
                 raise KeyboardInterrupt
+            self.outlook.found += not shown.begun
+            to_go = self.outlook.left(behind + 1, cli.Session.jobs)
+        finally:
+            shown.end(to_go)
 
     def note_command(self, samples: Ledger) -> None:
         """Has the ledger hold the command that adds to it, once."""
@@ -99,7 +100,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise cli.Abandoned
         self.interrupted = True
-        tqdm.write(f"stops {self.stops}; Ctrl-C again stops at once", file=sys.stderr)
+        (self.display or Quiet()).say(f"stops {self.stops}; Ctrl-C again stops at once")
 
     def report(self, cfg: DictConfig) -> int:
         """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
@@ -107,7 +108,6 @@ class Run:
         from evals import figures, table
         from evals.analysis import analyse
 
-        self.bar.close()
         self.comparisons += self.elsewhere.comparisons()
         if self.dry:
             print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
@@ -130,12 +130,13 @@ class Run:
             table.write(fitted, folder, name)
         plots = figures.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         track(cfg, results)
-        print(table.shown(results[results["comparison"].isin(self.comparisons)]))
+        own = results[results["comparison"].isin(self.comparisons)]
+        print(table.shown(own))
         print(f"\n{written(path, results, plots)}")
         if self.called_s:
             seconds = seconds_of_this_process()
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
-        return 0
+        return 0 if (own["outcome"] == "ok").all() else INCOMPLETE
 
     def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:
         from evals import figures, table
@@ -144,7 +145,7 @@ class Run:
         plots = figures.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(context.shown(results))
         print(f"\n{written(path, results, plots)}")
-        return 0
+        return 0 if (results["outcome"] == "ok").all() else INCOMPLETE
 
     def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
         from evals import figures, scores, table
@@ -156,9 +157,11 @@ class Run:
         table.write(curves, ledger(cfg).path.parent, "curves")
         track(cfg, results, curves)
         plots = figures.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
-        print(scores.shown(results[results["study"].isin(self.comparisons)]))
+        own = results[results["study"].isin(self.comparisons)]
+        print(scores.shown(own))
         print(f"\n{written(path, results, plots)}")
-        return 0
+        learned = own["best"] & (own["outcome"] == "ok")  # at some rate, which is what counts
+        return 0 if learned.groupby([own["study"], own["attention"]]).any().all() else INCOMPLETE
 
 
 if TYPE_CHECKING:
@@ -172,16 +175,14 @@ def track(cfg: DictConfig, results: "pd.DataFrame", curves: "pd.DataFrame | None
         print(f"{place}: the same for {cfg.tracker._target_.rpartition('.')[2]}")
 
 
-BAR = "{desc}  {percentage:3.0f}%, {remaining} left"
-
-
 def written(path: Path, results: "pd.DataFrame", plots: Sequence[Path]) -> str:
     """Writes the report of a table that was written to `path`; says which files there are now."""
     from evals import report
 
     lines = [f"{path}: {len(results)} rows", str(report.write([path.parent], path.with_name("report.html")))]
     if plots:
-        lines.append(f"{plots[0].parent}/: {', '.join(sorted({plot.name for plot in plots}))}")
+        kinds = " and ".join(sorted({plot.suffix[1:].upper() for plot in plots}))
+        lines.append(filled(f"{plots[0].parent}/, as {kinds}: {', '.join(sorted({plot.stem for plot in plots}))}"))
     return "\n".join(lines)
 
 
@@ -216,38 +217,9 @@ def conditions(comparison: Comparison) -> str:
     return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
 
 
-def failed(record: Record) -> str:
-    return f"  {record['attention']:<16}{record['outcome']}: {record['detail']}"
-
-
-def first_row(latency: Record, trial: Record) -> str:
-    """What an attention's first round gave."""
-    if latency["outcome"] != "ok":
-        return failed(latency)
-    seconds = statistics.median(medians(latency["turns"]))
-    held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
-    return f"  {latency['attention']:<16}about {seconds * 1e3:8.3f} ms{held}"
-
-
-def probe(tried: Record) -> str:
-    """One length of a search, and whether it fits."""
-    held = "" if tried["peak_bytes"] is None else f"{tried['peak_bytes'] / 2**20:10.2f} MiB"
-    return f"  {tried['attention']:<16}{tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
-
-
-def trained(run: Record) -> str:
-    """One training run: how well it does where it was trained."""
-    if run["outcome"] != "ok":
-        return failed(run)
-    asked = run["evaluations"][0]
-    accuracy = sum(asked["right"]) / sum(asked["targets"])
-    place = f"rate {run['learning_rate']:g}, seed {run['seed']}"
-    return f"  {run['attention']:<16}{place:<24}accuracy {accuracy:.3f}, loss {run['curve'][-1][1]:.3f}, {run['train_s']:.0f} s"
-
-
 def main() -> int:
     program, *words = sys.argv
-    dry = "--dry-run" in words
+    dry, worst = "--dry-run" in words, 0
     for arguments in every_sweep([word for word in words if word != "--dry-run"]):
         here = ["launcher=local"] if dry else []
         sys.argv = [program, *arguments, *here]
@@ -257,6 +229,7 @@ def main() -> int:
             code = cli.run(run.compare, run.report, elsewhere=run.elsewhere)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if code:
+        if code not in (0, INCOMPLETE):
             return code
-    return 0
+        worst = max(worst, code)
+    return worst
