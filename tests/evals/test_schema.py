@@ -131,7 +131,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
         ("retrieval", {"accuracy": 1.5}, "1.5 is greater than the maximum of 1"),
         ("retrieval", {"recall": 1.0}, "('recall' was unexpected)"),
         ("retrieval", {"best": "yes"}, "'yes' is not of type 'boolean'"),
-        ("conversion", {"stage": "melted"}, "'melted' is not one of"),
+        ("healing", {"stage": "melted"}, "'melted' is not one of"),
     ],
 )
 def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: str) -> None:
