@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from evals.cli import CONF, Session
-from evals.config import Comparison, UsageError, cores, every_sweep, layer_parameters, read_comparison
+from evals.config import Comparison, UsageError, build_task, cores, every_sweep, layer_parameters, read_comparison
 from evals.cost import cost, differing, unmatched
 from evals.schema import schema
 
@@ -89,7 +89,8 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
 def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
     comparison = read(*jobs(name)[0])
     kind = "learned" if comparison.task else "longest" if comparison.search else "measured"
-    assert {*comparison.settings} - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
+    told = {*comparison.settings} | ({*build_task(comparison).facts()} if comparison.task else set())
+    assert told - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
 
 
 def test_sweep_all_is_every_other_one_in_a_folder_of_its_own() -> None:
