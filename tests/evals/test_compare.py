@@ -464,7 +464,7 @@ def git(tree: Path, *arguments: str) -> str:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This code as a repository of its own, in which an attention holds 1 MiB more than it did when it was committed."""
     tree = tmp_path_factory.mktemp("compare").resolve() / "repository"
-    for name in ("bsbr", "baselines", "evals", "conf"):
+    for name in ("bsbr", "baselines", "evals", "conf", "schemas"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / ".gitignore").write_text("results\n__pycache__\n")
     (tree / "conf" / "attention" / "probe.yaml").write_text("probe:\n  _target_: baselines.probe.Probe\n")
