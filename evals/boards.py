@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from evals.cells import QUANTITIES, cell
+from evals.cells import QUANTITIES, cell, over_seeds
 from evals.config import Comparison
 from evals.context import Search
 from evals.engine import Engine
@@ -135,9 +135,8 @@ class Learned:
             if best is not None:
                 own = [run for run in good if run["learning_rate"] == best]
                 accuracy = mean_interval([_accuracy(run) for run in own])
-                half = "" if math.isnan(accuracy.low) else f"±{(accuracy.high - accuracy.low) / 2:.2g}"
                 loss = statistics.mean(run["validation_loss"] for run in own)
-                figures[1:] = [f"{best:g}", f"{accuracy.value:.3f}{half}", f"{loss:.3f}"]
+                figures[1:] = [f"{best:g}", over_seeds(accuracy.value, accuracy.low, accuracy.high), f"{loss:.3f}"]
             yield name, figures, "" if good else str(runs[-1]["outcome"]) if runs else "waits"
 
     def note(self) -> str:

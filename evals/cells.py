@@ -48,6 +48,12 @@ def cell(row: "pd.Series[Any] | dict[str, Any] | None", quantity: Quantity) -> s
     return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
 
 
+def over_seeds(value: float, low: float, high: float) -> str:
+    """A mean over seeds, and half of its interval where there is one."""
+    half = (high - low) / 2
+    return f"{value:.3f}" + ("" if math.isnan(half) else f"±{half:.2g}")
+
+
 def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
     """Columns of right-aligned text beside their heads, as many in a block as 80 characters hold.
 

@@ -55,10 +55,7 @@ def read(folder: Path) -> list[Cell]:
     for name in ("results.csv", "samples.jsonl"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} holds no {name}; give a folder that evals.run wrote, such as results/seq_len")
-    records, damaged = Ledger(folder / "samples.jsonl").read()
-    if damaged:
-        numbers = ", ".join(map(str, damaged))
-        print(f"warning: {folder / 'samples.jsonl'} is damaged in line {numbers}, which is left out", file=sys.stderr)
+    records = Ledger(folder / "samples.jsonl").intact()
     timed: dict[tuple[str, str], list[Record]] = {}
     try:
         described = {record["comparison"]: record for record in records if record.get("kind") == "comparison"}

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from evals import figures, schema
-from evals.cells import QUANTITIES, cell
+from evals.cells import QUANTITIES, cell, over_seeds
 from evals.conversion import STAGES
 from evals.figures import swept_column
 from evals.learning import SAID
@@ -198,8 +198,7 @@ def _over(
 
 
 def _learned_cell(row: "pd.Series[Any]", quantity: str) -> str:
-    half = (row[f"{quantity}_high"] - row[f"{quantity}_low"]) / 2
-    return f"{row[quantity]:.3f}" + ("" if pd.isna(half) else f"±{half:.2g}")
+    return over_seeds(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
 
 
 def longest(results: pd.DataFrame) -> Iterator[Table]:

@@ -26,6 +26,7 @@ from bsbr.convert import convert_to_bsbr
 from evals import machine
 from evals.cli import KEPT
 from evals.config import digest, one_sentence
+from evals.conversion import STAGES
 from evals.export import Table, markdown
 from evals.healing import attentions_of, heal, moving
 from evals.ledger import Ledger, Record
@@ -39,7 +40,6 @@ from evals.tasks.corpus import corpus
 from evals.tasks.task import Split
 from evals.trials import source
 
-STAGES = ("original", "converted", "healed")
 AGREEMENTS = (1, 5, 10)
 FOLDERS: dict[Split, str] = {"test": "healing", "validation": "healing_validation"}
 """Of the results, by the split whose windows all are asked."""

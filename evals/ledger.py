@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -80,6 +81,13 @@ class Ledger:
         """Those that there are, the command's own first."""
         nodes = sorted(self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}"))
         return [path for path in (self.path, *nodes) if path.exists()]
+
+    def intact(self) -> list[Record]:
+        """The records of `read`; that there are damaged lines is a warning on standard error."""
+        records, damaged = self.read()
+        if damaged:
+            print(f"warning: {self.path} is damaged in line {', '.join(damaged)}, which is left out", file=sys.stderr)
+        return records
 
     def read(self) -> tuple[list[Record], list[str]]:
         """All records, and the numbers of the lines that are none: torn, or not ours. Those stay in their file.

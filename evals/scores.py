@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.cells import aligned, filled
+from evals.cells import aligned, filled, over_seeds
 from evals.figures import swept_column
 from evals.ledger import Record
 from evals.page import plain
@@ -170,8 +170,7 @@ def shown(table: pd.DataFrame) -> str:
 def _cell(row: "pd.Series[Any] | None", quantity: str) -> str:
     if row is None:
         return "–"
-    half = (row[f"{quantity}_high"] - row[f"{quantity}_low"]) / 2
-    return f"{row[quantity]:.3f}" + ("" if pd.isna(half) else f"±{half:.2g}")
+    return over_seeds(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
 
 
 def _rate(reported: pd.DataFrame, name: str) -> str:

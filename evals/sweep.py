@@ -112,10 +112,7 @@ class Run:
         if self.dry:
             print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
             return 0
-        records, damaged = ledger(cfg).read()
-        if damaged:
-            numbers = ", ".join(map(str, damaged))
-            print(f"warning: {ledger(cfg).path} is damaged in line {numbers}, which is left out", file=sys.stderr)
+        records = ledger(cfg).intact()
         if cfg.search:
             return self.report_search(cfg, context.results(records))
         if cfg.task:

@@ -38,13 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         for folder in options.results:
-            records, damaged = Ledger(folder / "samples.jsonl").read()
-            if damaged:
-                print(
-                    f"warning: samples.jsonl in {folder} is damaged in line {', '.join(damaged)}, which is left out",
-                    file=sys.stderr,
-                )
-            tables = made(records)
+            tables = made(Ledger(folder / "samples.jsonl").intact())
             if not tables:
                 raise UsageError(
                     f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"

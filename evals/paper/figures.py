@@ -20,7 +20,7 @@ from evals.paper import overview
 from evals.paper.captions import caption, shown
 from evals.paper.crossings import crossings
 from evals.paper.radar import radar
-from evals.paper.recipe import step_of
+from evals.paper.recipe import command_of
 from evals.paper.similarity import similarity
 from evals.paper.sources import Source, found
 from evals.pareto import pareto
@@ -201,9 +201,9 @@ def missing(results: Path, figures: Sequence[Shown] = FIGURES) -> dict[str, str]
     for one in figures:
         absent = [data for data in one.data if not found(results, data)]
         if absent:
-            step = step_of(absent[0])
-            command = f": `{step.lines(shown(results))[0]}` makes it" if step else ""
-            told[one.name] = f"{one.name} is not drawn, for there is no {shown(results)}/{absent[0]}{command}"
+            command = command_of(absent[0], shown(results))
+            made = f": `{command}` makes it" if command else ""
+            told[one.name] = f"{one.name} is not drawn, for there is no {shown(results)}/{absent[0]}{made}"
     return told
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pandas as pd
 
+from evals.conversion import STAGES
 from evals.learning import Learned
 from evals.page import BYTES, SECONDS, Sweep, conditions, plain, scaled
 from evals.panels import times
 from evals.paper.captions import shown
 from evals.paper.crossings import stretches
 from evals.paper.radar import respects
-from evals.paper.recipe import recipe, step_of
+from evals.paper.recipe import command_of, recipe, step_of
 from evals.paper.sources import Source, found
 from evals.statistics import mean_interval
 
@@ -70,8 +71,8 @@ def source(results: Path, data: str) -> Source:
     """Raises ValueError, in one sentence with the command that makes it, where it is not there."""
     there = found(results, data)
     if not there:
-        step = step_of(data)
-        made = f"; `{step.lines(shown(results))[0]}` makes it" if step else ""
+        command = command_of(data, shown(results))
+        made = f"; `{command}` makes it" if command else ""
         raise ValueError(f"{shown(results)}/{data} holds no results, and the study's page needs them{made}")
     return there[0]
 
@@ -85,8 +86,8 @@ def optional(results: Path, data: str, tell: Callable[[Source], str]) -> str:
     there = found(results, data)
     if there:
         return "\n\n".join(tell(one) for one in there)
-    step = step_of(data)
-    made = f" `{step.lines(shown(results))[0]}` does it." if step else ""
+    step, command = step_of(data), command_of(data, shown(results))
+    made = f" `{command}` does it." if command else ""
     what = f", {step.what}" if step else ""
     return f"*Not measured yet{what}.*{made}"
 
@@ -312,7 +313,7 @@ def conversion(results: Path) -> str:
         closed = mean_interval(list(of["healed"]["gap_closed"]))
         met.append(closed.value >= GOAL)
         back = percent(closed.value) + (f" ± {percent((closed.high - closed.low) / 2)}" if closed.high > closed.low else "")
-        numbers = [f"{of[stage]['perplexity'].mean():.2f}" for stage in ("original", "converted", "healed")]
+        numbers = [f"{of[stage]['perplexity'].mean():.2f}" for stage in STAGES]
         agreed = [percent(of[stage]["top_1"].mean()) for stage in ("converted", "healed")]
         rows.append([f"{model}, {overlap} tokens of overlap", *numbers, back, *agreed, f"{own['seed'].nunique()}"])
     heads = ["", "original", "converted", "healed", "came back", "top 1, converted", "top 1, healed", "seeds"]

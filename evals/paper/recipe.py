@@ -1,7 +1,6 @@
 """What the study is measured by: conf/paper.yaml, read."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -24,10 +23,9 @@ class Step:
     commands: tuple[str, ...]
     gpu: str | None = None
 
-    def lines(self, results: str, more: Sequence[str] = ()) -> list[str]:
-        """The commands, as one types them, of results that go to this folder; `more` words are added to each."""
-        added = "".join(f" {word}" for word in more)
-        return [f"{command.replace('{results}', shlex.quote(results))}{added}" for command in self.commands]
+    def lines(self, results: str) -> list[str]:
+        """The commands, as one types them, of results that go to this folder."""
+        return [command.replace("{results}", shlex.quote(results)) for command in self.commands]
 
 
 @cache
@@ -48,3 +46,9 @@ def recipe(path: Path = RECIPE) -> list[Step]:
 def step_of(data: str) -> Step | None:
     """The first step whose folder this is, or a pattern such as recall* is of; None if there is none."""
     return next((step for step in recipe() if fnmatch(step.data, data)), None)
+
+
+def command_of(data: str, results: str) -> str | None:
+    """The first command of `step_of` these data, of results that go to this folder; None if there is no step."""
+    step = step_of(data)
+    return step.lines(results)[0] if step else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals import figures
+from evals import figures, schema
 from evals.ledger import Ledger, Record
 from evals.page import BYTES, scaled
 
@@ -27,15 +27,16 @@ class Source:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "results.csv")
+        return schema.read(self.folder / "results.csv")
 
     @cached_property
     def sets(self) -> dict[str, Data]:
         """What belongs in one figure, by what tells it from the others ("" if nothing does). Raises ValueError as `figures`."""
-        if "gap_closed" in self.table:
-            return dict(figures.conversions(self.table, pd.read_csv(self.folder / "positions.csv")))
-        if "eval_seq_len" in self.table:
-            return dict(figures.learned(self.table, pd.read_csv(self.folder / "curves.csv")))
+        kind = schema.kind_of(self.folder / "results.csv")
+        if kind == "converted":
+            return dict(figures.conversions(self.table, schema.read(self.folder / "positions.csv")))
+        if kind == "learned":
+            return dict(figures.learned(self.table, schema.read(self.folder / "curves.csv")))
         return dict(figures.sweeps(figures.read(self.folder), figures.read_fits(self.folder)))
 
     @cached_property
