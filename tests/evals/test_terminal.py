@@ -147,6 +147,8 @@ def test_what_was_measured_before_is_one_line_in_a_log(
     one = [word.replace("=40,60", "=40") for word in words]
     monkeypatch.setattr(sys, "argv", [*one, "sampling.max_rounds=3"])
     assert run.main() == 0
+    capfd.readouterr()
+    assert run.main() == 0
     place, told, *_ = capfd.readouterr().out.splitlines()
     assert place.startswith("[1/1] seq_len=40: prefill, cpu")
     assert re.fullmatch(r"  was measured before; 3 rounds, ended by rounds; noise: standard over itself [\d.]+±>?\d+%", told)
