@@ -24,7 +24,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.kernels import tuning
-from bsbr.plain import sdpa
+from bsbr.plain import local_attention, sdpa
 from bsbr.ranks import Ranks
 
 
@@ -176,6 +176,7 @@ PAGE = 64
 
 
 Scale = Literal["sum", "mean"]
+Pooling = Literal["mean", "last"]
 
 
 class _Options(TypedDict):
@@ -190,7 +191,7 @@ class _Options(TypedDict):
 class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
-    r_t is projected from the hidden state of a chunk's first token, h_s from the mean of a chunk's hidden states.
+    r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
     φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
     retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head
     sets how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
@@ -199,7 +200,8 @@ class BSBRAttention(MultiHeadAttention):
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
-    retrieval_scale: "sum", or "mean", which leaves that number of chunks out.
+    retrieval_scale: "sum", or "mean", which leaves that number of chunks out. meta_projections: r and h have projections of
+    their own, in place of those of q and k. meta_pooling: h is of the mean of a chunk's tokens, or of the "last" alone.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
 
@@ -214,6 +216,8 @@ class BSBRAttention(MultiHeadAttention):
         retrieval_top_k: int | None = None,
         feature_map: FeatureMap = "quadratic",
         retrieval_scale: Scale = "sum",
+        meta_projections: bool = False,
+        meta_pooling: Pooling = "mean",
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
@@ -231,13 +235,15 @@ class BSBRAttention(MultiHeadAttention):
         self.chunk_size = chunk_size
         self.chunk_overlap = chunk_overlap
         self.retrieval_top_k = retrieval_top_k
-        if retrieval_scale not in get_args(Scale):
-            raise ValueError(f"retrieval_scale must be one of {', '.join(get_args(Scale))}, got {retrieval_scale!r}")
+        for name, given, known in (("retrieval_scale", retrieval_scale, Scale), ("meta_pooling", meta_pooling, Pooling)):
+            if given not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {given!r}")
         self.retrieval_scale: Scale = retrieval_scale
+        self.meta_pooling: Pooling = meta_pooling
         self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
-        self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False)
+        self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
+        self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
         self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
 
@@ -251,11 +257,12 @@ class BSBRAttention(MultiHeadAttention):
         `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
         q, k, v, q_features, k_features = self._project_tokens(hidden_states, start)
-        retrievable = (hidden_states.shape[1] - (not followed)) // self.chunk_size
-        pooled = hidden_states[:, : retrievable * self.chunk_size].unflatten(1, (retrievable, self.chunk_size)).mean(dim=2)
+        pooled = self._pooled(hidden_states, (hidden_states.shape[1] - (not followed)) // self.chunk_size)
         return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), q_features, k_features
 
     def attend(self, *tensors: Tensor) -> Tensor:
+        if self._is_local(tensors[0].shape[2]):
+            return local_attention(*tensors[:3], chunk_size=self.chunk_size, dropout_p=self.dropout_p)
         return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p, impl=self.impl)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -293,22 +300,41 @@ class BSBRAttention(MultiHeadAttention):
         return q, k, v, q_features, k_features
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
-        return split_heads(self.meta_q_proj(hidden_states), self.num_heads)
+        project = self.q_proj if self.meta_q_proj is None else self.meta_q_proj
+        return split_heads(project(hidden_states), self.num_heads)
+
+    def _pooled(self, hidden_states: Tensor, chunks: int) -> Tensor:
+        """What stands for each of the first `chunks` chunks [batch, chunks, hidden_dim]."""
+        tokens = chunks * self.chunk_size
+        if self.meta_pooling == "last":
+            return hidden_states[:, self.chunk_size - 1 : tokens : self.chunk_size]
+        pooled: Tensor = hidden_states[:, :tokens].unflatten(1, (chunks, self.chunk_size)).mean(dim=2)
+        return pooled
 
     def _meta_key(self, pooled: Tensor) -> Tensor:
-        return split_heads(self.meta_k_proj(pooled), self.num_kv_heads)
+        project = self.k_proj if self.meta_k_proj is None else self.meta_k_proj
+        return split_heads(project(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
+        if self._is_local(tensors[0].shape[2]):
+            return "torch"
         chosen = dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
         return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        short = hidden_states.dim() != 3 or hidden_states.shape[1] <= self._segment
-        if short or attention_mask is not None or torch.is_grad_enabled():
+        if hidden_states.dim() != 3 or attention_mask is not None or torch.is_grad_enabled():
             return super().forward(hidden_states, attention_mask)
-        return self.extend(hidden_states)[0]
+        tokens = hidden_states.shape[1]
+        if self._is_local(tokens):
+            check_hidden_states(hidden_states, self.hidden_dim)
+            return self.output(self.attend(*super().project(hidden_states)))
+        return super().forward(hidden_states) if tokens <= self._segment else self.extend(hidden_states)[0]
+
+    def _is_local(self, tokens: int) -> bool:
+        """Whether nothing is retrieved, so that what retrieval alone needs is not made; under gradients it is, and has zero ones."""
+        return self.impl == "auto" and tokens <= self.chunk_size and not torch.is_grad_enabled()
 
     @property
     def _segment(self) -> int:
@@ -367,8 +393,7 @@ class BSBRAttention(MultiHeadAttention):
         q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
         keys, values = _joined(state["keys"], k), _joined(state["values"], v)
         complete = tokens // size
-        pooled = hidden_states[:, : complete * size].unflatten(1, (complete, size)).mean(dim=2)
-        meta_keys = self._meta_key(pooled)
+        meta_keys = self._meta_key(self._pooled(hidden_states, complete))
         known = pages_of(state, "meta_keys"), pages_of(state, "states")
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features
         options = self._options(tensors)
@@ -402,7 +427,8 @@ class BSBRAttention(MultiHeadAttention):
         after["open_state"] = state["open_state"] + k_features.to(wide).mT @ v.to(wide)
         after["open_hidden"] = state["open_hidden"] + hidden_states.to(wide).sum(dim=1)
         if (position + tokens) % self.chunk_size == 0:
-            pooled = (after["open_hidden"] / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
+            mean = (after["open_hidden"] / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
+            pooled = hidden_states[:, -1:] if self.meta_pooling == "last" else mean
             new = {"meta_keys": self._meta_key(pooled), "states": after["open_state"].to(v.dtype).unsqueeze(2)}
             for name, chunk in new.items():
                 after |= _paged(name, pages_of(state, name), chunk)

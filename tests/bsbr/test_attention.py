@@ -21,9 +21,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"chunk_overlap": 2, "compression_factor": 2},
     {"chunk_overlap": CHUNK + 3, "num_kv_heads": 2, "rotary": True},
     {"retrieval_top_k": 1, "compression_factor": 4, "num_kv_heads": 1},
-    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2, "retrieval_scale": "mean"},
+    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2, "retrieval_scale": "mean", "meta_pooling": "last"},
     {"retrieval_top_k": 100, "rotary": True, "compression_factor": 1, "feature_map": "linear"},
-    {"compression_factor": 2, "num_kv_heads": 2, "feature_map": "linear", "retrieval_scale": "mean"},
+    {"compression_factor": 2, "num_kv_heads": 2, "feature_map": "linear", "retrieval_scale": "mean", "meta_projections": True},
 ]
 PAIRS = {4: [(0, 0), (1, 1), (2, 2), (0, 1)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
 """Of the factors of φ, by d_r: those that are multiplied."""
@@ -80,8 +80,11 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
     q, k, v = heads(x, "q_proj"), heads(x, "k_proj"), heads(x, "v_proj")
     begins = range(0, time, CHUNK)
     first_tokens = np.stack([x[:, begin] for begin in begins], axis=1)
-    means = np.zeros((2, 0, 16)) if len(begins) == 1 else np.stack([x[:, b : b + CHUNK].mean(axis=1) for b in begins[:-1]], axis=1)
-    expected = [turned(q), turned(k), v, heads(first_tokens, "meta_q_proj"), heads(means, "meta_k_proj")]
+    chunks = [x[:, begin : begin + CHUNK] for begin in begins[:-1]]
+    pooled = [chunk[:, -1] if options.get("meta_pooling") == "last" else chunk.mean(axis=1) for chunk in chunks]
+    pooled = np.stack(pooled, axis=1) if chunks else np.zeros((2, 0, 16))
+    own = "meta_" if options.get("meta_projections") else ""
+    expected = [turned(q), turned(k), v, heads(first_tokens, f"{own}q_proj"), heads(pooled, f"{own}k_proj")]
     mixed = np.minimum(np.arange(time) // CHUNK, options.get("retrieval_top_k", time))
     factor = np.ones(time) if options.get("retrieval_scale") == "mean" else mixed
     expected += [phi("q_proj", q) * factor[:, None], phi("k_proj", k)]
@@ -105,6 +108,20 @@ def test_gradients_are_those_of_the_reference(options: dict[str, Any]) -> None:
     )
     for a, b in zip(by_fast, by_reference, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK])
+def test_one_chunk_without_gradients_is_the_same_with_less_work(time: int, options: dict[str, Any]) -> None:
+    attention, x = build(**options), hidden(time)
+    wanted = attention(x)
+    made = []
+    attention.features.register_forward_hook(lambda *_: made.append("φ"))
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), wanted, rtol=0, atol=1e-12)
+        assert not made
+        attention(hidden(CHUNK + 1))
+    assert made
 
 
 def test_one_block_of_tokens_is_softmax_attention() -> None:
@@ -308,6 +325,7 @@ def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
         ({"compression_factor": 0}, "compression_factor must be a positive integer, got 0"),
         ({"feature_map": "cubic"}, "feature_map must be one of quadratic, linear, got 'cubic'"),
         ({"retrieval_scale": None}, "retrieval_scale must be one of sum, mean, got None"),
+        ({"meta_pooling": "first"}, "meta_pooling must be one of mean, last, got 'first'"),
         ({"chunk_overlap": -1}, "chunk_overlap must be an integer of at least 0, got -1"),
         ({"chunk_overlap": 1.5}, "chunk_overlap must be an integer of at least 0, got 1.5"),
         ({"chunk_overlap": True}, "chunk_overlap must be an integer of at least 0, got True"),

@@ -49,6 +49,7 @@ def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -
         {"chunk_overlap": 5, "num_kv_heads": 2},
         {"compression_factor": 4, "retrieval_top_k": 2},
         {"chunk_overlap": 37, "rotary": True},
+        {"meta_projections": True, "meta_pooling": "last"},
     ],
     ids=str,
 )
