@@ -120,6 +120,11 @@ FIGURES = (
         "Accuracy of recall against the bytes that decoding keeps, and the front of those that nobody beats in both.",
         *(("recall*",), learning.recall_front),
     ),
+    Shown(
+        "recall_latency",
+        "Accuracy of recall against the time of the next token, and the front of those that nobody beats in both.",
+        *(("recall_512", "decode_recall"), learning.recall_latency),
+    ),
     Shown("recall", "Accuracy of recall over the number of pairs.", ("recall*",), learning.accuracy),
     Shown(
         "retrieval_front",

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from evals import figures, learning
 from evals.depths import needle_depth
 from evals.looks import looks
+from tests.evals import sweeps
 
 NAMES = ("standard", "bsbr", "linear")
 
@@ -93,6 +94,19 @@ def test_the_front_leaves_out_who_needs_more_and_remembers_less() -> None:
     assert {(1000.0, 0.8), (3000.0, 0.8), (3000.0, 0.9)} <= corners
     assert not any(y == 0.5 for _, y in corners)
     assert np.asarray(drawn(learning.recall_front(learned(rows)), "linear").get_xdata()).tolist() == [2000.0]
+
+
+def test_the_front_over_time_takes_what_decoding_took_behind_as_long_a_context() -> None:
+    rows, times = table(), sweeps.table(NAMES, (64, 128))
+    (decoded,) = (one for _, one in figures.sweeps(times, {}))
+    taken = times[times["seq_len"] == 64].set_index("attention")["latency_s"]
+    for name in NAMES:
+        point = drawn(learning.recall_latency(learned(rows), decoded), name)
+        assert np.asarray(point.get_xdata()).tolist() == [taken[name]]
+        asked = best(rows, name)[lambda one: one["num_pairs"] == 16]
+        assert np.asarray(point.get_ydata()).tolist() == asked["accuracy"].tolist()
+    (longer,) = (one for _, one in figures.sweeps(sweeps.table(NAMES, (128,)), {}))
+    assert learning.recall_latency(learned(rows), longer) is None
 
 
 def test_a_needle_map_has_every_depth_and_length_of_every_attention() -> None:
