@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -136,23 +135,6 @@ class Contestant:
                 "not a subclass of bsbr.Attention"
             )
         return attention
-
-    def code(self, attention: Attention) -> str:
-        """A digest of the source that this attention runs: its own file, what that imports of its own package, and the core.
-
-        Changed code makes new results.
-        """
-        own = {inspect.getsourcefile(cls) for cls in type(attention).__mro__ if issubclass(cls, Attention)}
-        module = sys.modules[type(attention).__module__]
-        nearby = [near for near in map(inspect.getmodule, vars(module).values()) if near]
-        for near in nearby:
-            if near.__name__.partition(".")[0] == module.__name__.partition(".")[0]:
-                own.add(inspect.getsourcefile(near))
-        core = (inspect.getsourcefile(Attention) or "").rpartition("interface.py")[0]
-        files = {Path(path) for path in own if path} | {*Path(core).rglob("*.py"), *Path(core).rglob("*.cpp")}
-        if not any(near.__name__.startswith("bsbr.convert") for near in nearby):  # which no other attention runs
-            files -= {*Path(core, "convert").rglob("*.py")}
-        return digest([path.read_text() for path in sorted(files)])
 
 
 @dataclass(frozen=True)

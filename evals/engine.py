@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from evals import forkserver, machine
+from evals import forkserver, machine, source
 from evals.ceilings import measure_ceilings
 from evals.config import Comparison, UsageError, digest
 from evals.history import History
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now, seconds_since
 from evals.rounds import finished, measured
-from evals.trials import Trials, source
+from evals.trials import Trials
+from evals.trials import source as of_harness
 from evals.worker import alone, run_isolated
 
 HARNESS = (
@@ -64,7 +65,7 @@ class Engine:
         check_axis(comparison, ledger)
         self.processor = machine.processor(comparison.device.kind)
         with torch.device("meta"):
-            self.code = {one.name: one.code(one.build(comparison.model)) for one in comparison.contestants}
+            self.code = {one.name: source.of_attention(one.build(comparison.model)) for one in comparison.contestants}
         sampling = comparison.sampling
         self.id = digest(
             {
@@ -73,7 +74,7 @@ class Engine:
                 "contestants": [asdict(contestant) for contestant in comparison.contestants],
                 "relative_to": comparison.relative_to,
                 "code": self.code,
-                "harness": source(*HARNESS),
+                "harness": of_harness(*HARNESS),
                 "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.turn_s, sampling.seed],
                 "machine": [self.processor, torch.__version__],
             }

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from evals import machine
+from evals import machine, source
 from evals.config import Comparison, Contestant, Training, build_task, digest
 from evals.engine import Watch, check_axis
 from evals.ledger import Ledger, Record
 from evals.measure import available_bytes, now
 from evals.tasks.task import Task
 from evals.train import Progress, train
-from evals.trials import Trials, source
+from evals.trials import Trials
+from evals.trials import source as of_harness
 from evals.worker import Result, Worker, alone
 
 
@@ -54,7 +55,7 @@ class Study:
         self.ledger = ledger
         self.task: Task = build_task(comparison)
         with torch.device("meta"):
-            code = {one.name: one.code(one.build(comparison.model)) for one in comparison.contestants}
+            code = {one.name: source.of_attention(one.build(comparison.model)) for one in comparison.contestants}
         self.memory_limit_bytes = int(0.8 * available_bytes())
         if comparison.sampling.memory_limit_gib is not None:
             self.memory_limit_bytes = int(comparison.sampling.memory_limit_gib * 2**30)
@@ -65,7 +66,7 @@ class Study:
             "processor": machine.processor(comparison.device.kind),
             "torch": torch.__version__,
         }
-        trainer = source("train.py", "workloads.py", "tasks/task.py")
+        trainer = of_harness("train.py", "workloads.py", "tasks/task.py")
         own = Path(inspect.getsourcefile(type(self.task)) or "").read_text()
         self.keys = {
             one.name: digest([self.settings, comparison.training.lengths, asdict(one), code[one.name], trainer, own])

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from evals.checks import Subject, flops, parity, state_size, streaming
-from evals.config import Contestant, Model
 from evals.pretrained import ConvertedDecoder, PretrainedDecoder
 
 B = 6
@@ -50,19 +48,3 @@ def test_a_conversion_keeps_less_the_longer_the_context() -> None:
 def test_a_sequence_that_is_longer_than_its_positions_is_told_so() -> None:
     with pytest.raises(NotImplementedError, match="max_length=1100, got 1101 tokens"):
         decoder("gpt2", False)()(torch.zeros(1, 1101, 16))
-
-
-def test_results_of_a_conversion_depend_on_the_code_that_converts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And those of other attentions do not."""
-    model = Model(scope="attention", hidden_dim=16, num_heads=4, ff_dim=1, num_layers=1, vocab_size=1)
-    nodes = {
-        "converted": {"_target_": "evals.pretrained.ConvertedDecoder", "model_type": "llama"},
-        "standard": {"_target_": "baselines.standard.StandardAttention"},
-    }
-    attentions = {name: (contestant := Contestant(name, node), contestant.build(model)) for name, node in nodes.items()}
-    before = {name: contestant.code(attention) for name, (contestant, attention) in attentions.items()}
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: read(path) + "# changed" * (path.parent.name == "convert"))
-    after = {name: contestant.code(attention) for name, (contestant, attention) in attentions.items()}
-    assert after["converted"] != before["converted"]
-    assert after["standard"] == before["standard"]
