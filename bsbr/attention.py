@@ -333,7 +333,7 @@ class BSBRAttention(MultiHeadAttention):
         return super().forward(hidden_states) if tokens <= self._segment else self.extend(hidden_states)[0]
 
     def _is_local(self, tokens: int) -> bool:
-        """Whether nothing is retrieved, so that what retrieval alone needs is not made; under gradients it is, and has zero ones."""
+        """Whether nothing is retrieved, so that what that needs is not made; under gradients it is, and has zero ones."""
         return self.impl == "auto" and tokens <= self.chunk_size and not torch.is_grad_enabled()
 
     @property

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from bsbr import Attention
+from bsbr.interface import Attention
 from evals.config import digest
 
 AROUND = ("bsbr.model", "bsbr.convolution")
