@@ -46,10 +46,10 @@ class Sweep:
         self.process.kill()
         raise AssertionError(f"did not come about in {limit_s:g} s; the command said {self.process.communicate()}")
 
-    def end(self, limit_s: float = 240) -> tuple[str, pd.DataFrame]:
-        """What it said, and its table."""
+    def end(self, code: int = 0, limit_s: float = 240) -> tuple[str, pd.DataFrame]:
+        """What it said, and its table, after it ended with this code."""
         said, complaints = self.process.communicate(timeout=limit_s)
-        assert self.process.returncode == 0, complaints
+        assert self.process.returncode == code, complaints
         return said + complaints, pd.read_csv(self.folder / "results" / "seq_len" / "results.csv")
 
 

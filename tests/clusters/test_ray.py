@@ -1,11 +1,14 @@
 """A sweep on a real Ray cluster: a head that takes no task, and two nodes, of which one dies under its task."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from evals import usage
 from tests.clusters.sweeps import LONG, sweep
 
 pytestmark = LONG
@@ -18,11 +21,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator["object"]:
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Its sockets lie deep in its folder, and the name of a socket may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    monkeypatch.setenv("RAY_TMPDIR", folder)
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         yield cluster
     finally:
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_sweep_ends_though_a_node_dies_under_it(cluster: "object", tmp_path: Path) -> None:
@@ -52,7 +59,7 @@ def test_what_is_lost_twice_is_a_row_with_the_reason(cluster: "object", tmp_path
         running.wait_for(lambda: len(running.records("started")) == start)  # noqa: B023  it is called at once
         cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
         node = cluster.add_node(num_cpus=1, resources={"machine": 1})  # type: ignore[attr-defined]
-    said, table = running.end()
+    said, table = running.end(usage.INCOMPLETE)
     assert table[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["standard", 129, "lost"]]
     assert "lost with its node" in table["detail"][0]
     assert "lost" in said
