@@ -213,7 +213,8 @@ def _bsbr(
 ) -> tuple[Tensor, None]:
     """A converted attention by `bsbr.reference`, for whole sequences without padding."""
     retrieval = cast(Retrieval, module.retrieval)
-    r, h, q_features, k_features = retrieval.projected(query, key)
+    asked = retrieval.asked(query)
+    r, h, q_features, k_features = retrieval.projected(query, key, asked)
     attended = reference.bsbr_attention(
         *(query, key, value, r, h),
         chunk_size=retrieval.chunk_size,
@@ -223,7 +224,7 @@ def _bsbr(
         chunk_overlap=retrieval.chunk_overlap,
         top_k=retrieval.top_k,
     )
-    return attended.transpose(1, 2), None
+    return (attended * retrieval.share(asked)).transpose(1, 2), None
 
 
 AttentionInterface.register(UNPADDED, converted_attention.attention)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bsbr import dispatch, plain
 from bsbr.attention import bsbr_attention, check_options, flops
-from bsbr.features import Counted
 from bsbr.interface import require_positive
 
 
@@ -21,11 +20,15 @@ class Retrieval(nn.Module):
     """The learned parts of one converted attention: (2·head_dim + 2·d_r + 1)·head_dim numbers a head at most, and two more.
 
     φ(k) = softmax(P k): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347).
-    φ(q) = 2 σ(w·q + b) softmax(P' q): softmax attention turns from what is near to what is far token by token, and a sum of
-    both needs a token's own word on how much. It is taken times the number of chunks that are mixed, as in `BSBRAttention`.
+    φ(q) = a softmax(P' q), a = 2 σ(w·q + b) · the number of chunks that are mixed, as in `BSBRAttention`: a sum of near and far
+    needs a token's own word on how much it asks of the latter. One softmax over both would give to the near what it takes from
+    the far, so their sum is divided by what both weigh:
+
+        (softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄) / (1 + |gate| a),   g = gate · d_r / chunk_size,
+
+    a mean of the values near and far where features are flat, since F̄ then reads chunk_size / d_r times a chunk's mean.
     Projections begin as the identity, so chunks are scored as the pretrained attention scores tokens, and w and b at 0. The
-    gate begins at 0, so that a converted model begins as its own chunks alone; retrieval weighs gate · d_r / chunk_size,
-    with which flat features and a gate of 1 read the sum of the chunks' mean values.
+    gate begins at 0, so that a converted model begins as its own chunks alone.
 
     chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
     Raises ValueError for options that cannot be.
@@ -65,15 +68,22 @@ class Retrieval(nn.Module):
         """g, one factor a head."""
         return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
-    def phi_q(self, q: Tensor) -> Tensor:
-        return torch.softmax(q @ self.query_features, dim=-1) * (2 * torch.sigmoid(q @ self.query_weight + self.query_bias))
+    def asked(self, q: Tensor, chunks: Tensor | None = None) -> Tensor:
+        """a [batch, heads, time, 1]; chunks: how many a token can retrieve, of which top_k are mixed at most; None: those before."""
+        if chunks is None:
+            chunks = torch.arange(q.shape[2], device=q.device).div(self.chunk_size, rounding_mode="floor").unsqueeze(-1)
+        mixed = chunks if self.top_k is None else chunks.clamp(max=self.top_k)
+        return 2 * torch.sigmoid(q @ self.query_weight + self.query_bias) * mixed
+
+    def share(self, asked: Tensor) -> Tensor:
+        """What is left of the near, and of each part of the far, where a is `asked`."""
+        return 1 / (1 + self.gate.abs().view(-1, 1, 1) * asked)
+
+    def phi_q(self, q: Tensor, asked: Tensor) -> Tensor:
+        return torch.softmax(q @ self.query_features, dim=-1) * asked
 
     def phi_k(self, k: Tensor) -> Tensor:
         return torch.softmax(k @ self.key_features, dim=-1)
-
-    def counted(self, chunks: Tensor) -> Tensor:
-        """How many of `chunks` are mixed: by so much retrieval is a sum over them, and no mean."""
-        return chunks if self.top_k is None else chunks.clamp(max=self.top_k)
 
     def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
         """h [batch, kv_heads, chunks, head_dim] and F [batch, kv_heads, chunks, d_r, head_dim] of the first `chunks` chunks."""
@@ -82,12 +92,11 @@ class Retrieval(nn.Module):
         states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), v[:, :, :tokens], self.chunk_size, chunks)
         return means @ self.meta_key, states
 
-    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def projected(self, q: Tensor, k: Tensor, asked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """r, h, φ(q) and φ(k), as `bsbr_attention` takes them, of a whole sequence."""
         size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         means = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3)
-        q_features = Counted(0, size, self.top_k).times(self.phi_q(q))
-        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, q_features, self.phi_k(k)
+        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, self.phi_q(q, asked), self.phi_k(k)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
@@ -95,9 +104,10 @@ class Retrieval(nn.Module):
         q: [batch, heads, time, head_dim]; k, v: [batch, kv_heads, time, head_dim]. Returns the shape of q.
         """
         size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
+        asked = self.asked(q)
         if bias is None:
-            r, h, q_features, k_features = self.projected(q, k)
-            return bsbr_attention(
+            r, h, q_features, k_features = self.projected(q, k, asked)
+            attended = bsbr_attention(
                 *(q, k, v, r, h),
                 chunk_size=size,
                 q_features=q_features,
@@ -107,6 +117,7 @@ class Retrieval(nn.Module):
                 top_k=self.top_k,
                 dropout_p=dropout_p,
             )
+            return attended * self.share(asked)
         visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
         attended = self._within_chunks(q, k, v, bias.masked_fill(~visible, -torch.inf), dropout_p)
         if not before:
@@ -114,7 +125,7 @@ class Retrieval(nn.Module):
         h, states = self.summaries(k, v, before)
         r = q[:, :, ::size] @ self.meta_query
         retrieved = plain.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return attended + plain.read(Counted(0, size, self.top_k).times(self.phi_q(q)), retrieved, size)
+        return (attended + plain.read(self.phi_q(q, asked), retrieved, size)) * self.share(asked)
 
     def bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
@@ -142,8 +153,9 @@ class Retrieval(nn.Module):
         states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(v, chunks)
         others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
-        mixed = self.counted(others.sum(dim=-1)).view(*others.shape[:3], 1, 1)
-        return attended + plain.read(self.phi_q(q), retrieved * mixed * self.gain.view(-1, 1, 1, 1), size)
+        asked = self.asked(q, others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1))
+        far = plain.read(self.phi_q(q, asked), retrieved * self.gain.view(-1, 1, 1, 1), size)
+        return (attended + far) * self.share(asked)
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
         """F̄ where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim].
@@ -190,7 +202,7 @@ class Retrieval(nn.Module):
         """Which implementation `causal` runs, where no bias is given, for tensors of the parameters' device and type."""
         heads, head_dim, _ = self.query_features.shape
         q, k = (self.gate.new_zeros(1, one, self.chunk_size + 1, head_dim) for one in (heads, self.meta_key.shape[0]))
-        r, h, q_features, k_features = self.projected(q, k)
+        r, h, q_features, k_features = self.projected(q, k, self.asked(q))
         return dispatch.choose("auto", q, k, k, r, h, q_features, k_features, gain=self.gain)
 
     # --- parts ---

@@ -158,7 +158,8 @@ def step(
     visible = (distance <= reach[:, None]).view(len(reach), 1, 1, -1)
     mask = visible if bias is None else bias[..., -keys.shape[2] :].where(visible, -torch.inf)
     attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    attended = attended + retrieval.phi_q(q) @ after["retrieved"]
+    asked = retrieval.asked(q, (position // size).view(-1, 1, 1, 1))
+    attended = (attended + retrieval.phi_q(q, asked) @ after["retrieved"]) * retrieval.share(asked)
     return attended, after | {"keys": keys, "values": values, "position": position + 1}
 
 
@@ -181,7 +182,7 @@ def _retrieved(retrieval: Retrieval, opening: Tensor, meta_keys: Tensor, states:
     """g F̄ [batch, heads, d_r, head_dim] of a chunk whose first query is `opening`, behind `complete` [batch] chunks of its row."""
     visible = (torch.arange(meta_keys.shape[2], device=opening.device) < complete[:, None]).view(len(complete), 1, 1, -1)
     mixed = retrieval.retrieve(opening @ retrieval.meta_query, meta_keys, states, visible)
-    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1) * retrieval.counted(complete).to(mixed.dtype).view(-1, 1, 1, 1)
+    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -224,19 +224,19 @@ def test_the_causal_form_is_the_definition() -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     q, k, v = (torch.randn(2, heads, time, 8, dtype=torch.float64) for heads in (4, 2, 2))
     h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
+    before = torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2), dtype=torch.float64)  # chunks, of which two at most are mixed
+    asked = 2 * (q @ part.query_weight + part.query_bias).sigmoid() * before.view(-1, 1)
     wanted = reference.bsbr_attention(
         *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
         chunk_size=B,
-        q_features=(q @ part.query_features).softmax(dim=-1)
-        * 2
-        * (q @ part.query_weight + part.query_bias).sigmoid()
-        * torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2)).view(-1, 1),  # chunks before, of which two at most are mixed
+        q_features=(q @ part.query_features).softmax(dim=-1) * asked,
         k_features=(k @ part.key_features).softmax(dim=-1),
         gain=part.gate * 4 / B,
         chunk_overlap=2,
         top_k=2,
     )
-    assert (part.causal(q, k, v) - wanted).abs().max() < 1e-10
+    weighed = 1 + part.gate.abs().view(-1, 1, 1) * asked
+    assert (part.causal(q, k, v) - wanted / weighed).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
@@ -260,7 +260,8 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
                 asked = asked * (len(others) if top_k is None else top_k)
                 far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
-                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * asked * far).abs().max() < 1e-10
+                wanted = (local + part.gate[head] * 4 / 3 * asked * far) / (1 + part.gate[head].abs() * asked)
+                assert (got[0, head, i] - wanted).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
