@@ -69,7 +69,7 @@ class Retrieval(nn.Module):
         return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
     def asked(self, q: Tensor, chunks: Tensor | None = None) -> Tensor:
-        """a [batch, heads, time, 1]; chunks: how many a token can retrieve, of which top_k are mixed at most; None: those before."""
+        """a [batch, heads, time, 1]. chunks: how many a token can retrieve from, of which top_k are mixed; None: those before."""
         if chunks is None:
             chunks = torch.arange(q.shape[2], device=q.device).div(self.chunk_size, rounding_mode="floor").unsqueeze(-1)
         mixed = chunks if self.top_k is None else chunks.clamp(max=self.top_k)
