@@ -226,17 +226,20 @@ def test_the_causal_form_is_the_definition() -> None:
     h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
     before = torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2), dtype=torch.float64)  # chunks, of which two at most are mixed
     asked = 2 * (q @ part.query_weight + part.query_bias).sigmoid() * before.view(-1, 1)
-    wanted = reference.bsbr_attention(
-        *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
-        chunk_size=B,
-        q_features=(q @ part.query_features).softmax(dim=-1) * asked,
-        k_features=(k @ part.key_features).softmax(dim=-1),
-        gain=part.gate * 4 / B,
-        chunk_overlap=2,
-        top_k=2,
-    )
-    weighed = 1 + part.gate.abs().view(-1, 1, 1) * asked
-    assert (part.causal(q, k, v) - wanted / weighed).abs().max() < 1e-10
+
+    def of(values: Tensor) -> Tensor:
+        return reference.bsbr_attention(
+            *(q, k, values, q[:, :, ::B] @ part.meta_query, h),
+            chunk_size=B,
+            q_features=(q @ part.query_features).softmax(dim=-1) * asked,
+            k_features=(k @ part.key_features).softmax(dim=-1),
+            gain=part.gate * 4 / B,
+            chunk_overlap=2,
+            top_k=2,
+        )
+
+    weighed = 1 + (of(torch.ones_like(v)) - 1).abs()  # a softmax of ones is 1
+    assert (part.causal(q, k, v) - of(v) / weighed).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
@@ -259,8 +262,9 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
                 asked = 2 * (q[0, head, i] @ part.query_weight[head, :, 0] + part.query_bias[head, 0, 0]).sigmoid()
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
                 asked = asked * (len(others) if top_k is None else top_k)
-                far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
-                wanted = (local + part.gate[head] * 4 / 3 * asked * far) / (1 + part.gate[head].abs() * asked)
+                weight = [part.gate[head] * 4 / 3 * asked * w * phi_q[i] @ phi_k[s].T for w, s in zip(weights, others, strict=True)]
+                far = sum(w @ v[0, head, s] for w, s in zip(weight, others, strict=True))
+                wanted = (local + far) / (1 + sum(w.sum() for w in weight).abs())
                 assert (got[0, head, i] - wanted).abs().max() < 1e-10
 
 
