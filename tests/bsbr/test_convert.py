@@ -242,6 +242,20 @@ def test_the_causal_form_is_the_definition() -> None:
     assert (part.causal(q, k, v) - of(v) / weighed).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_near_and_far_are_one_mean(biased: bool) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(1, 4, B, B, dtype=torch.float64) if biased else None
+    part = Retrieval(4, 2, 8, chunk_size=B).double()
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter)
+    part.gate.data.abs_()
+    q, k = (torch.randn(2, heads, 3 * B + 2, 8, dtype=torch.float64) for heads in (4, 2))
+    value = torch.randn(8, dtype=torch.float64)  # of all tokens
+    for attended in (part.causal(q, k, value.expand_as(k), bias), part.bidirectional(q, k, value.expand_as(k), None, bias)):
+        assert (attended - value).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
     torch.manual_seed(0)
