@@ -268,7 +268,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "batch": (8, "windows a step"),
         "train-steps": (1500, "of the small models"),
         "align-steps": (300, "of attention outputs, layer by layer"),
-        "distil-steps": (800, "of logits"),
+        "distil-steps": (2000, "of logits"),
         "rank": (8, "of what is added to the matrices of the layers; 0: retrieval alone learns"),
         "examples": (1024, "windows of held-out text"),
         "threads": (torch.get_num_threads(), "of torch"),
