@@ -10,7 +10,8 @@ until then, from which the same command goes on; the tables beside it are made f
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,11 +86,7 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
     original.eval()
     torch.manual_seed(one.seed)
     converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
-    # The same for every seed; of another name than what healing is given.
-    asked = [
-        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i) for i in range(0, plan.examples, plan.batch)
-    ]
-    found = {"original": compared(original, original, asked, plan), "converted": compared(original, converted, asked, plan)}
+    models = {"original": original, "converted": deepcopy(converted), "healed": converted}
     moved = 0
     stages = heal(
         original,
@@ -104,38 +101,51 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
     for stage, step, loss in stages:
         moved = moved or moving(converted)
         watch.set_description_str(f"{name}: {stage} {step}, loss {loss:.4f}")
-    found["healed"] = compared(original, converted, asked, plan)
+    # The same for every seed; of another name than what healing is given.
+    asked = [
+        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i) for i in range(0, plan.examples, plan.batch)
+    ]
+    found = compared(original, models, asked, plan)
     gates = [float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in attentions_of(converted)]
     parameters = sum(parameter.numel() for parameter in original.parameters())
     return {"models": found, "parameters": parameters, "moved": moved, "mean_gate": gates}
 
 
 @torch.no_grad()
-def compared(original: PreTrainedModel, model: PreTrainedModel, asked: Sequence[Tensor], plan: Plan) -> Record:
-    """How a model does, and how near it is to the original.
+def compared(original: PreTrainedModel, models: Mapping[str, PreTrainedModel], asked: Sequence[Tensor], plan: Plan) -> Record:
+    """How each of the models does, and how near it is to the original.
 
     perplexity; `chunk_nats`: the mean loss in each chunk of the context. Of the last hidden states, cosine and mse, the latter
     over the original's mean square; kl, of its next-token distributions from the original's, in nats; `top_k`: how often
     the original's likeliest token is among the model's k likeliest.
     """
-    sums: dict[str, list[Tensor]] = {}
+    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models}
     for ids in asked:
-        wanted, hidden_wanted = _outputs(original, ids)
-        logits, hidden = _outputs(model, ids)
-        p, q = wanted.log_softmax(dim=-1), logits.log_softmax(dim=-1)
-        first = wanted.argmax(dim=-1, keepdim=True)
-        found = {
-            "nats": nats(logits, ids),
-            "cosine": F.cosine_similarity(hidden, hidden_wanted, dim=-1),
-            "mse": (hidden - hidden_wanted).square().mean(dim=-1) / hidden_wanted.square().mean(),
-            "kl": (p.exp() * (p - q)).sum(dim=-1),
-            **{f"top_{k}": (logits.topk(k, dim=-1).indices == first).any(dim=-1).float() for k in AGREEMENTS},
-        }
-        for name, values in found.items():
-            sums.setdefault(name, []).append(values)
-    means = {name: float(torch.cat(parts).mean()) for name, parts in sums.items()}
-    by_chunk = torch.cat(sums["nats"]).mean(dim=0).split([plan.chunk_size - 1, *[plan.chunk_size] * (plan.chunks - 1)])
-    return {**means, "perplexity": math.exp(means["nats"]), "chunk_nats": [float(part.mean()) for part in by_chunk]}
+        wanted = _outputs(original, ids)
+        for name, model in models.items():
+            for measure, values in _beside(wanted, wanted if model is original else _outputs(model, ids), ids).items():
+                parts[name].setdefault(measure, []).append(values)
+    found = {}
+    for name, measured in parts.items():
+        tokens = {measure: torch.cat(part) for measure, part in measured.items()}
+        means = {measure: float(value.mean()) for measure, value in tokens.items()}
+        by_chunk = tokens["nats"].mean(dim=0).split([plan.chunk_size - 1, *[plan.chunk_size] * (plan.chunks - 1)])
+        found[name] = {**means, "perplexity": math.exp(means["nats"]), "chunk_nats": [float(part.mean()) for part in by_chunk]}
+    return found
+
+
+def _beside(wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """What is measured of every token [batch, time], the last hidden states' cosine and error of one more."""
+    (logits_wanted, hidden_wanted), (logits, hidden) = wanted, got
+    p, q = logits_wanted.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+    first = logits_wanted.argmax(dim=-1, keepdim=True)
+    return {
+        "nats": nats(logits, ids),
+        "cosine": F.cosine_similarity(hidden, hidden_wanted, dim=-1),
+        "mse": (hidden - hidden_wanted).square().mean(dim=-1) / hidden_wanted.square().mean(),
+        "kl": (p.exp() * (p - q)).sum(dim=-1),
+        **{f"top_{k}": (logits.topk(k, dim=-1).indices == first).any(dim=-1).float() for k in AGREEMENTS},
+    }
 
 
 def _outputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,9 +268,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "batch": (8, "windows a step"),
         "train-steps": (1500, "of the small models"),
         "align-steps": (300, "of attention outputs, layer by layer"),
-        "distil-steps": (800, "of logits"),
+        "distil-steps": (2000, "of logits"),
         "rank": (8, "of what is added to the matrices of the layers; 0: retrieval alone learns"),
-        "examples": (256, "windows of held-out text"),
+        "examples": (1024, "windows of held-out text"),
         "threads": (torch.get_num_threads(), "of torch"),
     }
     for name, (default, what) in numbers.items():

@@ -214,16 +214,20 @@ def _bsbr(
     """A converted attention by `bsbr.reference`, for whole sequences without padding."""
     retrieval = cast(Retrieval, module.retrieval)
     r, h, q_features, k_features = retrieval.projected(query, key)
-    attended = reference.bsbr_attention(
-        *(query, key, value, r, h),
-        chunk_size=retrieval.chunk_size,
-        q_features=q_features,
-        k_features=k_features,
-        gain=retrieval.gain,
-        chunk_overlap=retrieval.chunk_overlap,
-        top_k=retrieval.top_k,
-    )
-    return attended.transpose(1, 2), None
+
+    def of(values: Tensor) -> Tensor:
+        return reference.bsbr_attention(
+            *(query, key, values, r, h),
+            chunk_size=retrieval.chunk_size,
+            q_features=q_features,
+            k_features=k_features,
+            gain=retrieval.gain,
+            chunk_overlap=retrieval.chunk_overlap,
+            top_k=retrieval.top_k,
+        )
+
+    far = of(torch.ones_like(value)) - 1  # what is near weighs 1
+    return (of(value) / (1 + far.abs())).transpose(1, 2), None
 
 
 AttentionInterface.register(UNPADDED, converted_attention.attention)

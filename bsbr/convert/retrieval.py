@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bsbr import dispatch, plain
 from bsbr.attention import bsbr_attention, check_options, flops
-from bsbr.features import Counted
 from bsbr.interface import require_positive
 
 
@@ -21,11 +20,16 @@ class Retrieval(nn.Module):
     """The learned parts of one converted attention: (2·head_dim + 2·d_r + 1)·head_dim numbers a head at most, and two more.
 
     φ(k) = softmax(P k): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347).
-    φ(q) = 2 σ(w·q + b) softmax(P' q): softmax attention turns from what is near to what is far token by token, and a sum of
-    both needs a token's own word on how much. It is taken times the number of chunks that are mixed, as in `BSBRAttention`.
-    Projections begin as the identity, so chunks are scored as the pretrained attention scores tokens, and w and b at 0. The
-    gate begins at 0, so that a converted model begins as its own chunks alone; retrieval weighs gate · d_r / chunk_size,
-    with which flat features and a gate of 1 read the sum of the chunks' mean values.
+    φ(q) = a softmax(P' q), a = 2 σ(w·q + b) · the number of chunks that are mixed, as in `BSBRAttention`: a sum of near and far
+    needs a token's own word on how much it asks of the latter. One softmax over both takes from the near what it gives to the
+    far, so the sum is divided by all that it weighs, as linear attention is (arXiv:2006.16236, eq. 5):
+
+        (softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄) / (1 + |g φ(Q) F̄'|),
+
+    F̄' being F̄ of values that are 1. Projections begin as the identity, but that of r_t at 0, as w and b do: the query of a
+    chunk's first token is no guess at what the others look for, and as a first guess it misleads them. The gate begins at 0, so
+    that a converted model begins as its own chunks alone; g = gate · d_r / chunk_size, with which flat features and a gate of 1
+    weigh a chunk as much as all that is near.
 
     chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
     Raises ValueError for options that cannot be.
@@ -52,7 +56,7 @@ class Retrieval(nn.Module):
         self.top_k = retrieval_top_k
         identity = torch.eye(head_dim)
         features = identity[:, : head_dim // compression_factor]
-        self.meta_query = nn.Parameter(identity.repeat(num_heads, 1, 1))
+        self.meta_query = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim))
         self.meta_key = nn.Parameter(identity.repeat(num_kv_heads, 1, 1))
         self.query_features = nn.Parameter(features.repeat(num_heads, 1, 1))
         self.key_features = nn.Parameter(features.repeat(num_kv_heads, 1, 1))
@@ -65,29 +69,35 @@ class Retrieval(nn.Module):
         """g, one factor a head."""
         return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
-    def phi_q(self, q: Tensor) -> Tensor:
-        return torch.softmax(q @ self.query_features, dim=-1) * (2 * torch.sigmoid(q @ self.query_weight + self.query_bias))
+    def phi_q(self, q: Tensor, chunks: Tensor | None = None) -> Tensor:
+        """chunks: how many a token can retrieve, like [batch, 1, time, 1], of which top_k are mixed; None: those before its own."""
+        if chunks is None:
+            chunks = torch.arange(q.shape[2], device=q.device).div(self.chunk_size, rounding_mode="floor").unsqueeze(-1)
+        mixed = chunks if self.top_k is None else chunks.clamp(max=self.top_k)
+        asked = 2 * torch.sigmoid(q @ self.query_weight + self.query_bias) * mixed
+        return torch.softmax(q @ self.query_features, dim=-1) * asked
 
     def phi_k(self, k: Tensor) -> Tensor:
         return torch.softmax(k @ self.key_features, dim=-1)
 
-    def counted(self, chunks: Tensor) -> Tensor:
-        """How many of `chunks` are mixed: by so much retrieval is a sum over them, and no mean."""
-        return chunks if self.top_k is None else chunks.clamp(max=self.top_k)
-
     def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-        """h [batch, kv_heads, chunks, head_dim] and F [batch, kv_heads, chunks, d_r, head_dim] of the first `chunks` chunks."""
+        """h [batch, kv_heads, chunks, head_dim] and F, F' [batch, kv_heads, chunks, d_r, head_dim + 1] of the first chunks."""
         tokens = chunks * self.chunk_size
         means = k[:, :, :tokens].unflatten(2, (chunks, self.chunk_size)).mean(dim=3)
-        states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), v[:, :, :tokens], self.chunk_size, chunks)
+        states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), weighed(v[:, :, :tokens]), self.chunk_size, chunks)
         return means @ self.meta_key, states
 
     def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """r, h, φ(q) and φ(k), as `bsbr_attention` takes them, of a whole sequence."""
         size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         means = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3)
-        q_features = Counted(0, size, self.top_k).times(self.phi_q(q))
-        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, q_features, self.phi_k(k)
+        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, self.phi_q(q), self.phi_k(k)
+
+    def mass(self, r: Tensor, h: Tensor, q_features: Tensor, k_features: Tensor) -> Tensor:
+        """g φ(Q) F̄' [batch, heads, time, 1], from what `projected` gave."""
+        size, before = self.chunk_size, h.shape[2]
+        sums = k_features[:, :, : before * size].unflatten(2, (before, size)).sum(dim=3).unsqueeze(-1)
+        return plain.read(q_features, plain.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
@@ -97,7 +107,7 @@ class Retrieval(nn.Module):
         size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         if bias is None:
             r, h, q_features, k_features = self.projected(q, k)
-            return bsbr_attention(
+            attended = bsbr_attention(
                 *(q, k, v, r, h),
                 chunk_size=size,
                 q_features=q_features,
@@ -107,6 +117,7 @@ class Retrieval(nn.Module):
                 top_k=self.top_k,
                 dropout_p=dropout_p,
             )
+            return attended / (1 + self.mass(r, h, q_features, k_features).abs())
         visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
         attended = self._within_chunks(q, k, v, bias.masked_fill(~visible, -torch.inf), dropout_p)
         if not before:
@@ -114,7 +125,7 @@ class Retrieval(nn.Module):
         h, states = self.summaries(k, v, before)
         r = q[:, :, ::size] @ self.meta_query
         retrieved = plain.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return attended + plain.read(Counted(0, size, self.top_k).times(self.phi_q(q)), retrieved, size)
+        return joined(attended, plain.read(self.phi_q(q), retrieved, size))
 
     def bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
@@ -139,14 +150,14 @@ class Retrieval(nn.Module):
         counts = weight.sum(dim=3).clamp(min=1)
         r = (self._chunked(q, chunks) * weight).sum(dim=3) / counts @ self.meta_query
         h = (self._chunked(k, chunks) * weight).sum(dim=3) / counts @ self.meta_key
-        states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(v, chunks)
+        states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(weighed(v), chunks)
         others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
-        mixed = self.counted(others.sum(dim=-1)).view(*others.shape[:3], 1, 1)
-        return attended + plain.read(self.phi_q(q), retrieved * mixed * self.gain.view(-1, 1, 1, 1), size)
+        q_features = self.phi_q(q, others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1))
+        return joined(attended, plain.read(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
-        """F̄ where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim].
+        """F̄, F̄' where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim + 1].
 
         r: [batch, heads, rows, head_dim]; h, states: of kv_heads and all chunks. A row that sees no chunk retrieves zero.
         """
@@ -176,15 +187,19 @@ class Retrieval(nn.Module):
             chunk_overlap=self.chunk_overlap,
             top_k=self.top_k,
         )
-        return meta + features + attended
+        before = chunks - 1
+        mixed = chunks * before // 2 if self.top_k is None else sum(min(chunk, self.top_k) for chunk in range(chunks))
+        read = max(0, seq_len - self.chunk_size)
+        mass = 2 * heads * (feature_dim * (mixed + read) + head_dim * chunks * before // 2)
+        return meta + features + attended + mass
 
     def state_numbers(self, seq_len: int) -> int:
         """How many numbers decoding keeps of one sequence; see `bsbr.convert.streaming`."""
         heads, head_dim, feature_dim = self.query_features.shape
         kv_heads = self.meta_key.shape[0]
         local = 2 * kv_heads * min(seq_len, self.chunk_size + self.chunk_overlap) * head_dim
-        chunks = seq_len // self.chunk_size * kv_heads * (1 + feature_dim) * head_dim
-        return local + chunks + heads * feature_dim * head_dim
+        chunks = seq_len // self.chunk_size * kv_heads * (head_dim + feature_dim * (head_dim + 1))
+        return local + chunks + heads * feature_dim * (head_dim + 1)
 
     def implementation(self) -> str:
         """Which implementation `causal` runs, where no bias is given, for tensors of the parameters' device and type."""
@@ -211,3 +226,13 @@ class Retrieval(nn.Module):
         mask = scores.expand(batch, heads, chunks, self.chunk_size, self.chunk_size).flatten(1, 2)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
         return attended.view(batch, heads, -1, head_dim)[:, :, :time]
+
+
+def weighed(v: Tensor) -> Tensor:
+    """Values with a 1 behind each: [batch, kv_heads, time, head_dim + 1]."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def joined(near: Tensor, far: Tensor) -> Tensor:
+    """What is near and what is retrieved, by what both weigh; far: of `weighed` values."""
+    return (near + far[..., :-1]) / (1 + far[..., -1:].abs())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from bsbr.convert.retrieval import Retrieval
+from bsbr.convert.retrieval import Retrieval, joined
 
 
 class StreamingLayer(CacheLayerMixin):
@@ -119,7 +119,7 @@ def condensed(retrieval: Retrieval, prompt: dict[str, Tensor]) -> dict[str, Tens
     """What is left of a prompt for the tokens after it.
 
     `position` [batch], how many tokens there were; `keys`, `values`, the last of them, at the end of each row; `meta_keys`
-    and `states` of complete chunks, in a row those below position // chunk_size; `retrieved`, the open chunk's g F̄.
+    and `states` of complete chunks, in a row those below position // chunk_size; `retrieved`, the open chunk's g F̄ and g F̄'.
     """
     keys, values, position = prompt["keys"], prompt["values"], prompt["position"]
     size, time = retrieval.chunk_size, keys.shape[2]
@@ -158,7 +158,7 @@ def step(
     visible = (distance <= reach[:, None]).view(len(reach), 1, 1, -1)
     mask = visible if bias is None else bias[..., -keys.shape[2] :].where(visible, -torch.inf)
     attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    attended = attended + retrieval.phi_q(q) @ after["retrieved"]
+    attended = joined(attended, retrieval.phi_q(q, (position // size).view(-1, 1, 1, 1)) @ after["retrieved"])
     return attended, after | {"keys": keys, "values": values, "position": position + 1}
 
 
@@ -178,10 +178,10 @@ def _closed(retrieval: Retrieval, state: dict[str, Tensor], rows: Tensor) -> dic
 
 
 def _retrieved(retrieval: Retrieval, opening: Tensor, meta_keys: Tensor, states: Tensor, complete: Tensor) -> Tensor:
-    """g F̄ [batch, heads, d_r, head_dim] of a chunk whose first query is `opening`, behind `complete` [batch] chunks of its row."""
+    """g F̄, g F̄' [batch, heads, d_r, head_dim + 1] of a chunk that `opening` opens, behind `complete` [batch] chunks of its row."""
     visible = (torch.arange(meta_keys.shape[2], device=opening.device) < complete[:, None]).view(len(complete), 1, 1, -1)
     mixed = retrieval.retrieve(opening @ retrieval.meta_query, meta_keys, states, visible)
-    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1) * retrieval.counted(complete).to(mixed.dtype).view(-1, 1, 1, 1)
+    return mixed.squeeze(2) * retrieval.gain.view(-1, 1, 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -224,19 +224,36 @@ def test_the_causal_form_is_the_definition() -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     q, k, v = (torch.randn(2, heads, time, 8, dtype=torch.float64) for heads in (4, 2, 2))
     h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
-    wanted = reference.bsbr_attention(
-        *(q, k, v, q[:, :, ::B] @ part.meta_query, h),
-        chunk_size=B,
-        q_features=(q @ part.query_features).softmax(dim=-1)
-        * 2
-        * (q @ part.query_weight + part.query_bias).sigmoid()
-        * torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2)).view(-1, 1),  # chunks before, of which two at most are mixed
-        k_features=(k @ part.key_features).softmax(dim=-1),
-        gain=part.gate * 4 / B,
-        chunk_overlap=2,
-        top_k=2,
-    )
-    assert (part.causal(q, k, v) - wanted).abs().max() < 1e-10
+    before = torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2), dtype=torch.float64)  # chunks, of which two at most are mixed
+    asked = 2 * (q @ part.query_weight + part.query_bias).sigmoid() * before.view(-1, 1)
+
+    def of(values: Tensor) -> Tensor:
+        return reference.bsbr_attention(
+            *(q, k, values, q[:, :, ::B] @ part.meta_query, h),
+            chunk_size=B,
+            q_features=(q @ part.query_features).softmax(dim=-1) * asked,
+            k_features=(k @ part.key_features).softmax(dim=-1),
+            gain=part.gate * 4 / B,
+            chunk_overlap=2,
+            top_k=2,
+        )
+
+    weighed = 1 + (of(torch.ones_like(v)) - 1).abs()  # a softmax of ones is 1
+    assert (part.causal(q, k, v) - of(v) / weighed).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_near_and_far_are_one_mean(biased: bool) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(1, 4, B, B, dtype=torch.float64) if biased else None
+    part = Retrieval(4, 2, 8, chunk_size=B).double()
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter)
+    part.gate.data.abs_()
+    q, k = (torch.randn(2, heads, 3 * B + 2, 8, dtype=torch.float64) for heads in (4, 2))
+    value = torch.randn(8, dtype=torch.float64)  # of all tokens
+    for attended in (part.causal(q, k, value.expand_as(k), bias), part.bidirectional(q, k, value.expand_as(k), None, bias)):
+        assert (attended - value).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
@@ -259,8 +276,10 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
                 asked = 2 * (q[0, head, i] @ part.query_weight[head, :, 0] + part.query_bias[head, 0, 0]).sigmoid()
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
                 asked = asked * (len(others) if top_k is None else top_k)
-                far = sum(w * (phi_q[i] @ phi_k[s].T @ v[0, head, s]) for w, s in zip(weights, others, strict=True))
-                assert (got[0, head, i] - local - part.gate[head] * 4 / 3 * asked * far).abs().max() < 1e-10
+                weight = [part.gate[head] * 4 / 3 * asked * w * phi_q[i] @ phi_k[s].T for w, s in zip(weights, others, strict=True)]
+                far = sum(w @ v[0, head, s] for w, s in zip(weight, others, strict=True))
+                wanted = (local + far) / (1 + sum(w.sum() for w in weight).abs())
+                assert (got[0, head, i] - wanted).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])

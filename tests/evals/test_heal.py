@@ -63,7 +63,7 @@ def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str
         Original(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
     )
     test = [batches(-1 - i) for i in range(4)]
-    far, near, self = (compared(model, one, test, plan) for one in (before, after, model))
+    far, near, self = compared(model, {"far": before, "near": after, "self": model}, test, plan).values()
     assert near["kl"] < 0.9 * far["kl"]
     assert near["cosine"] > far["cosine"]
     assert self["kl"] == pytest.approx(0, abs=1e-6)
