@@ -3,6 +3,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
