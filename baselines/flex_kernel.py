@@ -7,10 +7,14 @@ patterns: it then holds all n×n scores, and torch has no backward pass (NotImpl
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+if TYPE_CHECKING:
+    # Imported where it is used: it loads torch's compiler, which takes seconds.
+    from torch.nn.attention.flex_attention import BlockMask
 
 IMPLEMENTATIONS = ("torch", "flex")
 
@@ -30,6 +34,8 @@ def attention_where(sees: Sees, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     `sees` must be the same function for the same pattern: masks and compiled kernels are kept by it.
     """
+    from torch.nn.attention.flex_attention import flex_attention
+
     mask = _mask(sees, q.shape[2], k.shape[2], str(q.device))
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda:
@@ -42,11 +48,15 @@ def attention_where(sees: Sees, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _mask(sees: Sees, queries: int, keys: int, device: str) -> BlockMask:
+def _mask(sees: Sees, queries: int, keys: int, device: str) -> "BlockMask":
+    from torch.nn.attention.flex_attention import create_block_mask
+
     # Compiled, it never holds the mask of all pairs.
     return create_block_mask(sees, None, None, queries, keys, device=device, _compile=device.startswith("cuda"))
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, check_heads, require_positive
@@ -23,7 +22,11 @@ def hopfield_attention(
     check_options(beta, num_steps)
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    mask = causal_lower_right(m, n) if 1 < m < n else None
+    mask = None
+    if 1 < m < n:
+        from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
+
+        mask = causal_lower_right(m, n)
     grouped = q.shape[1] != k.shape[1]
 
     def retrieve(state: Tensor, patterns: Tensor, dropout_p: float) -> Tensor:

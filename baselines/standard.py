@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from bsbr.interface import MultiHeadAttention, check_heads
 
@@ -36,7 +35,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
     # is_causal aligns the first positions of q and k; a single query at the end sees everything and needs neither.
-    mask = causal_lower_right(m, n) if 1 < m < n else None
+    mask = None
+    if 1 < m < n:
+        from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
+
+        mask = causal_lower_right(m, n)
     grouped = q.shape[1] != k.shape[1]
     attend = partial(F.scaled_dot_product_attention, q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
     kernel = BACKENDS[checked_backend(backend)]

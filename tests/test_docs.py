@@ -1,11 +1,9 @@
 """The documentation's examples run, block by block; what other pages tell to type can be composed; numbers are data."""
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +21,7 @@ from evals.cli import CONF
 from evals.config import UsageError, read_comparison
 from evals.paper.__main__ import plan
 from evals.schema import VERSION, columns
+from tests.evals.commands import typed
 
 pytestmark = pytest.mark.xdist_group("docs")
 ROOT = Path(__file__).parents[1]
@@ -30,12 +29,18 @@ BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTI
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
 
 
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all pages: they compare the same attentions, and to certify these takes longest."""
+    return tmp_path_factory.mktemp("certificates") / "certificates.jsonl"
+
+
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
-def test_every_block_of_the_examples_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block with a title is a file; Python shares its names over the page; a shell's commands must all succeed."""
+def test_every_block_of_the_examples_runs(page: Path, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block with a title is a file; Python shares its names over the page; commands, split by a shell, must all succeed."""
     monkeypatch.chdir(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    Path("results").mkdir()
+    Path("results/certificates.jsonl").symlink_to(certificates)
     names: dict[str, object] = {}
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     assert blocks
@@ -47,8 +52,13 @@ def test_every_block_of_the_examples_runs(page: Path, tmp_path: Path, monkeypatc
             exec(compile(text, f"{page.name}: {text.strip().splitlines()[0]}", "exec"), names)
         else:
             assert language == "sh"
-            done = subprocess.run(["bash", "-euc", text], env=environment, capture_output=True, text=True, check=False)
-            assert (done.returncode, done.stderr) == (0, ""), f"{text}\n{done.stdout}\n{done.stderr}"
+            for line in text.replace("\\\n", " ").splitlines():
+                command, _, file = line.partition(" > ")
+                apart = subprocess.run(["bash", "-euc", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+                done = typed(*apart.stdout.splitlines())
+                assert (done.returncode, done.stderr) == (0, ""), f"{line}\n{done.stdout}\n{done.stderr}"
+                if file:
+                    Path(file).write_text(done.stdout, encoding="utf-8")
 
 
 def commands() -> list[str]:

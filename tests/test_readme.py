@@ -1,12 +1,13 @@
 """What the README shows works as it stands there."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pandas as pd
 import pytest
+
+from tests.evals.commands import typed
 
 pytestmark = pytest.mark.xdist_group("readme")
 ROOT = Path(__file__).parents[1]
@@ -46,12 +47,11 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def as_written(holding: str, mine: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def as_written(holding: str, mine: Path, *more: str) -> "CompletedProcess[str]":
     """Runs the line of the README that holds this, with `mine` where it really is."""
     (line,) = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if holding in line]
     words = [word.strip("'").replace("mine/conf", str(mine / "conf")) for word in line.split("#")[0].split()]
-    assert words[0] == "python"
-    return subprocess.run([sys.executable, *words[1:], *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    return typed(*words, *more)
 
 
 def test_the_added_attention_is_certified(mine: Path) -> None:

@@ -29,11 +29,25 @@ def tiles_that_are_quick_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuning.Tile(rows=16, columns=16, depth=256 if head_dim < 64 else 8192, num_warps=4, num_stages=1)
 
     if DEVICE == "cpu":
+        from triton import language
         from triton.runtime import interpreter
 
         # A third of the time goes into looking for overflow of pointers, which the bounds of memory would tell too.
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+        # Half of the rest went into patching triton.language anew for each call of a function, which one time does as well.
+        patch, patched = interpreter._patch_lang, set[frozenset[str]]()
+
+        def patch_once(function: Any) -> interpreter._LangPatchScope:
+            seen = frozenset(one.__name__ for one in function.__globals__.values() if one in (language, language.core))
+            if seen not in patched:
+                patched.add(seen)
+                scopes.append(patch(function))
+            return interpreter._LangPatchScope()
+
+        scopes: list[interpreter._LangPatchScope] = []
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
         monkeypatch.setattr(tuning, "tile", tile)
 
 

@@ -1,8 +1,10 @@
-"""A command as a user starts it, but in this process: one of its own takes 15 seconds of a core to import what it needs."""
+"""A command as a user starts it, but in this process: one of its own takes 10 seconds of a core to import what it needs."""
 
+import runpy
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from subprocess import CompletedProcess
 from unittest.mock import patch
@@ -13,9 +15,29 @@ def call(main: Callable[[], int], *words: str) -> "CompletedProcess[str]":
 
     Where its own process is what is tested, its signals, its end or what it imports, start one.
     """
-    out, err = StringIO(), StringIO()
     arguments = [f"{main.__module__}.py", *words]
+    with _started(arguments) as done:
+        done.returncode = main()
+    return done
+
+
+def typed(*words: str) -> "CompletedProcess[str]":
+    """The same of `python -m evals.run sweep=seq_len`, word by word as somebody types it."""
+    python, m, module, *others = words
+    assert (python, m) == ("python", "-m")
+    with _started([module, *others]) as done, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # by a test before this
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            done.returncode = end.code
+    return done
+
+
+@contextmanager
+def _started(arguments: list[str]) -> "Iterator[CompletedProcess[str]]":
+    done, out, err = CompletedProcess(arguments, 0, "", ""), StringIO(), StringIO()
     # A command adds the folders of a user's variants to the path; those of one test are not for the next.
     with patch.object(sys, "argv", arguments), patch.object(sys, "path", [*sys.path]), redirect_stdout(out), redirect_stderr(err):
-        code = main()
-    return CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        yield done
+    done.stdout, done.stderr = out.getvalue(), err.getvalue()

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from bsbr import Attention, BSBRAttention
 from evals.certify import certify, main
 from evals.checks import CHECKS
 from tests.evals import wrong_attentions as wrong
-from tests.evals.commands import call
+from tests.evals.commands import call, typed
 
 ROOT = Path(__file__).parents[2]
 NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
@@ -208,8 +207,7 @@ def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> 
     )
     (folder / "peeks.yaml").write_text("peeks: {_target_: peeks.Peeks}\n")
     (folder / "leaves.yaml").write_text("leaves: {_target_: peeks.Leaves}\n")
-    command = [sys.executable, "-m", "evals.certify", "--config-dir", str(folder.parent), "attention=[linear,peeks,leaves]", *SMALL]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = typed("python", "-m", "evals.certify", "--config-dir", str(folder.parent), "attention=[linear,peeks,leaves]", *SMALL)
     assert (done.returncode, done.stderr) == (1, "")
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     assert rows["linear"] == ["✓"] * len(CHECKS)

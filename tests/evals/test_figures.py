@@ -3,6 +3,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -165,20 +166,22 @@ def crowded() -> pd.DataFrame:
     return results.assign(processor=processor, match="parameters matched within 1 %")
 
 
-CASES = {
-    "three": table(),
-    "all that is built in": failing(failing(table(tuple(LOOKS)), "gau", 128, "impossible"), "gau", 1000, "uncertified"),
-    "crowded": crowded(),
-    "one place": table(tuple(LOOKS), (2048,)),
-    "one attention": table(("bsbr",)),
-    "no order": pd.concat([table(tuple(LOOKS), (128,)).assign(swept="dtype", dtype=dtype) for dtype in ("float32", "bfloat16")]),
-    "alike": table(tuple(LOOKS)).assign(latency_s=1e-3, latency_low_s=9e-4, latency_high_s=1.1e-3, peak_bytes=2**20),
+CASES: dict[str, Callable[[], pd.DataFrame]] = {
+    "three": table,
+    "all that is built in": lambda: failing(failing(table(tuple(LOOKS)), "gau", 128, "impossible"), "gau", 1000, "uncertified"),
+    "crowded": crowded,
+    "one place": lambda: table(tuple(LOOKS), (2048,)),
+    "one attention": lambda: table(("bsbr",)),
+    "no order": lambda: pd.concat(
+        [table(tuple(LOOKS), (128,)).assign(swept="dtype", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    ),
+    "alike": lambda: table(tuple(LOOKS)).assign(latency_s=1e-3, latency_low_s=9e-4, latency_high_s=1.1e-3, peak_bytes=2**20),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_text_can_be_read_in_print(case: str) -> None:
-    results = CASES[case]
+    results = CASES[case]()
     fits = fitted(tuple(results["attention"].unique()))
     crossings = crossing(*(("standard", name, 1000, 500, 2000) for name in results["attention"].unique()[1:]))
     for name in FIGURES:
@@ -190,15 +193,15 @@ def test_text_can_be_read_in_print(case: str) -> None:
         FigureCanvasAgg(picture).draw()
         texts = shown(picture)
         page = picture.bbox
-        for text in texts:
-            box = text.get_window_extent()
+        boxes = [text.get_window_extent() for text in texts]
+        for text, box in zip(texts, boxes, strict=True):
             assert float(text.get_fontsize()) >= 6.5, (name, text.get_text())
             assert page.x0 <= box.x0 < box.x1 <= page.x1, (name, text.get_text())
             assert page.y0 <= box.y0 < box.y1 <= page.y1, (name, text.get_text())
-        for one, other in itertools.combinations(texts, 2):
-            # Boxes of lines hold the room below them; half a point of it may be shared.
-            a, b = (text.get_window_extent().padded(-0.5 * picture.dpi / 72) for text in (one, other))
-            assert not a.overlaps(b), (name, one.get_text(), other.get_text())
+        # Boxes of lines hold the room below them; half a point of it may be shared.
+        own = [(text.get_text(), box.padded(-0.5 * picture.dpi / 72)) for text, box in zip(texts, boxes, strict=True)]
+        for (one, a), (other, b) in itertools.combinations(own, 2):
+            assert not a.overlaps(b), (name, one, other)
 
 
 def shown(picture: Figure) -> list[Text]:

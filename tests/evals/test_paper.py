@@ -238,9 +238,9 @@ def assert_readable(picture: Figure, name: str) -> None:
         assert picture.bbox.x0 <= box.x0 < box.x1 <= picture.bbox.x1, (name, text.get_text())
         assert picture.bbox.y0 <= box.y0 < box.y1 <= picture.bbox.y1, (name, text.get_text())
     level = [text for text in texts if not text.get_rotation()]
-    for one, other in itertools.combinations(level, 2):
-        a, b = (text.get_window_extent().padded(-0.5 * picture.dpi / 72) for text in (one, other))
-        assert not a.overlaps(b), (name, one.get_text(), other.get_text())
+    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5 * picture.dpi / 72)) for text in level]
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), (name, one, other)
 
 
 # --- measuring it ---------------------------------------------------------------------------------

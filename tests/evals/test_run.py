@@ -39,13 +39,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "evals.run", *words(folder, *arguments)]
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own."""
-    return subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In this one."""
     return call(run.main, *words(folder, *arguments))
 
 
@@ -73,7 +67,7 @@ SWEEP = (
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("swept")
-    done = launch(folder, *SWEEP)
+    done = called(folder, *SWEEP)
     assert (done.returncode, done.stderr) == (0, "")
     return folder, done.stdout
 
@@ -324,7 +318,7 @@ def test_a_cell_that_fails_is_a_row_and_the_sweep_goes_on(certified: Path) -> No
     limits = ("sampling.timeout_s=6", "sampling.memory_limit_gib=4", "sampling.min_rounds=1")
     names = ("hang", "standard", "crash", "peeks", "hoard", "refuse")
     arguments = ("--config-dir", str(folder.parent), f"attention=[{','.join(names)}]", "shape.seq_len=777", *limits)
-    done = launch(certified, *arguments)
+    done = called(certified, *arguments)
     assert (done.returncode, done.stderr) == (INCOMPLETE, "")
     rows = table(certified).set_index("attention")
     assert rows["outcome"].to_dict() == {**expected, "standard": "ok", "peeks": "uncertified"}
