@@ -24,7 +24,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.kernels import tuning
-from bsbr.plain import local_attention, sdpa
+from bsbr.plain import sdpa
 from bsbr.ranks import Ranks
 
 
@@ -191,7 +191,8 @@ class _Options(TypedDict):
 class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
-    r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
+    r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation. r_t is taken times a learned
+    scale, one per head, that begins at 0: training begins with the plain sum of all states, and finds out where to look.
     φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
     retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head
     sets how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
@@ -246,6 +247,8 @@ class BSBRAttention(MultiHeadAttention):
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
         self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
+        # With top_k it begins at 1: of equal scores the earliest would be kept, and a later chunk never asked.
+        self.meta_scale = nn.Parameter(torch.full((num_heads, 1, 1), 0.0 if retrieval_top_k is None else 1.0))
 
     @property
     def block_length(self) -> int:
@@ -256,13 +259,15 @@ class BSBRAttention(MultiHeadAttention):
 
         `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
+        if start == 0 and not followed and hidden_states.shape[1] <= self.chunk_size and not torch.is_grad_enabled():
+            # Nothing is retrieved, so what is for that alone is not read, and not made; under gradients it has zero ones.
+            q, k, v = super().project(hidden_states)
+            return q, k, v, q[:, :, :1], k[:, :, :0], q[..., : self.feature_dim], k[..., : self.feature_dim]
         q, k, v, q_features, k_features = self._project_tokens(hidden_states, start)
         pooled = self._pooled(hidden_states, (hidden_states.shape[1] - (not followed)) // self.chunk_size)
         return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), q_features, k_features
 
     def attend(self, *tensors: Tensor) -> Tensor:
-        if self._is_local(tensors[0].shape[2]):
-            return local_attention(*tensors[:3], chunk_size=self.chunk_size, dropout_p=self.dropout_p)
         return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p, impl=self.impl)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -301,7 +306,7 @@ class BSBRAttention(MultiHeadAttention):
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         project = self.q_proj if self.meta_q_proj is None else self.meta_q_proj
-        return split_heads(project(hidden_states), self.num_heads)
+        return split_heads(project(hidden_states), self.num_heads) * self.meta_scale
 
     def _pooled(self, hidden_states: Tensor, chunks: int) -> Tensor:
         """What stands for each of the first `chunks` chunks [batch, chunks, hidden_dim]."""
@@ -316,25 +321,16 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(project(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        if self._is_local(tensors[0].shape[2]):
-            return "torch"
         chosen = dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
         return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        if hidden_states.dim() != 3 or attention_mask is not None or torch.is_grad_enabled():
+        short = hidden_states.dim() != 3 or hidden_states.shape[1] <= self._segment
+        if short or attention_mask is not None or torch.is_grad_enabled():
             return super().forward(hidden_states, attention_mask)
-        tokens = hidden_states.shape[1]
-        if self._is_local(tokens):
-            check_hidden_states(hidden_states, self.hidden_dim)
-            return self.output(self.attend(*super().project(hidden_states)))
-        return super().forward(hidden_states) if tokens <= self._segment else self.extend(hidden_states)[0]
-
-    def _is_local(self, tokens: int) -> bool:
-        """Whether nothing is retrieved, so that what that needs is not made; under gradients it is, and has zero ones."""
-        return self.impl == "auto" and tokens <= self.chunk_size and not torch.is_grad_enabled()
+        return self.extend(hidden_states)[0]
 
     @property
     def _segment(self) -> int:

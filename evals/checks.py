@@ -50,10 +50,14 @@ class Subject:
         return [dtype for dtype in asked if torch.finfo(dtype).eps >= finest] or [self.finest]
 
     def in_dtype(self, dtype: torch.dtype) -> Attention:
-        """In eval mode, with the same weights at every call."""
-        with torch.random.fork_rng(devices=[]):
+        """In eval mode, with the same weights at every call. Those that begin at 0 are drawn: they hide what they multiply."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            return self.build().to(self.device, dtype).eval()
+            attention = self.build()
+            for parameter in attention.parameters():
+                if not parameter.any():
+                    parameter.normal_()
+        return attention.to(self.device, dtype).eval()
 
     @property
     def block(self) -> int:

@@ -54,15 +54,18 @@ def _option(study: Record) -> dict[str, Any]:
 
 
 def _studies(records: Sequence[Record]) -> Iterator[tuple[Record, str, list[Record]]]:
-    """Every attention of the studies that count, with its runs."""
+    """Every attention of the studies that count, with its runs: the last of the same settings that came to any."""
     found: dict[tuple[str, str], Record] = {}
     lost = {record["study"]: record["detail"] for record in records if record.get("kind") == "lost" and "study" in record}
+    made = {record["run"] for record in records if record.get("kind") == "run"}
     for record in records:
         if record.get("kind") == "lost" and "study" in record:  # perhaps before it could say what it is
             record = record["described"]
         if record.get("kind") == "study":
             for name in record["contestants"]:
                 place = name, json.dumps(record["settings"], sort_keys=True)
+                if place in found and record["runs"][name] not in made and record["study"] not in lost:
+                    continue
                 found.pop(place, None)  # so that the order is that of the last time
                 found[place] = record
     for (name, _), study in found.items():

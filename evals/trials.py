@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method
 
 from evals import cuda
 from evals.certify import certificate
@@ -124,11 +123,10 @@ def memory(comparison: Comparison, contestant: Contestant) -> dict[str, Any]:
 
 @torch.no_grad()
 def implementation(comparison: Comparison, contestant: Contestant) -> str:
-    """Which of its implementations the attention runs on this device, in this precision, for this length and workload."""
+    """Which of its implementations the attention runs on this device, in this precision, for this length."""
     device = comparison.device
     attention = contestant.build(comparison.model).to(device.kind, device.torch_dtype).eval()
     # Two blocks are as good as many.
     time = min(comparison.shape.seq_len, 2 * attention.block_length)
     tokens = torch.zeros(1, time, comparison.model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
-    with torch.set_grad_enabled(getattr(get_method(comparison.workload["_target_"]), "gradients", False)):
-        return attention.implementation(*attention.project(tokens))
+    return attention.implementation(*attention.project(tokens))

@@ -34,10 +34,7 @@ class Work(NamedTuple):
 
 
 def only(**limits: object) -> Callable[[F], F]:
-    """Notes on a workload where it can be measured: `scopes`, all that there are; `shortest`, the least seq_len at a scope.
-
-    And `gradients`: whether it keeps what they need.
-    """
+    """Notes on a workload where it can be measured: `scopes`, all that there are; `shortest`, the least seq_len at a scope."""
 
     def note(workload: F) -> F:
         vars(workload).update(limits)
@@ -71,7 +68,7 @@ def attention(module: Attention, inputs: Tensor) -> Work:
     return Work(call, tokens_in(inputs))
 
 
-@only(shortest={"model": 2}, gradients=True)  # its loss is of next tokens
+@only(shortest={"model": 2})  # its loss is of next tokens
 def forward_backward(module: Module, inputs: Tensor) -> Work:
     """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs.
 
@@ -87,7 +84,7 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
     return Work(call, tokens_in(inputs))
 
 
-@only(shortest={"model": 2}, gradients=True)
+@only(shortest={"model": 2})
 def train_step(module: Module, inputs: Tensor) -> Work:
     """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
     backward, forget = _gradients(module, inputs)

@@ -83,7 +83,9 @@ def weights(like: Tensor) -> Tensor:
 
 def module(options: dict[str, Any]) -> BSBRAttention:
     torch.manual_seed(0)
-    return BSBRAttention(16, 4, chunk_size=CHUNK, **options).double()
+    attention = BSBRAttention(16, 4, chunk_size=CHUNK, **options).double()
+    torch.nn.init.ones_(attention.meta_scale)
+    return attention
 
 
 def hidden(time: int) -> Tensor:
