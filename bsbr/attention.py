@@ -191,8 +191,7 @@ class _Options(TypedDict):
 class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
-    r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation. r_t is taken times a learned
-    scale, one per head, that begins at 0: training begins with the plain sum of all states, and finds out where to look.
+    r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
     φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
     retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head
     sets how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
@@ -247,8 +246,6 @@ class BSBRAttention(MultiHeadAttention):
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
         self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
-        # With top_k it begins at 1: of equal scores the earliest would be kept, and a later chunk never asked.
-        self.meta_scale = nn.Parameter(torch.full((num_heads, 1, 1), 0.0 if retrieval_top_k is None else 1.0))
 
     @property
     def block_length(self) -> int:
@@ -306,7 +303,7 @@ class BSBRAttention(MultiHeadAttention):
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         project = self.q_proj if self.meta_q_proj is None else self.meta_q_proj
-        return split_heads(project(hidden_states), self.num_heads) * self.meta_scale
+        return split_heads(project(hidden_states), self.num_heads)
 
     def _pooled(self, hidden_states: Tensor, chunks: int) -> Tensor:
         """What stands for each of the first `chunks` chunks [batch, chunks, hidden_dim]."""

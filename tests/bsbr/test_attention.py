@@ -37,7 +37,6 @@ def build(**options: Any) -> BSBRAttention:
     attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
     with torch.no_grad():
         attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
-        attention.meta_scale.copy_(torch.tensor([1.0, 3.0, -2.0, 0.5]).view(4, 1, 1))
     return attention
 
 
@@ -85,7 +84,7 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
     pooled = [chunk[:, -1] if options.get("meta_pooling") == "last" else chunk.mean(axis=1) for chunk in chunks]
     pooled = np.stack(pooled, axis=1) if chunks else np.zeros((2, 0, 16))
     own = "meta_" if options.get("meta_projections") else ""
-    expected = [turned(q), turned(k), v, heads(first_tokens, f"{own}q_proj") * weights["meta_scale"], heads(pooled, f"{own}k_proj")]
+    expected = [turned(q), turned(k), v, heads(first_tokens, f"{own}q_proj"), heads(pooled, f"{own}k_proj")]
     mixed = np.minimum(np.arange(time) // CHUNK, options.get("retrieval_top_k", time))
     factor = np.ones(time) if options.get("retrieval_scale") == "mean" else mixed
     expected += [phi("q_proj", q) * factor[:, None], phi("k_proj", k)]

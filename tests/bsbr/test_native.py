@@ -120,7 +120,6 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
     monkeypatch.setattr(native, "FEW", 1)
     torch.manual_seed(0)
     module = BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options).double()
-    torch.nn.init.ones_(module.meta_scale)
     x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)
     whole = module(x)  # with gradients, in one piece
     with torch.no_grad():

@@ -83,9 +83,7 @@ def weights(like: Tensor) -> Tensor:
 
 def module(options: dict[str, Any]) -> BSBRAttention:
     torch.manual_seed(0)
-    attention = BSBRAttention(16, 4, chunk_size=CHUNK, **options).double()
-    torch.nn.init.ones_(attention.meta_scale)
-    return attention
+    return BSBRAttention(16, 4, chunk_size=CHUNK, **options).double()
 
 
 def hidden(time: int) -> Tensor:

@@ -38,7 +38,6 @@ def build(**options: Any) -> BSBRAttention:
     attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
     with torch.no_grad():
         attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
-        attention.meta_scale.copy_(torch.tensor([1.0, 3.0, -2.0, 0.5]).view(4, 1, 1))
     return attention
 
 
