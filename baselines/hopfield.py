@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.standard import softmax_attention_over_pages
+from baselines.standard import mask_of_last, softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, check_heads, require_positive
 
 
@@ -22,11 +22,7 @@ def hopfield_attention(
     check_options(beta, num_steps)
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < m < n:
-        from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
-
-        mask = causal_lower_right(m, n)
+    mask = mask_of_last(m, n)
     grouped = q.shape[1] != k.shape[1]
 
     def retrieve(state: Tensor, patterns: Tensor, dropout_p: float) -> Tensor:

@@ -34,12 +34,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     """
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    # is_causal aligns the first positions of q and k; a single query at the end sees everything and needs neither.
-    mask = None
-    if 1 < m < n:
-        from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
-
-        mask = causal_lower_right(m, n)
+    mask = mask_of_last(m, n)
     grouped = q.shape[1] != k.shape[1]
     attend = partial(F.scaled_dot_product_attention, q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
     kernel = BACKENDS[checked_backend(backend)]
@@ -58,6 +53,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
         raise NotImplementedError(refused) from error
+
+
+def mask_of_last(m: int, n: int) -> Tensor | None:
+    """What the last m of n positions see, where is_causal, which aligns the first ones of both, does not say it.
+
+    None where it does, and for a single query at the end, which sees everything and needs neither.
+    """
+    if not 1 < m < n:
+        return None
+    from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
+
+    return causal_lower_right(m, n)
 
 
 def checked_backend(backend: str | None) -> str:
