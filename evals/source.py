@@ -1,10 +1,11 @@
 """The source that an attention runs: when it changes, results are made anew, and when other source does, they are not."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from bsbr.interface import Attention
@@ -25,7 +26,7 @@ def files_of(attention: Attention) -> list[Path]:
     Beside a module its C++, of the same name.
     """
     modules = [cls.__module__ for cls in type(attention).__mro__ if issubclass(cls, Attention)]
-    packages = {name.partition(".")[0] for name in modules}
+    packages = frozenset(name.partition(".")[0] for name in modules)
     modules += (type(part).__module__ for part in attention.modules() if type(part).__module__.partition(".")[0] in packages)
     seen: set[str] = set()
     while modules:
@@ -37,8 +38,16 @@ def files_of(attention: Attention) -> list[Path]:
     return sorted(path for file in files for path in (file, file.with_suffix(".cpp")) if path.exists())
 
 
-def _imported(name: str, packages: Container[str]) -> Iterator[str]:
-    """The modules of these packages that a module imports; for what it takes from a package's front, the module that has it."""
+@functools.cache
+def _imported(name: str, packages: frozenset[str]) -> tuple[str, ...]:
+    """The modules of these packages that a module imports; for what it takes from a package's front, the module that has it.
+
+    Read once a process: what it has imported, it goes on with.
+    """
+    return tuple(_imports(name, packages))
+
+
+def _imports(name: str, packages: frozenset[str]) -> Iterator[str]:
     file = _file(name)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
