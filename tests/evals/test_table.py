@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from evals import table
@@ -110,6 +111,20 @@ def test_exponents_and_crossings_of_known_curves() -> None:
     assert found["at_high"] / found["at_low"] < 1.2
     assert found["after"] == "slower"
     assert crossing.loc[("standard", "slow"), "note"] == "none in range"
+
+
+def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> None:
+    """match=params gives every attention an ff_dim of its own."""
+    lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
+    records = sweep(lengths, noise=0.02)
+    rows = table.results(records)
+    alike, matched = (
+        analyse(rows.assign(ff_dim=rows["attention"].map(sizes)), records)
+        for sizes in ({"standard": 64, "line": 64}, {"standard": 64, "line": 60})
+    )
+    assert len(matched["crossovers"]) == 1
+    for kind in ("scaling", "crossovers"):
+        pd.testing.assert_frame_equal(matched[kind], alike[kind])
 
 
 def test_what_is_swept_and_no_number_has_no_exponent() -> None:
