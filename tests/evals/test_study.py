@@ -224,9 +224,6 @@ def test_what_is_done_is_not_done_again_and_leaves_no_checkpoint(swept: tuple[Pa
     assert not any(path.exists() for path in left)
 
 
-# --- bad input ----------------------------------------------------------------------------------
-
-
 def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> None:
     records, _ = Ledger(CONF.parent / "results" / "paper" / "recall_512" / "samples.jsonl").read()
     study = next(record for record in reversed(records) if record["kind"] == "study")
@@ -237,6 +234,9 @@ def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> Non
     made = scores.results([*records, changed, run | {"run": "bsbr by it", "validation_loss": 7.0}])
     assert set(made["attention"]) == set(before["attention"])
     assert made.loc[made["attention"] == "bsbr", "validation_loss_nats"].tolist() == [7.0]
+
+
+# --- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
