@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from evals.looks import GREY, Look
 from evals.page import (
@@ -184,7 +184,7 @@ def recall_front(learned: Learned) -> Figure | None:
     if rows.empty or rows["bits_per_byte"].notna().any():
         return None
     lines = {str(name): line(own, "state_bytes", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "state", ("state after the sequence, all layers", in_bytes, 2))
+    return _front(learned, rows, lines, "state", ("state after the sequence, all layers", in_bytes), LogLocator(base=2, numticks=8))
 
 
 def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
@@ -200,27 +200,32 @@ def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
     if rows.empty:
         return None
     lines = {str(name): line(own, "token_s", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "latency", ("median time of the next token", seconds, 10))
+    return _front(learned, rows, lines, "latency", ("median time of the next token", seconds), MaxNLocator(5))
 
 
 def _front(
-    learned: Learned, rows: pd.DataFrame, lines: Mapping[str, Line], cost: str, axis: tuple[str, Callable[[float], str], int]
+    learned: Learned,
+    rows: pd.DataFrame,
+    lines: Mapping[str, Line],
+    cost: str,
+    axis: tuple[str, Callable[[float], str]],
+    ticks: Locator,
 ) -> Figure:
-    """Accuracy against a cost, a point an attention. axis: the cost's words, how it is written, and the base of its logarithm."""
-    words, written, base = axis
+    """Accuracy against a cost, a point an attention. axis: the cost's words, and how it is written."""
+    words, written = axis
     note = "line: the front; nobody on it remembers more with less"
     place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(plain(rows[learned.swept].iloc[0])).removeprefix("trained at ")
     axes = _lines(f"Accuracy against {cost} at {place}, upper left is better", learned.words(rows, note), lines, learned.looks)
     points = sorted((float(one.x[0]), float(one.y[0])) for one in lines.values())
     best = [(x, y) for index, (x, y) in enumerate(points) if all(y > other for _, other in points[:index])]
     corners = [(x, level) for (x, y), (_, before) in zip(best, [(0.0, 0.0), *best], strict=False) for level in (before, y)]
-    axes.set_xscale("log", base=base)
+    axes.set_xscale("log")
     span = max(1.5, (points[-1][0] / points[0][0]) ** 0.08)
     left, right = points[0][0] / span, points[-1][0] * span
     axes.plot(*zip(*corners, (right, corners[-1][1]), strict=True), color="#9a9a9a", linewidth=1.6, zorder=1.5, gid="front")
     axes.set(xlim=(left, right), ylim=(-0.02, 1.04))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(LogLocator(base=base, subs=(1.0,) if base == 2 else (1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_locator(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(words)
