@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bsbr import dispatch, kernels, native, plain, reference
-from bsbr.features import Counted, FeatureMap, features
+from bsbr.features import FeatureMap, features
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -171,11 +171,14 @@ def flops(
 
 # --- the module ---------------------------------------------------------------------------------
 
+GAIN = 8
+"""What the learned gain of retrieval is taken times: so far it has to come from 0 in the steps that a training has, each as large
+as the learning rate, if among all chunks one is to be heard."""
+
 PAGE = 64
 """Chunks whose meta keys and states lie in one tensor of a state: the last page is copied when a chunk is added, no other."""
 
 
-Scale = Literal["sum", "mean"]
 Pooling = Literal["mean", "last"]
 
 
@@ -192,16 +195,16 @@ class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
     r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
-    φ is `feature_map` (see `bsbr.features`), and φ(q) is taken times the number of chunks that are mixed, so that what is
-    retrieved is a sum over them, as in linear attention, that does not fade as the sequence grows; one learned gain per head
-    sets how much retrieval weighs. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
+    φ is `feature_map` (see `bsbr.features`). g = `GAIN` · γ, one learned γ per head, sets how much retrieval weighs, and begins
+    at 0: a model begins as its own chunks alone, since what is retrieved before anything was learned is noise, as large as the
+    rest. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
     gradients are wanted, `forward` and `extend` go through a long sequence in segments, so that what they need beside input,
     output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
-    retrieval_scale: "sum", or "mean", which leaves that number of chunks out. meta_projections: r and h have projections of
-    their own, in place of those of q and k. meta_pooling: h is of the mean of a chunk's tokens, or of the "last" alone.
+    meta_projections: r and h have projections of their own, in place of those of q and k. meta_pooling: h is of the mean of a
+    chunk's tokens, or of the "last" alone.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
 
@@ -215,7 +218,6 @@ class BSBRAttention(MultiHeadAttention):
         chunk_overlap: int = 0,
         retrieval_top_k: int | None = None,
         feature_map: FeatureMap = "quadratic",
-        retrieval_scale: Scale = "sum",
         meta_projections: bool = False,
         meta_pooling: Pooling = "mean",
         num_kv_heads: int | None = None,
@@ -235,17 +237,20 @@ class BSBRAttention(MultiHeadAttention):
         self.chunk_size = chunk_size
         self.chunk_overlap = chunk_overlap
         self.retrieval_top_k = retrieval_top_k
-        for name, given, known in (("retrieval_scale", retrieval_scale, Scale), ("meta_pooling", meta_pooling, Pooling)):
-            if given not in get_args(known):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {given!r}")
-        self.retrieval_scale: Scale = retrieval_scale
+        if meta_pooling not in get_args(Pooling):
+            raise ValueError(f"meta_pooling must be one of {', '.join(get_args(Pooling))}, got {meta_pooling!r}")
         self.meta_pooling: Pooling = meta_pooling
         self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
-        self.retrieval_gain = nn.Parameter(torch.ones(num_heads))
+        self.retrieval_gain = nn.Parameter(torch.zeros(num_heads))
+
+    @property
+    def gain(self) -> Tensor:
+        """g, one factor a head."""
+        return GAIN * self.retrieval_gain
 
     @property
     def block_length(self) -> int:
@@ -287,7 +292,7 @@ class BSBRAttention(MultiHeadAttention):
             "chunk_size": self.chunk_size,
             "q_features": q_features,
             "k_features": k_features,
-            "gain": self.retrieval_gain,
+            "gain": self.gain,
             "chunk_overlap": self.chunk_overlap,
             "top_k": self.retrieval_top_k,
         }
@@ -295,8 +300,7 @@ class BSBRAttention(MultiHeadAttention):
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
         """q, k, v, φ(q), φ(k) of tokens from position `start` on."""
         q, k, v = self.project_heads(hidden_states)
-        counted = Counted(start, self.chunk_size, self.retrieval_top_k) if self.retrieval_scale == "sum" else None
-        q_features, k_features = self.features(hidden_states, q, k, counted)
+        q_features, k_features = self.features(hidden_states, q, k)
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
         return q, k, v, q_features, k_features
@@ -318,7 +322,7 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(project(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        chosen = dispatch.choose(self.impl, *tensors, gain=self.retrieval_gain, dropout_p=self.dropout_p)
+        chosen = dispatch.choose(self.impl, *tensors, gain=self.gain, dropout_p=self.dropout_p)
         return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---

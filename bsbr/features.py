@@ -3,7 +3,7 @@
 Which φ recalls how much for how many bytes was measured: README, "What it can remember".
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,6 @@ from bsbr.plain import unit_norm
 FeatureMap = Literal["quadratic", "linear"]
 
 
-class Counted(NamedTuple):
-    """How many chunks are mixed for each token from position `first` on: those before its own, at most `most`."""
-
-    first: int
-    chunk_size: int
-    most: int | None
-
-    def times(self, x: Tensor) -> Tensor:
-        """x [..., time, d_r] times that number."""
-        positions = torch.arange(self.first, self.first + x.shape[-2], device=x.device)
-        chunks = positions.div(self.chunk_size, rounding_mode="floor").to(x.dtype)
-        return x * (chunks if self.most is None else chunks.clamp(max=self.most)).unsqueeze(-1)
-
-
 class LinearFeatures(nn.Module):
     """φ(x) = unit_norm(P x) of the heads' own queries and keys, P shared by both, and absent where d_r = head_dim."""
 
@@ -37,10 +23,9 @@ class LinearFeatures(nn.Module):
         super().__init__()
         self.projection = nn.Identity() if feature_dim == head_dim else nn.Linear(head_dim, feature_dim, bias=False)
 
-    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor, counted: Counted | None) -> tuple[Tensor, Tensor]:
-        """φ(q), times what is counted, and φ(k) [batch, heads or kv_heads, time, d_r], of heads that were not rotated."""
-        q_features = unit_norm(self.projection(q))
-        return q_features if counted is None else counted.times(q_features), unit_norm(self.projection(k))
+    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r], of heads that were not rotated."""
+        return unit_norm(self.projection(q)), unit_norm(self.projection(k))
 
 
 class QuadraticFeatures(nn.Module):
@@ -59,13 +44,13 @@ class QuadraticFeatures(nn.Module):
         self.q_proj = nn.Linear(hidden_dim, num_heads * size, bias=False)
         self.k_proj = nn.Linear(hidden_dim, num_kv_heads * size, bias=False)
 
-    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor, counted: Counted | None) -> tuple[Tensor, Tensor]:
-        """φ(q), times what is counted, and φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
+    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
         of_q = split_heads(self.q_proj(hidden_states), self.num_heads)
         of_k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
         if self.impl in ("auto", "native") and native.unsupported(of_q, of_k) is None:
-            return native.quadratic(of_q, self.feature_dim, counted), native.quadratic(of_k, self.feature_dim, None)
-        return quadratic(of_q, self.feature_dim, counted), quadratic(of_k, self.feature_dim, None)
+            return native.quadratic(of_q, self.feature_dim), native.quadratic(of_k, self.feature_dim)
+        return quadratic(of_q, self.feature_dim), quadratic(of_k, self.feature_dim)
 
 
 def features(
@@ -79,10 +64,9 @@ def features(
     return QuadraticFeatures(hidden_dim, num_heads, num_kv_heads, feature_dim, impl)
 
 
-def quadratic(x: Tensor, size: int, counted: Counted | None = None) -> Tensor:
-    """`products` of `unit_norm` of x [batch, heads, time, p], times what is counted: [batch, heads, time, size]."""
-    made = products(unit_norm(x), size)
-    return made if counted is None else counted.times(made)
+def quadratic(x: Tensor, size: int) -> Tensor:
+    """`products` of `unit_norm` of x [batch, heads, time, p]: [batch, heads, time, size]."""
+    return products(unit_norm(x), size)
 
 
 def factors(feature_dim: int) -> int:

@@ -252,7 +252,7 @@ struct Mixing {
 /// Of `size` products of two of `factors` numbers, times min(position / chunk_size, most) of tokens from position `first` on;
 /// a chunk_size of 0 leaves that out.
 struct Mapping {
-    std::int64_t batch, heads, time, factors, size, first, chunk_size, most, threads;
+    std::int64_t batch, heads, time, factors, size, threads;
 };
 }
 
@@ -479,11 +479,10 @@ index of_units(const Mapping& s, const Tensor& x, T* memory, Body&& body) {
     });
 }
 
-/// What products of numbers that stand `apart` are taken times: √2, so that those of i and j and of j and i are one; and the count.
+/// What products of numbers that stand `apart` are taken times: √2, so that those of i and j and of j and i are one.
 template <class T>
-T weight(const Mapping& s, index token, bool apart) {
-    const T count = s.chunk_size ? std::min((s.first + token) / s.chunk_size, s.most) : 1;
-    return apart ? count * std::sqrt(T(2)) : count;
+T weight(bool apart) {
+    return apart ? std::sqrt(T(2)) : T(1);
 }
 
 template <class T>
@@ -491,7 +490,7 @@ index quadratic(const Mapping& s, Tensor x, Tensor features, T* memory) {
     return of_units(s, x, memory, [&](index item, index head, index token, const T* unit, T, T* line) {
         // Whole vectors: what they write behind their step, the next step writes over.
         for (index step = 0; step * s.factors < s.size; ++step) {
-            const T factor = weight<T>(s, token, step);
+            const T factor = weight<T>(step);
             for (index i = 0; i < s.factors; i += LANES<T>)
                 vector(line + step * s.factors + i) = vector(unit + i) * vector(unit + step + i) * factor;
         }
@@ -505,7 +504,7 @@ index quadratic_backward(const Mapping& s, Tensor d_features, Tensor x, Tensor d
         const T* from = at<T>(d_features, item, head, token);
         std::fill_n(d_unit, 2 * s.factors, T(0));
         for (index step = 0; step * s.factors < s.size; ++step) {
-            const T factor = weight<T>(s, token, step);
+            const T factor = weight<T>(step);
             const index first = step * s.factors, length = std::min<index>(s.factors, s.size - first);
             for (index i = 0; i < length; ++i) {
                 d_unit[i] += factor * from[first + i] * unit[step + i];

@@ -12,7 +12,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -219,11 +218,10 @@ class _Quadratic(torch.autograd.Function):
     """See `bsbr.features.quadratic`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, first: int, chunk_size: int, most: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.options = first, chunk_size, most
         features = x.new_empty(x.shape[0], x.shape[2], x.shape[1], size).transpose(1, 2)
-        torch.ops.bsbr.quadratic(x, features, *ctx.options)
+        torch.ops.bsbr.quadratic(x, features)
         return features
 
     @staticmethod
@@ -231,14 +229,13 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, d_features: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         d_x = _like_hidden(x)
-        torch.ops.bsbr.quadratic_backward(d_features, x, d_x, *ctx.options)
-        return d_x, None, None, None, None
+        torch.ops.bsbr.quadratic_backward(d_features, x, d_x)
+        return d_x, None
 
 
-def quadratic(x: Tensor, size: int, counted: tuple[int, int, int | None] | None) -> Tensor:
+def quadratic(x: Tensor, size: int) -> Tensor:
     """See `bsbr.features.quadratic`; differentiable once."""
-    first, chunk_size, most = counted or (0, 0, None)
-    features: Tensor = _Quadratic.apply(x, size, first, chunk_size, sys.maxsize if most is None else most)  # type: ignore[no-untyped-call]
+    features: Tensor = _Quadratic.apply(x, size)  # type: ignore[no-untyped-call]
     return features
 
 
@@ -303,16 +300,16 @@ def _mix_piece(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: b
     return _call("mix", (batch, heads, kv_heads, rows, chunks, seen, size, add), weights, states, mixed)
 
 
-@_operation("quadratic(Tensor x, Tensor(a!) features, int first, int chunk_size, int most) -> int")
-def _quadratic(x: Tensor, features: Tensor, first: int, chunk_size: int, most: int) -> int:
+@_operation("quadratic(Tensor x, Tensor(a!) features) -> int")
+def _quadratic(x: Tensor, features: Tensor) -> int:
     """Writes `features` [batch, heads, time, d_r]."""
-    return _call("quadratic", (*x.shape, features.shape[3], first, chunk_size, most), x, features)
+    return _call("quadratic", (*x.shape, features.shape[3]), x, features)
 
 
-@_operation("quadratic_backward(Tensor d_features, Tensor x, Tensor(a!) d_x, int first, int chunk_size, int most) -> int")
-def _quadratic_backward(d_features: Tensor, x: Tensor, d_x: Tensor, first: int, chunk_size: int, most: int) -> int:
+@_operation("quadratic_backward(Tensor d_features, Tensor x, Tensor(a!) d_x) -> int")
+def _quadratic_backward(d_features: Tensor, x: Tensor, d_x: Tensor) -> int:
     """Writes `d_x`."""
-    return _call("quadratic_backward", (*x.shape, d_features.shape[3], first, chunk_size, most), d_features, x, d_x)
+    return _call("quadratic_backward", (*x.shape, d_features.shape[3]), d_features, x, d_x)
 
 
 @_operation(

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsbr.interface import Attention, State
 from evals import cuda
@@ -20,6 +21,7 @@ from evals.config import one_sentence
 from evals.measure import count_flops, peak_allocated_bytes
 
 Build = Callable[[], Attention]
+M = TypeVar("M", bound=nn.Module)
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """What two orders of the same sums may differ by in each type, relative to the largest output."""
@@ -50,13 +52,10 @@ class Subject:
         return [dtype for dtype in asked if torch.finfo(dtype).eps >= finest] or [self.finest]
 
     def in_dtype(self, dtype: torch.dtype) -> Attention:
-        """In eval mode, with the same weights at every call. Those that begin at 0 are drawn: they hide what they multiply."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        """In eval mode, `awake`, with the same weights at every call."""
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            attention = self.build()
-            for parameter in attention.parameters():
-                if not parameter.any():
-                    parameter.normal_()
+            attention = awake(self.build())
         return attention.to(self.device, dtype).eval()
 
     @property
@@ -78,6 +77,15 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(batch, time, self.attention.hidden_dim, generator=generator, dtype=torch.float64)
         return drawn.to(self.device, self.finest if dtype is None else dtype)
+
+
+@torch.no_grad()
+def awake(module: M) -> M:
+    """With parameters drawn that begin at 0: they hide what they multiply."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_()
+    return module
 
 
 # --- what comes out -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from evals.tasks.task import Task
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("attention", "layer", "model")
+POSITIONS = ("sinusoidal", "rotary", "none")
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
     *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker", "quiet"),
@@ -55,6 +56,7 @@ class Model:
     num_layers: int
     vocab_size: int
     conv_size: int | None = None  # of a convolution in front of every attention of a layer or model
+    positions: Literal["sinusoidal", "rotary", "none"] = "sinusoidal"
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,11 @@ class Comparison:
         model = asdict(self.model)
         if self.model.scope != "model":  # of the decoder no more is built
             layer = ("ff_dim", "conv_size") if self.model.scope == "layer" else ()
-            model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads", *layer)}
+            model = {key: model[key] for key in ("scope", "hidden_dim", "num_heads", "positions", *layer)}
         if model.get("conv_size") is None:
             model.pop("conv_size", None)
+        if model["positions"] == Model.positions:
+            del model["positions"]
         match = {} if self.match is None else {"match": self.match}
         kind, node = ("workload", self.workload) if self.task is None else ("task", self.task)
         return {
@@ -214,11 +218,13 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         raise UsageError(f"swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got {key!r}")
     if not isinstance(place, int | float | str):  # lists of attentions are no x axis
         key = None
+    model = _model(values["model"])
+    rotary = {"rotary": True} if model.positions == "rotary" else {}
     comparison = Comparison(
         sweep=str(values["sweep_name"]),
         swept=key,
         option={} if key is None else {key.rpartition(".")[2]: place},
-        contestants=tuple(Contestant(str(name), node) for name, node in attentions.items()),
+        contestants=tuple(Contestant(str(name), {**rotary, **node}) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
         match=_choice("match", values["match"], MATCHES),
         search=_choice("search", values["search"], SEARCHES),
@@ -226,7 +232,7 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         training=_training(values["training"]),
         workload=_workload(values["workload"]),
         shape=_shape(values["shape"]),
-        model=_model(values["model"]),
+        model=model,
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
@@ -384,9 +390,11 @@ def _model(values: dict[str, Any]) -> Model:
     _check_keys("model.", values, [*names(Model), "head_dim"])
     if values["scope"] not in SCOPES:
         raise UsageError(f"model.scope must be one of {', '.join(SCOPES)}, got {values['scope']!r}")
+    if values["positions"] not in POSITIONS:
+        raise UsageError(f"model.positions must be one of {', '.join(POSITIONS)}, got {values['positions']!r}")
     open_ = [key for key in ("hidden_dim", "num_heads", "head_dim") if values[key] is None]
-    absent = [*open_, *(["conv_size"] if values["conv_size"] is None else [])]
-    sizes = _integers("model", {key: value for key, value in values.items() if key != "scope" and key not in absent})
+    absent = ["scope", "positions", *open_, *(["conv_size"] if values["conv_size"] is None else [])]
+    sizes = _integers("model", {key: value for key, value in values.items() if key not in absent})
     head_dim = sizes.pop("head_dim", None)
     if len(open_) > 1:
         raise UsageError(f"of model.hidden_dim, num_heads and head_dim one may be null, got null for {' and '.join(open_)}")
@@ -400,7 +408,7 @@ def _model(values: dict[str, Any]) -> Model:
                 f"model.hidden_dim must be num_heads times head_dim, got hidden_dim={sizes['hidden_dim']}, "
                 f"num_heads={values['num_heads'] or 'null'}, head_dim={head_dim}; one of the three may be null"
             )
-    return Model(scope=values["scope"], **sizes)
+    return Model(scope=values["scope"], positions=values["positions"], **sizes)
 
 
 def _device(values: dict[str, Any]) -> Device:

@@ -49,6 +49,7 @@ SAID = {
     "hidden_dim": "hidden {}",
     "num_heads": "{} heads",
     "conv_size": "convolution of {}",
+    "positions": "{} positions",
     "match": "matched: {}",
     "device": "{}",
     "dtype": "{}",

@@ -189,7 +189,8 @@ def build(comparison: Comparison, contestant: Contestant) -> Module:
     if model.scope == "layer":
         return TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=attention, conv_size=model.conv_size)
     sizes = (model.vocab_size, model.hidden_dim, model.num_layers, model.num_heads, ff_dim)
-    return CausalLM(TransformerModel(*sizes, attention=attention, conv_size=model.conv_size))
+    positions = model.positions == "sinusoidal"
+    return CausalLM(TransformerModel(*sizes, attention=attention, conv_size=model.conv_size, positions=positions))
 
 
 def inputs(comparison: Comparison) -> Tensor:

@@ -20,7 +20,7 @@ class Retrieval(nn.Module):
     """The learned parts of one converted attention: (2·head_dim + 2·d_r + 1)·head_dim numbers a head at most, and two more.
 
     φ(k) = softmax(P k): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347).
-    φ(q) = a softmax(P' q), a = 2 σ(w·q + b) · the number of chunks that are mixed, as in `BSBRAttention`: a sum of near and far
+    φ(q) = a softmax(P' q), a = 2 σ(w·q + b) · the number of chunks that are mixed: a sum of near and far
     needs a token's own word on how much it asks of the latter. One softmax over both takes from the near what it gives to the
     far, so the sum is divided by all that it weighs, as linear attention is (arXiv:2006.16236, eq. 5):
 

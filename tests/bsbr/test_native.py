@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bsbr import BSBRAttention, attention, bsbr_attention, dispatch, native, reference
+from evals.checks import awake
 
 CHUNK = 6
 OPTIONS: list[dict[str, int]] = [{}, {"chunk_overlap": 2}, {"chunk_overlap": 2 * CHUNK + 1}, {"top_k": 2, "chunk_overlap": CHUNK}]
@@ -119,7 +120,7 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
     monkeypatch.setattr(attention, "PAGE", 3)
     monkeypatch.setattr(native, "FEW", 1)
     torch.manual_seed(0)
-    module = BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options).double()
+    module = awake(BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options)).double()
     x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)
     whole = module(x)  # with gradients, in one piece
     with torch.no_grad():

@@ -20,6 +20,7 @@ from bsbr.interface import Attention
 from bsbr.parallel import ContextParallel, bsbr_attention_parallel, sent_bytes
 from bsbr.ranks import Ranks, ring_sent_bytes, split
 from evals import forkserver
+from evals.checks import awake
 
 pytestmark = pytest.mark.xdist_group("parallel")
 CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
@@ -83,7 +84,7 @@ def weights(like: Tensor) -> Tensor:
 
 def module(options: dict[str, Any]) -> BSBRAttention:
     torch.manual_seed(0)
-    return BSBRAttention(16, 4, chunk_size=CHUNK, **options).double()
+    return awake(BSBRAttention(16, 4, chunk_size=CHUNK, **options)).double()
 
 
 def hidden(time: int) -> Tensor:
