@@ -123,12 +123,14 @@ def _mix_asks(
     r, h = of_head(r, batch, head, r_batch, r_head) + r_row, of_head(h, batch, head // group, h_batch, h_head)
     at = tl.cast(sequence, tl.int64) * chunks
     f += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
-    own = tl.zeros([ROWS], tl.float32)
+    # By the same products as dF̄·F: of a chunk that sees one state, F̄ is F, and their difference is to be 0 and not rounding.
+    against = tl.zeros([ROWS, ROWS], tl.float32)
     for first in range(0, WIDTH, DEPTH):
         upstream = load_rows(grad + at * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
         mixed = load_rows(out + at * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
-        own += tl.sum(upstream.to(tl.float32) * mixed.to(tl.float32), axis=1)
+        against += dot(upstream, tl.trans(mixed))
     rows = row + tl.arange(0, ROWS)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], against, 0.0), axis=1)
     tl.store(delta + at + rows, own, mask=rows < chunks)
     normal = tl.load(lse + at + rows, mask=rows < chunks, other=0.0)
     asks = load_rows(r, row, chunks, r_row, 0, D, ROWS, BLOCK_D)

@@ -257,6 +257,7 @@ def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> Non
         (["training.accumulate=17"], "training.accumulate must be at most shape.batch_size = 16, got 17"),
         (["training.clip=0"], "training.clip must be a number of at least 1e-09, got 0"),
         (["model.conv_size=0"], "model.conv_size must be a positive integer, got 0"),
+        (["model.positions=rope"], "model.positions must be one of sinusoidal, rotary, none, got 'rope'"),
         (["block=0"], "block must be a positive integer, got 0"),
     ],
 )

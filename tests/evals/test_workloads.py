@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsbr.interface import Attention, State
+from bsbr.model import CausalLM
 from evals.cli import CONF
 from evals.config import Comparison, Contestant, read_comparison
 from evals.cost import cost, extent
@@ -243,3 +244,16 @@ class NeedsData(Attention):
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         return 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "added", "rotary"), [("sinusoidal", True, False), ("rotary", False, True), ("none", False, False)]
+)
+def test_positions_are_the_decoders_or_every_attentions_own(positions: str, added: bool, rotary: bool) -> None:
+    comparison = asked("prefill", "model", 8, f"model.positions={positions}", "+attention.gau.rotary=false")
+    assert comparison.settings.get("positions", "sinusoidal") == positions
+    for one in comparison.contestants:
+        model = build(comparison, one)
+        assert isinstance(model, CausalLM)
+        assert model.model.positions == added
+        assert [layer.attention.rotary for layer in model.model.layers] == [rotary and one.name != "gau"] * 2  # as it says itself
