@@ -4,6 +4,7 @@
 same function as the definition reads; the two share no code.
 """
 
+import math
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -196,15 +197,15 @@ class BSBRAttention(MultiHeadAttention):
 
     r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
     φ is `feature_map` (see `bsbr.features`). g = `GAIN` · γ, one learned γ per head, sets how much retrieval weighs, and begins
-    at 0: a model begins as its own chunks alone, since what is retrieved before anything was learned is noise, as large as the
-    rest. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
+    at 0: a model begins as its own chunks alone, since what is retrieved before anything was learned is noise, larger than
+    the rest. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
     gradients are wanted, `forward` and `extend` go through a long sequence in segments, so that what they need beside input,
     output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
-    meta_projections: r and h have projections of their own, in place of those of q and k. meta_pooling: h is of the mean of a
-    chunk's tokens, or of the "last" alone.
+    initial_gain: g at first. meta_projections: r and h have projections of their own, in place of those of q and k.
+    meta_pooling: h is of the mean of a chunk's tokens, or of the "last" alone.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
 
@@ -218,6 +219,7 @@ class BSBRAttention(MultiHeadAttention):
         chunk_overlap: int = 0,
         retrieval_top_k: int | None = None,
         feature_map: FeatureMap = "quadratic",
+        initial_gain: float = 0.0,
         meta_projections: bool = False,
         meta_pooling: Pooling = "mean",
         num_kv_heads: int | None = None,
@@ -245,7 +247,9 @@ class BSBRAttention(MultiHeadAttention):
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
-        self.retrieval_gain = nn.Parameter(torch.zeros(num_heads))
+        if isinstance(initial_gain, bool) or not isinstance(initial_gain, int | float) or not math.isfinite(initial_gain):
+            raise ValueError(f"initial_gain must be a finite number, got {initial_gain!r}")
+        self.retrieval_gain = nn.Parameter(torch.full((num_heads,), initial_gain / GAIN))
 
     @property
     def gain(self) -> Tensor:

@@ -311,6 +311,16 @@ def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
     assert rest[2] - rest[1] == 2 * (rest[1] - rest[0])
 
 
+@pytest.mark.parametrize(("given", "gain"), [({}, 0), ({"initial_gain": 1}, 1), ({"initial_gain": -0.5}, -0.5)], ids=str)
+def test_the_gain_begins_as_asked_and_at_first_a_chunk_is_all_there_is(given: dict[str, float], gain: float) -> None:
+    attention, x = BSBRAttention(16, 4, chunk_size=CHUNK, **given).double(), hidden(3 * CHUNK + 2)
+    assert attention.gain.tolist() == [gain] * 4
+    alone = torch.cat([attention(chunk) for chunk in x.split(CHUNK, dim=1)], dim=1)
+    assert torch.allclose(attention(x), alone, rtol=0, atol=1e-12) == (gain == 0)
+    (slope,) = torch.autograd.grad(attention(x).square().sum(), attention.retrieval_gain)
+    assert slope.all()  # it can leave 0
+
+
 # --- bad options ----------------------------------------------------------------------------------
 
 
@@ -324,6 +334,8 @@ def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
         ({"compression_factor": 8}, "compression_factor must divide head_dim = 4 (16 / 4), got 8"),
         ({"compression_factor": 0}, "compression_factor must be a positive integer, got 0"),
         ({"feature_map": "cubic"}, "feature_map must be one of quadratic, linear, got 'cubic'"),
+        ({"initial_gain": "1"}, "initial_gain must be a finite number, got '1'"),
+        ({"initial_gain": float("nan")}, "initial_gain must be a finite number, got nan"),
         ({"meta_pooling": "first"}, "meta_pooling must be one of mean, last, got 'first'"),
         ({"chunk_overlap": -1}, "chunk_overlap must be an integer of at least 0, got -1"),
         ({"chunk_overlap": 1.5}, "chunk_overlap must be an integer of at least 0, got 1.5"),
