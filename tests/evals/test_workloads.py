@@ -10,10 +10,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines.standard import StandardAttention
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
 from evals.cli import CONF
-from evals.config import Comparison, Contestant, read_comparison
+from evals.config import Comparison, Contestant, UsageError, read_comparison
 from evals.cost import cost, extent
 from evals.measure import UNREGISTERED, peak_allocated_bytes
 from evals.workloads import Work, build, decode, inputs, period, prepare
@@ -257,3 +258,16 @@ def test_positions_are_the_decoders_or_every_attentions_own(positions: str, adde
         assert isinstance(model, CausalLM)
         assert model.model.positions == added
         assert [layer.attention.rotary for layer in model.model.layers] == [rotary and one.name != "gau"] * 2  # as it says itself
+
+
+class WithoutPositions(StandardAttention):
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+
+
+def test_an_attention_that_cannot_have_rotary_positions_is_told_what_to_do() -> None:
+    own = ("model.scope=model", "model.positions=rotary", "attention=[standard]")
+    node = f"+attention.mine={{_target_: {__name__}.WithoutPositions}}"
+    with pytest.raises(UsageError, match=r"^attention 'mine' cannot be built: it has no option rotary, .* sinusoidal or none$"):
+        read_comparison(compose("config", [*own, node]))
+    assert read_comparison(compose("config", [*own[:1], *own[2:], node, "model.positions=none"])).model.positions == "none"
