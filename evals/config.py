@@ -132,8 +132,8 @@ class Contestant:
             words = not_found(self.node["_target_"]) if "Error loading" in str(cause) else one_sentence(cause)
             if model.positions == "rotary" and "unexpected keyword argument 'rotary'" in words:
                 words = (
-                    "it has no option rotary, which model.positions=rotary sets for all; give it one, as bsbr.MultiHeadAttention has, "
-                    "or take model.positions=sinusoidal or none"
+                    "it has no option rotary, which model.positions=rotary sets for all; give it one, as bsbr.MultiHeadAttention "
+                    "has, or take model.positions=sinusoidal or none"
                 )
             raise UsageError(f"attention '{self.name}' cannot be built: {words}") from error
         if not isinstance(attention, Attention):
