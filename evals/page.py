@@ -72,7 +72,6 @@ def about(value: float) -> str:
 SETTINGS = {
     "workload": "{}",
     "scope": "one {}",
-    "positions": "{} positions",
     "num_layers": "{} layers",
     "batch_size": "batch {}",
     "seq_len": "{} tokens",
