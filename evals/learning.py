@@ -49,7 +49,7 @@ SAID = {
     "hidden_dim": "hidden {}",
     "num_heads": "{} heads",
     "conv_size": "convolution of {}",
-    "positions": "{} positions",
+    "positions": "positions: {}",
     "match": "matched: {}",
     "device": "{}",
     "dtype": "{}",
