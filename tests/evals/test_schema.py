@@ -123,7 +123,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
         ("seq_len", {"seq_len": 12.5}, "12.5 is not of type 'integer'"),
         ("seq_len", {"latency_s": ...}, "'latency_s' is a required property"),
         ("seq_len", {VERSION: ...}, f"'{VERSION}' is a required property"),
-        ("seq_len", {VERSION: 0}, "1 was expected"),
+        ("seq_len", {VERSION: 0}, f"{version('measured')} was expected"),
         ("seq_len", {"latency_ms": 1.0}, "('latency_ms' was unexpected)"),
         ("seq_len", {"outcome": "slow"}, "'slow' is not one of"),
         ("seq_len", {"latency_s": None}, "None should not be valid under"),
