@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import yaml
@@ -22,8 +22,10 @@ from bsbr.model import TransformerLayer
 from evals.tasks.task import Task
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCOPES = ("attention", "layer", "model")
-POSITIONS = ("sinusoidal", "rotary", "none")
+Scope = Literal["attention", "layer", "model"]
+Positions = Literal["sinusoidal", "rotary", "none"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 KEYS = (
     *("attention", "workload", "shape", "model", "device", "sampling"),
     *("task", "training", "relative_to", "match", "search", "swept", "sweep_name", "results_dir", "plots_dir", "tracker", "quiet"),
@@ -49,14 +51,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Model:
-    scope: Literal["attention", "layer", "model"]
+    scope: Scope
     hidden_dim: int
     num_heads: int
     ff_dim: int
     num_layers: int
     vocab_size: int
     conv_size: int | None = None  # of a convolution in front of every attention of a layer or model
-    positions: Literal["sinusoidal", "rotary", "none"] = "sinusoidal"
+    positions: Positions = "sinusoidal"
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def recall_front(learned: Learned) -> Figure | None:
     if rows.empty or rows["bits_per_byte"].notna().any():
         return None
     lines = {str(name): line(own, "state_bytes", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "state", ("state after the sequence, all layers", in_bytes), LogLocator(base=2, numticks=8))
+    return _front(learned, rows, lines, "state", ("state after the sequence, all layers", in_bytes, LogLocator(base=2, numticks=8)))
 
 
 def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
@@ -201,7 +201,7 @@ def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
     if rows.empty:
         return None
     lines = {str(name): line(own, "token_s", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "latency", ("median time of the next token", seconds), MaxNLocator(5))
+    return _front(learned, rows, lines, "latency", ("median time of the next token", seconds, MaxNLocator(5)))
 
 
 def _front(
@@ -209,11 +209,10 @@ def _front(
     rows: pd.DataFrame,
     lines: Mapping[str, Line],
     cost: str,
-    axis: tuple[str, Callable[[float], str]],
-    ticks: Locator,
+    axis: tuple[str, Callable[[float], str], Locator],
 ) -> Figure:
-    """Accuracy against a cost, a point an attention. axis: the cost's words, and how it is written."""
-    words, written = axis
+    """Accuracy against a cost, a point an attention. axis: the cost's words, how it is written, and where."""
+    words, written, ticks = axis
     note = "line: the front; nobody on it remembers more with less"
     place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(plain(rows[learned.swept].iloc[0])).removeprefix("trained at ")
     axes = _lines(f"Accuracy against {cost} at {place}, upper left is better", learned.words(rows, note), lines, learned.looks)
