@@ -5,6 +5,7 @@ same function as the definition reads; the two share no code.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -25,7 +26,7 @@ from bsbr.interface import (
     split_heads,
 )
 from bsbr.kernels import tuning
-from bsbr.plain import sdpa
+from bsbr.plain import corrected, sdpa
 from bsbr.ranks import Ranks
 
 
@@ -39,14 +40,18 @@ def bsbr_attention(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
     dropout_p: float = 0.0,
     impl: dispatch.Impl = "auto",
 ) -> Tensor:
     """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄,  F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s,  F_s = φ(K_s)ᵀ V_s.
 
+    With β, F_s is what the delta rule makes of a chunk, S ← S + β_i φ(k_i) (v_i − Sᵀ φ(k_i))ᵀ from S = 0: a key that is stored
+    a second time has its value replaced, and keys that are alike disturb each other less (Yang 2024, arXiv:2406.06484).
     Time is cut into C = ⌈time / chunk_size⌉ chunks, the last of any length. M_in: causal inside a chunk, and
     each token also sees the `chunk_overlap` tokens before its chunk. M_out: strictly lower triangular over
     chunks, so the first chunk retrieves nothing.
@@ -55,26 +60,29 @@ def bsbr_attention(
     r: [batch, heads, C, head_dim], the meta query of each chunk, which must be known at its first token.
     h: [batch, kv_heads, C - 1 or more, head_dim], the meta key of each chunk that a later one can retrieve.
     q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
+    beta: β [batch, kv_heads, time], in [0, 1] where φ(k) is of unit norm; by default F_s is the sum.
     gain: g, one factor a head [heads], how much retrieval weighs; by default 1.
-    top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. dropout_p acts on the weights
-    of both softmaxes. impl: torch, native (CPU, compiled C++), triton (GPU); auto takes the fastest that can.
+    top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. normalise: F̄_t is taken to the
+    norm √head_dim, however many states it is a mean of. dropout_p acts on the weights of both softmaxes, before that. impl: torch, native (CPU, compiled C++), triton (GPU); auto takes the fastest that can.
 
     Returns [batch, heads, time, head_dim]. Cost per head: local O(n·chunk_size·d), states and read-out O(n·d_r·d),
-    mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
+    the delta rule O(n·chunk_size·(d_r + d)), mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
     Raises ValueError if shapes do not fit or chunk_size or top_k is below 1 or chunk_overlap below 0, NotImplementedError
     if the implementation that was asked for cannot take such input.
     """
     check_heads(q, k, v)
     check_options(chunk_size, chunk_overlap, top_k)
     chunks = -(-q.shape[2] // chunk_size)
-    check_inputs(q, k, v, r, h, q_features, k_features, gain, chunk_size=chunk_size, retrievable=chunks - 1)
+    check_inputs(q, k, v, r, h, q_features, k_features, beta, gain, chunk_size=chunk_size, retrievable=chunks - 1)
     options: dict[str, Any] = {
         "q_features": q_features,
         "k_features": k_features,
+        "beta": beta,
         "gain": gain,
         "chunk_size": chunk_size,
         "chunk_overlap": chunk_overlap,
         "top_k": top_k,
+        "normalise": normalise,
     }
     features = () if q_features is None or k_features is None else (q_features, k_features)
     chosen = dispatch.choose(impl, q, k, v, r, h, *features, gain=gain, dropout_p=dropout_p)
@@ -102,6 +110,7 @@ def check_inputs(
     h: Tensor,
     q_features: Tensor | None,
     k_features: Tensor | None,
+    beta: Tensor | None,
     gain: Tensor | None,
     *,
     chunk_size: int,
@@ -133,6 +142,8 @@ def check_inputs(
                 "q_features and k_features must be those of q and k in all but their common last size, d_r: "
                 f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
             )
+    if beta is not None and beta.shape != k.shape[:3]:
+        raise ValueError(f"beta must be [batch, kv_heads, time] = {list(k.shape[:3])}, got {list(beta.shape)}")
     if gain is not None and gain.shape != q.shape[1:2]:
         raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
 
@@ -146,11 +157,12 @@ def flops(
     chunk_size: int,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    delta: bool = False,
 ) -> int:
-    """What `bsbr_attention` of one sequence costs at least, in matrix products, multiply-add = 2.
+    """What `bsbr_attention` of one sequence costs at least, in matrix products, multiply-add = 2. delta: with β.
 
     A head: 4·d per visible pair, 2·d_r·d per token read and per chunk mixed, 2·d per chunk scored; a kv head: 2·d_r·d per token
-    stored.
+    stored, and with β 2·(d_r + d) per pair of those of a chunk.
     """
     size = chunk_size
     full, rest = divmod(seq_len, size)
@@ -167,12 +179,15 @@ def flops(
     stored = (chunks - 1) * size
     read_out = seq_len - min(seq_len, size)
     per_head = 4 * head_dim * pairs + 2 * head_dim * scored + 2 * state * (mixed + read_out)
-    return num_heads * per_head + num_kv_heads * 2 * state * stored
+    per_kv_head = 2 * state * stored
+    if delta:
+        per_kv_head += (chunks - 1) * size * (size - 1) * (feature_dim + head_dim)
+    return num_heads * per_head + num_kv_heads * per_kv_head
 
 
 # --- the module ---------------------------------------------------------------------------------
 
-GAIN = 8
+GAIN = 16
 """What the learned gain of retrieval is taken times: so far it has to come from 0 in the steps that a training has, each as large
 as the learning rate, if among all chunks one is to be heard."""
 
@@ -181,15 +196,18 @@ PAGE = 64
 
 
 Pooling = Literal["mean", "last"]
+ChunkStates = Literal["delta", "sum"]
 
 
 class _Options(TypedDict):
     chunk_size: int
     q_features: Tensor
     k_features: Tensor
+    beta: Tensor | None
     gain: Tensor
     chunk_overlap: int
     top_k: int | None
+    normalise: bool
 
 
 class BSBRAttention(MultiHeadAttention):
@@ -198,13 +216,14 @@ class BSBRAttention(MultiHeadAttention):
     r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
     φ is `feature_map` (see `bsbr.features`). g = `GAIN` · γ, one learned γ per head, sets how much retrieval weighs, and begins
     at 0: a model begins as its own chunks alone, since what is retrieved before anything was learned is noise, larger than
-    the rest. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
+    the rest. β_t = σ(w·x_t + b), one a kv head, σ(2) at first. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
     gradients are wanted, `forward` and `extend` go through a long sequence in segments, so that what they need beside input,
     output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
-    initial_gain: g at first. meta_projections: r and h have projections of their own, in place of those of q and k.
+    chunk_states: F_s by the "delta" rule, with β, or the "sum". retrieval_norm: `normalise` of `bsbr_attention`; what both
+    are for was measured (README, "What BSBR keeps of a chunk"). initial_gain: g at first. meta_projections: r and h have projections of their own, in place of those of q and k.
     meta_pooling: h is of the mean of a chunk's tokens, or of the "last" alone.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
@@ -219,6 +238,8 @@ class BSBRAttention(MultiHeadAttention):
         chunk_overlap: int = 0,
         retrieval_top_k: int | None = None,
         feature_map: FeatureMap = "quadratic",
+        chunk_states: ChunkStates = "delta",
+        retrieval_norm: bool = True,
         initial_gain: float = 0.0,
         meta_projections: bool = False,
         meta_pooling: Pooling = "mean",
@@ -236,19 +257,28 @@ class BSBRAttention(MultiHeadAttention):
             raise ValueError(
                 f"compression_factor must divide head_dim = {self.head_dim} ({hidden_dim} / {num_heads}), got {compression_factor}"
             )
+        for option, value, known in (
+            ("meta_pooling", meta_pooling, get_args(Pooling)),
+            ("chunk_states", chunk_states, get_args(ChunkStates)),
+        ):
+            if value not in known:
+                raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+        if isinstance(initial_gain, bool) or not isinstance(initial_gain, int | float) or not math.isfinite(initial_gain):
+            raise ValueError(f"initial_gain must be a finite number, got {initial_gain!r}")
         self.chunk_size = chunk_size
         self.chunk_overlap = chunk_overlap
         self.retrieval_top_k = retrieval_top_k
-        if meta_pooling not in get_args(Pooling):
-            raise ValueError(f"meta_pooling must be one of {', '.join(get_args(Pooling))}, got {meta_pooling!r}")
+        self.retrieval_norm = retrieval_norm
         self.meta_pooling: Pooling = meta_pooling
         self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
-        if isinstance(initial_gain, bool) or not isinstance(initial_gain, int | float) or not math.isfinite(initial_gain):
-            raise ValueError(f"initial_gain must be a finite number, got {initial_gain!r}")
+        self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads) if chunk_states == "delta" else None
+        if self.beta_proj is not None:  # at first, all tokens write alike, and most of what they have
+            nn.init.zeros_(self.beta_proj.weight)
+            nn.init.constant_(self.beta_proj.bias, 2.0)
         self.retrieval_gain = nn.Parameter(torch.full((num_heads,), initial_gain / GAIN))
 
     @property
@@ -261,17 +291,18 @@ class BSBRAttention(MultiHeadAttention):
         return self.chunk_size
 
     def project(self, hidden_states: Tensor, start: int = 0, *, followed: bool = False) -> tuple[Tensor, ...]:
-        """q, k, v, r, h, φ(q), φ(k) as `bsbr_attention` takes them.
+        """q, k, v, r, h, φ(q), φ(k) as `bsbr_attention` takes them, and β where `chunk_states` is "delta".
 
         `start` must be a chunk's beginning. followed: more tokens come after these, which can retrieve the last chunk too.
         """
         if start == 0 and not followed and hidden_states.shape[1] <= self.chunk_size and not torch.is_grad_enabled():
             # Nothing is retrieved, so what is for that alone is not read, and not made; under gradients it has zero ones.
             q, k, v = super().project(hidden_states)
-            return q, k, v, q[:, :, :1], k[:, :, :0], q[..., : self.feature_dim], k[..., : self.feature_dim]
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, start)
+            unread = q[..., : self.feature_dim], k[..., : self.feature_dim], k[..., 0]
+            return q, k, v, q[:, :, :1], k[:, :, :0], *unread[: 2 if self.beta_proj is None else 3]
+        q, k, v, *stored = self._project_tokens(hidden_states, start)
         pooled = self._pooled(hidden_states, (hidden_states.shape[1] - (not followed)) // self.chunk_size)
-        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), q_features, k_features
+        return q, k, v, self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled), *stored
 
     def attend(self, *tensors: Tensor) -> Tensor:
         return bsbr_attention(*tensors[:5], **self._options(tensors), dropout_p=self.dropout_p, impl=self.impl)
@@ -291,23 +322,31 @@ class BSBRAttention(MultiHeadAttention):
         return self.output(bsbr_attention_parallel(*tensors[:5], **options, group=ranks, lengths=lengths, dropout_p=self.dropout_p))
 
     def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
-        q_features, k_features = tensors[5:]
+        q_features, k_features, *beta = tensors[5:]
         return {
             "chunk_size": self.chunk_size,
             "q_features": q_features,
             "k_features": k_features,
+            "beta": beta[0] if beta else None,
             "gain": self.gain,
             "chunk_overlap": self.chunk_overlap,
             "top_k": self.retrieval_top_k,
+            "normalise": self.retrieval_norm,
         }
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
-        """q, k, v, φ(q), φ(k) of tokens from position `start` on."""
+        """q, k, v, φ(q), φ(k) and, where there is one, β of tokens from position `start` on."""
         q, k, v = self.project_heads(hidden_states)
         q_features, k_features = self.features(hidden_states, q, k)
         if self.rotary:
             q, k = rotate(q, start), rotate(k, start)
-        return q, k, v, q_features, k_features
+        beta = () if self.beta_proj is None else (self.beta_proj(hidden_states).sigmoid().transpose(1, 2),)
+        return q, k, v, q_features, k_features, *beta
+
+    def _stored(self, k_features: Tensor, v: Tensor, beta: Sequence[Tensor], state: Tensor) -> Tensor:
+        """The state of an open chunk after more of its tokens, in the type of `state`, that before them."""
+        k_features, v = k_features.to(state.dtype), v.to(state.dtype)
+        return state + k_features.mT @ (corrected(k_features, v, beta[0], state) if beta else v)
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         project = self.q_proj if self.meta_q_proj is None else self.meta_q_proj
@@ -326,7 +365,7 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(project(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        chosen = dispatch.choose(self.impl, *tensors, gain=self.gain, dropout_p=self.dropout_p)
+        chosen = dispatch.choose(self.impl, *tensors[:7], gain=self.gain, dropout_p=self.dropout_p)
         return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---
@@ -391,12 +430,12 @@ class BSBRAttention(MultiHeadAttention):
     def _open_chunks(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that begin at a chunk's beginning: the parallel form, with the chunks before them in the retrieval."""
         tokens, size = hidden_states.shape[1], self.chunk_size
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
+        q, k, v, q_features, k_features, *beta = self._project_tokens(hidden_states, position)
         keys, values = _joined(state["keys"], k), _joined(state["values"], v)
         complete = tokens // size
         meta_keys = self._meta_key(self._pooled(hidden_states, complete))
         known = pages_of(state, "meta_keys"), pages_of(state, "states")
-        tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features
+        tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features, *beta
         options = self._options(tensors)
         if self.implementation(*tensors) == "native":
             attended, states, retrieved = native.segment(*tensors[:5], past=known, **options)
@@ -408,14 +447,16 @@ class BSBRAttention(MultiHeadAttention):
         after |= _paged("meta_keys", known[0], meta_keys) | _paged("states", known[1], states)
         after |= {
             "retrieved": retrieved.clone(),  # a view would keep every chunk's alive
-            "open_state": k_features[:, :, rest:].to(wide).mT @ v[:, :, rest:].to(wide),
+            "open_state": self._stored(
+                *(k_features[:, :, rest:], v[:, :, rest:], [one[:, :, rest:] for one in beta]), torch.zeros_like(state["open_state"])
+            ),
             "open_hidden": hidden_states[:, rest:].to(wide).sum(dim=1),
         }
         return attended, after
 
     def _continue_chunk(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
         """Tokens that all fall into the open chunk, its last one perhaps included: no chunk but this one is touched."""
-        q, k, v, q_features, k_features = self._project_tokens(hidden_states, position)
+        q, k, v, q_features, k_features, *beta = self._project_tokens(hidden_states, position)
         keys, values = torch.cat([state["keys"], k], dim=2), torch.cat([state["values"], v], dim=2)
         tokens = q.shape[2]
         visible = None
@@ -425,7 +466,7 @@ class BSBRAttention(MultiHeadAttention):
         wide = state["open_hidden"].dtype
         after = {name: state[name] for name in state if name == "retrieved" or "." in name}  # the pages
         after |= self._keep(keys, values, position + tokens)
-        after["open_state"] = state["open_state"] + k_features.to(wide).mT @ v.to(wide)
+        after["open_state"] = self._stored(k_features, v, beta, state["open_state"])
         after["open_hidden"] = state["open_hidden"] + hidden_states.to(wide).sum(dim=1)
         if (position + tokens) % self.chunk_size == 0:
             mean = (after["open_hidden"] / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
@@ -452,7 +493,8 @@ class BSBRAttention(MultiHeadAttention):
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.feature_dim)
-        return batch_size * flops(seq_len, *sizes, self.chunk_size, self.chunk_overlap, self.retrieval_top_k)
+        options = self.chunk_size, self.chunk_overlap, self.retrieval_top_k, self.beta_proj is not None
+        return batch_size * flops(seq_len, *sizes, *options)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         state = self.feature_dim * self.head_dim

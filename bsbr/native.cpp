@@ -144,6 +144,15 @@ void pack_transposed(const T* x, index row, index depth, index columns, T* packe
     }
 }
 
+/// Writes what was packed [depth, columns] to x, whose rows lie `row` apart.
+template <class T>
+void unpack(const T* packed, index depth, index columns, T* x, index row) {
+    for (index start = 0; start < columns; start += WIDTH<T>) {
+        const index wide = std::min<index>(WIDTH<T>, columns - start);
+        for (index k = 0; k < depth; ++k, packed += WIDTH<T>) std::copy(packed, packed + wide, x + k * row + start);
+    }
+}
+
 // --- rows ---------------------------------------------------------------------------------------
 
 inline Vector<float> exponential(Vector<float> x) {
@@ -399,6 +408,126 @@ index store_backward(const Sizes& s, Tensor keys, Tensor v, Tensor d_states, Ten
                 T* to = d_key + (i + a) * d_keys.time;
                 if (s.normed) unit_norm_backward(gradient + a * row, stored + a * row, inverse[a], s.features, to);
                 else std::copy(gradient + a * row, gradient + a * row + s.features, to);
+            }
+        });
+    });
+}
+
+// --- correcting ---------------------------------------------------------------------------------
+
+/// Of rows [M, size], `apart` from each other: their products with the `packed` columns of panels from `first` on, up to `last`.
+template <class T, int M>
+void products(const T* rows, index apart, const T* packed, index size, index first, index last, T* to, index to_row) {
+    for (index column = first / WIDTH<T> * WIDTH<T>; column < last; column += WIDTH<T>) {
+        Tile<T, M> tile;
+        tile.add_product(rows, apart, 1, packed + column * size, size);
+        tile.store(to + column, to_row, WIDTH<T>);
+    }
+}
+
+/// Turns x, packed [count, dim], into X of (I + L) X = x, L = tril(diag(rates) K K^T, -1); with `of_columns`,
+/// L = tril(K K^T diag(rates), -1): from the last row to the first, that is the system of the gradients.
+template <class T>
+void substitute(
+    const T* key, index apart, const T* rates, bool of_columns, index count, index features, index dim, const T* packed_keys,
+    T* weights, T* x
+) {
+    const index row = score_row<T>(count);
+    by_rows(count, [&](index i, auto m) {
+        products<T, m()>(key + i * apart, apart, packed_keys, features, 0, i + m, weights, row);
+        for (int a = 0; a < m; ++a)
+            for (index j = 0; j < i + a; ++j) weights[a * row + j] *= -rates[of_columns ? j : i + a];
+        for (index column = 0; column < dim; column += WIDTH<T>) {
+            T* panel = x + column * count;
+            Tile<T, m()> tile;
+            tile.add_product(weights, row, 1, panel, i);
+            tile.store(panel + i * WIDTH<T>, WIDTH<T>, WIDTH<T>, true);
+            for (int a = 1; a < m; ++a) {
+                T* own = panel + (i + a) * WIDTH<T>;
+                for (int b = 0; b < a; ++b) {
+                    const T *other = panel + (i + b) * WIDTH<T>, weight = weights[a * row + i + b];
+                    vector(own) += weight * vector(other);
+                    vector(own + LANES<T>) += weight * vector(other + LANES<T>);
+                }
+            }
+            operations += m * (m - 1) * WIDTH<T>;
+        }
+    });
+}
+
+template <class T>
+index correct(const Sizes& s, Tensor keys, Tensor v, Tensor beta, Tensor corrected, T* memory) {
+    const index count = s.chunk_size;
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+        const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
+        const index start = chunk * count;
+        const T* key = at<T>(keys, item, head, start);
+        T* packed_keys = scratch.take(s.features * padded<T>(count));
+        pack_transposed(key, keys.time, s.features, count, packed_keys);
+        T* rates = scratch.take(count);
+        T* x = scratch.take(count * padded<T>(s.head_dim));
+        pack(at<T>(v, item, head, start), v.time, count, s.head_dim, x);
+        for (index i = 0; i < count; ++i) {
+            rates[i] = *at<T>(beta, item, head, start + i);
+            for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
+                T* own = x + column * count + i * WIDTH<T>;
+                scaled(own, rates[i], WIDTH<T>, own);
+            }
+        }
+        T* weights = scratch.take(ROWS * score_row<T>(count));
+        substitute(key, keys.time, rates, false, count, s.features, s.head_dim, packed_keys, weights, x);
+        unpack(x, count, s.head_dim, at<T>(corrected, item, head, start), corrected.time);
+    });
+}
+
+/// W = (I + L)^-T dU. Then dV = diag(beta) W, dL = -tril(W U^T, -1), and the gradients of beta and K are those of L.
+template <class T>
+index correct_backward(
+    const Sizes& s, Tensor keys, Tensor v, Tensor beta, Tensor corrected, Tensor gradient, Tensor d_keys, Tensor d_v, Tensor d_beta,
+    T* memory
+) {
+    const index count = s.chunk_size, dim = s.head_dim, row = score_row<T>(count);
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+        const index head = task % s.kv_heads, chunk = task / s.kv_heads % s.chunks, item = task / s.kv_heads / s.chunks;
+        const index start = chunk * count, last = start + count - 1;
+        const T *key = at<T>(keys, item, head, start), *last_key = at<T>(keys, item, head, last);
+        const T *value = at<T>(v, item, head, start), *u = at<T>(corrected, item, head, start);
+        T* packed_keys = scratch.take(s.features * padded<T>(count));
+        T *rates = scratch.take(count), *x = scratch.take(count * padded<T>(dim)), *weights = scratch.take(ROWS * row);
+        for (index i = 0; i < count; ++i) rates[i] = *at<T>(beta, item, head, last - i);
+        pack_transposed(last_key, -keys.time, s.features, count, packed_keys);
+        pack(at<T>(gradient, item, head, last), -gradient.time, count, dim, x);
+        substitute(last_key, -keys.time, rates, true, count, s.features, dim, packed_keys, weights, x);
+        std::reverse(rates, rates + count);
+        T* w = scratch.take(count * dim);
+        unpack(x, count, dim, w + (count - 1) * dim, -dim);
+
+        pack_transposed(key, keys.time, s.features, count, packed_keys);
+        T* columns_of_u = scratch.take(dim * padded<T>(count));
+        T* columns_of_w = scratch.take(dim * padded<T>(count));
+        pack_transposed(u, corrected.time, dim, count, columns_of_u);
+        pack_transposed(w, dim, dim, count, columns_of_w);
+        T* rows_of_keys = scratch.take(count * padded<T>(s.features));
+        pack(key, keys.time, count, s.features, rows_of_keys);
+        T *before = scratch.take(ROWS * row), *after = scratch.take(ROWS * row);
+        by_rows(count, [&](index i, auto m) {
+            products<T, m()>(key + i * keys.time, keys.time, packed_keys, s.features, 0, i + m, weights, row);
+            products<T, m()>(w + i * dim, dim, columns_of_u, dim, 0, i + m, before, row);
+            products<T, m()>(u + i * corrected.time, corrected.time, columns_of_w, dim, i, count, after, row);
+            for (int a = 0; a < m; ++a) {
+                T *earlier = before + a * row, *later = after + a * row;
+                const T* own = w + (i + a) * dim;
+                scaled(own, rates[i + a], dim, at<T>(d_v, item, head, start + i + a));
+                *at<T>(d_beta, item, head, start + i + a) =
+                    dot(own, value + (i + a) * v.time, dim) - dot(earlier, weights + a * row, i + a);
+                for (index j = 0; j < i + a; ++j) earlier[j] *= -rates[i + a];
+                earlier[i + a] = 0;
+                for (index j = i + a + 1; j < count; ++j) earlier[j] = later[j] * -rates[j];
+            }
+            for (index column = 0; column < s.features; column += WIDTH<T>) {
+                Tile<T, m()> tile;
+                tile.add_product(before, row, 1, rows_of_keys + column * count, count);
+                tile.store(at<T>(d_keys, item, head, start + i) + column, d_keys.time, s.features - column);
             }
         });
     });
@@ -685,6 +814,8 @@ index attend_backward(const Sizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v
 #define FUNCTIONS(TYPE, T)                                                                                              \
     FUNCTION(store, Sizes, TYPE, T, x[0], x[1], x[2])                                                                   \
     FUNCTION(store_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                              \
+    FUNCTION(correct, Sizes, TYPE, T, x[0], x[1], x[2], x[3])                                                           \
+    FUNCTION(correct_backward, Sizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])                          \
     FUNCTION(choose, Mixing, TYPE, T, x[0], x[1])                                                                       \
     FUNCTION(mix, Mixing, TYPE, T, x[0], x[1], x[2])                                                                    \
     FUNCTION(quadratic, Mapping, TYPE, T, x[0], x[1])                                                                   \

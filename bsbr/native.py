@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bsbr import plain
-from bsbr.plain import retrieve
+from bsbr.plain import retrieve, unit_norm
 
 STRETCH = 64
 """Chunks that are stored, mixed and read together where no gradients are kept: fewer would read all earlier states more often,
@@ -99,21 +99,28 @@ def segment(
     past: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_size: int,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bsbr.plain.segment`; without dropout, differentiable once."""
     time, chunks = q.shape[2], h.shape[2]
     before = k.shape[2] - time
     first = sum(page.shape[2] for page in past[0])
+    if beta is not None and k_features is None:
+        k_features = unit_norm(k[:, :, before:])
     stored, values = k[:, :, before:] if k_features is None else k_features, v[:, :, before:]
     normed = k_features is None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, r, h, q_features, k_features, gain)):
+    inputs = (q, k, v, r, h, q_features, k_features, beta, gain)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        if beta is not None:
+            values = _Corrected.apply(stored, values, beta, chunk_size, chunks)  # type: ignore[no-untyped-call]
         states: Tensor = _States.apply(stored, values, chunk_size, chunks, normed)  # type: ignore[no-untyped-call]
         pieces = [*past[0], h], [*past[1], states]
-        retrieved = retrieve(r, *pieces, first=first, top_k=top_k, gain=gain, choose=_choose)
+        retrieved = retrieve(r, *pieces, first=first, top_k=top_k, gain=gain, normalise=normalise, choose=_choose)
         out: Tensor = _Output.apply(q, k, v, q_features, retrieved, chunk_size, chunk_overlap)  # type: ignore[no-untyped-call]
         return out, states, retrieved[:, :, -1]
 
@@ -126,7 +133,11 @@ def segment(
         known = min(stop, chunks)
         tokens = slice(start * chunk_size, min(time, stop * chunk_size))
         seen = slice(max(0, before + tokens.start - chunk_overlap), before + tokens.stop)
-        torch.ops.bsbr.store(stored[:, :, tokens], values[:, :, tokens], states[:, :, start:known], chunk_size, normed)
+        complete = slice(tokens.start, known * chunk_size)
+        new = stored[:, :, complete], values[:, :, complete]
+        if beta is not None:
+            new = new[0], _corrected(*new, beta[:, :, complete], chunk_size)
+        torch.ops.bsbr.store(*new, states[:, :, start:known], chunk_size, normed)
         retrieved = retrieve(
             r[:, :, start:stop],
             [*past[0], h[:, :, :known]],
@@ -134,6 +145,7 @@ def segment(
             first=first + start,
             top_k=top_k,
             gain=gain,
+            normalise=normalise,
             choose=_choose,
             mix=_mix,
         )
@@ -183,6 +195,36 @@ class _States(torch.autograd.Function):
             x[:, :, d_states.shape[2] * chunk_size :] = 0  # of chunks that are not stored
         torch.ops.bsbr.store_backward(keys, v, d_states.contiguous(), d_keys, d_v, chunk_size, normed)
         return d_keys, d_v, None, None, None
+
+
+def _corrected(keys: Tensor, v: Tensor, beta: Tensor, chunk_size: int) -> Tensor:
+    """`bsbr.plain.corrected` of whole chunks [batch, kv_heads, time, head_dim]."""
+    corrected = _like_hidden(v)
+    torch.ops.bsbr.correct(keys, v, beta.to(v.dtype).unsqueeze(3), corrected, chunk_size)
+    return corrected
+
+
+class _Corrected(torch.autograd.Function):
+    """`_corrected` of the first `chunks` chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, v: Tensor, beta: Tensor, chunk_size: int, chunks: int) -> Tensor:
+        tokens = slice(0, chunks * chunk_size)
+        corrected = _corrected(keys[:, :, tokens], v[:, :, tokens], beta[:, :, tokens], chunk_size)
+        ctx.save_for_backward(keys, v, beta, corrected)
+        ctx.chunk_size = chunk_size
+        return corrected
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        keys, v, beta, corrected = ctx.saved_tensors
+        rates = beta.to(v.dtype).unsqueeze(3)
+        gradients = d_keys, d_v, d_rates = [_like_hidden(x) for x in (keys, v, rates)]
+        for x in gradients:
+            x[:, :, corrected.shape[2] :] = 0  # of chunks that are not stored
+        torch.ops.bsbr.correct_backward(keys, v, rates, corrected, gradient, *gradients, ctx.chunk_size)
+        return d_keys, d_v, d_rates.squeeze(3).to(beta.dtype), None, None
 
 
 class _Output(torch.autograd.Function):
@@ -263,7 +305,7 @@ def _operation(signature: str) -> Callable[[Callable[..., int]], Callable[..., i
 def _make_countable() -> None:
     from torch.utils.flop_counter import register_flop_formula  # which loads Triton, where there is one
 
-    for name in ("store", "store_backward", "choose", "mix", "attend", "attend_backward"):
+    for name in ("store", "store_backward", "correct", "correct_backward", "choose", "mix", "attend", "attend_backward"):
         register_flop_formula(getattr(torch.ops.bsbr, name), get_raw=True)(lambda *_, out_val, **__: out_val)
 
 
@@ -279,6 +321,24 @@ def _store(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, normed: boo
 def _store_backward(keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, normed: bool) -> int:
     """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
     return _call("store_backward", _sizes(keys, v, d_states.shape[2], chunk_size, normed), keys, v, d_states, d_keys, d_v)
+
+
+@_operation("correct(Tensor keys, Tensor v, Tensor beta, Tensor(a!) corrected, int chunk_size) -> int")
+def _correct(keys: Tensor, v: Tensor, beta: Tensor, corrected: Tensor, chunk_size: int) -> int:
+    """Writes `corrected` [batch, kv_heads, time, head_dim] of whole chunks. beta: [batch, kv_heads, time, 1]."""
+    sizes = _sizes(keys, v, corrected.shape[2] // chunk_size, chunk_size, False)
+    return _call("correct", sizes, keys, v, beta, corrected)
+
+
+@_operation(
+    "correct_backward(Tensor keys, Tensor v, Tensor beta, Tensor corrected, Tensor gradient, Tensor(a!) d_keys, Tensor(b!) d_v, "
+    "Tensor(c!) d_beta, int chunk_size) -> int"
+)
+def _correct_backward(keys: Tensor, v: Tensor, beta: Tensor, corrected: Tensor, gradient: Tensor, *rest: Any) -> int:
+    """Writes what is called d_, of as many tokens as `corrected` has."""
+    *gradients, chunk_size = rest
+    sizes = _sizes(keys, v, corrected.shape[2] // chunk_size, chunk_size, False)
+    return _call("correct_backward", sizes, keys, v, beta, corrected, gradient, *gradients)
 
 
 @_operation("choose(Tensor scores, Tensor(a!) chosen, int seen) -> int")

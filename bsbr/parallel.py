@@ -32,9 +32,11 @@ def bsbr_attention_parallel(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """`bsbr_attention` of the concatenation in time of all ranks' arguments: of its result, this rank's stretch.
@@ -56,11 +58,11 @@ def bsbr_attention_parallel(
     last = ranks.rank == ranks.size - 1
     chunks = -(-q.shape[2] // chunk_size)
     retrievable = chunks - 1 if last else chunks
-    check_inputs(q, k, v, r, h, q_features, k_features, gain, chunk_size=chunk_size, retrievable=retrievable)
+    check_inputs(q, k, v, r, h, q_features, k_features, beta, gain, chunk_size=chunk_size, retrievable=retrievable)
     q_features = unit_norm(q) if q_features is None else q_features
     k_features = unit_norm(k) if k_features is None else k_features
 
-    states = chunk_states(k_features, v, chunk_size, retrievable)
+    states = chunk_states(k_features, v, chunk_size, retrievable, beta)
     travelling = [h[:, :, :retrievable], states, *([k, v] if chunk_overlap else [])]
     staying = [q, r, q_features, *([] if gain is None else [gain])]
     ways = _ways(lengths, chunk_size, chunk_overlap)
@@ -82,6 +84,7 @@ def bsbr_attention_parallel(
         first=first,
         top_k=top_k,
         gain=gains[0] if gains else None,
+        normalise=normalise,
         dropout_p=dropout_p,
     )
     return local + read(q_features, retrieved, chunk_size)

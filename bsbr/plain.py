@@ -21,10 +21,12 @@ def segment(
     past: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_size: int,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bsbr.bsbr_attention` of tokens that begin at a chunk's beginning, with chunks before them.
@@ -37,9 +39,10 @@ def segment(
     q_features = unit_norm(q) if q_features is None else q_features
     k_features = unit_norm(k[:, :, before:]) if k_features is None else k_features
     attended = local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap, dropout_p=dropout_p)
-    states = chunk_states(k_features, v[:, :, before:], chunk_size, h.shape[2])
+    states = chunk_states(k_features, v[:, :, before:], chunk_size, h.shape[2], beta)
     first = sum(page.shape[2] for page in past[0])
-    retrieved = retrieve(r, [*past[0], h], [*past[1], states], first=first, top_k=top_k, gain=gain, dropout_p=dropout_p)
+    pieces = [*past[0], h], [*past[1], states]
+    retrieved = retrieve(r, *pieces, first=first, top_k=top_k, gain=gain, normalise=normalise, dropout_p=dropout_p)
     if first or h.shape[2]:
         attended = attended + read(q_features, retrieved, chunk_size)
     return attended, states, retrieved[:, :, -1]
@@ -91,12 +94,30 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_o
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int) -> Tensor:
-    """F_s = φ(K_s)ᵀ V_s for the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]."""
+def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int, beta: Tensor | None = None) -> Tensor:
+    """F_s = φ(K_s)ᵀ V_s for the first `chunks` chunks: [batch, kv_heads, chunks, d_r, head_dim]; with β, of `corrected` V_s."""
     tokens = chunks * chunk_size
     keys: Tensor = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
     values: Tensor = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
+    if beta is not None:
+        values = corrected(keys, values, beta[:, :, :tokens].unflatten(2, (chunks, chunk_size)))
     return keys.mT @ values
+
+
+def corrected(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
+    """U of the delta rule S_i = S_{i−1} + φ(k_i) u_iᵀ, u_i = β_i (v_i − S_{i−1}ᵀ φ(k_i)): what is new in each value.
+
+    k_features: [..., tokens, d_r]; v, and what is returned: [..., tokens, head_dim]; beta: [..., tokens]. S begins at
+    `state` [..., d_r, head_dim], by default 0. All at once: (I + tril(diag(β) φ(K) φ(K)ᵀ, −1)) U = diag(β) (V − φ(K) S),
+    the WY form of Yang 2024 (arXiv:2406.06484, section 3.2).
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    keys, values, rates = k_features.to(wide), v.to(wide), beta.to(wide).unsqueeze(-1)
+    if state is not None:
+        values = values - keys @ state.to(wide)
+    # By substitution, not by products of powers, which are shorter: with alike keys they grow like binomials and cancel.
+    overlaps = (rates * (keys @ keys.mT)).tril(-1)
+    return torch.linalg.solve_triangular(overlaps, rates * values, upper=False, unitriangular=True).to(v.dtype)
 
 
 Choose = Callable[[Tensor, int, int], Tensor]
@@ -128,6 +149,7 @@ def retrieve(
     first: int = 0,
     top_k: int | None = None,
     gain: Tensor | None = None,
+    normalise: bool = False,
     dropout_p: float = 0.0,
     choose: Choose = choose,
     mix: Mix = mix,
@@ -137,6 +159,7 @@ def retrieve(
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
     h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
     piece or several; a piece of states may have room for more chunks than h has of it. gain: g, one factor a head.
+    normalise: F̄_t is taken to the norm √head_dim, see `norms`; dropout acts before that.
     A chunk that sees none retrieves zero. choose, mix: what finds the top_k best, and what
     sums the states where all count.
     """
@@ -163,13 +186,28 @@ def retrieve(
     # What is not seen weighs exactly 0 already, but in a row that sees nothing. One factor a row: each product of all
     # weights would be kept for the gradient.
     factor = (torch.arange(first, first + rows, device=r.device) > 0).to(wide).view(rows, 1)
-    if gain is not None:
+    if gain is not None and not normalise:
         factor = factor * gain.view(kv_heads, group, 1, 1)
     weights = torch.softmax(scores, dim=-1) * factor
     weights = F.dropout(weights.to(states[0].dtype), dropout_p)
     pieces = [page.flatten(3) for page in states]
     mixed = mix(weights.flatten(1, 2), sizes, pieces, first) if chosen is None else _mix_chosen(weights, chosen, sizes, pieces)
-    return mixed.view(batch, heads, rows, *states[0].shape[3:])
+    mixed = mixed.view(batch, heads, rows, *states[0].shape[3:])
+    if not normalise:
+        return mixed
+    scale = norms(mixed)
+    return (mixed * (scale if gain is None else scale * gain.view(heads, 1, 1, 1))).to(mixed.dtype)
+
+
+def norms(mixed: Tensor) -> Tensor:
+    """What F̄ [batch, heads, rows, d_r, head_dim] is taken times, so that its norm is √head_dim: [batch, heads, rows, 1, 1].
+
+    √head_dim is that of a state that holds one value, whose numbers are about 1, under a key of unit norm. The mean of C states of
+    which one has what is asked for shrinks as 1/C: without this a model would hear the less of it, the longer the text, and
+    least in texts longer than those that it was trained on. 1e-12 keeps the gradient of a state of zeros finite.
+    """
+    wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+    return math.sqrt(mixed.shape[-1]) * torch.rsqrt(wide.square().sum(dim=(-2, -1), keepdim=True) + 1e-12)
 
 
 def _mix_chosen(weights: Tensor, chosen: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:

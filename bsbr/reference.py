@@ -19,12 +19,15 @@ def bsbr_attention(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
 ) -> Tensor:
     """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + g φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
 
+    With β, F_s grows by β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ from token to token; with `normalise`, F̄_t has the norm √head_dim.
     Arguments, shapes and result as `bsbr.bsbr_attention`, in float64 whatever comes in; differentiable.
     """
     q, k, v, r, h = (tensor.double() for tensor in (q, k, v, r, h))
@@ -46,13 +49,27 @@ def bsbr_attention(
             if chunk > 0:
                 if i % chunk_size == 0:
                     last = slice(i - chunk_size, i)
-                    states.append(torch.einsum("bjr,bjd->brd", features[:, last], values[:, last]))
+                    if beta is None:
+                        states.append(torch.einsum("bjr,bjd->brd", features[:, last], values[:, last]))
+                    else:
+                        states.append(_delta_rule(features[:, last], values[:, last], beta[:, shared, last].double()))
                     retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], states, top_k)
+                    if normalise:
+                        retrieved = retrieved * math.sqrt(head_dim) / torch.sqrt((retrieved**2).sum(dim=(1, 2), keepdim=True) + 1e-12)
                 weight = 1.0 if gain is None else gain[head].double()
                 output = output + weight * torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
             outputs.append(output)
         rows.append(torch.stack(outputs, dim=1))
     return torch.stack(rows, dim=1)
+
+
+def _delta_rule(features: Tensor, values: Tensor, beta: Tensor) -> Tensor:
+    """The state after one chunk, token by token: features [batch, tokens, d_r], values [batch, tokens, d], beta [batch, tokens]."""
+    state = torch.einsum("br,bd->brd", torch.zeros_like(features[:, 0]), values[:, 0])
+    for j in range(features.shape[1]):
+        known = torch.einsum("brd,br->bd", state, features[:, j])
+        state = state + torch.einsum("b,br,bd->brd", beta[:, j], features[:, j], values[:, j] - known)
+    return state
 
 
 def _retrieve(r_t: Tensor, h: Tensor, states: list[Tensor], top_k: int | None) -> Tensor:

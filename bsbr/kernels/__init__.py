@@ -22,16 +22,19 @@ def bsbr_attention(
     chunk_size: int,
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
+    beta: Tensor | None = None,
     gain: Tensor | None = None,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄, as `bsbr.bsbr_attention`, whose checks of shapes must have passed.
 
     Arguments and result as there, in float16, bfloat16 or float32, sums in float32; differentiable once in all tensors. Inputs
     may be views with any strides between rows. q_features and k_features come together or not at all: without them φ is
-    `unit_norm`, made inside the kernels. Of a top_k, which chunks are kept is chosen by torch's stable sort.
+    `unit_norm`, made inside the kernels, or before them where there is a β. What β makes of V, and the norms of `normalise`, are
+    torch's work, on tensors of chunks. Of a top_k, which chunks are kept is chosen by torch's stable sort.
 
     Forward traffic a head and token, in elements: K and V twice, Q once, o once, and F, F̄ written and read once each, 4·d_r·d /
     chunk_size. At d = d_r = 64 and chunk 128 that is 512 elements: 16 heads, n = 65536 and bfloat16 move 1.07 GB, of which 0.54
@@ -49,9 +52,11 @@ def bsbr_attention(
         chunk_size=chunk_size,
         q_features=q_features,
         k_features=k_features,
+        beta=beta,
         gain=gain,
         chunk_overlap=chunk_overlap,
         kept=top_k,
+        normalise=normalise,
     )
 
 

@@ -54,7 +54,7 @@ def report(
     ):
         out = function.bsbr(
             *(q, k, v, r, h), chunk_size=chunk_size, q_features=features[0], k_features=features[1],
-            gain=torch.ones(4, requires_grad=True), chunk_overlap=32, kept=kept,
+            beta=None, gain=torch.ones(4, requires_grad=True), chunk_overlap=32, kept=kept, normalise=True,
         )  # fmt: skip
         out.backward(torch.zeros_like(out))
     return found

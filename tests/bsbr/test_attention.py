@@ -18,12 +18,13 @@ CHUNK = 5
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"chunk_overlap": 2, "compression_factor": 2},
+    {"chunk_overlap": 2, "compression_factor": 2, "retrieval_norm": False},
     {"chunk_overlap": CHUNK + 3, "num_kv_heads": 2, "rotary": True},
     {"retrieval_top_k": 1, "compression_factor": 4, "num_kv_heads": 1},
-    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2, "meta_pooling": "last"},
+    {"retrieval_top_k": 2, "chunk_overlap": 1, "num_kv_heads": 2, "meta_pooling": "last", "retrieval_norm": False},
     {"retrieval_top_k": 100, "rotary": True, "compression_factor": 1, "feature_map": "linear"},
-    {"compression_factor": 2, "num_kv_heads": 2, "feature_map": "linear", "meta_projections": True},
+    {"compression_factor": 2, "num_kv_heads": 2, "feature_map": "linear", "meta_projections": True, "chunk_states": "sum"},
+    {"chunk_states": "sum", "retrieval_norm": False},
 ]
 PAIRS = {4: [(0, 0), (1, 1), (2, 2), (0, 1)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
 """Of the factors of φ, by d_r: those that are multiplied."""
@@ -32,11 +33,13 @@ options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def build(**options: Any) -> BSBRAttention:
-    """hidden_dim 16, 4 heads of 4, float64, with gains that differ from head to head."""
+    """hidden_dim 16, 4 heads of 4, float64, with gains that differ from head to head and β that differ from token to token."""
     torch.manual_seed(0)
     attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
     with torch.no_grad():
         attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
+        if attention.beta_proj is not None:
+            attention.beta_proj.weight.normal_()
     return attention
 
 
@@ -86,6 +89,9 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
     own = "meta_" if options.get("meta_projections") else ""
     expected = [turned(q), turned(k), v, heads(first_tokens, f"{own}q_proj"), heads(pooled, f"{own}k_proj")]
     expected += [phi("q_proj", q), phi("k_proj", k)]
+    if options.get("chunk_states") != "sum":
+        logits = x @ weights["beta_proj.weight"].T + weights["beta_proj.bias"]
+        expected.append((1 / (1 + np.exp(-logits))).transpose(0, 2, 1))
 
     tensors = attention.project(torch.from_numpy(x))
     for actual, wanted in zip(tensors, expected, strict=True):
@@ -193,11 +199,51 @@ def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
             assert not torch.allclose(other, retrieved)
 
 
+# --- what chunk_states and retrieval_norm are for --------------------------------------------------
+
+
+def alone(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
+    """One head whose local values are nothing, and what `attend` takes: chunks of 4, keys of 4 numbers, gain 1."""
+    attention = BSBRAttention(4, 1, chunk_size=4, feature_map="linear", initial_gain=1, **options).double()
+    q = torch.zeros(1, 1, 12, 4, dtype=torch.float64)
+    tensors = {"q": q, "k": q.clone(), "v": q.clone(), "r": q[:, :, :3].clone(), "h": q[:, :, :2].clone()}
+    return attention, tensors
+
+
+def test_by_the_delta_rule_a_value_that_is_written_again_takes_the_place_of_the_first() -> None:
+    # A key twice in a chunk, with 1 and then with 5; read in the next: 5 with β = 1, their sum without.
+    for options, wanted in (({"retrieval_norm": False}, 5), ({"retrieval_norm": False, "chunk_states": "sum"}, 6)):
+        attention, tensors = alone(**options)
+        key = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+        keys, values = torch.zeros(1, 1, 12, 4, dtype=torch.float64), tensors["v"]
+        keys[0, 0, [0, 3]] = key
+        values[0, 0, 0, 1], values[0, 0, 3, 1] = 1, 5
+        queries = torch.zeros_like(keys)
+        queries[0, 0, 4] = key
+        beta = [torch.ones(1, 1, 12, dtype=torch.float64)][: attention.beta_proj is not None]
+        out = attention.attend(*tensors.values(), queries, keys, *beta)
+        torch.testing.assert_close(out[0, 0, 4], torch.tensor([0, wanted, 0, 0], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [2, 7, 40])
+def test_what_one_chunk_knows_is_heard_alike_among_any_number_of_chunks(chunks: int) -> None:
+    # One value of norm 2 = √head_dim under one key, among chunks of nothing: read whole, or divided by their number.
+    key, value = torch.eye(4, dtype=torch.float64)[0], torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)
+    for norm, wanted in ((True, value), (False, value / (chunks - 1))):
+        attention, _ = alone(retrieval_norm=norm)
+        x = torch.zeros(1, 1, 4 * chunks, 4, dtype=torch.float64)
+        keys, values, queries = x.clone(), x.clone(), x.clone()
+        keys[0, 0, 2], values[0, 0, 2], queries[0, 0, -1] = key, value, key
+        out = attention.attend(x, x, values, x[:, :, :chunks], x[:, :, : chunks - 1], queries, keys, torch.ones_like(x[..., 0]))
+        torch.testing.assert_close(out[0, 0, -1], wanted, rtol=0, atol=1e-9)
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
 @options_of_all_kinds
 def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[str, Any]) -> None:
+    options = options | {"retrieval_norm": False}  # of what is normalised the mean is another
     attention, runs, time = build(dropout=0.3, **options), 4000, 2 * CHUNK + 2
     x = hidden(time, batch=1)
     expected = attention.eval()(x)
@@ -213,7 +259,7 @@ def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[s
 
 
 def test_dropout_acts_on_both_softmaxes() -> None:
-    attention, deaf = build(dropout=0.5), build(dropout=0.5)
+    attention, deaf = (build(dropout=0.5, retrieval_norm=False) for _ in range(2))
     with torch.no_grad():
         deaf.retrieval_gain.zero_()
     torch.manual_seed(0)
@@ -281,6 +327,9 @@ def test_declared_flops_are_those_of_a_count_over_the_masks(time: int, options: 
         total += kv_heads * 2 * feature_dim * dim * (chunk < chunks - 1)  # into F, where a later chunk can ask for it
         total += heads * 2 * feature_dim * dim * (chunk > 0)  # out of F̄
     for chunk in range(chunks):
+        if options.get("chunk_states") != "sum" and chunk < chunks - 1:
+            for i in range(CHUNK):
+                total += kv_heads * i * 2 * (feature_dim + dim)  # a product of keys, and what of a value is known already
         total += heads * 2 * dim * chunk
         total += heads * 2 * feature_dim * dim * (chunk if top_k is None else min(top_k, chunk))
     assert attention.flops(time) == total
@@ -336,6 +385,7 @@ def test_the_gain_begins_as_asked_and_at_first_a_chunk_is_all_there_is(given: di
         ({"feature_map": "cubic"}, "feature_map must be one of quadratic, linear, got 'cubic'"),
         ({"initial_gain": "1"}, "initial_gain must be a finite number, got '1'"),
         ({"initial_gain": float("nan")}, "initial_gain must be a finite number, got nan"),
+        ({"chunk_states": "product"}, "chunk_states must be one of delta, sum, got 'product'"),
         ({"meta_pooling": "first"}, "meta_pooling must be one of mean, last, got 'first'"),
         ({"chunk_overlap": -1}, "chunk_overlap must be an integer of at least 0, got -1"),
         ({"chunk_overlap": 1.5}, "chunk_overlap must be an integer of at least 0, got 1.5"),
