@@ -63,10 +63,12 @@ def bsbr_attention(
     beta: β [batch, kv_heads, time], in [0, 1] where φ(k) is of unit norm; by default F_s is the sum.
     gain: g, one factor a head [heads], how much retrieval weighs; by default 1.
     top_k keeps only the top_k best-scored chunks in each retrieval, the earliest of equals. normalise: F̄_t is taken to the
-    norm √head_dim, however many states it is a mean of. dropout_p acts on the weights of both softmaxes, before that. impl: torch, native (CPU, compiled C++), triton (GPU); auto takes the fastest that can.
+    norm √head_dim, however many states it is a mean of. dropout_p acts on the weights of both softmaxes, before that.
+    impl: torch, native (CPU, compiled C++), triton (GPU); auto takes the fastest that can.
 
     Returns [batch, heads, time, head_dim]. Cost per head: local O(n·chunk_size·d), states and read-out O(n·d_r·d),
-    the delta rule O(n·chunk_size·(d_r + d)), mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but for the C² retrieval weights.
+    the delta rule O(n·chunk_size·(d_r + d)), mixing O(C²·d_r·d), or O(C·top_k·d_r·d) with top_k; memory linear in n but
+    for the C² retrieval weights.
     Raises ValueError if shapes do not fit or chunk_size or top_k is below 1 or chunk_overlap below 0, NotImplementedError
     if the implementation that was asked for cannot take such input.
     """
@@ -214,16 +216,16 @@ class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections; causal, any length, streamable.
 
     r_t is the query of a chunk's first token, h_s the mean key of a chunk, both before any rotation.
-    φ is `feature_map` (see `bsbr.features`). g = `GAIN` · γ, one learned γ per head, sets how much retrieval weighs, and begins
-    at 0: a model begins as its own chunks alone, since what is retrieved before anything was learned is noise, larger than
-    the rest. β_t = σ(w·x_t + b), one a kv head, σ(2) at first. Under rotary=True the local part is rotated; retrieval is by content and is not. Where no
-    gradients are wanted, `forward` and `extend` go through a long sequence in segments, so that what they need beside input,
-    output and chunk states does not grow with the length.
+    φ is `feature_map` (see `bsbr.features`). β_t = σ(w·x_t + b), one a kv head, σ(2) at first. g = `GAIN` · γ, one learned γ
+    per head, sets how much retrieval weighs, and begins at 0: a model begins as its own chunks alone, since what is retrieved
+    before anything was learned is noise, larger than the rest. Under rotary=True the local part is rotated; retrieval is by
+    content and is not. Where no gradients are wanted, `forward` and `extend` go through a long sequence in segments, so
+    that what they need beside input, output and chunk states does not grow with the length.
 
     chunk_size: B. compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
     chunk_overlap: tokens before its chunk that a token also sees. retrieval_top_k, impl: see `bsbr_attention`.
-    chunk_states: F_s by the "delta" rule, with β, or the "sum". retrieval_norm: `normalise` of `bsbr_attention`; what both
-    are for was measured (README, "What BSBR keeps of a chunk"). initial_gain: g at first. meta_projections: r and h have projections of their own, in place of those of q and k.
+    chunk_states: F_s by the "delta" rule, with β, or the "sum". retrieval_norm: whether F̄_t is normalised, see `bsbr_attention`.
+    initial_gain: g at first. meta_projections: r and h have projections of their own, in place of those of q and k.
     meta_pooling: h is of the mean of a chunk's tokens, or of the "last" alone.
     num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
     """
@@ -442,14 +444,13 @@ class BSBRAttention(MultiHeadAttention):
         else:  # the kernels know of no past
             attended, states, retrieved = plain.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
         rest = complete * size
+        opened = k_features[:, :, rest:], v[:, :, rest:], [one[:, :, rest:] for one in beta]
         wide = state["open_hidden"].dtype
         after = self._keep(keys, values, position + tokens)
         after |= _paged("meta_keys", known[0], meta_keys) | _paged("states", known[1], states)
         after |= {
             "retrieved": retrieved.clone(),  # a view would keep every chunk's alive
-            "open_state": self._stored(
-                *(k_features[:, :, rest:], v[:, :, rest:], [one[:, :, rest:] for one in beta]), torch.zeros_like(state["open_state"])
-            ),
+            "open_state": self._stored(*opened, torch.zeros_like(state["open_state"])),
             "open_hidden": hidden_states[:, rest:].to(wide).sum(dim=1),
         }
         return attended, after

@@ -117,7 +117,8 @@ def corrected(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None 
         values = values - keys @ state.to(wide)
     # By substitution, not by products of powers, which are shorter: with alike keys they grow like binomials and cancel.
     overlaps = (rates * (keys @ keys.mT)).tril(-1)
-    return torch.linalg.solve_triangular(overlaps, rates * values, upper=False, unitriangular=True).to(v.dtype)
+    solved: Tensor = torch.linalg.solve_triangular(overlaps, rates * values, upper=False, unitriangular=True)
+    return solved.to(v.dtype)
 
 
 Choose = Callable[[Tensor, int, int], Tensor]

@@ -55,7 +55,8 @@ def bsbr_attention(
                         states.append(_delta_rule(features[:, last], values[:, last], beta[:, shared, last].double()))
                     retrieved = _retrieve(r[:, head, chunk], h[:, shared, :chunk], states, top_k)
                     if normalise:
-                        retrieved = retrieved * math.sqrt(head_dim) / torch.sqrt((retrieved**2).sum(dim=(1, 2), keepdim=True) + 1e-12)
+                        norm = torch.sqrt((retrieved**2).sum(dim=(1, 2), keepdim=True) + 1e-12)
+                        retrieved = math.sqrt(head_dim) * retrieved / norm
                 weight = 1.0 if gain is None else gain[head].double()
                 output = output + weight * torch.einsum("br,brd->bd", phi_q[:, head, i], retrieved)
             outputs.append(output)

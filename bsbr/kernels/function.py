@@ -50,7 +50,6 @@ class BSBRFunction(torch.autograd.Function):
         unit = q_features is None or k_features is None
         phi_q, phi_k = (q, k) if q_features is None or k_features is None else (q_features, k_features)
         states = mixed = retrieved = mix_lse = None
-        local = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap, "unit": unit}
         with torch.cuda.device_of(q):
             if chunks:
                 values = v if corrected is None else corrected
@@ -61,7 +60,8 @@ class BSBRFunction(torch.autograd.Function):
                     mixed = top_k.gather(states, weights, chosen)
                 assert mixed is not None
                 retrieved = (mixed * norms(mixed)).to(mixed.dtype) if options.normalise else mixed
-            out, lse = output(q, k, v, phi_q, retrieved, gain, **local)
+            sizes = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap}
+            out, lse = output(q, k, v, phi_q, retrieved, gain, **sizes, unit=unit)
         ctx.save_for_backward(q, k, v, q_features, k_features, corrected, gain, r, h, weights, chosen, states, mixed, mix_lse, lse)
         ctx.options = options
         return out
@@ -76,7 +76,6 @@ class BSBRFunction(torch.autograd.Function):
         grad = tiles.rows_contiguous(grad)
         grad_r = grad_h = grad_weights = grad_states = grad_corrected = None
         retrieved, size = mixed, options.chunk_size
-        local = {"chunk_size": size, "chunk_overlap": options.chunk_overlap, "unit": unit}
         with torch.cuda.device_of(q):
             if states is not None:
                 # dF̄ of a chunk is the state of φ(q) and do: gathered by the same kernel.
@@ -93,10 +92,14 @@ class BSBRFunction(torch.autograd.Function):
                 else:
                     grad_states, grad_weights = top_k.gather_backward(states, weights, chosen, grad_mixed)
                 del grad_mixed
-            grad_q, grad_q_features, grad_gain, delta = queries_backward(q, k, v, phi_q, retrieved, gain, grad, lse, **local)
+            sizes = {"chunk_size": size, "chunk_overlap": options.chunk_overlap}
+            grad_q, grad_q_features, grad_gain, delta = queries_backward(
+                q, k, v, phi_q, retrieved, gain, grad, lse, **sizes, unit=unit
+            )
             of_v = None if corrected is not None else grad_states
-            grad_k, grad_v, grad_k_features = keys_backward(q, k, v, phi_k, of_v, grad, lse, delta, **local)
+            grad_k, grad_v, grad_k_features = keys_backward(q, k, v, phi_k, of_v, grad, lse, delta, **sizes, unit=unit)
             if corrected is not None and grad_states is not None:
+                assert grad_k_features is not None  # where there is U, there are features
                 tokens, shape = corrected.shape[2], (grad_states.shape[2], size)
                 grad_k_features[:, :, :tokens] = (corrected.unflatten(2, shape) @ grad_states.mT).flatten(2, 3)
                 grad_corrected = (phi_k[:, :, :tokens].unflatten(2, shape) @ grad_states).flatten(2, 3)

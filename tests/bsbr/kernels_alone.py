@@ -61,6 +61,7 @@ def inputs(
     d_r: int | None = None,
     batch: int = 1,
     spare_keys: int = 0,
+    beta: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(time)
@@ -78,6 +79,8 @@ def inputs(
     made["gain"] = torch.linspace(-1, 1.5, heads)
     if d_r is not None:
         made |= {name: made[name] / d_r**0.5 for name in ("q_features", "k_features")}
+    if beta:
+        made["beta"] = torch.rand(batch, kv_heads, time, generator=generator)
     return {name: x.to(DEVICE, dtype) for name, x in made.items()}
 
 
@@ -154,6 +157,22 @@ def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], option
 )
 def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, int]) -> None:
     hold(inputs(53, 16, heads=2, kv_heads=1, d_r=d_r, dtype=dtype), chunk_size=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("time", "d_r", "options"),
+    [
+        *((time, 8, {}) for time in (1, 16, 17, 53)),
+        (53, None, {"chunk_overlap": 5}),
+        (53, 8, {"top_k": 2}),
+        (53, 96, {"dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_the_delta_rule_and_the_norm_of_what_is_retrieved(time: int, d_r: int | None, options: dict[str, Any]) -> None:
+    dtype = options.pop("dtype", torch.float32)
+    for beta, normalise in ((True, True), (True, False), (False, True)):
+        hold(inputs(time, 16, d_r=d_r, beta=beta, dtype=dtype), chunk_size=16, normalise=normalise, **options)
 
 
 def test_without_a_gain_it_is_one() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bsbr import BSBRAttention, attention, bsbr_attention, dispatch, native, reference
+from bsbr import BSBRAttention, attention, bsbr_attention, dispatch, native, plain, reference
 from evals.checks import awake
 
 CHUNK = 6
@@ -16,7 +16,13 @@ OPTIONS: list[dict[str, int]] = [{}, {"chunk_overlap": 2}, {"chunk_overlap": 2 *
 
 
 def inputs(
-    time: int, *, features: int | None = None, dim: int = 6, chunk: int = CHUNK, dtype: torch.dtype = torch.float64
+    time: int,
+    *,
+    features: int | None = None,
+    beta: bool = False,
+    dim: int = 6,
+    chunk: int = CHUNK,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """4 heads that share 2 keys, 2 items; heads are views of joined ones, as projections give them."""
     generator = torch.Generator().manual_seed(time)
@@ -31,7 +37,13 @@ def inputs(
         "h": heads(2, chunks - 1, dim),
         "gain": torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype),
     }
-    return tensors | ({"q_features": heads(4, time, features), "k_features": heads(2, time, features)} if features else {})
+    if features:
+        tensors |= {"q_features": heads(4, time, features), "k_features": heads(2, time, features)}
+    if beta:
+        tensors["beta"] = heads(2, time, 1).squeeze(3).sigmoid()
+        if features:
+            tensors["k_features"] = plain.unit_norm(tensors["k_features"])
+    return tensors
 
 
 def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
@@ -62,15 +74,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("beta", [False, True])
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 2])
 @pytest.mark.parametrize(("stretch", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
 @pytest.mark.usefixtures("threads")
 def test_values_and_gradients_are_those_of_the_reference(
-    monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, options: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, beta: bool, options: dict[str, int]
 ) -> None:
     monkeypatch.setattr(native, "STRETCH", stretch)
     monkeypatch.setattr(native, "FEW", stretch)
-    check(inputs(time, features=features), 1e-10, chunk_size=CHUNK, **options)
+    check(inputs(time, features=features, beta=beta), 1e-10, chunk_size=CHUNK, normalise=beta, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -79,6 +92,7 @@ def test_tiles_that_are_full_and_those_that_are_not(chunk: int, dim: int, featur
     tensors = inputs(2 * chunk + 17, features=features, dim=dim, chunk=chunk, dtype=dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     check(tensors, tolerance, chunk_size=chunk, chunk_overlap=chunk // 3)
+    check(inputs(2 * chunk + 17, features=features, beta=True, dim=dim, chunk=chunk, dtype=dtype), tolerance, chunk_size=chunk)
 
 
 def test_more_chunks_than_are_mixed_at_once() -> None:

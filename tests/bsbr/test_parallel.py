@@ -18,6 +18,7 @@ from baselines.ring import RingAttention
 from bsbr import BSBRAttention, bsbr_attention, reference
 from bsbr.interface import Attention
 from bsbr.parallel import ContextParallel, bsbr_attention_parallel, sent_bytes
+from bsbr.plain import unit_norm
 from bsbr.ranks import Ranks, ring_sent_bytes, split
 from evals import forkserver
 from evals.checks import awake
@@ -27,13 +28,13 @@ CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
 
 # Name -> lengths of stretches, sizes and options.
 FUNCTIONS: dict[str, tuple[list[int], dict[str, int], dict[str, int]]] = {
-    "two whole": ([8, 4], {}, {}),
+    "two whole": ([8, 4], {}, {"normalise": True}),
     "two, an incomplete last chunk": ([8, 7], {}, {}),
     "two, one chunk and one token": ([4, 1], {}, {}),
     "two, a first rank that retrieves nothing": ([4, 14], {"kv_heads": 1}, {"chunk_overlap": 3}),
     "two, overlap longer than a stretch": ([4, 12], {}, {"chunk_overlap": 6}),
     "two, a last stretch shorter than the overlap": ([12, 3], {"kv_heads": 2}, {"chunk_overlap": 5}),
-    "two, top_k": ([8, 10], {"feature_dim": 2}, {"top_k": 2}),
+    "two, top_k": ([8, 10], {"feature_dim": 2}, {"top_k": 2, "normalise": True}),
     "four whole": ([4, 4, 4, 4], {"kv_heads": 1, "feature_dim": 3}, {}),
     "four unequal": ([4, 12, 4, 3], {"kv_heads": 2, "feature_dim": 2}, {"chunk_overlap": 9}),
     "four, top_k": ([8, 4, 8, 1], {}, {"top_k": 3, "chunk_overlap": 2}),
@@ -53,7 +54,7 @@ RINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "ring of four alike": ([4, 4, 4, 4], {}),
 }
 BAD = {"a boundary inside a chunk": [6, 6], "an empty rank": [0, 8], "an empty last rank": [8, 0]}
-NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "gain")
+NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "beta", "gain")
 
 
 def whole(lengths: Sequence[int], kv_heads: int = HEADS, feature_dim: int = HEAD_DIM) -> dict[str, Tensor]:
@@ -66,8 +67,10 @@ def whole(lengths: Sequence[int], kv_heads: int = HEADS, feature_dim: int = HEAD
         *((HEADS, time, feature_dim), (kv_heads, time, feature_dim)),
     ]
     tensors = [torch.randn(BATCH, *size, generator=generator, dtype=torch.float64) for size in sizes]
+    tensors[6] = unit_norm(tensors[6])
+    beta = torch.rand(BATCH, kv_heads, time, generator=generator, dtype=torch.float64)
     gain = torch.linspace(-1, 2, HEADS, dtype=torch.float64)
-    return {name: tensor.requires_grad_() for name, tensor in zip(NAMES, [*tensors, gain], strict=True)}
+    return {name: tensor.requires_grad_() for name, tensor in zip(NAMES, [*tensors, beta, gain], strict=True)}
 
 
 def cut(tensors: dict[str, Tensor], lengths: Sequence[int], rank: int) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ OPTIONS: list[dict[str, int]] = [
     {"top_k": 1},
     {"top_k": 2, "chunk_overlap": 3},
     {"top_k": 50},
+    {"normalise": True},
+    {"normalise": True, "top_k": 2},
 ]
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +43,8 @@ def bsbr_oracle(
     chunk_size: int,
     chunk_overlap: int = 0,
     top_k: int | None = None,
+    normalise: bool = False,
+    beta: Array | None = None,
 ) -> Array:
     heads, time, head_dim = q.shape[1:]
     k, v, h, phi_k = (np.repeat(x, heads // x.shape[1], axis=1) for x in (k, v, h, phi_k))
@@ -52,7 +56,17 @@ def bsbr_oracle(
     chunk_of = np.arange(time) // chunk_size
     chunks = chunk_of[-1] + 1
     belongs = (np.arange(chunks)[:, None] == chunk_of[None, :]).astype(float)
-    states = np.einsum("sj,bhjr,bhjd->bhsrd", belongs, phi_k, v)
+    if beta is None:
+        states = np.einsum("sj,bhjr,bhjd->bhsrd", belongs, phi_k, v)
+    else:  # what a token wrote, times I − β φ(k) φ(k)ᵀ of each that follows in its chunk
+        states = np.zeros((*q.shape[:2], chunks, phi_k.shape[3], head_dim))
+        beta = np.repeat(beta, heads // beta.shape[1], axis=1)[..., None, None]
+        erased = np.eye(phi_k.shape[3]) - beta * phi_k[..., :, None] * phi_k[..., None, :]
+        for token in range(time):
+            new = beta[:, :, token] * phi_k[:, :, token, :, None] * v[:, :, token, None, :]
+            for later in range(token + 1, min(time, (chunk_of[token] + 1) * chunk_size)):
+                new = erased[:, :, later] @ new
+            states[:, :, chunk_of[token]] += new
     scores = np.zeros((*q.shape[:2], chunks, chunks))  # the last chunk has no meta key; nobody may ask for it
     scores[..., : h.shape[2]] = np.einsum("bhtd,bhsd->bhts", r, h[:, :, :chunks]) / math.sqrt(head_dim)
     t, s = np.arange(chunks)[:, None], np.arange(chunks)[None, :]
@@ -63,6 +77,9 @@ def bsbr_oracle(
         better = outside[..., None, :] & ((b > a) | ((b == a) & (s[..., None, :] < s[..., None])))
         outside = outside & (better.sum(axis=-1) < top_k)
     retrieved = np.einsum("bhts,bhsrd->bhtrd", softmax(scores, outside), states)
+    if normalise:
+        norm = np.sqrt((retrieved**2).sum(axis=(-2, -1), keepdims=True))
+        retrieved = retrieved / np.where(norm == 0, 1, norm) * math.sqrt(head_dim)
     return out + np.einsum("bhir,bhird->bhid", phi_q, retrieved[:, :, chunk_of])
 
 
@@ -223,6 +240,54 @@ def test_the_gain_scales_what_each_head_retrieves() -> None:
         np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-9)
 
 
+def with_beta(time: int, **sizes: Any) -> dict[str, Tensor]:
+    """The named inputs, φ of unit norm, and β from 0 to 1."""
+    names = ("q", "k", "v", "r", "h", "q_features", "k_features")
+    named = dict(zip(names, inputs(time, **sizes), strict=True))
+    named |= {name: named[name] / named[name].norm(dim=-1, keepdim=True) for name in ("q_features", "k_features")}
+    return named | {"beta": torch.linspace(0, 1, named["k"].shape[:3].numel(), dtype=torch.float64).view(named["k"].shape[:3])}
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": True}, {"normalise": True, "top_k": 2, "chunk_overlap": 3}], ids=str)
+@pytest.mark.parametrize("time", LENGTHS)
+def test_the_delta_rule_in_each_chunk(time: int, options: dict[str, int]) -> None:
+    tensors = {name: x.requires_grad_() for name, x in with_beta(time).items()}
+    *rest, beta = (x.detach().numpy() for x in tensors.values())
+    expected = bsbr_oracle(*rest, chunk_size=CHUNK, beta=beta, **options)
+    outs = [function(**tensors, chunk_size=CHUNK, **options) for function in (bsbr_attention, reference.bsbr_attention)]
+    outs.append(bsbr_attention(**tensors, chunk_size=CHUNK, impl="torch", **options))
+    upstream = torch.randn(outs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for out in outs:
+        np.testing.assert_allclose(out.detach().numpy(), expected, rtol=0, atol=1e-9)
+        wanted = {"allow_unused": True, "materialize_grads": True}
+        gradients.append(torch.autograd.grad((out * upstream).sum(), list(tensors.values()), **wanted))
+    for a, b, c in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+        torch.testing.assert_close(c, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_gradients_of_the_delta_rule_are_those_of_finite_differences(impl: Any) -> None:
+    named = with_beta(2 * CHUNK + 3, heads=2, kv_heads=1, head_dim=2, feature_dim=2)
+    tensors = [x[:1].detach().requires_grad_() for x in named.values()]
+
+    def attend(*x: Tensor) -> Tensor:
+        return bsbr_attention(**dict(zip(named, x, strict=True)), chunk_size=CHUNK, normalise=True, impl=impl)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_delta_rule_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
+    tensors = {name: x.to(dtype) for name, x in with_beta(8 * CHUNK + 3).items()}
+    got, expected = (
+        function(**tensors, chunk_size=CHUNK, normalise=True) for function in (bsbr_attention, reference.bsbr_attention)
+    )
+    assert got.dtype == dtype
+    assert is_close(got, expected, tolerance)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("time", [1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
 def test_gradients_are_those_of_the_reference(time: int, options: dict[str, int]) -> None:
@@ -375,6 +440,7 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
             "h must be [batch, kv_heads, 1 chunks or more, head_dim], got [2, 2, 0, 6] beside k [2, 2, 9, 6]",
         ),
         ({"gain": torch.ones(2)}, "gain must be [heads = 4], got [2]"),
+        ({"beta": torch.ones(2, 4, 9)}, "beta must be [batch, kv_heads, time] = [2, 2, 9], got [2, 4, 9]"),
         (
             {"q_features": torch.zeros(2, 4, 9, 2)},
             (

@@ -29,6 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"chunk_size": 1},
     {"chunk_size": 1, "chunk_overlap": 2, "retrieval_top_k": 2},
     {"chunk_size": 1000, "rotary": True},
+    {"chunk_states": "sum", "retrieval_norm": False},
 ]
 options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
 Extend = Callable[[Tensor, State | None], tuple[Tensor, State]]
@@ -39,6 +40,8 @@ def build(**options: Any) -> BSBRAttention:
     attention = BSBRAttention(16, 4, **{"chunk_size": CHUNK} | options).double()
     with torch.no_grad():
         attention.retrieval_gain.copy_(torch.tensor([1.0, -0.5, 2.0, 0.1]))
+        if attention.beta_proj is not None:
+            attention.beta_proj.weight.normal_()
     return attention
 
 
