@@ -133,6 +133,11 @@ FIGURES = (
         learning.recall_front,
     ),
     Shown(
+        "retrieval_length",
+        "Accuracy of finding one pair, at the length of training and at longer ones, for forms of BSBR's retrieval.",
+        *(("retrieval_needle",), learning.accuracy_by_length),
+    ),
+    Shown(
         "length_extrapolation",
         "Accuracy at lengths that were not trained at.",
         *(("length_extrapolation",), learning.accuracy_by_length),

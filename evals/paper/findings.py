@@ -253,6 +253,10 @@ def retrieval(results: Path) -> str:
     return optional(results, "retrieval", _accuracies)
 
 
+def retrieval_length(results: Path) -> str:
+    return optional(results, "retrieval_needle", lambda one: _by_length(one, "accuracy"))
+
+
 def extrapolation(results: Path) -> str:
     return optional(results, "length_extrapolation", lambda one: _by_length(one, "accuracy"))
 
@@ -368,7 +372,7 @@ FINDINGS: dict[str, Callable[[Path], str]] = {
     tell.__name__: tell
     for tell in (
         *(setup, speed, rivals, exponents, memory, ceiling, losses, decode, decode_all, doubt),
-        *(recall, retrieval, extrapolation, needle, language, conversion, conversion_speed, provenance),
+        *(recall, retrieval, retrieval_length, extrapolation, needle, language, conversion, conversion_speed, provenance),
     )
 }
 
