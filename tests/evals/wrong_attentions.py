@@ -45,10 +45,10 @@ class RetrievesOwnChunk(BSBRAttention):
     """The mask over chunks is lower triangular, not strictly."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
-        q, k, v, r, h, q_features, k_features = tensors
+        q, k, v, r, h, q_features, k_features, beta = tensors
         local = local_attention(q, k, v, chunk_size=self.chunk_size)
-        states = chunk_states(k_features, v, self.chunk_size, h.shape[2])
-        return local + read(q_features, retrieve(r, [h], [states], first=1), self.chunk_size)
+        states = chunk_states(k_features, v, self.chunk_size, h.shape[2], beta)
+        return local + read(q_features, retrieve(r, [h], [states], first=1, normalise=True), self.chunk_size)
 
 
 class MetaQueryFromLastToken(BSBRAttention):
