@@ -53,7 +53,7 @@ def learned(saved: Path, *overrides: str) -> dict[str, Any]:
     [
         ("mqar", ("task.num_pairs=3", "task.vocabulary=32", "shape.seq_len=24", "training.steps=200")),
         ("copy", ("task.symbols=8", "shape.seq_len=16", "training.steps=200")),
-        ("copy", ("task.symbols=8", "shape.seq_len=16", "training.steps=200", "attention=[bsbr]", "attention.bsbr.chunk_size=4")),
+        ("copy", ("task.symbols=8", "shape.seq_len=16", "training.steps=300", "attention=[bsbr]", "attention.bsbr.chunk_size=4")),
         ("selective_copy", ("task.items=4", "task.symbols=8", "shape.seq_len=12", "training.steps=350")),
         ("induction", ("task.symbols=8", "shape.seq_len=16", "training.steps=120")),
         ("needle", ("task.num_pairs=2", "task.symbols=8", "task.depths=3", "shape.seq_len=16", "training.steps=200")),
