@@ -41,8 +41,9 @@ def test_every_latency_stands_in_its_place(form: object, separator: str) -> None
         told = [text.strip() for text in line.strip("|").rstrip("\\ ").split(separator)[1:]]
         rows = results[results["attention"] == name].set_index("seq_len")
         for length, text in zip(lengths, told, strict=True):
-            number = float(text.replace(r"$\pm$", "±").partition("±")[0])
-            assert number == pytest.approx(rows.loc[length, "latency_s"] * 1e3, rel=6e-3)
+            number = text.replace(r"$\pm$", "±").partition("±")[0]
+            last = 10.0 ** -len(number.partition(".")[2])
+            assert float(number) == pytest.approx(rows.loc[length, "latency_s"] * 1e3, abs=0.501 * last, rel=0)
 
 
 def test_a_hostile_name_is_text() -> None:
