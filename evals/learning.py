@@ -57,6 +57,9 @@ SAID = {
 }
 """What rows were learned under, and how a subtitle says it."""
 
+SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
+"""Of these settings that make another model, and leave what is asked of it as it is."""
+
 
 class Learned(NamedTuple):
     """The rows of one set of figures: those of the best learning rates that are ok, and the points of their losses."""
@@ -82,6 +85,11 @@ class Learned(NamedTuple):
         """Where the sweep goes furthest."""
         last: pd.DataFrame = rows[rows[self.swept] == rows[self.swept].max()]
         return last
+
+    @property
+    def costed(self) -> pd.DataFrame:
+        """What a front compares, as all of it is asked the same: every size of the models; or where the sweep goes furthest."""
+        return self.trained if self.swept in SIZES else self.at_last(self.trained)
 
     def words(self, rows: pd.DataFrame, *notes: str, left: float = LEFT) -> str:
         said = (
@@ -181,42 +189,43 @@ def loss(learned: Learned) -> Figure | None:
 
 def recall_front(learned: Learned) -> Figure | None:
     """Accuracy against the bytes to decode with, at the length of training; None where bits are the measure."""
-    rows = learned.at_last(learned.trained)
+    rows = learned.costed
     if rows.empty or rows["bits_per_byte"].notna().any():
         return None
-    lines = {str(name): line(own, "state_bytes", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "state", ("state after the sequence, all layers", in_bytes, LogLocator(base=2, numticks=8)))
+    axis = "state after the sequence, all layers", in_bytes, LogLocator(base=2, numticks=8)
+    return _front(learned, rows, "state_bytes", "state", axis)
 
 
 def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
     """Accuracy against the time that the next token takes behind as long a context; None where bits are the measure.
 
-    decoded: what the same model takes to decode. An attention that is not in both is left out.
+    decoded: what the same models take to decode. One that is not in both is left out.
     """
-    rows = learned.at_last(learned.trained)
+    rows = learned.costed
     if rows.empty or rows["bits_per_byte"].notna().any():
         return None
-    times = decoded.rows[decoded.rows["seq_len"] == rows["seq_len"].iloc[0]].set_index("attention")["latency_s"].dropna()
-    rows = rows.assign(token_s=rows["attention"].map(times)).dropna(subset="token_s")
+    model = ["attention", *([learned.swept] if learned.swept in SIZES else [])]
+    times = decoded.rows[decoded.rows["seq_len"] == rows["seq_len"].iloc[0]].set_index(model)["latency_s"].dropna()
+    rows = rows.join(times, on=model).dropna(subset="latency_s")
     if rows.empty:
         return None
-    lines = {str(name): line(own, "token_s", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    return _front(learned, rows, lines, "latency", ("median time of the next token", seconds, MaxNLocator(5)))
+    return _front(learned, rows, "latency_s", "latency", ("median time of the next token", seconds, MaxNLocator(5)))
 
 
 def _front(
-    learned: Learned,
-    rows: pd.DataFrame,
-    lines: Mapping[str, Line],
-    cost: str,
-    axis: tuple[str, Callable[[float], str], Locator],
+    learned: Learned, rows: pd.DataFrame, column: str, cost: str, axis: tuple[str, Callable[[float], str], Locator]
 ) -> Figure:
-    """Accuracy against a cost, a point an attention. axis: the cost's words, how it is written, and where."""
+    """Accuracy against a cost: a point a model, a line through the sizes of one attention. axis: its words, how it is written, and
+    where.
+    """
     words, written, ticks = axis
-    note = "line: the front; nobody on it remembers more with less"
-    place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(plain(rows[learned.swept].iloc[0])).removeprefix("trained at ")
-    axes = _lines(f"Accuracy against {cost} at {place}, upper left is better", learned.words(rows, note), lines, learned.looks)
-    points = sorted((float(one.x[0]), float(one.y[0])) for one in lines.values())
+    lines = {str(name): line(own, column, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
+    note = "grey: the front; nobody on it remembers more with less"
+    places = [plain(one) for one in sorted(rows[learned.swept].unique())]
+    place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(" to ".join(dict.fromkeys([places[0], places[-1]])))
+    axes = _lines(f"Accuracy against {cost}, {place}: upper left is better", learned.words(rows, note), lines, learned.looks)
+    points = [(x, y) for one in lines.values() for x, y in zip(one.x.tolist(), one.y.tolist(), strict=True)]
+    points.sort(key=lambda point: (point[0], -point[1]))  # of equal cost, the best first
     best = [(x, y) for index, (x, y) in enumerate(points) if all(y > other for _, other in points[:index])]
     corners = [(x, level) for (x, y), (_, before) in zip(best, [(0.0, 0.0), *best], strict=False) for level in (before, y)]
     axes.set_xscale("log")

@@ -123,9 +123,9 @@ FIGURES = (
     Shown(
         "recall_latency",
         "Accuracy of recall against the time of the next token, and the front of those that nobody beats in both.",
-        *(("recall_512", "decode_recall"), learning.recall_latency),
+        *(("recall_sizes", "decode_sizes"), learning.recall_latency),
     ),
-    Shown("recall", "Accuracy of recall over the number of pairs.", ("recall*",), learning.accuracy),
+    Shown("recall", "Accuracy of recall over the number of pairs.", ("recall",), learning.accuracy),
     Shown(
         "retrieval_front",
         "Accuracy of recall against the bytes that decoding keeps, for forms of BSBR's retrieval.",

@@ -246,7 +246,15 @@ def doubt(results: Path) -> str:
 
 
 def recall(results: Path) -> str:
-    return optional(results, "recall*", _accuracies)
+    return optional(results, "recall", _accuracies)
+
+
+def recall_wider(results: Path) -> str:
+    return "\n\n".join(optional(results, data, _accuracies) for data in ("recall_256", "recall_512"))
+
+
+def recall_sizes(results: Path) -> str:
+    return optional(results, "recall_sizes", _accuracies)
 
 
 def retrieval(results: Path) -> str:
@@ -270,17 +278,30 @@ def language(results: Path) -> str:
 
 
 def _accuracies(one: Source) -> str:
-    """Where the sweep goes furthest: accuracy, and what is kept for it; the best first."""
+    """Accuracy wherever the sweep goes, the best at its furthest first, and what is kept for it."""
     learned: Learned = next(iter(one.sets.values()))
-    asked = learned.at_last(learned.trained).sort_values("accuracy", ascending=False, kind="stable")
-    kept = asked.set_index("attention")["state_bytes"]
+    asked, swept = learned.trained, learned.swept
+    alike = asked.groupby("attention")["state_bytes"].nunique().max() == 1
+    at = {(row["attention"], row[swept]): row for _, row in asked.iterrows()}
+    places = sorted(asked[swept].unique())
+    last = learned.at_last(asked).sort_values("accuracy", ascending=False, kind="stable").set_index("attention")
+    kept = last["state_bytes"]
     of = kept.get(next((name for name in ("standard", *kept.index) if name in kept.index), ""), math.nan)
+
+    def told(name: str, place: Any) -> str:
+        row = at.get((name, place))
+        if row is None:
+            return ""
+        return _mean(row, "accuracy") if alike else f"{_mean(row, 'accuracy')}, {in_bytes(row['state_bytes'])}"
+
     rows = [
-        [f"`{row['attention']}`", _mean(row, "accuracy"), in_bytes(row["state_bytes"]), times(row["state_bytes"] / of)]
-        for _, row in asked.iterrows()
+        [f"`{name}`", *(told(name, place) for place in places), *([in_bytes(kept[name]), times(kept[name] / of)] if alike else [])]
+        for name in last.index
     ]
+    name = swept.replace("num_", "").replace("_", " ")
+    heads = [f"{name} {plain(place)}" for place in places] if len(places) > 1 else ["accuracy"]
     words = learned.words(asked, left=-math.inf)
-    return f"{_sentence(words)}\n\n{rows_of(['', 'accuracy', 'state', 'of standard'], rows)}"
+    return f"{_sentence(words)}\n\n{rows_of(['', *heads, *(['state', 'of standard'] if alike else [])], rows)}"
 
 
 def _by_length(one: Source, column: str) -> str:
@@ -372,7 +393,8 @@ FINDINGS: dict[str, Callable[[Path], str]] = {
     tell.__name__: tell
     for tell in (
         *(setup, speed, rivals, exponents, memory, ceiling, losses, decode, decode_all, doubt),
-        *(recall, retrieval, retrieval_length, extrapolation, needle, language, conversion, conversion_speed, provenance),
+        *(recall, recall_wider, recall_sizes, retrieval, retrieval_length, extrapolation, needle, language),
+        *(conversion, conversion_speed, provenance),
     )
 }
 

@@ -27,6 +27,7 @@ from evals.paper.radar import WORST, radar, respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source
 from evals.pareto import pareto
+from tests.evals.learned import losses, recalled, sized
 from tests.evals.sweeps import crossing, data, failing, fitted, line, table, words
 
 ROOT = Path(__file__).parents[2]
@@ -298,9 +299,27 @@ def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
     source.cache_clear()
     with pytest.raises(ValueError, match=r"seq_len holds no results, .* `python -m evals\.run sweep=seq_len .*` makes it"):
         FINDINGS["speed"](tmp_path)
-    learned = ("recall", "retrieval", "retrieval_length", "extrapolation", "needle", "language")
+    learned = ("recall", "recall_wider", "recall_sizes", "retrieval", "retrieval_length", "extrapolation", "needle", "language")
     for name in ("decode_all", *learned, "conversion_speed"):
         assert FINDINGS[name](tmp_path).startswith("*Not measured yet, ")
+
+
+def test_a_table_of_recall_says_the_state_once_or_with_every_size(tmp_path: Path) -> None:
+    source.cache_clear()
+    rows = recalled()
+    for name, found in {"recall": rows, "recall_sizes": sized(rows)}.items():
+        (tmp_path / name).mkdir()
+        found.to_csv(tmp_path / name / "results.csv", index=False)
+        losses().to_csv(tmp_path / name / "curves.csv", index=False)
+    once, each = ([row.split(" | ") for row in FINDINGS[name](tmp_path).splitlines()] for name in ("recall", "recall_sizes"))
+    assert once[2][1:] == ["pairs 4", "pairs 8", "pairs 16", "state", "of standard |"]
+    last = rows[rows["best"] & (rows["num_pairs"] == 16)].sort_values("accuracy", ascending=False)
+    assert [row[0] for row in once[4:]] == [f"| `{name}`" for name in last["attention"]]
+    kept = {row[0]: row[4:] for row in once[4:]}  # 1000, 2000 and 3000 bytes
+    assert kept["| `bsbr`"] == ["1.95 KiB", "2.0× |"]
+    assert each[2][1:] == ["hidden dim 4", "hidden dim 8", "hidden dim 16 |"]
+    told = {row[0]: [one.partition(", ")[2] for one in row[1:]] for row in each[4:]}
+    assert told["| `bsbr`"] == ["7.81 KiB", "15.6 KiB", "31.2 KiB |"]
 
 
 def test_every_table_of_the_page_is_one() -> None:
