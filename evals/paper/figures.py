@@ -47,7 +47,7 @@ FIGURES = (
     Shown(
         "dashboard",
         "The study at a glance: time, speed-up, memory, part of the ceiling, exponents, and what is recalled with how much.",
-        *(SEQ_LEN, overview.dashboard, ("retrieval",)),
+        *(SEQ_LEN, overview.dashboard, ("recall_sizes",)),
     ),
     Shown(
         "model_comparison",
@@ -94,7 +94,7 @@ FIGURES = (
     Shown(
         "radar",
         "How near each attention comes to the best of all, on axes that the figure defines.",
-        *(SEQ_LEN, radar, ("retrieval",)),
+        *(SEQ_LEN, radar, ("recall_sizes",)),
     ),
     # --- beyond it: the kernel alone, long sequences, decoding
     Shown(
@@ -147,6 +147,11 @@ FIGURES = (
         "language_modeling",
         "Bits per byte of text, by how many bytes of context there were.",
         *(("language_modeling",), learning.bits_by_position),
+    ),
+    Shown(
+        "loss",
+        "Training loss over steps, at the best learning rate.",
+        *(("language_modeling",), learning.loss),
     ),
     # --- conversion
     Shown(
