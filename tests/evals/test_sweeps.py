@@ -23,6 +23,7 @@ LEARNED = (
     "retrieval",
     "recall",
     "recall_length",
+    "recall_sizes",
 )  # asked for by name alone: they take hours
 EXTRA = ("conversion",)  # asked for by name alone: it needs the extra `convert`
 SMALL = ("model.hidden_dim=32", "model.num_heads=2", "model.ff_dim=64", "shape.seq_len=40")
