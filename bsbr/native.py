@@ -262,9 +262,7 @@ class _Quadratic(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(x)
-        features = x.new_empty(x.shape[0], x.shape[2], x.shape[1], size).transpose(1, 2)
-        torch.ops.bsbr.quadratic(x, features)
-        return features
+        return _products(x, size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -275,8 +273,16 @@ class _Quadratic(torch.autograd.Function):
         return d_x, None
 
 
+def _products(x: Tensor, size: int) -> Tensor:
+    features = x.new_empty(x.shape[0], x.shape[2], x.shape[1], size).transpose(1, 2)
+    torch.ops.bsbr.quadratic(x, features)
+    return features
+
+
 def quadratic(x: Tensor, size: int) -> Tensor:
     """See `bsbr.features.quadratic`; differentiable once."""
+    if not (torch.is_grad_enabled() and x.requires_grad):  # when decoding, autograd takes as long as the products
+        return _products(x, size)
     features: Tensor = _Quadratic.apply(x, size)  # type: ignore[no-untyped-call]
     return features
 

@@ -115,6 +115,8 @@ def corrected(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None 
     keys, values, rates = k_features.to(wide), v.to(wide), beta.to(wide).unsqueeze(-1)
     if state is not None:
         values = values - keys @ state.to(wide)
+    if v.shape[-2] == 1:  # when decoding: there is nobody before it to be disturbed by
+        return (rates * values).to(v.dtype)
     # By substitution, not by products of powers, which are shorter: with alike keys they grow like binomials and cancel.
     overlaps = (rates * (keys @ keys.mT)).tril(-1)
     solved: Tensor = torch.linalg.solve_triangular(overlaps, rates * values, upper=False, unitriangular=True)
