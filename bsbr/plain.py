@@ -162,7 +162,7 @@ def retrieve(
     r: [batch, heads, rows, head_dim], row i the meta query of chunk `first` + i, which sees the chunks before it.
     h: [batch, kv_heads, chunks, head_dim] and states: [batch, kv_heads, chunks, d_r, head_dim], from chunk 0 on, in one
     piece or several; a piece of states may have room for more chunks than h has of it. gain: g, one factor a head.
-    normalise: F̄_t is taken to the norm √head_dim, see `norms`; dropout acts before that.
+    normalise: F̄_t is taken to the norm √head_dim, see `norm_factors`; dropout acts before that.
     A chunk that sees none retrieves zero. choose, mix: what finds the top_k best, and what
     sums the states where all count.
     """
@@ -198,11 +198,11 @@ def retrieve(
     mixed = mixed.view(batch, heads, rows, *states[0].shape[3:])
     if not normalise:
         return mixed
-    scale = norms(mixed)
+    scale = norm_factors(mixed)
     return (mixed * (scale if gain is None else scale * gain.view(heads, 1, 1, 1))).to(mixed.dtype)
 
 
-def norms(mixed: Tensor) -> Tensor:
+def norm_factors(mixed: Tensor) -> Tensor:
     """What F̄ [batch, heads, rows, d_r, head_dim] is taken times, so that its norm is √head_dim: [batch, heads, rows, 1, 1].
 
     √head_dim is that of a state that holds one value, whose numbers are about 1, under a key of unit norm. The mean of C states of

@@ -12,7 +12,7 @@ from bsbr.kernels.mixing import mix, mix_backward
 from bsbr.kernels.output import output
 from bsbr.kernels.output_backward import keys_backward, queries_backward
 from bsbr.kernels.states import chunk_states
-from bsbr.plain import norms, unit_norm
+from bsbr.plain import norm_factors, unit_norm
 
 
 class Options(NamedTuple):
@@ -59,7 +59,7 @@ class BSBRFunction(torch.autograd.Function):
                 elif weights is not None and chosen is not None:
                     mixed = top_k.gather(states, weights, chosen)
                 assert mixed is not None
-                retrieved = (mixed * norms(mixed)).to(mixed.dtype) if options.normalise else mixed
+                retrieved = (mixed * norm_factors(mixed)).to(mixed.dtype) if options.normalise else mixed
             sizes = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap}
             out, lse = output(q, k, v, phi_q, retrieved, gain, **sizes, unit=unit)
         ctx.save_for_backward(q, k, v, q_features, k_features, corrected, gain, r, h, weights, chosen, states, mixed, mix_lse, lse)
@@ -82,7 +82,7 @@ class BSBRFunction(torch.autograd.Function):
                 grad_mixed = chunk_states(phi_q, grad, first=1, chunks=states.shape[2], chunk_size=size, unit=unit, gain=gain)
                 if options.normalise:
                     # Of y = s x, s = √d (|x|² + ε)^-1/2: dx = s (dy − y (y·dy)/d).
-                    scale, upstream = norms(mixed), grad_mixed.float()
+                    scale, upstream = norm_factors(mixed), grad_mixed.float()
                     normal = mixed.float() * scale
                     along = (normal * upstream).sum(dim=(-2, -1), keepdim=True) / mixed.shape[-1]
                     retrieved, grad_mixed = normal.to(mixed.dtype), (scale * (upstream - normal * along)).to(mixed.dtype)
