@@ -174,20 +174,20 @@ class Searched:
 
 
 def failed(record: Record) -> str:
-    return f"  {record['attention']:<16}{record['outcome']}: {record['detail']}"
+    return f"  {record['attention']:<15} {record['outcome']}: {record['detail']}"
 
 
 def first_row(latency: Record, trial: Record) -> str:
     """What an attention's first round gave."""
     seconds = statistics.median(medians(latency["turns"]))
     held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
-    return f"  {latency['attention']:<16}about {seconds * 1e3:8.3f} ms{held}"
+    return f"  {latency['attention']:<15} about {seconds * 1e3:8.3f} ms{held}"
 
 
 def probe(tried: Record) -> str:
     """One length of a search, and whether it fits."""
     held = "" if tried["peak_bytes"] is None else f"{tried['peak_bytes'] / 2**20:10.2f} MiB"
-    return f"  {tried['attention']:<16}{tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
+    return f"  {tried['attention']:<15} {tried['seq_len']:>9} tokens{held}  {tried['outcome']}"
 
 
 def trained(run: Record) -> str:
@@ -196,7 +196,7 @@ def trained(run: Record) -> str:
         return failed(run)
     place = f"rate {run['learning_rate']:g}, seed {run['seed']}"
     told = f"accuracy {_accuracy(run):.3f}, loss {run['curve'][-1][1]:.3f}, {run['train_s']:.0f} s"
-    return f"  {run['attention']:<16}{place:<24}{told}"
+    return f"  {run['attention']:<15} {place:<24}{told}"
 
 
 def _accuracy(run: Record) -> float:
