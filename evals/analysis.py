@@ -29,9 +29,9 @@ def analyse(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.Da
     if not is_number(results[column]) or (results[column] <= 0).any() or ok.empty:
         return {}
     histories = {key: History(records, key) for key in ok["comparison"].unique()}
-    # What differs between attentions alone, as ff_dim where parameters are matched, keeps nothing apart that is compared.
-    varied = results.groupby("attention")[list(SETTINGS)].nunique(dropna=False).gt(1).any()
-    fixed = [setting for setting in SETTINGS if setting != column and varied[setting]]
+    # Where parameters are matched, ff_dim goes with the attention and the swept size, and keeps nothing apart that is compared.
+    follows = {column, "ff_dim"} if results["match"].eq("params").all() else {column}
+    fixed = [setting for setting in SETTINGS if setting not in follows and results[setting].nunique(dropna=False) > 1]
     scaling, crossing = [], []
     for values, rows in ok.groupby(fixed, dropna=False) if fixed else [((), ok)]:
         settings = dict(zip(fixed, values, strict=True))

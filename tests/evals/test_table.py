@@ -114,13 +114,13 @@ def test_exponents_and_crossings_of_known_curves() -> None:
 
 
 def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> None:
-    """match=params gives every attention an ff_dim of its own."""
+    """match=params gives every attention an ff_dim of its own, and another one at every size of the model."""
     lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
     records = sweep(lengths, noise=0.02)
     rows = table.results(records)
     alike, matched = (
-        analyse(rows.assign(ff_dim=rows["attention"].map(sizes)), records)
-        for sizes in ({"standard": 64, "line": 64}, {"standard": 64, "line": 60})
+        analyse(rows.assign(ff_dim=ff_dim, match=match), records)
+        for match, ff_dim in (("", 64), ("params", rows["attention"].map({"standard": 64, "line": 60}) + rows["seq_len"]))
     )
     assert len(matched["crossovers"]) == 1
     for kind in ("scaling", "crossovers"):
