@@ -30,6 +30,7 @@ from evals.page import (
     placed,
     plain,
     seconds,
+    spoken,
     spread,
     weight,
     wide,
@@ -132,7 +133,7 @@ def accuracy(learned: Learned) -> Figure | None:
     lines = {str(name): line(own, learned.swept, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     axes = _lines("Accuracy, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
     _of_accuracy(axes, rows, learned.swept)
-    _log_x(axes, rows[learned.swept].unique(), AXIS_NAMES.get(learned.swept, learned.swept.replace("num_", "").replace("_", " ")))
+    _log_x(axes, rows[learned.swept].unique(), AXIS_NAMES.get(learned.swept, spoken(learned.swept)))
     return _named(axes, lines, learned.looks)
 
 

@@ -59,6 +59,11 @@ def plain(value: object) -> str:
     return f"{value:g}" if value % 1 else f"{value:.0f}"
 
 
+def spoken(setting: str) -> str:
+    """A setting's name as people say it: num_pairs -> pairs, hidden_dim -> hidden dim."""
+    return setting.replace("num_", "").replace("_", " ")
+
+
 def about(value: float) -> str:
     """An estimated setting in the two digits that it is worth: 1189 -> 1.2k."""
     for power, unit in ((2, "M"), (1, "k")):

@@ -14,7 +14,7 @@ import pandas as pd
 
 from evals.conversion import STAGES
 from evals.learning import Learned
-from evals.page import BYTES, SECONDS, Sweep, conditions, plain, scaled
+from evals.page import BYTES, SECONDS, Sweep, conditions, plain, scaled, spoken
 from evals.panels import times
 from evals.paper.captions import shown
 from evals.paper.crossings import stretches
@@ -298,8 +298,7 @@ def _accuracies(one: Source) -> str:
         [f"`{name}`", *(told(name, place) for place in places), *([in_bytes(kept[name]), times(kept[name] / of)] if alike else [])]
         for name in last.index
     ]
-    name = swept.replace("num_", "").replace("_", " ")
-    heads = [f"{name} {plain(place)}" for place in places] if len(places) > 1 else ["accuracy"]
+    heads = [f"{spoken(swept)} {plain(place)}" for place in places] if len(places) > 1 else ["accuracy"]
     words = learned.words(asked, left=-math.inf)
     return f"{_sentence(words)}\n\n{rows_of(['', *heads, *(['state', 'of standard'] if alike else [])], rows)}"
 

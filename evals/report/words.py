@@ -10,7 +10,7 @@ import pandas as pd
 
 from evals import figures
 from evals.evidence import Results
-from evals.page import SETTINGS, Sweep, about, conditions, in_bytes, is_number, plain, seconds
+from evals.page import SETTINGS, Sweep, about, conditions, in_bytes, is_number, plain, seconds, spoken
 from evals.report.charts import named
 from evals.report.sources import CONTEXT, LEARNED, Source
 
@@ -188,7 +188,7 @@ def _learned(rows: pd.DataFrame, swept: str) -> Verdict:
     quantity, question = ("bits_per_byte", "Fewest bits per byte") if bits else ("accuracy", "Best at recall")
     answers = []
     trained = ok[ok["eval_seq_len"] == ok["seq_len"]]
-    name = swept.replace("num_", "").replace("_", " ")
+    name = spoken(swept)
     answers.append((question, _best_by(trained, swept, quantity, name)))
     answers.append(("Smallest state", _smallest(trained, swept, quantity, name)))
     longer = ok[ok[swept] == ok[swept].max()] if is_number(ok[swept]) else ok[:0]
