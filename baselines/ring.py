@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baselines.standard import StandardAttention
-from bsbr.ranks import Ranks
+from bsbr.process_group import Ranks
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, ranks: Ranks, lengths: Sequence[int]) -> Tensor:
@@ -20,7 +20,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, ranks: Ranks, lengths: Se
     rank's future are handed on only, so that of a causal sequence the last rank has the most to do.
 
     q: [batch, heads, time, head_dim]; k, v: [batch, kv_heads, time, head_dim], of this rank's stretch; lengths: all ranks'.
-    Returns the shape of q. Without gradients. Sent: see `bsbr.ranks.ring_sent_bytes`.
+    Returns the shape of q. Without gradients. Sent: see `bsbr.process_group.ring_sent_bytes`.
     Raises NotImplementedError where a gradient is asked for.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):

@@ -11,7 +11,12 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from bsbr import dispatch, kernels, native, plain, reference
+from bsbr import reference
+from bsbr.backends import dispatch, pytorch, triton
+from bsbr.backends.cpp import operators
+from bsbr.backends.pytorch import corrected, sdpa
+from bsbr.backends.triton import tuning
+from bsbr.cost import flops
 from bsbr.features import FeatureMap, features
 from bsbr.interface import (
     MultiHeadAttention,
@@ -25,9 +30,8 @@ from bsbr.interface import (
     rotate,
     split_heads,
 )
-from bsbr.kernels import tuning
-from bsbr.plain import corrected, sdpa
-from bsbr.ranks import Ranks
+from bsbr.process_group import Ranks
+from bsbr.validation import check_inputs, check_options
 
 
 def bsbr_attention(
@@ -89,102 +93,11 @@ def bsbr_attention(
     features = () if q_features is None or k_features is None else (q_features, k_features)
     chosen = dispatch.choose(impl, q, k, v, r, h, *features, gain=gain, dropout_p=dropout_p)
     if chosen == "triton":
-        return kernels.bsbr_attention(q, k, v, r, h, **options)
+        return triton.bsbr_attention(q, k, v, r, h, **options)
     h = h[:, :, : chunks - 1]
     if chosen == "native":
-        return native.segment(q, k, v, r, h, **options)[0]
-    return plain.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
-
-
-def check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
-    require_positive(chunk_size=chunk_size)
-    if top_k is not None:
-        require_positive(retrieval_top_k=top_k)
-    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
-        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
-
-
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    h: Tensor,
-    q_features: Tensor | None,
-    k_features: Tensor | None,
-    beta: Tensor | None,
-    gain: Tensor | None,
-    *,
-    chunk_size: int,
-    retrievable: int,
-) -> None:
-    """Raises ValueError unless k and v have q's time and the rest its shape; q, k and v are checked heads.
-
-    retrievable: how many meta keys h must hold at least.
-    """
-    time = q.shape[2]
-    if k.shape[2] != time:
-        raise ValueError(
-            f"q and k must have the same time, got {time} and {k.shape[2]}; to continue a sequence use BSBRAttention.extend"
-        )
-    chunks = -(-time // chunk_size)
-    if r.shape != (*q.shape[:2], chunks, q.shape[3]):
-        raise ValueError(
-            f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}"
-        )
-    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < retrievable or h.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"h must be [batch, kv_heads, {retrievable} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
-        )
-    if q_features is not None or k_features is not None:
-        if q_features is None or k_features is None:
-            raise ValueError("q_features and k_features go together: give both, or neither")
-        if q_features.shape[:-1] != q.shape[:-1] or k_features.shape != (*k.shape[:-1], q_features.shape[-1]):
-            raise ValueError(
-                "q_features and k_features must be those of q and k in all but their common last size, d_r: "
-                f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
-            )
-    if beta is not None and beta.shape != k.shape[:3]:
-        raise ValueError(f"beta must be [batch, kv_heads, time] = {list(k.shape[:3])}, got {list(beta.shape)}")
-    if gain is not None and gain.shape != q.shape[1:2]:
-        raise ValueError(f"gain must be [heads = {q.shape[1]}], got {list(gain.shape)}")
-
-
-def flops(
-    seq_len: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    feature_dim: int,
-    chunk_size: int,
-    chunk_overlap: int = 0,
-    top_k: int | None = None,
-    delta: bool = False,
-) -> int:
-    """What `bsbr_attention` of one sequence costs at least, in matrix products, multiply-add = 2. delta: with β.
-
-    A head: 4·d per visible pair, 2·d_r·d per token read and per chunk mixed, 2·d per chunk scored; a kv head: 2·d_r·d per token
-    stored, and with β 2·(d_r + d) per pair of those of a chunk.
-    """
-    size = chunk_size
-    full, rest = divmod(seq_len, size)
-    chunks = -(-seq_len // size)
-    pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
-    pairs += sum(
-        min(chunk_overlap, start) * min(size, seq_len - start) for start in range(0, min(seq_len, chunk_overlap + size), size)
-    )
-    whole_overlap_from = -(-min(seq_len, chunk_overlap + size) // size) * size
-    pairs += chunk_overlap * max(0, seq_len - whole_overlap_from)
-    scored = chunks * (chunks - 1) // 2
-    mixed = scored if top_k is None else sum(min(chunk, top_k) for chunk in range(chunks))
-    state = feature_dim * head_dim
-    stored = (chunks - 1) * size
-    read_out = seq_len - min(seq_len, size)
-    per_head = 4 * head_dim * pairs + 2 * head_dim * scored + 2 * state * (mixed + read_out)
-    per_kv_head = 2 * state * stored
-    if delta:
-        per_kv_head += (chunks - 1) * size * (size - 1) * (feature_dim + head_dim)
-    return num_heads * per_head + num_kv_heads * per_kv_head
+        return operators.segment(q, k, v, r, h, **options)[0]
+    return pytorch.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
 
 
 # --- the module ---------------------------------------------------------------------------------
@@ -314,8 +227,8 @@ class BSBRAttention(MultiHeadAttention):
         return reference.bsbr_attention(*tensors[:5], **self._options(tensors))
 
     def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
-        """See `Attention.across` and `bsbr.parallel`."""
-        from bsbr.parallel import bsbr_attention_parallel  # which is made of this file
+        """See `Attention.across` and `bsbr.context_parallel`."""
+        from bsbr.context_parallel import bsbr_attention_parallel  # which is made of this file
 
         lengths = ranks.stretches(hidden_states.shape[1], hidden_states.device, self.chunk_size)
         check_hidden_states(hidden_states, self.hidden_dim)
@@ -440,9 +353,9 @@ class BSBRAttention(MultiHeadAttention):
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features, *beta
         options = self._options(tensors)
         if self.implementation(*tensors) == "native":
-            attended, states, retrieved = native.segment(*tensors[:5], past=known, **options)
+            attended, states, retrieved = operators.segment(*tensors[:5], past=known, **options)
         else:  # the kernels know of no past
-            attended, states, retrieved = plain.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
+            attended, states, retrieved = pytorch.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)
         rest = complete * size
         opened = k_features[:, :, rest:], v[:, :, rest:], [one[:, :, rest:] for one in beta]
         wide = state["open_hidden"].dtype

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bsbr import native
-from bsbr.dispatch import Impl
+from bsbr.backends.cpp import operators
+from bsbr.backends.dispatch import Impl
+from bsbr.backends.pytorch import unit_norm
 from bsbr.interface import split_heads
-from bsbr.plain import unit_norm
 
 FeatureMap = Literal["quadratic", "linear"]
 
@@ -48,8 +48,8 @@ class QuadraticFeatures(nn.Module):
         """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
         of_q = split_heads(self.q_proj(hidden_states), self.num_heads)
         of_k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
-        if self.impl in ("auto", "native") and native.unsupported(of_q, of_k) is None:
-            return native.quadratic(of_q, self.feature_dim), native.quadratic(of_k, self.feature_dim)
+        if self.impl in ("auto", "native") and operators.unsupported(of_q, of_k) is None:
+            return operators.quadratic(of_q, self.feature_dim), operators.quadratic(of_k, self.feature_dim)
         return quadratic(of_q, self.feature_dim), quadratic(of_k, self.feature_dim)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from bsbr.ranks import Ranks
+from bsbr.process_group import Ranks
 
 State = dict[str, Tensor]
 """What decoding keeps between calls: a flat dictionary of tensors, and nothing else.

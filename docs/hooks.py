@@ -23,13 +23,14 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from evals.cells import QUANTITIES, Quantity, cell
-from evals.export import Table, markdown
-from evals.figures import STUDY, read, swept_column
 from evals.paper import figures as study
+from evals.paper.draw import STUDY
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
-from evals.schema import schema
+from evals.results.export import Table, markdown
+from evals.results.formatting import QUANTITIES, Quantity, cell
+from evals.results.frames import read, swept_column
+from evals.results.schema import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {

@@ -1,25 +1,19 @@
 """The door between Hydra and the harness: what comes in is checked here, once, and goes on as frozen dataclasses."""
 
-import difflib
-import hashlib
-import importlib
-import inspect
-import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bsbr.interface import Attention
-from bsbr.model import TransformerLayer
-from evals.tasks.task import Task
+from evals.errors import UsageError, not_found, one_sentence
+from evals.isolation.affinity import _numbers_of_threads, cores
+from evals.paths import CONF
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scope = Literal["attention", "layer", "model"]
@@ -33,14 +27,9 @@ KEYS = (
 MATCHES = ("params",)
 MATCHED_WITHIN = 0.01
 SEARCHES = ("max_context",)
-SWEEPS = Path(__file__).resolve().parents[1] / "conf" / "sweep"
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-
-class UsageError(ValueError):
-    """Something the user asked for cannot be: one sentence, said without a traceback, exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Training:
-    """How every contestant learns: `warmup` is a part of the steps, `lengths` are multiples of seq_len at which it is asked.
+    """How every candidate learns: `warmup` is a part of the steps, `lengths` are multiples of seq_len at which it is asked.
 
     curriculum: what seq_len is divided by, in as many equal parts of the steps, one after the other; the last is 1.
     """
@@ -117,7 +106,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One attention of a comparison: its name, and the node of `conf/attention/` that builds it."""
 
     name: str
@@ -153,9 +142,9 @@ class Comparison:
     sweep: str
     swept: str | None  # the config key that the sweep varies
     option: dict[str, Any]  # its last part and value, so that an option of one attention can be swept like a setting
-    contestants: tuple[Contestant, ...]
+    candidates: tuple[Candidate, ...]
     relative_to: str
-    match: str | None  # what is equalised between the contestants
+    match: str | None  # what is equalised between the candidates
     search: str | None  # what is looked for, instead of timing this one shape
     task: dict[str, Any] | None  # what is learned, instead of timing
     training: Training
@@ -167,7 +156,7 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, str | int | float]:
-        """What all its contestants are measured under, as the table of results names it."""
+        """What all its candidates are measured under, as the table of results names it."""
         model = asdict(self.model)
         if self.model.scope != "model":  # of the decoder no more is built
             layer = ("ff_dim", "conv_size") if self.model.scope == "layer" else ()
@@ -231,7 +220,7 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         sweep=str(values["sweep_name"]),
         swept=key,
         option={} if key is None else {key.rpartition(".")[2]: place},
-        contestants=tuple(Contestant(str(name), {**rotary, **node}) for name, node in attentions.items()),
+        candidates=tuple(Candidate(str(name), {**rotary, **node}) for name, node in attentions.items()),
         relative_to=str(values["relative_to"]),
         match=_choice("match", values["match"], MATCHES),
         search=_choice("search", values["search"], SEARCHES),
@@ -243,60 +232,18 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         device=_device(values["device"]),
         sampling=_sampling(values["sampling"]),
     )
-    if comparison.task is None:
-        _check_workload(comparison)
-    else:
-        comparison = _for_task(comparison)
     with torch.device("meta"):  # nothing is allocated, whatever the size
-        for contestant in comparison.contestants:
-            contestant.build(comparison.model)
-    return comparison if comparison.match is None else matched(comparison)
+        for candidate in comparison.candidates:
+            candidate.build(comparison.model)
+    return comparison
 
 
 def every_sweep(arguments: Sequence[str]) -> list[list[str]]:
     """The command's arguments, once for each sweep that they ask for: sweep=all is all those that conf/sweep/all.yaml lists."""
     if "sweep=all" not in arguments:
         return [list(arguments)]
-    listed = yaml.safe_load((SWEEPS / "all.yaml").read_text())["sweeps"]
+    listed = yaml.safe_load((CONF / "sweep" / "all.yaml").read_text())["sweeps"]
     return [[f"sweep={name}" if word == "sweep=all" else word for word in arguments] for name in listed]
-
-
-# --- the same number of parameters --------------------------------------------------------------
-
-
-def matched(comparison: Comparison) -> Comparison:
-    """Every contestant with the ff_dim at which a layer of it has the parameters of the reference's, within 1 %.
-
-    Raises UsageError where there is no feed-forward part, no reference, or no such ff_dim.
-    """
-    model = comparison.model
-    if model.scope == "attention":
-        raise UsageError("match=params equalises parameters through ff_dim, which needs model.scope=layer or model, got attention")
-    reference = next((one for one in comparison.contestants if one.name == comparison.relative_to), None)
-    if reference is None:
-        raise UsageError(f"match=params needs the attention relative_to='{comparison.relative_to}' among those compared")
-    target = layer_parameters(reference, model, model.ff_dim)
-    contestants = []
-    for one in comparison.contestants:
-        least = layer_parameters(one, model, 1)
-        step = layer_parameters(one, model, 2) - least
-        ff_dim = model.ff_dim if one == reference else max(1, 1 + round((target - least) / step))
-        closest = least + (ff_dim - 1) * step
-        if abs(closest - target) > MATCHED_WITHIN * target:
-            raise UsageError(
-                f"match=params cannot bring a layer of '{one.name}' within {MATCHED_WITHIN:.0%} of the {target:,} parameters of "
-                f"'{reference.name}': closest is {closest:,}, at ff_dim={ff_dim}; raise model.ff_dim, or leave '{one.name}' out"
-            )
-        contestants.append(replace(one, ff_dim=ff_dim))
-    return replace(comparison, contestants=tuple(contestants))
-
-
-def layer_parameters(contestant: Contestant, model: Model, ff_dim: int) -> int:
-    with torch.device("meta"):
-        layer = TransformerLayer(
-            model.hidden_dim, model.num_heads, ff_dim, attention=lambda **_: contestant.build(model), conv_size=model.conv_size
-        )
-    return sum(parameter.numel() for parameter in layer.parameters())
 
 
 # --- what a config must say ---------------------------------------------------------------------
@@ -310,64 +257,8 @@ def _choice(key: str, value: Any, known: Sequence[str]) -> str | None:
 
 def _workload(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("_target_"), str):
-        raise UsageError(f"workload must be a mapping with a _target_, such as evals.workloads.prefill, got {values!r}")
+        raise UsageError(f"workload must be a mapping with a _target_, such as evals.benchmark.workloads.prefill, got {values!r}")
     return values
-
-
-def _check_workload(comparison: Comparison) -> None:
-    """Raises UsageError unless the workload is a function that takes its options and can be measured at this scope."""
-    options = {key: value for key, value in comparison.workload.items() if key != "_target_"}
-    target, scope = comparison.workload["_target_"], comparison.model.scope
-    try:
-        function = get_method(target)
-        inspect.signature(function).bind("module", "inputs", **options)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"workload._target_ must be a function such as evals.workloads.prefill: {one_sentence(error)}") from error
-    except TypeError as error:
-        raise UsageError(f"workload {target} cannot take these options: {one_sentence(error)}") from error
-    scopes = getattr(function, "scopes", SCOPES)
-    if scope not in scopes:
-        raise UsageError(f"workload {target} is measured at model.scope={' or '.join(scopes)} only, got {scope}")
-    shortest = vars(function).get("shortest", {}).get(scope, 1)
-    if comparison.shape.seq_len < shortest:
-        raise UsageError(
-            f"workload {target} of a {scope} needs shape.seq_len of at least {shortest}, got {comparison.shape.seq_len}"
-        )
-
-
-def build_task(comparison: Comparison) -> Task:
-    """What is learned, at the comparison's length. Raises UsageError if the node names nothing that can be built, or no `Task`."""
-    node = comparison.task
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise UsageError(f"task must be null or a mapping with a _target_, such as evals.tasks.mqar.MQAR, got {node!r}")
-    try:
-        task = instantiate(node, seq_len=comparison.shape.seq_len)
-    except InstantiationException as error:
-        raise UsageError(f"task {node['_target_']} cannot be made: {one_sentence(error.__cause__ or error)}") from error
-    if not isinstance(task, Task):
-        raise UsageError(f"task {node['_target_']} is {type(task).__name__}, not a subclass of evals.tasks.task.Task")
-    return task
-
-
-def _for_task(comparison: Comparison) -> Comparison:
-    """With the task's vocabulary. Raises UsageError for what cannot be trained."""
-    model, device, training = comparison.model, comparison.device, comparison.training
-    if comparison.search is not None:
-        raise UsageError(f"a comparison has a task or a search, not both, got search={comparison.search}")
-    if model.scope != "model":
-        raise UsageError(f"a task is learned by a whole model: it needs model.scope=model, got {model.scope}")
-    if device.dtype not in ("float32", "bfloat16" if device.kind == "cuda" else "float64"):
-        raise UsageError(f"training takes device.dtype=float32, or bfloat16 on cuda or float64 on cpu, got {device.dtype}")
-    if comparison.shape.batch_size < training.accumulate:
-        raise UsageError(
-            f"training.accumulate must be at most shape.batch_size = {comparison.shape.batch_size}, got {training.accumulate}"
-        )
-    task = build_task(comparison)
-    for times in training.lengths:
-        replace(task, seq_len=times * task.seq_len)
-    for divisor in training.curriculum:
-        task.part(divisor)
-    return replace(comparison, model=replace(model, vocab_size=task.vocab_size))
 
 
 def _training(values: dict[str, Any]) -> Training:
@@ -435,16 +326,6 @@ def _device(values: dict[str, Any]) -> Device:
     return Device(kind=kind, dtype=dtype, threads=threads, mode=values["mode"])
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _numbers_of_threads() -> str:
-    """1,2,4,… up to all cores, as a sweep over this machine's threads writes it."""
-    return ",".join(map(str, sorted({2**power for power in range(cores().bit_length())} | {cores()})))
-
-
 OmegaConf.register_new_resolver("numbers_of_threads", _numbers_of_threads, replace=True)
 
 
@@ -483,33 +364,3 @@ def _integers(group: str, values: dict[str, Any]) -> dict[str, int]:
 
 def names(cls: "type[DataclassInstance]") -> list[str]:
     return [field.name for field in fields(cls)]
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits that change when `value` (of JSON's types) does."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def not_found(target: str) -> str:
-    """Why there is no such class, in words."""
-    module, _, name = target.rpartition(".")
-    try:
-        there = vars(importlib.import_module(module))
-    except Exception as error:  # noqa: BLE001  importing runs anybody's code
-        return (
-            f"module {module} cannot be imported: {type(error).__name__}: {one_sentence(error)}; "
-            "a module of your own lies in the folder of --config-dir, or beside it"
-        )
-    return f"module {module} has no {name}{did_you_mean(name, there)}"
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to put behind `given`, which is unknown; empty where nothing is like it."""
-    like = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
-    return f" (did you mean {like[0]}?)" if like else ""
-
-
-def one_sentence(error: BaseException) -> str:
-    """An error's message on one line."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__

@@ -8,16 +8,18 @@ after the round that is running, and shows what there is; a second one ends it a
 import sys
 from pathlib import Path
 
-from evals import forkserver, usage
+from evals.cli import help_text
+from evals.isolation import forkserver
+from evals.paths import CONF
 
 
 def main() -> int:
-    asked, others = usage.known(sys.argv[1:])
+    asked, others = help_text.known(sys.argv[1:])
     if asked.help and asked.config_dir and not asked.config_dir.is_dir():
         print(f"error: --config-dir must name a folder, such as mine/conf, got {asked.config_dir}", file=sys.stderr)
         return 2
     if asked.help:
-        print(usage.text(str(__doc__), asked.config_dir))
+        print(help_text.text(str(__doc__), asked.config_dir))
         return 0
     if asked.shell_completion and others == ["install=bash"]:
         print(Path(__file__).with_name("completion.bash").read_text())
@@ -25,11 +27,11 @@ def main() -> int:
     if asked.shell_completion:  # Hydra's work alone
         import hydra
 
-        hydra.main(version_base="1.3", config_path=str(usage.CONF), config_name="config")(lambda _: None)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda _: None)()
         return 0
     # It imports in the background what measuring needs, while this process imports what it needs itself.
     forkserver.start()
-    from evals.sweep import main as sweep
+    from evals.cli.sweep import main as sweep
 
     return sweep()
 

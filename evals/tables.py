@@ -11,24 +11,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from evals import context, scores, table
-from evals.analysis import analyse
-from evals.config import UsageError
-from evals.ledger import Ledger, Record
+from evals.benchmark import max_context
+from evals.conversion import study
+from evals.errors import UsageError
+from evals.results import accuracy_table, latency_table
+from evals.results.ledger import Ledger, Record
+from evals.results.scaling_table import analyse
 
 
 def made(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """Every table that a ledger gives, by the name of its schema."""
     kinds = {record.get("kind") for record in records}
     if "conversion" in kinds:
-        from evals import heal  # needs transformers
-
-        return heal.tables(records)
+        return study.tables(records)
     if "study" in kinds:
-        return {"learned": scores.results(records), "curves": scores.curves(records)}
+        return {"learned": accuracy_table.results(records), "curves": accuracy_table.curves(records)}
     if "search" in kinds:
-        return {"longest": context.results(records)}
-    measured = table.results(records)
+        return {"longest": max_context.results(records)}
+    measured = latency_table.results(records)
     return {"measured": measured, **analyse(measured, records)} if len(measured) else {}
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"
                 )
             for kind, rows in tables.items():
-                print(f"{table.write(rows, folder, kind)}: {len(rows)} rows")
+                print(f"{latency_table.write(rows, folder, kind)}: {len(rows)} rows")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,14 +17,14 @@ from hydra.core.override_parser.types import Override
 from markdown import markdown
 from mkdocs.exceptions import PluginError
 
-from evals.cli import CONF
-from evals.config import UsageError, read_comparison
+from evals.cli.jobs import read_job
+from evals.errors import UsageError
 from evals.paper.__main__ import plan
-from evals.schema import VERSION, columns
+from evals.paths import CONF, ROOT
+from evals.results.schema import VERSION, columns
 from tests.evals.commands import typed
 
 pytestmark = pytest.mark.xdist_group("docs")
-ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
 
@@ -90,9 +90,9 @@ def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, mon
         config = compose("config", firsts)
     if config.device.kind == "cuda" and not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no CUDA device"):
-            read_comparison(config)
+            read_job(config)
     else:
-        assert read_comparison(config).contestants
+        assert read_job(config).candidates
 
 
 @cache

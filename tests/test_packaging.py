@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from evals.paths import ROOT
+
 pytestmark = pytest.mark.xdist_group("packaging")
-ROOT = Path(__file__).parents[1]
 CLOCKS = (
     *("time", "timeit", "cProfile", "psutil", "tracemalloc", "resource.getrusage"),
     *("torch.profiler", "torch.autograd.profiler", "torch.utils.benchmark", "torch.Event", "torch.cuda.Event"),
@@ -34,7 +35,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_bsbr_only_and_all_of_it(wheel: Path) -> None:
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if not re.match(r"bsbr-[^/]+\.dist-info/", name)}
-    source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bsbr").rglob("*.py")} | {"bsbr/py.typed", "bsbr/native.cpp"}
+    source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bsbr").rglob("*.py")} | {
+        "bsbr/py.typed",
+        "bsbr/backends/cpp/bsbr.cpp",
+    }
     assert packaged == source
 
 
@@ -56,7 +60,7 @@ def test_importing_the_wheel_loads_no_third_party_package_that_torch_does_not(wh
 
 def test_core_imports_torch_and_the_standard_library_only() -> None:
     # torch loads numpy where it is installed, so that looking at loaded modules would not show it.
-    # Triton comes with the CUDA builds of torch, for bsbr.kernels.
+    # Triton comes with the CUDA builds of torch, for bsbr.backends.triton.
     allowed = {*sys.stdlib_module_names, "bsbr", "torch", "triton"}
     convert = set((ROOT / "bsbr" / "convert").rglob("*.py"))  # for which there is an extra
     used = {name.partition(".")[0] for path in {*(ROOT / "bsbr").rglob("*.py")} - convert for name in names_used(path)}

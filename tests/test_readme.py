@@ -7,10 +7,10 @@ from subprocess import CompletedProcess
 import pandas as pd
 import pytest
 
+from evals.paths import ROOT
 from tests.evals.commands import typed
 
 pytestmark = pytest.mark.xdist_group("readme")
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 

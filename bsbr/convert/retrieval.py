@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsbr import dispatch, plain
-from bsbr.attention import bsbr_attention, check_options, flops
+from bsbr.attention import bsbr_attention
+from bsbr.backends import dispatch, pytorch
+from bsbr.cost import flops
 from bsbr.interface import require_positive
+from bsbr.validation import check_options
 
 
 class Retrieval(nn.Module):
@@ -84,7 +86,7 @@ class Retrieval(nn.Module):
         """h [batch, kv_heads, chunks, head_dim] and F, F' [batch, kv_heads, chunks, d_r, head_dim + 1] of the first chunks."""
         tokens = chunks * self.chunk_size
         means = k[:, :, :tokens].unflatten(2, (chunks, self.chunk_size)).mean(dim=3)
-        states = plain.chunk_states(self.phi_k(k[:, :, :tokens]), weighed(v[:, :, :tokens]), self.chunk_size, chunks)
+        states = pytorch.chunk_states(self.phi_k(k[:, :, :tokens]), weighed(v[:, :, :tokens]), self.chunk_size, chunks)
         return means @ self.meta_key, states
 
     def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +99,7 @@ class Retrieval(nn.Module):
         """g φ(Q) F̄' [batch, heads, time, 1], from what `projected` gave."""
         size, before = self.chunk_size, h.shape[2]
         sums = k_features[:, :, : before * size].unflatten(2, (before, size)).sum(dim=3).unsqueeze(-1)
-        return plain.read(q_features, plain.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
+        return pytorch.read(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
@@ -124,8 +126,8 @@ class Retrieval(nn.Module):
             return attended
         h, states = self.summaries(k, v, before)
         r = q[:, :, ::size] @ self.meta_query
-        retrieved = plain.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return joined(attended, plain.read(self.phi_q(q), retrieved, size))
+        retrieved = pytorch.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
+        return joined(attended, pytorch.read(self.phi_q(q), retrieved, size))
 
     def bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
@@ -154,7 +156,7 @@ class Retrieval(nn.Module):
         others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
         q_features = self.phi_q(q, others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1))
-        return joined(attended, plain.read(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
+        return joined(attended, pytorch.read(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
         """F̄, F̄' where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim + 1].

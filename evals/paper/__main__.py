@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.paper.recipe import GPU, ROOT, recipe
+from evals.paper.recipe import GPU, recipe
+from evals.paths import ROOT
 
 RUN = "python -m evals.run "
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if code:
                 return code
         if not options.dry_run:
-            from evals.figures import draw_study
+            from evals.paper.draw import draw_study
 
             print(f"{len(draw_study(results, plots))} files in {plots}")
     except (ValueError, OSError) as error:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.paper.recipe import ROOT, Step, step_of
+from evals.paper.recipe import Step, step_of
 from evals.paper.sources import Source
+from evals.paths import ROOT
 
 COMMAND = "python -m evals.figures paper"
 

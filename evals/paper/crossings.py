@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from evals.looks import GREY
-from evals.page import (
+from evals.plots.layout import (
     EDGE,
     LEFT,
     LEGEND,
@@ -18,7 +17,6 @@ from evals.page import (
     SMALL,
     WIDTH,
     Sweep,
-    about,
     headed,
     key_room,
     keyed,
@@ -28,7 +26,9 @@ from evals.page import (
     weight,
     wide,
 )
-from evals.statistics import CONFIDENCE
+from evals.plots.style import GREY
+from evals.results.formatting import about
+from evals.stats.intervals import CONFIDENCE
 
 SHADES = {"faster": "#e4ca6c", "slower": "#6a86b8", "unclear": "#f2f2f2"}
 ROW, FOOT = 0.27, 0.12  # inches

@@ -11,11 +11,6 @@ from pathlib import Path
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from evals import conversion, curves, learning
-from evals.depths import needle_depth
-from evals.figures import FORMS, save
-from evals.looks import RC
-from evals.panels import heatmap, memory_split
 from evals.paper import overview
 from evals.paper.captions import caption, shown
 from evals.paper.crossings import crossings
@@ -23,7 +18,13 @@ from evals.paper.radar import radar
 from evals.paper.recipe import command_of
 from evals.paper.similarity import similarity
 from evals.paper.sources import Source, found
-from evals.pareto import pareto
+from evals.plots import accuracy, conversion, lines
+from evals.plots.heatmap import heatmap
+from evals.plots.memory import memory_split
+from evals.plots.needle import needle_depth
+from evals.plots.pareto import pareto
+from evals.plots.save import FORMS, save
+from evals.plots.style import RC
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,17 @@ FIGURES = (
         "Latency, with its interval, and peak memory of every attention at the least, a middle and the greatest length.",
         *(SEQ_LEN, overview.comparison),
     ),
-    Shown("latency", "Latency over sequence length, with its interval.", SEQ_LEN, partial(curves.curve, quantity=curves.LATENCY)),
+    Shown("latency", "Latency over sequence length, with its interval.", SEQ_LEN, partial(lines.curve, quantity=lines.LATENCY)),
     Shown(
         "complexity",
         "Latency over sequence length on logarithmic axes, the law a + b·nᵖ that fits it, and p with its interval "
         "beside the p of the FLOPs that the attention declares.",
-        *(SEQ_LEN, partial(curves.scaling, which="latency")),
+        *(SEQ_LEN, partial(lines.scaling, which="latency")),
     ),
     Shown(
         "speedup",
         "How many times faster each attention is than the reference, in turns with it; rings: where it crosses.",
-        *(SEQ_LEN, partial(curves.curve, quantity=curves.SPEEDUP)),
+        *(SEQ_LEN, partial(lines.curve, quantity=lines.SPEEDUP)),
     ),
     Shown(
         "inference_heatmap",
@@ -76,12 +77,12 @@ FIGURES = (
     Shown(
         "ceiling",
         "The least time that this machine's measured compute and bandwidth allow, over the time that was measured.",
-        *(SEQ_LEN, partial(curves.curve, quantity=curves.CEILING)),
+        *(SEQ_LEN, partial(lines.curve, quantity=lines.CEILING)),
     ),
     Shown(
         "memory_scaling",
         "Peak memory over sequence length on logarithmic axes, the law that fits it, and its exponent.",
-        *(SEQ_LEN, partial(curves.scaling, which="memory")),
+        *(SEQ_LEN, partial(lines.scaling, which="memory")),
     ),
     Shown(
         "memory_split", "What memory is made of: parameters, activations, and the state that decoding keeps.", SEQ_LEN, memory_split
@@ -100,12 +101,12 @@ FIGURES = (
     Shown(
         "kernel_speedup",
         "BSBR over SDPA on the whole sequence, the attentions alone, without projections.",
-        *(("cpu/attention",), partial(curves.curve, quantity=curves.SPEEDUP)),
+        *(("cpu/attention",), partial(lines.curve, quantity=lines.SPEEDUP)),
     ),
     Shown(
         "long_latency",
         "BSBR with all earlier chunks, and with the 8 best, on long sequences.",
-        *(("cpu/long",), partial(curves.scaling, which="latency")),
+        *(("cpu/long",), partial(lines.scaling, which="latency")),
     ),
     Shown("decode", "The time of one token behind a context, and the state that is kept for it.", ("decode",), overview.decode),
     Shown(
@@ -118,68 +119,68 @@ FIGURES = (
     Shown(
         "recall_front",
         "Accuracy of recall against the bytes that decoding keeps, and the front of those that nobody beats in both.",
-        *(("recall*",), learning.recall_front),
+        *(("recall*",), accuracy.recall_front),
     ),
     Shown(
         "recall_latency",
         "Accuracy of recall against the time of the next token, and the front of those that nobody beats in both.",
-        *(("recall_sizes", "decode_sizes"), learning.recall_latency),
+        *(("recall_sizes", "decode_sizes"), accuracy.recall_latency),
     ),
-    Shown("recall", "Accuracy of recall over the number of pairs.", ("recall",), learning.accuracy),
+    Shown("recall", "Accuracy of recall over the number of pairs.", ("recall",), accuracy.accuracy),
     Shown(
         "retrieval_front",
         "Accuracy of recall against the bytes that decoding keeps, for forms of BSBR's retrieval.",
         ("retrieval",),
-        learning.recall_front,
+        accuracy.recall_front,
     ),
     Shown(
         "retrieval_length",
         "Accuracy of finding one pair, at the length of training and at longer ones, for forms of BSBR's retrieval.",
-        *(("retrieval_needle",), learning.accuracy_by_length),
+        *(("retrieval_needle",), accuracy.accuracy_by_length),
     ),
     Shown(
         "length_extrapolation",
         "Accuracy at lengths that were not trained at.",
-        *(("length_extrapolation",), learning.accuracy_by_length),
+        *(("length_extrapolation",), accuracy.accuracy_by_length),
     ),
     Shown("needle", "Where a needle is found: accuracy by its depth and the length.", ("needle",), needle_depth),
     Shown(
         "language_modeling",
         "Bits per byte of text, by how many bytes of context there were.",
-        *(("language_modeling",), learning.bits_by_position),
+        *(("language_modeling",), accuracy.bits_by_position),
     ),
     Shown(
         "loss",
         "Training loss over steps, at the best learning rate.",
-        *(("language_modeling",), learning.loss),
+        *(("language_modeling",), accuracy.loss),
     ),
     # --- conversion
     Shown(
         "conversion_time",
         "Latency of a pretrained decoder and of its conversion, over sequence length.",
-        *(("conversion",), partial(curves.curve, quantity=curves.LATENCY)),
+        *(("conversion",), partial(lines.curve, quantity=lines.LATENCY)),
     ),
     Shown(
         "conversion_throughput",
         "Tokens a second of a pretrained decoder and of its conversion, over sequence length.",
         ("conversion",),
-        partial(curves.curve, quantity=curves.THROUGHPUT),
+        partial(lines.curve, quantity=lines.THROUGHPUT),
     ),
     Shown(
         "conversion_speedup",
         "How many times faster the conversion is than the original; rings: where it crosses.",
-        *(("conversion",), partial(curves.curve, quantity=curves.SPEEDUP)),
+        *(("conversion",), partial(lines.curve, quantity=lines.SPEEDUP)),
     ),
     Shown(
         "conversion_scaling",
         "The law a + b·nᵖ that fits the latency of a pretrained decoder and of its conversion, with the interval of p.",
-        *(("conversion",), partial(curves.scaling, which="latency")),
+        *(("conversion",), partial(lines.scaling, which="latency")),
     ),
     Shown(
         "conversion_memory",
         "Peak memory of a pretrained decoder and of its conversion, over sequence length.",
         ("conversion",),
-        partial(curves.curve, quantity=curves.MEMORY),
+        partial(lines.curve, quantity=lines.MEMORY),
     ),
     Shown(
         "conversion_perplexity",

@@ -12,16 +12,17 @@ from typing import Any
 
 import pandas as pd
 
-from evals.conversion import STAGES
-from evals.learning import Learned
-from evals.page import BYTES, SECONDS, Sweep, conditions, plain, scaled, spoken
-from evals.panels import times
 from evals.paper.captions import shown
 from evals.paper.crossings import stretches
 from evals.paper.radar import respects
 from evals.paper.recipe import command_of, recipe, step_of
 from evals.paper.sources import Source, found
-from evals.statistics import mean_interval
+from evals.plots.accuracy import Learned
+from evals.plots.conversion import STAGES
+from evals.plots.heatmap import times
+from evals.plots.layout import Sweep, conditions
+from evals.results.formatting import BYTES, SECONDS, plain, scaled, spoken
+from evals.stats.intervals import mean_interval
 
 OURS = "bsbr"
 GOAL = 0.8

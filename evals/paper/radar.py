@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evals.learning import Learned
-from evals.looks import GREY
-from evals.page import LEFT, LINE, NAME, SMALL, WIDTH, Sweep, headed, label, lined, subtitle, weight
+from evals.plots.accuracy import Learned
+from evals.plots.layout import LEFT, LINE, NAME, SMALL, WIDTH, Sweep, headed, label, lined, subtitle, weight
+from evals.plots.style import GREY
 
 WORST = 5
 """The centre is 2^5 times worse than the best, or more."""

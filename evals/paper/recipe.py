@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from evals.paths import ROOT
+
 RECIPE = ROOT / "conf" / "paper.yaml"
 GPU = "device=cuda"
 """The word that asks for the GPU half."""

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evals.conversion import STAGES
-from evals.page import LEFT, LEGEND, NAME, SMALL, WIDTH, headed, placed
+from evals.plots.conversion import STAGES
+from evals.plots.layout import LEFT, LEGEND, NAME, SMALL, WIDTH, headed, placed
 
 FOOT, PLOT, GAP = 0.35, 1.6, 0.55  # inches
 

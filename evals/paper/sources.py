@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from evals import figures, schema
-from evals.ledger import Ledger, Record
-from evals.page import BYTES, scaled
+from evals.plots import registry
+from evals.results import frames, schema
+from evals.results.formatting import BYTES, scaled
+from evals.results.ledger import Ledger, Record
 
 Data = Any
 """A Sweep, a Learned, or the two tables of conversions: what the functions of `figures` draw."""
@@ -34,10 +35,10 @@ class Source:
         """What belongs in one figure, by what tells it from the others ("" if nothing does). Raises ValueError as `figures`."""
         kind = schema.kind_of(self.folder / "results.csv")
         if kind == "converted":
-            return dict(figures.conversions(self.table, schema.read(self.folder / "positions.csv")))
+            return dict(registry.conversions(self.table, schema.read(self.folder / "positions.csv")))
         if kind == "learned":
-            return dict(figures.learned(self.table, schema.read(self.folder / "curves.csv")))
-        return dict(figures.sweeps(figures.read(self.folder), figures.read_fits(self.folder)))
+            return dict(registry.learned(self.table, schema.read(self.folder / "curves.csv")))
+        return dict(frames.sweeps(frames.read(self.folder), frames.read_fits(self.folder)))
 
     @cached_property
     def records(self) -> list[Record]:
@@ -61,7 +62,7 @@ class Source:
 
     @property
     def commands(self) -> list[str]:
-        """What was typed; none of a ledger that was made before ledgers kept it, and of `evals.heal`."""
+        """What was typed; none of a ledger that was made before ledgers kept it, and of `evals.distill`."""
         return _once(record["command"] for record in self.records if record.get("kind") == "command")
 
     @property

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.config import UsageError
+from evals.errors import UsageError
 from evals.report import write
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from evals import compare
-from evals.config import UsageError
-from evals.looks import FAILURES
-from evals.page import plain
+from evals.errors import UsageError
+from evals.plots.style import FAILURES
 from evals.report.sources import CONTEXT, LEARNED, Part, Source
 from evals.report.words import interval, times
+from evals.results import differences
+from evals.results.formatting import plain
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _titled(first: Source, other: Source) -> str:
 def _speed(first: Source, other: Source) -> Change:
     title = _titled(first, other)
     try:
-        table = compare.compare(compare.read(first.folder), compare.read(other.folder))
+        table = differences.compare(differences.read(first.folder), differences.read(other.folder))
     except UsageError as error:
         return Change(title, f"They cannot be compared. A is {first.label}, B {other.label}: {error}.", [], [])
     paired = bool(table["paired"].dropna().any())

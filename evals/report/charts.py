@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evals.looks import Look, looks
-from evals.page import AXIS_NAMES, SETTINGS, is_number
+from evals.plots.layout import AXIS_NAMES, SETTINGS, is_number
+from evals.plots.style import Look, looks
 from evals.report.sources import CONTEXT, LEARNED, Part
 
 

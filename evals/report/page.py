@@ -11,14 +11,14 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from evals.ceilings import Ceilings, highest
-from evals.checks import CHECKS
-from evals.page import plain
+from evals.certification.checks import CHECKS
 from evals.report.changes import changes
 from evals.report.charts import charts, named, styles
 from evals.report.library import vega
 from evals.report.sources import CONTEXT, LEARNED, Part, Source, facts, parts, read
 from evals.report.words import verdicts
+from evals.results.formatting import plain
+from evals.stats.roofline import Ceilings, highest
 
 HERE = Path(__file__).parent
 SCRIPTS = ("charts.js", "table.js", "page.js")
@@ -147,8 +147,8 @@ def certificates(source: Source) -> list[dict[str, str]]:
             verdict, why = "not made", "it does not run on this machine"
         else:
             verdict, why = "certified", ""
-        described = next((one for one in reversed(source.descriptions) if name in one.get("contestants", {})), {})
-        node = described.get("contestants", {}).get(name, {})
+        described = next((one for one in reversed(source.descriptions) if name in one.get("candidates", {})), {})
+        node = described.get("candidates", {}).get(name, {})
         told.append(
             {
                 "name": str(name),

@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from evals import figures, learning, schema
-from evals.config import UsageError
-from evals.ledger import Ledger, Record
-from evals.page import SETTINGS, plain
+from evals.errors import UsageError
+from evals.plots import accuracy
+from evals.plots.layout import SETTINGS
+from evals.results import frames, schema
+from evals.results.formatting import plain
+from evals.results.ledger import Ledger, Record
 
 SPEED, LEARNED, CONTEXT = "speed", "learned", "context"
 """What a table is of: timings, training, or the longest context that fits."""
@@ -33,7 +35,7 @@ class Source:
 
     @property
     def swept(self) -> str:
-        return "attention" if self.kind == CONTEXT else figures.swept_column(self.table)
+        return "attention" if self.kind == CONTEXT else frames.swept_column(self.table)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -79,16 +81,16 @@ def _read(folder: Path, label: str) -> Source:
     path = folder / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""
     if kind == "longest":
-        return Source(folder, label, CONTEXT, _demanded(path, figures.CONTEXT_COLUMNS))
+        return Source(folder, label, CONTEXT, _demanded(path, frames.CONTEXT_COLUMNS))
     if kind == "learned":
         curves = folder / "curves.csv"
-        return Source(folder, label, LEARNED, _demanded(path, learning.COLUMNS), schema.read(curves) if curves.is_file() else None)
+        return Source(folder, label, LEARNED, _demanded(path, accuracy.COLUMNS), schema.read(curves) if curves.is_file() else None)
     if kind == "converted":
         raise ValueError(
             f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
             "draws them"
         )
-    return Source(folder, label, SPEED, figures.read(folder), fits=figures.read_fits(folder))
+    return Source(folder, label, SPEED, frames.read(folder), fits=frames.read_fits(folder))
 
 
 def _demanded(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -121,11 +123,11 @@ class Part:
     def table(self) -> pd.DataFrame:
         """The rows of all sources, with `set`, their source, and `settings`, what else they differ in than the swept setting."""
         rows = pd.concat([one.table.assign(set=one.label) for one in self.sources], ignore_index=True)
-        named = {**SETTINGS, **learning.SAID}
+        named = {**SETTINGS, **accuracy.SAID}
         # A set is of a machine; what trained lengths and examples differ in goes with the swept setting.
         own = ("processor", "torch") if len(self.sources) > 1 else ()
         apart = [
-            name for name in named if name in rows and name not in (self.swept, *own) and figures.splits(rows, self.swept, name)
+            name for name in named if name in rows and name not in (self.swept, *own) and frames.splits(rows, self.swept, name)
         ]
         told = [
             rows[name].map(lambda value, name=name: "" if pd.isna(value) else named[name].format(plain(value))) for name in apart

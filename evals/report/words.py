@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from evals import figures
-from evals.evidence import Results
-from evals.page import SETTINGS, Sweep, about, conditions, in_bytes, is_number, plain, seconds, spoken
+from evals.plots.layout import SETTINGS, Sweep, conditions, is_number
 from evals.report.charts import named
 from evals.report.sources import CONTEXT, LEARNED, Source
+from evals.results import frames
+from evals.results.folder import Results
+from evals.results.formatting import about, in_bytes, plain, seconds, spoken
 
 Row = pd.Series
 Said = tuple[str, str]
@@ -37,7 +38,7 @@ def verdicts(source: Source) -> list[Verdict]:
     results = Results(source.folder)
     return [
         Verdict(conditions(sweep.rows, sweep.column), [said for said in _speed(sweep, results) if said[1]])
-        for _, sweep in figures.sweeps(source.table, source.fits)
+        for _, sweep in frames.sweeps(source.table, source.fits)
     ]
 
 

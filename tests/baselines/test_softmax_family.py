@@ -16,7 +16,7 @@ from baselines.sliding_window import SlidingWindowAttention, sliding_window_atte
 from baselines.sparse import SparseAttention, attention_part, attention_part_backward, sparse_attention, sparse_attention_reference
 from baselines.standard import StandardAttention, softmax_attention, softmax_attention_over_pages, softmax_attention_reference
 from bsbr.interface import MultiHeadAttention
-from evals.measure import peak_allocated_bytes
+from evals.measure.memory import peak_allocated_bytes
 
 Attend = Callable[..., Tensor]
 LENGTHS = (1, 2, 7, 8, 9, 16, 31, 65)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bsbr import kernels, reference
-from bsbr.kernels import top_k, tuning
+from bsbr import reference
+from bsbr.backends import triton
+from bsbr.backends.triton import top_k, tuning
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "gain")
@@ -88,7 +89,7 @@ def hold(tensors: dict[str, Tensor], **options: Any) -> None:
     """Values and all gradients are the reference's, by relative norm."""
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     dtype = tensors["q"].dtype
-    got, expected = kernels.bsbr_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
+    got, expected = triton.bsbr_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
     assert got.dtype == dtype
     assert got.shape == expected.shape
     assert_close("o", got, expected, TOLERANCE[dtype], 0)
@@ -184,12 +185,12 @@ def test_without_a_gain_it_is_one() -> None:
 @pytest.mark.parametrize(("d_r", "options"), [(None, {}), (8, {"top_k": 1})], ids=str)
 def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
     tensors = inputs(37, 16, d_r=d_r, batch=2)
-    expected = kernels.bsbr_attention(**tensors, chunk_size=16, **options)
+    expected = triton.bsbr_attention(**tensors, chunk_size=16, **options)
     views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for name, x in tensors.items()}
     assert not views["q"].is_contiguous()
-    assert torch.equal(kernels.bsbr_attention(**views, chunk_size=16, **options), expected)
+    assert torch.equal(triton.bsbr_attention(**views, chunk_size=16, **options), expected)
     columns = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
-    assert torch.equal(kernels.bsbr_attention(**columns, chunk_size=16, **options), expected)
+    assert torch.equal(triton.bsbr_attention(**columns, chunk_size=16, **options), expected)
     every_other = {name: x.repeat_interleave(2, dim=-2)[..., ::2, :] if x.dim() == 4 else x for name, x in tensors.items()}
     hold(every_other, chunk_size=16, **options)
 
@@ -198,7 +199,7 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(40, 16).items()}
     got, expected = (
         torch.autograd.grad(function(**tensors, chunk_size=16).sum(), list(tensors.values()))
-        for function in (kernels.bsbr_attention, reference.bsbr_attention)
+        for function in (triton.bsbr_attention, reference.bsbr_attention)
     )
     for name, a, b in zip(tensors, got, expected, strict=True):
         assert_close(name, a, b, 1e-5, 1e-4)
@@ -210,18 +211,18 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "chunk_overlap": 20}], ids=str)
 def test_the_future_changes_no_bit(options: dict[str, int]) -> None:
     tensors = inputs(70, 16)
-    whole = kernels.bsbr_attention(**tensors, chunk_size=16, **options)
+    whole = triton.bsbr_attention(**tensors, chunk_size=16, **options)
     for cut in (32, 47):
         spoilt = {name: x.clone() for name, x in tensors.items()}
         for name in ("q", "k", "v"):
             spoilt[name][:, :, cut:] = 1e3
         spoilt["r"][:, :, -(-cut // 16) :] = 1e3
         spoilt["h"][:, :, cut // 16 :] = 1e3
-        part = kernels.bsbr_attention(**spoilt, chunk_size=16, **options)
+        part = triton.bsbr_attention(**spoilt, chunk_size=16, **options)
         assert torch.equal(part[:, :, :cut], whole[:, :, :cut])
         alone = {name: x[:, :, :cut] if name in ("q", "k", "v") else x for name, x in tensors.items()}
         alone |= {"r": tensors["r"][:, :, : -(-cut // 16)], "h": tensors["h"][:, :, : cut // 16]}
-        torch.testing.assert_close(kernels.bsbr_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
+        torch.testing.assert_close(triton.bsbr_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
 
 
 def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow() -> None:
@@ -235,7 +236,7 @@ def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow() ->
 def test_it_is_the_same_bits_every_time() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(70, 16).items()}
     first, second = (
-        torch.autograd.grad(kernels.bsbr_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
+        torch.autograd.grad(triton.bsbr_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -244,7 +245,7 @@ def test_it_is_the_same_bits_every_time() -> None:
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     tensors = inputs(50, 16)
     tensors |= {name: 30 * tensors[name] for name in ("q", "k", "r", "h")}
-    out = kernels.bsbr_attention(**tensors, chunk_size=16)
+    out = triton.bsbr_attention(**tensors, chunk_size=16)
     assert_close("o", out, reference.bsbr_attention(**tensors, chunk_size=16), 1e-4, 0)
 
 
@@ -256,7 +257,7 @@ def test_long_sequences_as_the_plain_path_has_them(head_dim: int) -> None:
     tensors = inputs(8192 + 77, 128, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16)
     tensors = {name: x.requires_grad_() for name, x in tensors.items()}
     wide = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
-    got = kernels.bsbr_attention(**tensors, chunk_size=128, chunk_overlap=32)
+    got = triton.bsbr_attention(**tensors, chunk_size=128, chunk_overlap=32)
     expected = bsbr_attention(**wide, chunk_size=128, chunk_overlap=32)
     assert_close("o", got, expected, 2e-2, 0)
     upstream = torch.randn_like(got)

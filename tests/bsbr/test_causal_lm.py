@@ -19,7 +19,7 @@ from baselines.sliding_window import SlidingWindowAttention
 from baselines.sparse import SparseAttention
 from baselines.standard import StandardAttention
 from bsbr import Attention, BSBRAttention, CausalLM, TransformerModel
-from evals.checks import awake
+from evals.certification.checks import awake
 
 VOCAB, TIME = 11, 15
 ATTENTIONS: dict[str, Callable[..., Attention]] = {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bsbr import BSBRModel, TransformerModel
 from bsbr.convolution import ShortConvolution
-from evals.checks import awake
+from evals.certification.checks import awake
 
 
 def states(time: int, batch: int = 2, hidden_dim: int = 3) -> Tensor:

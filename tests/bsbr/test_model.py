@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from baselines.standard import StandardAttention
 from bsbr import BSBRLayer, BSBRModel, TransformerLayer, TransformerModel
 from bsbr.model import sinusoids
-from evals.checks import awake
+from evals.certification.checks import awake
 
 VOCAB, CHUNK = 30, 5
 

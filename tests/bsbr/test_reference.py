@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bsbr import bsbr_attention, reference
-from bsbr.plain import unit_norm
+from bsbr.backends.pytorch import unit_norm
 
 CHUNK = 5
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 7 * CHUNK]

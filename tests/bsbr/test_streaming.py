@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsbr import BSBRAttention, BSBRLayer, BSBRModel, State
-from evals.checks import awake
+from evals.certification.checks import awake
 
 CHUNK = 5
 TIME = 3 * CHUNK + 7

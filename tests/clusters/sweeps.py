@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from evals.ledger import Ledger, Record
+from evals.paths import ROOT
+from evals.results.ledger import Ledger, Record
 
 LONG = pytest.mark.skipif("BSBR_CLUSTERS" not in os.environ, reason="NOT TESTED: takes minutes; `make clusters` does it")
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     *("sweep=seq_len", "shape.seq_len=60,129", "attention=[standard,linear]", "model.hidden_dim=32", "model.num_heads=2"),
     *("device.threads=1", "sampling=quick", "sampling.budget_s=6", "sampling.target_rel_interval=1e-6", "sampling.turns=3"),

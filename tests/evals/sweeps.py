@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from evals.figures import FIGURES, checked, checked_fit, sweeps
-from evals.looks import RC
+from evals.plots.registry import FIGURES
+from evals.plots.style import RC
+from evals.results.frames import checked, checked_fit, sweeps
 
 LENGTHS = (1, 128, 1000, 8192)
 THREE = ("standard", "bsbr", "linear")

@@ -15,8 +15,8 @@ from baselines.linear import LinearAttention
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention_reference
 from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
+from bsbr.backends.pytorch import chunk_states, local_attention, read, retrieve
 from bsbr.interface import State, merge_heads
-from bsbr.plain import chunk_states, local_attention, read, retrieve
 
 # --- who sees the future ------------------------------------------------------------------------
 

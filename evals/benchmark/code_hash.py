@@ -1,0 +1,135 @@
+"""Digests of source code: the key under which a result is kept changes when the code that made it does.
+
+Comments, docstrings and blank lines of Python do not count, so that better prose makes no result stale.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from bsbr.interface import Attention
+from evals.results.ids import digest
+
+MODEL_MODULES = ("bsbr.model", "bsbr.convolution")
+"""The decoder around every attention. Other modules that these import belong to other attentions and do not count."""
+
+
+def of_attention(attention: Attention) -> str:
+    """Digest of the code that an attention runs."""
+    return of_files(files_of(attention))
+
+
+def of_modules(*modules: str) -> str:
+    """Digest of modules' own source, imports not followed. Raises ModuleNotFoundError for a module that does not exist."""
+    return of_files(map(_file, modules))
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """Digest of files, of Python without its comments and docstrings."""
+    return digest([without_prose(path.read_text()) if path.suffix == ".py" else path.read_text() for path in paths])
+
+
+def without_prose(source: str) -> str:
+    """Python source without comments, docstrings, string statements and blank lines.
+
+    Args:
+        source: a module's text.
+
+    Returns:
+        The lines that do something, as they were written; two sources with the same result run the same.
+    """
+    prose = [
+        (token.start, token.end)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    encoded = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            # ast counts columns in bytes of UTF-8, tokenize in characters.
+            first, last = (
+                len(encoded[line - 1].encode()[:column].decode())
+                for line, column in ((node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0))
+            )
+            prose.append(((node.lineno, first), (node.end_lineno or 0, last)))
+    lines = dict(enumerate(encoded, 1))
+    for (top, left), (bottom, right) in sorted(prose, reverse=True):
+        lines[top] = lines[top][:left] + lines[bottom][right:]
+        for line in range(top + 1, bottom + 1):
+            lines[line] = ""
+    return "\n".join(line.rstrip() for line in lines.values() if line.strip())
+
+
+def files_of(attention: Attention) -> list[Path]:
+    """Files that an attention's results depend on, sorted.
+
+    They are the sources of its classes and of `MODEL_MODULES`, of all modules of the same packages that these import, directly or
+    not, and the C++ files that any of them names, with their includes.
+    """
+    modules = [cls.__module__ for cls in type(attention).__mro__ if issubclass(cls, Attention)]
+    packages = frozenset(name.partition(".")[0] for name in modules)
+    modules += (type(part).__module__ for part in attention.modules() if type(part).__module__.partition(".")[0] in packages)
+    seen: set[str] = set()
+    while modules:
+        name = modules.pop()
+        if name not in seen:
+            seen.add(name)
+            modules += _imported(name, packages)
+    files = {_file(name) for name in seen.union(MODEL_MODULES)}
+    return sorted(files.union(*map(_cpp_files, files)))
+
+
+@functools.cache
+def _cpp_files(file: Path) -> frozenset[Path]:
+    """C++ files in a source's folder that it names in a string or includes, directly or not."""
+    text = file.read_text()
+    names = re.findall(r"""["']([\w./-]+\.(?:cpp|h))["']""", text)
+    direct = {path for path in (file.with_name(name) for name in names) if path.exists()} - {file}
+    return frozenset(direct.union(*map(_cpp_files, direct)))
+
+
+@functools.cache
+def _imported(name: str, packages: frozenset[str]) -> tuple[str, ...]:
+    """The modules of these packages that a module imports; for what it takes from a package's front, the module that has it.
+
+    Read once a process: what it has imported, it goes on with.
+    """
+    return tuple(_imports(name, packages))
+
+
+def _imports(name: str, packages: frozenset[str]) -> Iterator[str]:
+    file = _file(name)
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (one.name for one in node.names if one.name.partition(".")[0] in packages)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
+            if base.partition(".")[0] in packages:
+                yield from (_home(base, one.name) for one in node.names)
+
+
+def _home(base: str, name: str) -> str:
+    """The module that `from base import name` is about."""
+    if _file(base).name != "__init__.py":
+        return base
+    if importlib.util.find_spec(f"{base}.{name}") is not None:
+        return f"{base}.{name}"
+    return str(getattr(getattr(importlib.import_module(base), name, None), "__module__", base))
+
+
+def _file(name: str) -> Path:
+    """Where a module's source lies; of one that is imported, whence it came."""
+    found = getattr(sys.modules.get(name), "__file__", None)
+    spec = None if found else importlib.util.find_spec(name)
+    found = found or (spec and spec.origin)
+    if not found:
+        raise ModuleNotFoundError(f"there is no source of module '{name}'")
+    return Path(found)

@@ -1,0 +1,269 @@
+"""What all figures share: a sweep laid out along its swept setting, units, the words above a plot, and text that fits."""
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
+from numpy.typing import NDArray
+
+from evals.plots.style import FAILURES, GREY, Look
+from evals.results.formatting import BYTES, plain, scaled
+from evals.stats.intervals import CONFIDENCE
+
+Numbers = NDArray[np.float64]
+
+WIDTH, EDGE = 7.0, 0.06  # of a page, the full width of a paper, and its margin; inches, as all lengths here
+LEFT = 0.65  # of a plot whose y axis has ticks with units
+LINE, LEGEND = 0.12, 0.2  # heights of a line of the subtitle, and of a row of keys
+NAME, SMALL = 7.5, 6.5  # points: names of attentions, and the least size of any text
+
+
+# --- a sweep -----------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "workload": "{}",
+    "scope": "one {}",
+    "num_layers": "{} layers",
+    "batch_size": "batch {}",
+    "seq_len": "{} tokens",
+    "hidden_dim": "hidden {}",
+    "num_heads": "{} heads",
+    "dtype": "{}",
+    "device": "{}",
+    "threads": "{} threads",
+    "processor": "{}",
+    "torch": "torch {}",
+}
+"""What else a comparison was measured under, and how a subtitle says it."""
+
+AXIS_NAMES = {
+    "seq_len": "sequence length in tokens (1k = 1024)",
+    "batch_size": "batch size",
+    "hidden_dim": "hidden size",
+    "head_dim": "head size",
+    "num_heads": "heads",
+    "num_layers": "layers",
+    "chunk_size": "chunk size in tokens (1k = 1024)",
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The rows of one set of figures, laid out along the swept setting; with them the fits and crossovers, where there are any."""
+
+    rows: pd.DataFrame
+    column: str
+    places: list[Any]
+    x: Numbers  # where the places stand
+    discrete: bool  # one place, or places without an order between them, make no line: points side by side instead
+    cells: dict[str, pd.DataFrame]  # one table an attention, a row a place
+    looks: Mapping[str, Look]
+    scaling: pd.DataFrame | None = None
+    crossovers: pd.DataFrame | None = None
+
+    @property
+    def axis(self) -> str:
+        return AXIS_NAMES.get(self.column, self.column.replace("_", " "))
+
+    @property
+    def ticks(self) -> list[str]:
+        return [plain(place) for place in self.places]
+
+    @property
+    def reference(self) -> str:
+        return ", ".join(sorted(set(self.rows["relative_to"].dropna().astype(str)))) or "the reference"
+
+    @property
+    def failed(self) -> dict[str, "pd.Series[str]"]:
+        """The outcomes of each attention that failed anywhere."""
+        return {name: rows["outcome"] for name, rows in self.cells.items() if rows["outcome"].isin(FAILURES).any()}
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the places are numbers, of which one can be the least and one the greatest."""
+        return is_number(self.rows[self.column])
+
+    def at(self, index: int) -> str:
+        """One place in words: 8k tokens, batch 4, chunk size = 64."""
+        name = self.column.replace("_", " ")
+        words = SETTINGS.get(self.column, f"{name} = {{}}").format(self.ticks[index])
+        return words.removesuffix("s") if words.startswith("1 ") else words
+
+
+def is_number(values: "pd.Series[Any]") -> bool:
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def laid_out(
+    rows: pd.DataFrame,
+    column: str,
+    looks: Mapping[str, Look],
+    scaling: pd.DataFrame | None = None,
+    crossovers: pd.DataFrame | None = None,
+) -> Sweep:
+    """The rows as a Sweep over `column`. Raises ValueError if one attention has two rows at one place."""
+    twice = rows[rows.duplicated(["attention", column])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise ValueError(f"{row['attention']} has more than one row at {column} = {row[column]}: keep the one that counts")
+    numeric = is_number(rows[column])
+    places = sorted(rows[column].unique()) if numeric else list(rows[column].unique())
+    discrete = not numeric or len(places) == 1
+    x = np.arange(len(places), dtype=float) if discrete else np.asarray(places, dtype=float)
+    cells = {str(name): part.set_index(column).reindex(places) for name, part in rows.groupby("attention", sort=False)}
+    return Sweep(rows, column, places, x, discrete, cells, looks, scaling, crossovers)
+
+
+# --- words -------------------------------------------------------------------------------------------
+
+
+@cache
+def wide(text: str, size: float, weight: str = "normal") -> float:
+    """How many inches the longest line of a text takes, known before anything is drawn."""
+    font = FontProperties(family="DejaVu Sans", weight=weight)
+    lines = [TextPath((0, 0), line, size=size, prop=font) for line in text.split("\n") if line.strip()]
+    # Hinting at the pixels of a screen widens some letters.
+    return 1.02 * max((float(np.max(line.vertices[:, 0])) for line in lines), default=0.0) / 72
+
+
+def wrapped(text: str, size: float, room: float) -> str:
+    """The text in lines that fit into `room` inches."""
+    if wide(text, size) <= room:
+        return text
+    return textwrap.fill(text, max(10, int(len(text) * room / wide(text, size)) - 2), break_on_hyphens=False)
+
+
+def abridged(text: str, size: float, room: float, weight: str = "normal") -> str:
+    """The text, without as much of its middle as does not fit into `room` inches: names differ at either end."""
+    kept = text
+    for length in range(len(text) - 1, 2, -1):
+        if wide(kept, size, weight) <= room:
+            break
+        kept = text[: (length + 1) // 2] + "…" + text[len(text) - length // 2 :]
+    return kept
+
+
+def weight(look: Look) -> str:
+    """Ours is in bold, as its line is thicker."""
+    return "bold" if look.width > 2 else "normal"
+
+
+def label(looks: Mapping[str, Look], name: str) -> str:
+    """An attention's name, as much of it as a page has room for."""
+    return abridged(name, NAME, 1.6, weight(looks[name]) if name in looks else "normal")
+
+
+def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEFT) -> str:
+    """What the comparison was, in words: every setting but the swept one, where the numbers come from, what is unmatched.
+
+    In lines that fit between `left` and the edge of the page.
+    """
+    lines = [conditions(sweep.rows, sweep.column)]
+    if sampled and sweep.rows["samples"].notna().any():
+        samples, rounds = (_range(sweep.rows[name].dropna()) for name in ("samples", "rounds"))
+        rounds += " round" if rounds == "1" else " rounds"
+        lines.append(f"median of {samples} samples in {rounds}, with its {CONFIDENCE:.0%} interval")
+    return lined([*lines, *notes, "; ".join(matching(sweep))], left)
+
+
+def lined(lines: Iterable[str], left: float) -> str:
+    """Lines of a subtitle, those that say something, as wide as the page is right of `left`."""
+    return "\n".join(wrapped(line, 7, WIDTH - left - EDGE) for line in lines if line)
+
+
+def conditions(rows: pd.DataFrame, swept: str) -> str:
+    """Every setting but the swept one, in words."""
+    return ", ".join(filter(None, (_said(rows[name].dropna(), name) for name in SETTINGS if name != swept and name in rows)))
+
+
+def _said(values: "pd.Series[Any]", name: str) -> str:
+    if values.empty:
+        return ""
+    # What goes with the swept setting, such as hidden size with head size, has more than one value.
+    return SETTINGS[name].format(_range(values) if is_number(values) else plain(values.iloc[0]))
+
+
+def _range(numbers: pd.Series) -> str:
+    low, high = plain(numbers.min()), plain(numbers.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def matching(sweep: Sweep) -> list[str]:
+    """What was made equal between the candidates, as the table says it, and whether they have as many parameters."""
+    words = [str(word) for word in dict.fromkeys(sweep.rows["match"].dropna()) if str(word).strip()]
+    held = sweep.rows.groupby(sweep.column, sort=False)["parameter_bytes"].agg(["min", "max"]).dropna()
+    held = held[held["max"] > 1.01 * held["min"]]
+    if held.empty:
+        return words
+    if sweep.rows.groupby("attention")["parameter_bytes"].nunique().le(1).all():
+        least, most = float(held["min"].min()), float(held["max"].max())
+        high = scaled(most, 1024, BYTES, digits=2)
+        unit = high.split()[1]
+        in_unit = f"{least / 1024 ** BYTES.index(unit):.2g}"
+        # In the unit of the greatest, as long as that leaves something of the least.
+        low = scaled(least, 1024, BYTES, digits=2) if least < 0.01 * most else in_unit
+        return [*words, f"parameters not matched: {low} to {high}"]
+    apart = (held["max"] / held["min"].where(held["min"] > 0)).max()
+    return [*words, f"parameters not matched: up to {apart:.2g} times as many" if apart > 0 else "parameters not matched"]
+
+
+# --- drawing -----------------------------------------------------------------------------------------
+
+
+def headed(title: str, words: str, body: float, left: float = LEFT) -> Figure:
+    """A page with a title and a subtitle, and `body` inches free beneath them."""
+    height = 0.38 + LINE * (words.count("\n") + 1) + body
+    picture = Figure(figsize=(WIDTH, height))
+    picture.text(left / WIDTH, 1 - 0.08 / height, title, size=9.5, weight="bold", va="top")
+    picture.text(left / WIDTH, 1 - 0.29 / height, words, size=7, color=GREY, va="top")
+    return picture
+
+
+def placed(picture: Figure, left: float, bottom: float, width: float, height: float, **options: Any) -> Axes:
+    """Axes at a place on the page, in inches from its lower left corner."""
+    high = picture.get_figheight()
+    return picture.add_axes((left / WIDTH, bottom / high, width / WIDTH, height / high), **options)
+
+
+def keyed(axes: Axes, looks: Mapping[str, Look], names: Sequence[str], width: float) -> None:
+    """The names of rows left of axes that are `width` inches wide, each with its key; rows are at y = 0, 1, …"""
+    aside = axes.get_yaxis_transform()
+    for row, name in enumerate(names):
+        look = looks[name]
+        mark = look.line(discrete=True)
+        axes.add_line(Line2D([-0.1 / width], [row], transform=aside, clip_on=False, **mark))
+        said = label(looks, name)
+        axes.text(-0.19 / width, row, said, va="center_baseline", ha="right", size=NAME, weight=weight(look), transform=aside)
+
+
+def key_room(looks: Mapping[str, Look], names: Sequence[str]) -> float:
+    """Inches that `keyed` needs."""
+    return max((wide(label(looks, name), NAME, weight(looks[name])) for name in names), default=0) + 0.19 + EDGE
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """The heights nearest to `wanted` (ascending, in 0 … 1) that keep `gap` between neighbours.
+
+    Least squares under order: isotonic regression of wanted_i − i·gap, by its min-max formula.
+    """
+    n = len(wanted)
+    level = [height - index * gap for index, height in enumerate(wanted)]
+    fitted = [max(min(float(np.mean(level[j : k + 1])) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
+    return [min(max(height, 0.02), max(0.98 - (n - 1) * gap, 0.02)) + index * gap for index, height in enumerate(fitted)]
+
+
+def log_limits(least: float, most: float, span: float = 4.0) -> tuple[float, float]:
+    """Limits of a logarithmic axis around what it shows. A span under 4 would magnify noise into a landscape."""
+    span = max(1.06 * most / least, span)
+    middle = math.sqrt(least * most)
+    return middle / span**0.54, middle * span**0.54

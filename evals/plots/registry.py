@@ -1,0 +1,165 @@
+"""TODO: what lives here."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from evals.plots import accuracy, conversion
+from evals.plots.heatmap import heatmap
+from evals.plots.layout import SETTINGS, Sweep
+from evals.plots.lines import QUANTITIES, curve, scaling
+from evals.plots.max_context import longest
+from evals.plots.memory import memory_split
+from evals.plots.needle import needle_depth
+from evals.plots.pareto import pareto
+from evals.plots.save import _save
+from evals.plots.style import RC, looks
+from evals.results import schema
+from evals.results.formatting import plain
+from evals.results.frames import (
+    CONTEXT_COLUMNS,
+    CONTEXT_NUMBERS,
+    _demand,
+    _numbers,
+    checked,
+    checked_fit,
+    read,
+    read_fits,
+    sweeps,
+    swept_column,
+)
+
+FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
+    **{quantity.name: partial(curve, quantity=quantity) for quantity in QUANTITIES},
+    "speedup_heatmap": heatmap,
+    "memory_split": memory_split,
+    "scaling": partial(scaling, which="latency"),
+    "scaling_memory": partial(scaling, which="memory"),
+    "pareto": pareto,
+}
+"""All figures. One that has nothing to show is None, and is left out."""
+
+LEARNED = {**accuracy.FIGURES, "needle_depth": needle_depth}
+"""All figures of what was learned."""
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def pictures(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Figure]]:
+    """Every figure that the tables have something to show in, with its name (latency, or latency-decode)."""
+    for suffix, sweep in sweeps(results, fits):
+        for name, make in FIGURES.items():
+            with style.context(["default", RC]):
+                picture = make(sweep)
+            if picture is not None:
+                yield f"{name}{suffix}", picture
+
+
+def draw(
+    results: pd.DataFrame, folder: Path, *, scaling: pd.DataFrame | None = None, crossovers: pd.DataFrame | None = None
+) -> list[Path]:
+    """Writes every figure of FIGURES as png and svg into folder, in place of those drawn there; returns the paths.
+
+    Rows that differ in another setting than the swept one go to figures of their own, named after it
+    (latency-decode.svg). Figures that need a table or a column which is not there are left out. Raises
+    ValueError as `checked` and `checked_fit`, and if one attention has two rows at one place.
+    """
+    results = checked(results)
+    given = {"scaling": scaling, "crossovers": crossovers}
+    fits = {name: checked_fit(name, table) for name, table in given.items() if table is not None}
+    return _save(pictures(results, fits), folder, FIGURES)
+
+
+def draw_contexts(results: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes max_context.{png,svg} into folder from a table of `context.results`; returns the paths.
+
+    Rows that differ in a setting go to figures of their own, as those of `draw`. Raises ValueError if a column is missing,
+    there is no row, a number is none, or one attention has two rows.
+    """
+    _demand(results, CONTEXT_COLUMNS)
+    if results.empty:
+        raise ValueError("there is no row to draw")
+    results = results.assign(**{column: _numbers(results, column) for column in CONTEXT_NUMBERS})
+    chosen = looks(results["attention"].astype(str))
+    apart = [name for name in (*SETTINGS, "limit_bytes") if name in results and results[name].nunique(dropna=False) > 1]
+    groups = results.groupby(apart, dropna=False, sort=True) if apart else [((), results)]
+    named = []
+    for values, rows in groups:
+        twice = rows["attention"][rows["attention"].duplicated()]
+        if len(twice):
+            raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
+        with style.context(["default", RC]):
+            named.append((f"max_context{''.join(f'-{plain(value)}' for value in values)}", longest(rows, chosen)))
+    return _save(named, folder, ["max_context"])
+
+
+def learned(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, accuracy.Learned]]:
+    """The rows that belong in one figure of what was learned, and what tells them from the others ("" if nothing does).
+
+    Raises ValueError if a column is missing or a number is none.
+    """
+    _demand(results, accuracy.COLUMNS)
+    results = results.assign(**{column: _numbers(results, column) for column in accuracy.NUMBERS})
+    yield from accuracy.sets(results, curves, swept_column(results), looks(results["attention"].astype(str)))
+
+
+def draw_learned(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `learning` into folder from the tables of `scores`; returns the paths.
+
+    Rows that differ in another setting than the swept one go to figures of their own. Raises ValueError as `learned`.
+    """
+    named = []
+    for suffix, rows in learned(results, curves):
+        for name, make in LEARNED.items():
+            with style.context(["default", RC]):
+                picture = make(rows)
+            if picture is not None:
+                named.append((f"{name}{suffix}", picture))
+    return _save(named, folder, LEARNED)
+
+
+def conversions(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
+    """The rows of both tables that belong in one figure of conversions, and what tells them from the others.
+
+    Raises ValueError if a column or every row is missing.
+    """
+    _demand(results, conversion.COLUMNS)
+    if results.empty:
+        raise ValueError("there is no row to draw")
+    for overlap, rows in results.groupby("chunk_overlap"):
+        yield f"-overlap-{overlap}", (rows, positions[positions["chunk_overlap"] == overlap])
+
+
+def draw_conversions(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure of `conversion` into folder from the tables of `python -m evals.distill`; returns the paths.
+
+    Raises ValueError as `conversions`.
+    """
+    named = []
+    for suffix, tables in conversions(results, positions):
+        for name, make in conversion.FIGURES.items():
+            with style.context(["default", RC]):
+                named.append((f"{name}{suffix}", make(*tables)))
+    return _save(named, folder, conversion.FIGURES)
+
+
+def redraw(results: Path, plots: Path) -> list[Path]:
+    """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are.
+
+    `draw_contexts` where results.csv is of a search for the longest context, `draw_learned` where it is of training,
+    `draw_conversions` where it is of conversions.
+    """
+    path = results / "results.csv"
+    kind = schema.kind_of(path) if path.is_file() else ""
+    if kind == "longest":
+        return draw_contexts(schema.read(path), plots)
+    if kind == "converted":
+        return draw_conversions(schema.read(path), schema.read(results / "positions.csv"), plots)
+    if kind == "learned":
+        return draw_learned(schema.read(path), schema.read(results / "curves.csv"), plots)
+    return draw(read(results), plots, **read_fits(results))

@@ -1,0 +1,97 @@
+"""What was measured, for those who keep their experiments in TensorBoard, MLflow or Weights & Biases.
+
+A tracker is written from the finished tables, when nothing is timed any more, and each time anew: the ledger stays what counts.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from evals.errors import UsageError
+from evals.results.frames import swept_column
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run of a tracker, numbers by step: of results an attention over the swept setting, of curves a training run."""
+
+    name: str
+    points: list[tuple[int, dict[str, float]]]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterator[Series]:
+    """Every number of rows with outcome ok. What is swept is the step where it is a whole number, and else the row's place."""
+    axis = swept_column(results)
+    numbers = [str(column) for column in results.select_dtypes("number") if column != axis]
+    for attention, rows in results[results["outcome"] == "ok"].groupby("attention", sort=False):
+        points = []
+        for place, (_, row) in enumerate(rows.iterrows()):
+            whole = pd.api.types.is_integer_dtype(results[axis])
+            step = int(row[axis]) if whole else place
+            points.append((step, {column: float(row[column]) for column in numbers if pd.notna(row[column])}))
+        yield Series(str(attention), points, {"swept": axis, **({} if whole else {axis: rows[axis].astype(str).tolist()})})
+    if curves is None:
+        return
+    keys = ["attention", "learning_rate", "seed", *([axis] if axis in curves else [])]
+    for key, points_of in curves.groupby(keys, sort=False):
+        told = dict(zip(keys, key, strict=True))
+        name = "/".join(["curves", *(str(value) for value in told.values())])
+        losses = [
+            (int(step), {"loss_nats": float(loss)}) for step, loss in zip(points_of["step"], points_of["loss_nats"], strict=True)
+        ]
+        yield Series(name, losses, told)
+
+
+def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path) -> Path:
+    """Event files below <folder>/tensorboard, a run a series. Show them by: tensorboard --logdir <folder>/tensorboard."""
+    client("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    place = folder / "tensorboard"
+    shutil.rmtree(place, ignore_errors=True)
+    for one in series(results, curves):
+        with SummaryWriter(str(place / one.name)) as writer:
+            for step, values in one.points:
+                for name, value in values.items():
+                    writer.add_scalar(f"{sweep}/{name}", value, step)
+    return place
+
+
+def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, uri: str | None = None) -> Path:
+    """Runs of the experiment bsbr/<sweep>. uri: of the tracking server; None is <folder>/mlflow.db."""
+    place = folder / "mlflow.db"
+    library = client("mlflow")
+    library.set_tracking_uri(uri or f"sqlite:///{place.resolve()}")
+    library.set_experiment(f"bsbr/{sweep}")
+    for one in series(results, curves):
+        with library.start_run(run_name=one.name):
+            library.log_params(one.parameters)
+            for step, values in one.points:
+                library.log_metrics(values, step=step)
+    return place
+
+
+def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, mode: str = "offline") -> Path:
+    """Runs of the project bsbr, grouped by sweep. mode: offline, which `wandb sync` uploads later; or online."""
+    library = client("wandb")
+    for one in series(results, curves):
+        settings = {"project": "bsbr", "group": sweep, "name": one.name, "dir": str(folder), "mode": mode}
+        with library.init(config=one.parameters, **settings) as run:
+            for step, values in sorted(one.points, key=lambda point: point[0]):
+                run.log(values, step=step)
+    return folder / "wandb"
+
+
+def client(name: str) -> ModuleType:
+    """The tracker's own library. Raises UsageError where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(f"tracker={name} needs its client, which is not installed: pip install {name}") from error

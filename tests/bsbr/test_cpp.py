@@ -1,0 +1,205 @@
+"""`bsbr.backends.cpp.operators` against the reference, at sizes that fill neither its tiles nor its panels; and where it cannot be had."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bsbr import BSBRAttention, attention, bsbr_attention, reference
+from bsbr.backends import dispatch, pytorch
+from bsbr.backends.cpp import build, operators
+from evals.certification.checks import awake
+
+CHUNK = 6
+OPTIONS: list[dict[str, int]] = [{}, {"chunk_overlap": 2}, {"chunk_overlap": 2 * CHUNK + 1}, {"top_k": 2, "chunk_overlap": CHUNK}]
+
+
+def inputs(
+    time: int,
+    *,
+    features: int | None = None,
+    beta: bool = False,
+    dim: int = 6,
+    chunk: int = CHUNK,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """4 heads that share 2 keys, 2 items; heads are views of joined ones, as projections give them."""
+    generator = torch.Generator().manual_seed(time)
+
+    def heads(number: int, length: int, dim: int) -> Tensor:
+        return torch.randn(2, length, number, dim, generator=generator, dtype=dtype).transpose(1, 2)
+
+    chunks = -(-time // chunk)
+    tensors = {"q": heads(4, time, dim), "k": heads(2, time, dim), "v": heads(2, time, dim)}
+    tensors |= {
+        "r": heads(4, chunks, dim),
+        "h": heads(2, chunks - 1, dim),
+        "gain": torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype),
+    }
+    if features:
+        tensors |= {"q_features": heads(4, time, features), "k_features": heads(2, time, features)}
+    if beta:
+        tensors["beta"] = heads(2, time, 1).squeeze(3).sigmoid()
+        if features:
+            tensors["k_features"] = pytorch.unit_norm(tensors["k_features"])
+    return tensors
+
+
+def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
+    """Values, with and without gradients kept, and all gradients are those of the reference, relative to the largest."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    truth = reference.bsbr_attention(**leaves, **options)
+    out = bsbr_attention(**leaves, impl="native", **options)
+    with torch.no_grad():
+        alone = bsbr_attention(**tensors, impl="native", **options)
+    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (
+        torch.autograd.grad((x * upstream).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        for x in (out, truth)
+    )
+    for name, a, b in zip(("out", "out alone", *leaves), (out, alone, *mine), (truth, truth, *theirs), strict=True):
+        size = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(a.to(b), b, rtol=0, atol=tolerance * size, msg=lambda words, name=name: f"{name}: {words}")
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests run with one thread each; these with as many as asked for."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 2])
+@pytest.mark.parametrize(("stretch", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
+@pytest.mark.usefixtures("threads")
+def test_values_and_gradients_are_those_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, beta: bool, options: dict[str, int]
+) -> None:
+    monkeypatch.setattr(operators, "STRETCH", stretch)
+    monkeypatch.setattr(operators, "FEW", stretch)
+    check(inputs(time, features=features, beta=beta), 1e-10, chunk_size=CHUNK, normalise=beta, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("chunk", "dim", "features"), [(37, 20, None), (64, 40, 24), (100, 33, 5), (16, 128, 64)])
+def test_tiles_that_are_full_and_those_that_are_not(chunk: int, dim: int, features: int | None, dtype: torch.dtype) -> None:
+    tensors = inputs(2 * chunk + 17, features=features, dim=dim, chunk=chunk, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    check(tensors, tolerance, chunk_size=chunk, chunk_overlap=chunk // 3)
+    check(inputs(2 * chunk + 17, features=features, beta=True, dim=dim, chunk=chunk, dtype=dtype), tolerance, chunk_size=chunk)
+
+
+def test_more_chunks_than_are_mixed_at_once() -> None:
+    check(inputs(2 * 270 + 1, features=3, dim=24, chunk=2), 1e-10, chunk_size=2)
+
+
+def test_any_strides_are_taken() -> None:
+    tensors = inputs(3 * CHUNK + 1, features=3)
+    plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    # No contiguous rows; a single item that stands for both.
+    scattered = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
+    torch.testing.assert_close(bsbr_attention(**scattered, chunk_size=CHUNK, impl="native"), plain, rtol=0, atol=1e-13)
+    leaf = tensors["q"].detach().requires_grad_()
+    out = bsbr_attention(**(tensors | {"q": leaf}), chunk_size=CHUNK, impl="native")
+    by_sum = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]  # its upstream is one number, expanded
+    assert torch.equal(by_sum, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
+
+
+def test_scores_of_any_size_give_the_softmax_that_torch_gives() -> None:
+    """e^x by our own polynomial: through its whole range, and where it must be zero."""
+    scores = torch.linspace(-120, 3, 64)
+    q = torch.zeros(1, 1, 64, 16)
+    q[..., -1, 0] = 4.0  # √d: the last token's scores are the keys' first numbers
+    k = torch.zeros(1, 1, 64, 16)
+    k[..., 0] = scores
+    v = torch.eye(64)[None, None, :, :16].contiguous()
+    meta = torch.zeros(1, 1, 1, 16)
+    weights = torch.softmax(scores.double(), dim=0)
+    for start in range(0, 64, 16):
+        v = torch.eye(64)[None, None, :, start : start + 16].contiguous()
+        out = bsbr_attention(q, k, v, meta, meta[:, :, :0], chunk_size=64, impl="native")[0, 0, -1]
+        torch.testing.assert_close(out.double(), weights[start : start + 16], rtol=1e-5, atol=1e-38)
+
+
+@pytest.mark.parametrize("options", [{}, {"retrieval_top_k": 3}, {"chunk_overlap": CHUNK + 1, "compression_factor": 2}], ids=str)
+def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_same(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(attention, "PAGE", 3)
+    monkeypatch.setattr(operators, "FEW", 1)
+    torch.manual_seed(0)
+    module = awake(BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options)).double()
+    x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)
+    whole = module(x)  # with gradients, in one piece
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), whole, rtol=0, atol=1e-10)
+        _, state = module.extend(x)
+    assert [state[f"states.{page}"].shape[2] for page in range(4)] == [3, 3, 3, 2]
+
+
+def test_a_future_that_overflows_does_not_reach_the_past() -> None:
+    tensors = inputs(CHUNK, dtype=torch.float32)
+    before = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    tensors["k"] = tensors["k"].clone()
+    tensors["k"][:, :, -1, 0] = 3e38  # times a query, beyond what float32 holds
+    after = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    assert torch.equal(before[:, :, :-1], after[:, :, :-1])
+
+
+def test_the_choice_of_implementation() -> None:
+    tensors = inputs(CHUNK + 1, dtype=torch.float32)
+    order = [tensors[name] for name in ("q", "k", "v", "r", "h")]
+    assert dispatch.choose("auto", *order) == "native"
+    assert dispatch.choose("torch", *order) == "torch"
+    assert dispatch.choose("auto", *order, dropout_p=0.1) == "torch"
+    assert dispatch.choose("auto", *(x.bfloat16() for x in order)) == "torch"
+    with pytest.raises(NotImplementedError, match=r"impl='native' was asked for: native code has no dropout; impl='torch' takes"):
+        dispatch.choose("native", *order, dropout_p=0.1)
+    with pytest.raises(NotImplementedError, match=r"impl='triton' was asked for: the kernels "):
+        dispatch.choose("triton", *order)
+    with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, native, triton, got 'cuda'$"):
+        BSBRAttention(16, 4, impl="cuda")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """What is built in a test is forgotten behind it."""
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_library")
+@pytest.mark.parametrize(
+    ("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it said nothing")]
+)
+def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, problem: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tensors = inputs(CHUNK + 1)
+    with pytest.warns(RuntimeWarning, match=rf"runs in plain torch, several times slower: .*{problem}.*CXX names one"):
+        bsbr_attention(**tensors, chunk_size=CHUNK)
+    with pytest.raises(NotImplementedError, match=rf"impl='native' was asked for: there is no native code .*{problem}"):
+        bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not isinstance(build.library(), str)
+    (built,) = (tmp_path / "bsbr").iterdir()  # and nothing else: what was half done is not left there
+    written = built.stat().st_mtime_ns
+    build.library.cache_clear()
+    assert not isinstance(build.library(), str)
+    assert built.stat().st_mtime_ns == written

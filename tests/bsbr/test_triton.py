@@ -1,0 +1,61 @@
+"""The Triton kernels: their tests run in a process of their own, for triton decides on import what runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsbr.backends import triton
+from evals.paths import ROOT
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def run_alone(interpret: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", str(HERE / "kernels_alone.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_they_are_the_reference_when_interpreted() -> None:
+    run_alone("1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_they_are_the_reference_on_a_gpu() -> None:
+    run_alone("0")
+
+
+def test_they_compile_for_hopper_without_spilling() -> None:
+    program = (
+        "import torch; from bsbr.backends.triton.compiled import report, SHARED_LIMIT\n"
+        "for name, (_, spilled, shared) in report(90, dtype=torch.bfloat16, head_dim=64, d_r=None).items():\n"
+        "    assert spilled == 0, (name, spilled)\n"
+        "    assert shared <= SHARED_LIMIT[90], (name, shared)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
+def test_importing_bsbr_and_its_kernels_does_not_import_triton() -> None:
+    program = "import sys, torch; before = 'triton' in sys.modules; import bsbr.backends.triton; assert before or 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_what_they_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    q = torch.zeros(1, 1, 4, 8)
+    five = (q, q, q, q[:, :, :1], q[:, :, :0])
+    assert "run on a CUDA GPU, got cpu" in str(triton.unsupported(*five))
+    assert "no dropout, got dropout_p = 0.5" in str(triton.unsupported(*five, dropout_p=0.5))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.unsupported(*five) is None
+    assert "torch.float64" in str(triton.unsupported(*(x.double() for x in five)))
+    assert "at most 256, got 257" in str(triton.unsupported(*(x.new_zeros(*x.shape[:3], 257) for x in five)))
+    assert "together or not at all" in str(triton.unsupported(*five, q_features=q))
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        triton.bsbr_attention(*five, chunk_size=4, dropout_p=0.1)

@@ -1,0 +1,85 @@
+"""Which files a result depends on: all that its attention runs, and none that it does not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from baselines.standard import StandardAttention
+from bsbr import BSBRAttention
+from evals.benchmark.code_hash import files_of, of_attention
+from evals.config import Candidate, Model
+from evals.paths import ROOT
+
+MODEL = Model(scope="attention", hidden_dim=16, num_heads=4, ff_dim=1, num_layers=1, vocab_size=1)
+
+
+def named(files: list[Path]) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
+def test_a_baseline_does_not_depend_on_bsbr() -> None:
+    around = {"bsbr/interface.py", "bsbr/process_group.py", "bsbr/model.py", "bsbr/convolution.py"}
+    assert named(files_of(StandardAttention(16, 2))) == {"baselines/standard.py", *around}
+
+
+def test_what_is_imported_late_or_compiled_counts() -> None:
+    found = named(files_of(BSBRAttention(16, 2)))
+    assert found >= {
+        "bsbr/attention.py",
+        "bsbr/backends/pytorch.py",
+        "bsbr/backends/cpp/bsbr.cpp",
+        "bsbr/context_parallel.py",
+        "bsbr/backends/triton/output_backward.py",
+    }
+    assert not any(name.startswith("bsbr/convert") for name in found)
+
+
+def test_a_conversion_depends_on_the_code_that_converts() -> None:
+    node = {"_target_": "evals.conversion.decoders.ConvertedDecoder", "model_type": "llama"}
+    converted = files_of(Candidate("converted", node).build(MODEL))
+    assert named(converted) >= {"bsbr/convert/retrieval.py", "bsbr/backends/cpp/bsbr.cpp", "bsbr/reference.py"}
+
+
+def test_an_attention_of_a_user_is_followed_through_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "mine/__init__.py": "from mine.parts import helped\n",
+        "mine/kinds.py": """
+from bsbr import MultiHeadAttention
+from . import parts as own
+import mine.plain
+
+class Mine(MultiHeadAttention):
+    def attend(self, *tensors):
+        from mine import helped, late
+        return late.same(helped(tensors))
+
+    reference = attend
+
+    def flops(self, seq_len, batch_size=1):
+        return 0
+""",
+        "mine/parts.py": "import torch\nfrom .deep.down import helped\n",
+        "mine/deep/__init__.py": "",
+        "mine/deep/down.py": "def helped(x):\n    return x[0]\n",
+        "mine/plain.py": "",
+        "mine/late.py": "def same(x):\n    return x\n",
+        "mine/other.py": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        mine = Candidate("mine", {"_target_": "mine.kinds.Mine"}).build(MODEL)
+        found = {path.relative_to(tmp_path / "mine").as_posix() for path in files_of(mine) if path.is_relative_to(tmp_path)}
+        assert found == {"kinds.py", "parts.py", "plain.py", "late.py", "deep/down.py"}
+        before = of_attention(mine)
+        (tmp_path / "mine" / "other.py").write_text("changed = True")
+        assert of_attention(mine) == before
+        (tmp_path / "mine" / "late.py").write_text("def same(x):\n    return -x\n")
+        assert of_attention(mine) != before
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+            del sys.modules[name]

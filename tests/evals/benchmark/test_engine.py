@@ -1,0 +1,79 @@
+"""What makes two comparisons the same, and when the machine is measured again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from evals.benchmark.engine import CEILINGS, Engine
+from evals.benchmark.preflight import implementation
+from evals.cli.jobs import read_job
+from evals.measure.clock import now
+from evals.paths import CONF
+from evals.results.ledger import Ledger
+
+
+def engine(folder: Path, *options: str) -> Engine:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        comparison = read_job(compose("config", ["attention=[standard,linear]", "sampling.budget_s=100", *options]))
+    return Engine(comparison, Ledger(folder / "samples.jsonl"), Ledger(folder / "certificates.jsonl"))
+
+
+def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_path: Path) -> None:
+    first = engine(tmp_path).id
+    assert engine(tmp_path, "sampling.budget_s=7").id == first
+    assert engine(tmp_path, "sampling.max_rounds=3").id == first
+    for changed in (
+        "shape.seq_len=7",
+        "sampling.turn_s=0.5",
+        "sampling.seed=3",
+        "workload=decode",
+        "attention.linear.chunk_size=32",
+    ):
+        assert engine(tmp_path, changed).id != first
+
+
+def described(folder: Path, *, count: int, time: str, **settings: Any) -> Engine:
+    """An engine whose ledger holds the ceilings of so many comparisons before this one."""
+    made = engine(folder)
+    ceilings = {"flops_per_s": 1.0}
+    record = {"kind": "comparison", "comparison": "earlier", "swept": None, "ceilings": ceilings, "time": time}
+    made.ledger.append(*[record | {"settings": made._settings() | settings}] * count)
+    return made
+
+
+def test_ceilings_that_the_ledger_knows_are_not_measured_again(tmp_path: Path) -> None:
+    assert described(tmp_path, count=CEILINGS, time=now())._ceilings() is None
+
+
+@pytest.mark.parametrize(
+    ("count", "time", "settings"),
+    [(CEILINGS - 1, None, {}), (CEILINGS, "2020-01-01T00:00:00+00:00", {}), (CEILINGS, None, {"threads": 77})],
+)
+def test_few_old_or_other_ceilings_are(tmp_path: Path, count: int, time: str | None, settings: dict[str, Any]) -> None:
+    measured = described(tmp_path, count=count, time=time or now(), **settings)._ceilings()
+    assert measured is not None
+    assert measured["flops_per_s"] > 1e6
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        comparison = read_job(compose("config", ["attention=[standard,linear_fla]"]))
+    measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Ledger(tmp_path / "certificates.jsonl"))
+    result = measured.trials.certified(comparison.candidates[1])
+    assert result.outcome == "unsupported"
+    assert "impl=fla runs Triton kernels, which need CUDA" in result.detail
+    assert not measured.trials.certificates.read()[0]  # another machine may run it
+
+
+@pytest.mark.parametrize(
+    ("options", "impl"), [([], "native"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
+)
+def test_a_row_names_the_implementation_that_runs_in_its_precision(options: list[str], impl: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        comparison = read_job(compose("config", ["attention=[bsbr]", *options]))
+    assert implementation(comparison, comparison.candidates[0]) == impl

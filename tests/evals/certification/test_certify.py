@@ -1,0 +1,225 @@
+"""Right attentions are green, wrong ones are red, and red for what is wrong with them."""
+
+import inspect
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from torch import Tensor
+
+from baselines.delta_net import DeltaNetAttention
+from baselines.standard import StandardAttention
+from bsbr import Attention, BSBRAttention
+from evals.certification.certificate import certify
+from evals.certification.checks import CHECKS
+from evals.certify import main
+from evals.paths import ROOT
+from tests.evals import wrong_attentions as wrong
+from tests.evals.commands import call, typed
+
+NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
+SHIPPED = sorted((ROOT / "conf" / "attention").glob("*.yaml"))
+
+
+def red(build: Any) -> dict[str, str]:
+    """The checks that fail, with what they say."""
+    return {finding.check: finding.detail for finding in certify(build) if not finding.passed}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -> None:
+    (node,) = yaml.safe_load(path.read_text()).values()
+    build = partial(instantiate, node, hidden_dim=64, num_heads=2)
+    if path.stem in NEED_CUDA:
+        with pytest.raises(NotImplementedError, match=r"CUDA|does not support backward on CPU"):
+            red(build)
+    else:
+        assert red(build) == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_overlap": 5, "num_kv_heads": 2},
+        {"compression_factor": 4, "retrieval_top_k": 2},
+        {"chunk_overlap": 37, "rotary": True},
+        {"meta_projections": True, "meta_pooling": "last"},
+    ],
+    ids=str,
+)
+def test_bsbr_is_green_with_its_options(options: dict[str, Any]) -> None:
+    assert red(partial(BSBRAttention, 64, 4, chunk_size=24, **options)) == {}
+
+
+def test_bsbr_in_chunks_of_one_token_is_told_that_it_holds_n_by_n_weights() -> None:
+    # As a sum: of a single token the delta rule has nothing to correct, and its products are nothing but padding.
+    assert set(red(partial(BSBRAttention, 16, 2, chunk_size=1, chunk_states="sum"))) == {"memory"}
+
+
+# --- the wrong ones -----------------------------------------------------------------------------
+
+BSBR, LINEAR, WINDOW = {"chunk_size": 64}, {"chunk_size": 16}, {"window_size": 16}
+FUTURE = {"causality", "padding", "streaming"}
+"""What sees the future also sees right padding, and cannot be streamed."""
+
+WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
+    # the class, its options, all checks that must fail, the one that says what is wrong, and its words
+    (wrong.TriuForTril, {}, FUTURE | {"parity"}, "causality", "changing the inputs after 0 changes output 0 "),
+    (wrong.ReshapedHeads, {}, FUTURE, "causality", "changing the inputs after 0 changes output 0 "),
+    (wrong.RetrievesOwnChunk, BSBR, FUTURE | {"parity"}, "causality", "changing the inputs after 0 changes output 0 "),
+    (wrong.MetaQueryFromLastToken, BSBR, FUTURE, "causality", "changing the inputs after 128 changes output 128 "),
+    (
+        wrong.DividedByLength,
+        LINEAR,
+        {"padding", "streaming", "parity"},
+        "padding",
+        "9 padded positions to the left change output 0 ",
+    ),
+    (wrong.PaddingIgnored, {}, {"padding"}, "padding", "33 padded positions to the left change output 0 .* \\(n=1\\)"),
+    (wrong.PaddingZeroed, {}, {"padding"}, "padding", "33 padded positions to the left change output 0 .* \\(n=1\\)"),
+    (wrong.EmptySoftmax, {}, {"finite"}, "finite", "a row that is all padding: a gradient by .* with NaN"),
+    (wrong.MixesBatch, {}, {"batch"}, "batch", "item 0 of a batch of 3 differs from itself alone in output 1 "),
+    (wrong.WindowOffByOne, WINDOW, {"parity"}, "parity", "attend is off its reference by .* in torch.float64 \\(n=17, "),
+    (wrong.CorrectsAfterWriting, LINEAR, {"parity", "streaming"}, "parity", "attend is off its reference by .* in torch.float64"),
+    (wrong.ScalarState, LINEAR, {"parity", "streaming", "finite", "flops"}, "parity", "attend is off its reference by .* \\(n=1, "),
+    (wrong.DetachedKeys, {}, {"parity"}, "parity", "the gradient of attend by its tensor 1 is off its reference by 1.0e"),
+    (wrong.AccumulatesInBfloat16, LINEAR, {"parity"}, "parity", "attend is off its reference by .* in torch.float32"),
+    (
+        wrong.DropoutInEval,
+        {},
+        FUTURE | {"determinism", "contract", "parity", "batch"},
+        "determinism",
+        "two calls on the same input differ in eval mode",
+    ),
+    (wrong.ReadsBeforeWriting, LINEAR, {"streaming"}, "streaming", r"extend over \[1, 1, 1, 1, … 15 pieces\] .* in output 1 "),
+    (wrong.StaleRetrieval, BSBR, {"streaming"}, "streaming", r"extend over \[1, 1, .* differs from forward in output 65 "),
+    (wrong.RemembersOnModule, {}, {"streaming"}, "streaming", "the state used a second time"),
+    (wrong.WritesIntoState, LINEAR, {"streaming"}, "streaming", "extend by 1 tokens after 1 changes the state it is given: total"),
+    (wrong.PositionsRestart, WINDOW, {"streaming"}, "streaming", "differs from forward in output 1 "),
+    (
+        wrong.ViewAsState,
+        WINDOW,
+        {"state_size"},
+        "state_size",
+        "state_bytes.1, batch_size=2. declares 256 bytes, the state holds 392",
+    ),
+    (wrong.NormWithoutEpsilon, BSBR, {"finite", "padding"}, "finite", "inputs that are all 0: .* NaN"),
+    (wrong.SoftmaxWithoutShift, {}, {"parity", "finite", "memory"}, "finite", "inputs of size 1e3: an output with NaN"),
+    (wrong.QuadraticUnderLinearLabel, LINEAR, {"memory"}, "memory", "grows 15.9× from .* at n=1024 to .* at n=4096, allowed 4.6×"),
+    (wrong.FlopsTimesTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
+    (wrong.FlopsByTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
+    (wrong.FlopsOfQuadratic, {}, {"flops"}, "flops", "declares .* counted"),
+    (wrong.StateBytesOfOneHead, {}, {"state_size"}, "state_size", "declares 128 bytes, the state holds 264"),
+    (wrong.Raises, {}, {check.__name__ for check in CHECKS}, "contract", "raised RuntimeError: no kernel for this second line"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "checks", "check", "words"), WRONG, ids=[one[0].__name__ for one in WRONG])
+def test_a_wrong_attention_is_red_for_what_is_wrong_with_it(
+    cls: type[Attention], options: dict[str, int], checks: set[str], check: str, words: str
+) -> None:
+    found = red(partial(cls, 16, 2, **options))
+    assert set(found) == checks
+    assert re.search(words, found[check])
+
+
+def test_a_wrong_shape_is_told_before_anything_else() -> None:
+    found = red(partial(wrong.WrongShape, 16, 2))
+    assert found["contract"] == "forward returns [2, 1, 15] torch.float64 for [2, 1, 16] torch.float64"
+
+
+def test_every_wrong_attention_is_tried() -> None:
+    written = {cls for _, cls in inspect.getmembers(wrong, inspect.isclass) if cls.__module__ == wrong.__name__}
+    assert written == {one[0] for one in WRONG} | {wrong.WrongShape}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "check"),
+    [
+        (wrong.TriuForTril, {}, "causality"),
+        (wrong.AccumulatesInBfloat16, LINEAR, "parity"),
+        (wrong.DetachedKeys, {}, "parity"),
+        (wrong.WindowOffByOne, WINDOW, None),
+    ],
+)
+def test_what_is_found_without_a_reference(cls: type[Attention], options: dict[str, int], check: str | None) -> None:
+    unreferenced = type(cls.__name__, (cls,), {"reference": None})
+    assert (check in red(partial(unreferenced, 16, 2, **options))) == (check is not None)
+
+
+@pytest.mark.parametrize("finest", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_of_coarse_types_are_certified_in_them(finest: torch.dtype) -> None:
+    """As on a GPU, though on the CPU: what is right is green, and what is wrong by more than rounding is red."""
+
+    def refuses_finer(cls: type[Attention]) -> type[Attention]:
+        def attend(self: Any, *tensors: Tensor) -> Tensor:
+            if torch.finfo(tensors[0].dtype).eps < torch.finfo(finest).eps:
+                raise NotImplementedError(f"no kernel for {tensors[0].dtype}")
+            return cls.attend(self, *tensors)
+
+        return type(cls.__name__, (cls,), {"attend": attend})
+
+    def found(cls: type[Attention], **options: Any) -> set[str]:
+        build = partial(refuses_finer(cls), 16, 2, **options)
+        with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float64"):
+            red(build)
+        return {finding.check for finding in certify(build, "cpu", finest) if not finding.passed}
+
+    assert found(DeltaNetAttention, chunk_size=16) == set()
+    assert found(StandardAttention) == set()
+    assert {"causality", "streaming"} <= found(wrong.TriuForTril)
+    assert "streaming" in found(wrong.StaleRetrieval, **BSBR)
+    assert "state_size" in found(wrong.StateBytesOfOneHead)
+
+
+def test_certifying_leaves_the_process_as_it_was() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    red(partial(wrong.Raises, 16, 2))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+SMALL = ("model.hidden_dim=32", "model.num_heads=2")
+
+
+def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "conf" / "attention"
+    folder.mkdir(parents=True)
+    (tmp_path / "mine" / "peeks.py").write_text(
+        "import os\nimport torch.nn.functional as F\nfrom baselines.standard import StandardAttention\n"
+        "class Peeks(StandardAttention):\n"
+        "    def attend(self, *tensors):\n        return F.scaled_dot_product_attention(*tensors)\n"
+        "class Leaves(StandardAttention):\n    def attend(self, *tensors):\n        os._exit(4)\n"
+    )
+    (folder / "peeks.yaml").write_text("peeks: {_target_: peeks.Peeks}\n")
+    (folder / "leaves.yaml").write_text("leaves: {_target_: peeks.Leaves}\n")
+    done = typed("python", "-m", "evals.certify", "--config-dir", str(folder.parent), "attention=[linear,peeks,leaves]", *SMALL)
+    assert (done.returncode, done.stderr) == (1, "")
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+    assert rows["linear"] == ["✓"] * len(CHECKS)
+    assert rows["peeks"].count("✗") == 4
+    assert rows["leaves"] == ["crash"]
+    assert re.search(r"^peeks, causality: changing the inputs after 0 changes output 0 ", done.stdout, flags=re.MULTILINE)
+    assert "leaves, the certificate ended as crash: exited with code 4" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.split("\n\n")[0].splitlines())
+
+
+def test_the_command_exits_with_0_where_all_is_green() -> None:
+    done = call(main, "attention=[standard]", *SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_attention_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["certify.py", "attention=[nope]"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: unknown attention 'nope'; known are bsbr, delta_net, ")

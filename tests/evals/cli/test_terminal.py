@@ -1,0 +1,338 @@
+"""What a person at a terminal sees, what a log gets instead, and what scripts and shells are told."""
+
+import io
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from evals import run
+from evals.cli import help_text, sweep
+from evals.cli.display import Outlook, span
+from evals.cli.jobs import read_job
+from evals.paths import CONF, ROOT
+from evals.results import formatting, latency_table
+from evals.results.frames import read
+from tests.evals import sweeps
+
+ESCAPE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
+HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
+
+
+# --- a sweep at a terminal ------------------------------------------------------------------------
+
+
+class Terminal:
+    """What was written to a pseudo-terminal so far, and its modes."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.modes = termios.tcgetattr(device)
+        self.said = ""
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch, watch: Callable[[str], None] = lambda _: None) -> Iterator[Terminal]:
+    """Standard output and error of this process are a terminal of 80 columns. `watch` is told of everything written so far."""
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 80))
+    screen = Terminal(theirs)
+
+    def reads() -> None:
+        data = b""
+        while chunk := os.read(ours, 65536):
+            data += chunk
+            screen.said = data.decode(errors="ignore")
+            watch(screen.said)
+            if b"\0" in chunk:
+                return
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    with os.fdopen(os.dup(theirs), "w", buffering=1) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "stderr", file)
+        try:
+            yield screen
+        finally:
+            monkeypatch.undo()
+            os.write(theirs, b"\0")
+            reader.join()
+            os.close(theirs)
+            os.close(ours)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("terminal")
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> list[str]:
+    small = ("model.hidden_dim=32", "model.num_heads=2", "device.threads=1", "sampling.turns=2", "sampling.min_rounds=3")
+    places = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
+    return ["run.py", "sweep=seq_len", "shape.seq_len=40,60", "attention=[standard,linear]", *small, *places]
+
+
+def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+
+    def ctrl_c(said: str) -> None:
+        if "[2/2] round 2" in said and not stopped.is_set():
+            stopped.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with terminal(monkeypatch, ctrl_c) as screen:
+        ours = sys.stdout
+        monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3"])
+        assert run.main() == help_text.INTERRUPTED
+        assert sys.stdout is sys.stderr is ours
+        assert termios.tcgetattr(screen.device) == screen.modes
+    said = screen.said
+    # The cursor is never left hidden, not even for the time of a round: whoever is killed cannot show it again.
+    assert said.count(HIDDEN) == 2
+    assert all(part.startswith("\x1b[?25h") for part in said.split(HIDDEN)[1:])
+    plain = ESCAPE.sub("", said).replace("\r\n", "\n").replace("\r", "\n")  # a drawing begins where the one before began
+    assert "stops after this round; Ctrl-C again stops at once" in plain
+    assert "interrupted; what was measured is kept" in plain
+    assert "[1/2] certifies, and looks at memory" in plain
+    first, second = plain[plain.index("[1/2] round 3") : plain.index("latency in ms")].split("[2/2] seq_len=60: prefill")
+    assert re.search(r"\[2/2\] round 2 ━.* about \d+ (s|min) left", second)
+    rows = pd.read_csv(folder / "results" / "seq_len" / "results.csv").set_index(["attention", "seq_len"])
+    for length, part, note in ((40, first, "3 rounds, ended by rounds"), (60, second, "2 rounds")):
+        frame = part[part.rindex("attention ") :].splitlines()
+        assert frame[0].split() == ["attention", "ms", "speed-up", "peak", "MiB"]
+        for line, name in zip(frame[1:], ("standard", "linear"), strict=False):
+            shown, latency, speedup, peak = line.split()
+            row = rows.loc[(name, length)]
+            assert shown == name
+            assert latency.split("±")[0] == formatting.cell(row, formatting.QUANTITIES[0]).split("±")[0]
+            assert speedup.split("±")[0] == formatting.cell(row, formatting.QUANTITIES[1]).split("±")[0]
+            assert ("±" in latency, "±" in speedup) == (True, name != "standard")
+            assert peak == formatting.cell(row, formatting.QUANTITIES[2])
+        assert re.fullmatch(rf"  {note}; noise: standard over itself [\d.]+±>?\d+%", frame[3].rstrip())
+    assert all(len(line.rstrip()) <= 80 for line in plain.splitlines() if str(folder) not in line)
+
+
+def test_quiet_it_says_what_came_out_alone(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3", "quiet=true"])
+    assert run.main() == 0
+    said, complaints = capfd.readouterr()
+    assert complaints == ""
+    assert said.startswith("latency in ms, lower is better\n")
+    assert "\x1b" not in said
+    assert "\r" not in said
+
+
+def test_what_was_measured_before_is_one_line_in_a_log(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = [word.replace("=40,60", "=40") for word in words]
+    monkeypatch.setattr(sys, "argv", [*one, "sampling.max_rounds=3"])
+    assert run.main() == 0
+    capfd.readouterr()
+    assert run.main() == 0
+    place, told, *_ = capfd.readouterr().out.splitlines()
+    assert place.startswith("[1/1] seq_len=40: prefill, cpu")
+    assert re.fullmatch(r"  was measured before; 3 rounds, ended by rounds; noise: standard over itself [\d.]+±>?\d+%", told)
+
+
+def test_time_left_is_what_was_done_before_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    outlook = Outlook()
+    monkeypatch.setattr(outlook, "watch", type("Watch", (), {"seconds": lambda _: 60.0})())
+    assert outlook.left(2.0, 4) == "about 60 s left"
+    outlook.found = 1  # so that a minute went into one
+    assert outlook.left(2.0, 4) == "about 2 min left"
+    assert outlook.left(1.0, 4) == outlook.left(4.0, 4) == ""
+    assert [span(seconds) for seconds in (89, 91, 5399, 9000)] == ["89 s", "2 min", "90 min", "2.5 h"]
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def test_long_names_many_variants_and_many_values_fit_80_columns() -> None:
+    names = ("standard", "bsbr", *(f"bsbr_top_{2**power}_of_a_linear_feature_map_with_mean_scale" for power in range(6)))
+    lengths = tuple(2**power for power in range(7, 17))
+    shown = latency_table.shown(sweeps.table(names, lengths).assign(detail="", sent_bytes=float("nan")))
+    assert max(map(len, shown.splitlines())) <= 80
+    latencies = shown[: shown.index("speed-up over")]
+    assert re.findall(r"\d+", " ".join(re.findall(r"^seq_len(.*)$", latencies, flags=re.MULTILINE))) == list(map(str, lengths))
+    for name in names:
+        figures = " ".join(re.findall(rf"^{name} (.*)$", latencies, flags=re.MULTILINE)).split()
+        assert len(figures) == len(lengths)
+
+
+def test_a_name_without_end_loses_its_middle() -> None:
+    text = formatting.aligned(["", "a" * 60 + "b" * 60], [["ms", "1.00±12%"]])
+    assert re.search(r"^a{30,}…b{30,} 1.00±12%$", text, flags=re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_readme_shows_what_the_committed_results_say() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
+    assert f"\n{latency_table.shown(results)}\n" in readme
+
+
+# --- exit codes, help -----------------------------------------------------------------------------
+
+
+def test_every_exit_code_is_documented_as_help_tells_it() -> None:
+    page = (ROOT / "docs" / "user-guide" / "sweeps.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE))
+    assert {int(code): meaning.replace("`", "") for code, meaning in told.items()} == help_text.EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "made"), [([0, 3, 0, 0], 3, 4), ([0, 0, 0, 0], 0, 4), ([0, 3, 2, 0], 2, 3), ([130, 0, 0, 0], 130, 1)]
+)
+def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
+    codes: list[int], code: int, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+
+    def one(*_: object, **__: object) -> int:
+        begun.append(sys.argv[1:])
+        return codes[len(begun) - 1]
+
+    monkeypatch.setattr(sweep.cli, "run", one)
+    monkeypatch.setattr(sweep, "every_sweep", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
+    assert sweep.main() == code
+    assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:made]]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
+    assert run.main() == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_all_that_conf_holds_in_80_columns(told: str) -> None:
+    assert max(map(len, told.splitlines())) <= 80
+    for path in (CONF / "sweep").glob("*.yaml"):
+        (line,) = re.findall(rf"^  {path.stem} +\S.*$", told, flags=re.MULTILINE)
+        assert re.search(rf"# ?{re.escape(line.split(maxsplit=1)[1])}", path.read_text(encoding="utf-8"))
+    joined = " ".join(told.split())
+    for group in {path.parent for path in CONF.glob("*/*.yaml")} - {CONF / "sweep"}:
+        assert re.search(rf" {group.name}= .*?: {', '.join(sorted(path.stem for path in group.glob('*.yaml')))} ", joined)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [])
+    for group in ("shape", "model", "device", "sampling", "training"):
+        for key in cfg[group]:
+            assert f" {group}.{key}=" in joined
+    assert all(f" {key}=" in joined for key in cfg)
+
+
+def test_help_gives_examples_that_can_be_run(told: str) -> None:
+    commands = re.findall(r"^  python -m evals.run (.*)$", told[told.index("Examples") :].replace("\\\n", ""), flags=re.MULTILINE)
+    assert len(commands) >= 3
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for command in commands:
+            overrides = [re.sub(r"=(\d+),.*", r"=\1", word) for word in shlex.split(command) if word != "-m"]
+            assert read_job(compose("config", overrides)).candidates
+
+
+def test_help_knows_a_folder_of_one_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text("# @package _global_\n# Over what I like. And more.\nsweep_name: mine\n")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(tmp_path), "-h"])
+    assert run.main() == 0
+    assert re.search(r"^  mine +Over what I like\.$", capsys.readouterr().out, flags=re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(tmp_path / "nowhere"), "--help"])
+    assert run.main() == 2
+    assert capsys.readouterr().err.startswith("error: --config-dir must name a folder")
+
+
+# --- what a beginner gets wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("sweep=seqlen", r"unknown sweep 'seqlen' \(did you mean seq_len\?\); known are all, .*"),
+        ("seq_len=128", r".*'seq_len': there is no such setting \(did you mean shape.seq_len\?\); --help lists them"),
+        ("shape.seqlen=128", r".*'shape.seqlen': there is no such setting \(did you mean shape.seq_len\?\); --help lists them"),
+        ("sampling.budget=1", r".* \(did you mean sampling.budget_s\?\); --help lists them"),
+        ("attention.bsbr.chunksize=64", r".* its YAML does not name \(did you mean attention.bsbr.chunk_size\?\); \+attention.*"),
+        ("attention.linear_fla.chunk_size=3", r".*linear_fla is not among those selected by attention=\[standard,bsbr,.*"),
+        ("sweep=seq_len attention=bsbr,standard", r".* alone: to compare them, say 'attention=\[bsbr,standard\]'"),
+        ("shape.seq_len=128,256", r"shape.seq_len=128,256 is several values: with -m they are a sweep, and .*"),
+        ("sweep seq_len", r"'sweep' is no setting: settings are given as key=value, such as sweep=seq_len"),
+        (
+            "--dryrun sweep=seq_len",
+            r"unknown option --dryrun \(did you mean --dry-run\?\); settings are .* --help lists the options",
+        ),
+        ("quiet=yes", r"quiet must be true or false, got 'yes'"),
+        (
+            "--config-dir {own} attention=[no_name]",
+            r"a file of attention/ holds one key, .* _target_: beside.Cosine stands at the top",
+        ),
+        ("--config-dir {own} attention=[misspelt]", r".*: module beside has no Cosin \(did you mean Cosine\?\)"),
+        ("--config-dir {own} attention=[elsewhere]", r".*: module besides cannot be imported: .*; a module of your own lies in .*"),
+    ],
+)
+def test_a_beginner_s_mistake_is_one_sentence_that_helps(
+    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "conf"
+    (conf / "attention").mkdir(parents=True)
+    (tmp_path / "beside.py").write_text("class Cosine: ...\n")
+    (conf / "attention" / "no_name.yaml").write_text("_target_: beside.Cosine\n")
+    (conf / "attention" / "misspelt.yaml").write_text("misspelt: {_target_: beside.Cosin}\n")
+    (conf / "attention" / "elsewhere.yaml").write_text("elsewhere: {_target_: besides.Cosine}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run.py", f"results_dir={tmp_path}", *arguments.format(own=conf).split()])
+    assert run.main() == 2
+    out, said = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {sentence}\n", said)
+
+
+# --- completion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("python -m evals.run sweep=seq", ["sweep=seq_len"]),
+        ("python -m evals.run --dry-run sweep=seq_len model.num_", ["model.num_heads=", "model.num_layers="]),
+        ("python -m evals.certify attention=sparse", ["attention=sparse", "attention=sparse_flex"]),
+        ("python -m http.server sweep=seq", []),
+    ],
+)
+def test_bash_completes_settings(line: str, completed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setattr(sys, "argv", ["run.py", "-sc", "install=bash"])
+    assert run.main() == 0
+    # As bash calls it: what `complete -p` says is registered, with the variables that it sets.
+    script = f"""{said.getvalue()}
+    COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_WORDS=({shlex.quote(sys.executable)})
+    $(complete -p python | sed 's/.*-F \\([^ ]*\\) python/\\1/')
+    printf '%s\\n' "${{COMPREPLY[@]}}" """
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == completed

@@ -1,0 +1,50 @@
+"""The library's decoders as candidates: what the certificate asks of any attention, and that a conversion is of its original."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from evals.certification.checks import Subject, flops, parity, state_size, streaming
+from evals.conversion.decoders import ConvertedDecoder, PretrainedDecoder
+
+B = 6
+SIZES = {"hidden_dim": 16, "num_heads": 4, "max_length": 1100}
+
+
+def decoder(model_type: str, converted: bool, **options: int) -> Callable[[], PretrainedDecoder]:
+    grouped = {} if model_type == "gpt2" else {"num_key_value_heads": 2}
+    if converted:
+        return partial(ConvertedDecoder, model_type=model_type, chunk_size=B, **SIZES, **grouped, **options)
+    return partial(PretrainedDecoder, model_type=model_type, **SIZES, **grouped, **options)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_decoder_keeps_the_contract(model_type: str, converted: bool) -> None:
+    """Against its reference; what is streamed, counted and declared. The sweep makes the whole certificate."""
+    subject = Subject(decoder(model_type, converted))
+    for check in (streaming, parity, flops, state_size):
+        with torch.set_grad_enabled(check is parity):
+            assert check(subject) is None
+
+
+def test_up_to_a_chunk_a_conversion_is_its_original_and_beyond_it_is_not() -> None:
+    subjects = [Subject(decoder("llama", converted)) for converted in (False, True)]  # built from the same seed
+    for time, same in ((1, True), (B, True), (B + 1, False)):
+        with torch.no_grad():
+            original, converted = (one.attention(one.inputs(time)) for one in subjects)
+        assert ((converted - original).abs().max() < 1e-10) == same
+
+
+def test_a_conversion_keeps_less_the_longer_the_context() -> None:
+    original, converted = (decoder("llama", one)() for one in (False, True))
+    ratios = [converted.state_bytes(time) / original.state_bytes(time) for time in (B, 4 * B, 20 * B)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] < 0.7
+
+
+def test_a_sequence_that_is_longer_than_its_positions_is_told_so() -> None:
+    with pytest.raises(NotImplementedError, match="max_length=1100, got 1101 tokens"):
+        decoder("gpt2", False)()(torch.zeros(1, 1101, 16))

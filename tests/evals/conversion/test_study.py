@@ -1,0 +1,185 @@
+"""Healing moves what it says and nothing else, goes on from where it was, and brings a conversion nearer to its original."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bsbr.convert import convert_to_bsbr
+from evals.conversion.distill import heal
+from evals.conversion.study import Plan, compared, tables
+from evals.conversion.teachers import Original, windows
+from evals.distill import main
+from evals.training.optimizer import Optimisation, optimise
+
+CHUNK, CONTEXT, VOCABULARY = 4, 16, 11
+FAMILIES = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT, "attn_pdrop": 0.0},
+    "llama": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+ALIGN, DISTIL = Optimisation(30, 1e-2), Optimisation(30, 3e-3)
+
+
+def batches(step: int) -> Tensor:
+    """Rows whose second half repeats the first: what a chunk alone cannot know."""
+    half = torch.randint(VOCABULARY, (8, CONTEXT // 2), generator=torch.Generator().manual_seed(step))
+    return torch.cat([half, half], dim=1)
+
+
+def original(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def healed(
+    model: PreTrainedModel, folder: Path, rank: int = 2, align: Optimisation = ALIGN, distil: Optimisation = DISTIL
+) -> tuple[PreTrainedModel, list[tuple[str, int, float]]]:
+    converted = convert_to_bsbr(model, CHUNK)
+    torch.manual_seed(0)
+    return converted, list(heal(model, converted, batches, align=align, distil=distil, rank=rank, saved=folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str, tmp_path: Path) -> None:
+    model = original(family)
+    before = convert_to_bsbr(model, CHUNK)
+    after, steps = healed(model, tmp_path)
+    assert [stage for stage, _, _ in steps] == ["align"] * 30 + ["distil"] * 30
+    plan = Plan(
+        Original(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
+    )
+    test = [batches(-1 - i) for i in range(4)]
+    far, near, self = compared(model, {"far": before, "near": after, "self": model}, test, plan).values()
+    assert near["kl"] < 0.9 * far["kl"]
+    assert near["cosine"] > far["cosine"]
+    assert self["kl"] == pytest.approx(0, abs=1e-6)
+    assert (self["top_1"], self["top_10"]) == (1, 1)
+    assert len(near["chunk_nats"]) == 4
+    kept, state = before.state_dict(), after.state_dict()
+    assert state.keys() == kept.keys()  # low-rank additions are merged
+    moved = {name for name in state if not state[name].equal(kept[name])}
+    assert moved
+    assert all(state[name].dim() >= 2 or ".retrieval." in name for name in moved)
+    assert not any(part in name for name in moved for part in ("wte", "wpe", "embed", "lm_head", "norm", "ln_"))
+
+
+def test_healing_without_additions_moves_retrieval_alone(tmp_path: Path) -> None:
+    model = original("llama")
+    after, _ = healed(model, tmp_path, rank=0)
+    kept = convert_to_bsbr(model, CHUNK).state_dict()
+    moved = {name for name, tensor in after.state_dict().items() if not tensor.equal(kept[name])}
+    assert moved == {name for name in kept if ".retrieval." in name}
+
+
+def test_healing_without_retrieval_leaves_its_gates_shut(tmp_path: Path) -> None:
+    model = original("llama")
+    converted = convert_to_bsbr(model, CHUNK)
+    list(heal(model, converted, batches, align=ALIGN, distil=DISTIL, rank=2, retrieval=False, saved=tmp_path))
+    kept = convert_to_bsbr(model, CHUNK).state_dict()
+    moved = {name for name, tensor in converted.state_dict().items() if not tensor.equal(kept[name])}
+    assert moved
+    assert not any(".retrieval." in name for name in moved)
+
+
+@pytest.mark.parametrize("stopped", [("align", 2), ("distil", 3)])
+def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, int], tmp_path: Path) -> None:
+    model, plan = original("llama"), Optimisation(4, 1e-2, checkpoint_s=0)
+    whole, _ = healed(model, tmp_path / "whole", align=plan, distil=plan)
+    converted = convert_to_bsbr(model, CHUNK)
+    torch.manual_seed(0)
+    for stage, step, _ in heal(model, converted, batches, align=plan, distil=plan, rank=2, saved=tmp_path / "parts"):
+        if (stage, step) == stopped:
+            break
+    again, steps = healed(model, tmp_path / "parts", align=plan, distil=plan)
+    assert steps[0][:2] == (stopped[0], stopped[1] + 1)
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="the loss was nan at step 1: lower the learning rate"):
+        list(optimise(model, lambda _: model(torch.tensor([float("nan")])).sum(), ALIGN, tmp_path / "x.safetensors"))
+
+
+SMALL = {
+    "hidden": 16,
+    "heads": 2,
+    "chunk-size": 4,
+    "chunk-overlap": 1,
+    "chunks": 3,
+    "batch": 2,
+    "examples": 4,
+    "train-steps": 3,
+    "align-steps": 2,
+    "distil-steps": 2,
+    "seeds": 1,
+    "threads": torch.get_num_threads(),
+}
+
+
+def command(folder: Path, *more: str) -> int:
+    return main(
+        ["--results-dir", str(folder), *(word for name, value in SMALL.items() for word in (f"--{name}", str(value))), *more]
+    )
+
+
+def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tmp_path) == 0
+    folder = tmp_path / "healing"
+    results = pd.read_csv(folder / "results.csv")
+    assert list(results["stage"]) == ["original", "converted", "healed"] * 2
+    assert list(results["gap_closed"][:2]) == [1, 0]
+    assert set(results["split"]) == {"test"}
+    assert len(pd.read_csv(folder / "positions.csv")) == 2 * 3 * 3
+    lines = (folder / "samples.jsonl").read_text()
+    assert not list((folder / "checkpoints").glob("*/*.safetensors"))
+    assert command(tmp_path) == 0
+    assert (folder / "samples.jsonl").read_text() == lines
+    assert "| gpt2 | 1 |" in capsys.readouterr().out
+    # Settings are tried on other text, which leaves the results as they are, and on the same originals.
+    originals = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
+    assert len(originals) == 2
+    assert command(tmp_path, "--split", "validation", "--model", "llama", "--without-retrieval") == 0
+    assert (folder / "samples.jsonl").read_text() == lines
+    tried = pd.read_csv(tmp_path / "healing_validation" / "results.csv")
+    assert tried["perplexity"][0] != results["perplexity"][0]
+    assert tried["moved"][0] < results["moved"][0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == originals
+
+
+def test_windows_are_stretches_of_their_own_split_alone() -> None:
+    texts = {name: np.arange(100 * i, 100 * i + 50) for i, name in enumerate(("train", "validation", "test"))}
+    for i, split in enumerate(texts):
+        ids = windows(texts, split, 64, 16, "asked", split, 0)
+        assert ids.shape == (64, 16)
+        assert bool((ids.diff(dim=1) == 1).all())
+        assert 100 * i <= int(ids.min()) < int(ids.max()) < 100 * i + 50
+
+
+def test_the_share_of_the_gap_that_was_closed_is_in_nats_a_token() -> None:
+    losses = {"original": [2.0, 1.0, 1.0], "converted": [2.0, 1.4, 1.6], "healed": [1.9, 1.1, 1.2]}
+    models = {name: {"nats": sum(parts) / 3, "perplexity": 0.0, "chunk_nats": parts} for name, parts in losses.items()}
+    original_ = {"model": "gpt2", "seed": 0, "context": 12}
+    plan = dict.fromkeys(("chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval", "split"), 1)
+    plan |= {"original": original_, "chunk_size": 4, "chunk_overlap": 0, "examples": 1}
+    rows = tables([{"plan": plan, "models": models, "parameters": 1, "moved": 1}])["converted"].set_index("stage")
+    assert rows.loc["healed", "gap_closed"] == pytest.approx(0.8)  # 0.8 of 1.0
+    assert rows.loc["healed", "gap_closed_beyond"] == pytest.approx(
+        0.7
+    )  # 0.7 of 1.0: that the first chunk got better is no gap closed
+    assert tables([])["converted"].empty

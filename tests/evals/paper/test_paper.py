@@ -1,0 +1,333 @@
+"""The study's figures are those of the committed data, and say where it comes from; what is computed for them is right."""
+
+import io
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from evals.paper.__main__ import main, plan
+from evals.paper.captions import caption
+from evals.paper.crossings import crossings, stretches
+from evals.paper.draw import STUDY
+from evals.paper.figures import FIGURES, draw, drawings, missing
+from evals.paper.findings import FINDINGS, source, speed
+from evals.paper.overview import comparison, dashboard, decode
+from evals.paper.radar import WORST, radar, respects
+from evals.paper.recipe import recipe, step_of
+from evals.paper.sources import Source
+from evals.paths import ROOT
+from evals.plots.layout import Sweep
+from evals.plots.pareto import pareto
+from evals.plots.save import FORMS, save
+from evals.plots.style import RC
+from evals.results.frames import checked, checked_fit, sweeps
+from tests.evals.learned import losses, recalled, sized
+from tests.evals.sweeps import crossing, data, failing, fitted, line, table, words
+
+RESULTS, PLOTS = ROOT / STUDY, ROOT / "plots" / "paper"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+ID = re.compile(r'(?<=[#"])[a-z]+[0-9a-f]{10}(?=[")])')
+
+
+# --- what is committed ----------------------------------------------------------------------------
+
+
+def shape(svg: str) -> str:
+    """The file without numbers, and without the names that are hashes of them."""
+    return NUMBER.sub("0", ID.sub("id", svg))
+
+
+def places(svg: str) -> list[float]:
+    return [float(number) for number in NUMBER.findall(ID.sub("", svg))]
+
+
+def test_every_figure_is_the_one_of_the_committed_data(tmp_path: Path) -> None:
+    """A stale picture, a stale caption, and one too many or too few all fail: `python -m evals.figures paper` mends it.
+
+    About half a second of CPU a figure, nearly all of it in writing SVG.
+    """
+    drawn = {}
+    for drawing in drawings(RESULTS):
+        drawn[drawing.name] = save(drawing.picture, tmp_path / f"{drawing.name}.svg").read_text(encoding="utf-8")
+        told = caption(drawing.name, drawing.says, drawing.sources, RESULTS)
+        assert (PLOTS / f"{drawing.name}.md").read_text(encoding="utf-8") == told, drawing.name
+    assert {path.name for path in PLOTS.iterdir()} == {f"{name}.{form}" for name in drawn for form in (*FORMS, "md")}
+    for name, now in drawn.items():
+        kept = (PLOTS / f"{name}.svg").read_text(encoding="utf-8")
+        assert shape(kept) == shape(now), name
+        # Another processor's logarithms may differ in the last digit: a hundredth of a point is nothing.
+        assert places(kept) == pytest.approx(places(now), abs=0.01), name
+
+
+def test_every_datum_of_a_figure_has_a_command() -> None:
+    for one in FIGURES:
+        for datum in (*one.data, *one.optional):
+            assert step_of(datum) is not None, f"{one.name} takes {datum}, which conf/paper.yaml does not make"
+    assert len({one.name for one in FIGURES}) == len(FIGURES)
+
+
+def test_what_is_committed_was_made_by_the_recipe() -> None:
+    """Every folder of results has its step, so that nothing is drawn that nobody can make again."""
+    folders = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("results.csv")}
+    assert folders <= {step.data for step in recipe()}
+
+
+# --- captions and what is missing -----------------------------------------------------------------
+
+
+def ledger(folder: Path, *records: dict[str, object]) -> Source:
+    folder.mkdir(parents=True)
+    pd.DataFrame({"comparison": ["aaaa", "bbbb"]}).to_csv(folder / "results.csv", index=False)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Source(folder)
+
+
+def described(key: str, commit: str, *, dirty: bool, day: str) -> dict[str, object]:
+    facts = {"commit": commit, "dirty": dirty, "cpu": "a processor", "memory_bytes": 2**34, "platform": "Linux", "python": "3.11"}
+    provenance = {**facts, "torch": "2.13", "gpu": None}
+    return {"kind": "comparison", "comparison": key, "provenance": provenance, "time": f"{day}T10:00:00+00:00"}
+
+
+def test_a_caption_says_where_its_data_come_from(tmp_path: Path) -> None:
+    one = ledger(
+        tmp_path / "results" / "seq_len",
+        {"kind": "command", "command": "python -m evals.run sweep=seq_len mine=1", "time": "2026-01-02"},
+        described("aaaa", "1" * 40, dirty=True, day="2026-01-02"),
+        described("bbbb", "2" * 40, dirty=False, day="2026-01-03"),
+        described("cccc", "3" * 40, dirty=False, day="2026-01-01"),  # of which no row is left
+    )
+    told = caption("speedup", "What it draws.", [one], tmp_path / "results")
+    for said in (
+        "What it draws.",
+        "`python -m evals.figures paper`",
+        "command: `python -m evals.run sweep=seq_len mine=1`",
+        "commit: 111111111111, with changes",
+        "commit: 222222222222\n",
+        "machine: a processor, 16 GiB of memory, Linux, Python 3.11, torch 2.13",
+        "config hash: aaaa, bbbb",
+        "2026-01-02 and 2026-01-03",
+    ):
+        assert said in told
+    assert "cccc" not in told
+    assert "3333" not in told
+
+
+def test_a_ledger_without_a_command_takes_the_recipe_s(tmp_path: Path) -> None:
+    one = ledger(tmp_path / "seq_len", described("aaaa", "1" * 40, dirty=False, day="2026-01-02"))
+    assert f"command: `python -m evals.run sweep=seq_len results_dir={tmp_path}`" in caption("a", "b", [one], tmp_path)
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    told = missing(tmp_path)
+    assert {one.name for one in FIGURES} == {*told}
+    assert told["speedup"] == (
+        f"speedup is not drawn, for there is no {tmp_path}/seq_len: "
+        f"`python -m evals.run sweep=seq_len results_dir={tmp_path}` makes it"
+    )
+    assert "sweep=recall " in told["recall_front"]  # a pattern's first step
+    with pytest.raises(ValueError, match=r"holds no data of the study: `python -m evals\.paper`"):
+        draw(tmp_path, tmp_path / "plots")
+
+
+def test_one_datum_is_enough_to_draw_what_is_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "seq_len"
+    folder.mkdir(parents=True)
+    table().to_csv(folder / "results.csv", index=False)
+    stale = tmp_path / "plots" / "needle.svg"
+    stale.parent.mkdir()
+    stale.write_text("of another time")
+    some = [one for one in FIGURES if one.name in ("radar", "crossovers", "needle")]  # nothing was fitted, nothing learned
+    paths = draw(tmp_path / "results", tmp_path / "plots", some)
+    assert {path.name for path in paths} == {"radar.svg", "radar.png", "radar.md"} == {path.name for path in stale.parent.iterdir()}
+
+
+# --- the figures that only the study has ----------------------------------------------------------
+
+
+def swept(results: pd.DataFrame, *crossed: tuple[str, str, float, float, float], fits: pd.DataFrame | None = None) -> Sweep:
+    tables = {"crossovers": checked_fit("crossovers", crossing(*crossed))} if crossed else {}
+    tables |= {} if fits is None else {"scaling": checked_fit("scaling", fits)}
+    ((_, sweep),) = sweeps(checked(results), tables)
+    return sweep
+
+
+def raced() -> pd.DataFrame:
+    """Standard is the reference, of speed-up 1; bsbr's is n^0.3 / 2: slower at 1 token, faster at 128 and more."""
+    results = table(("standard", "bsbr"))
+    return results.assign(speedup=results["speedup"].where(results["attention"] == "bsbr", 1.0))
+
+
+def test_who_is_faster_where() -> None:
+    sweep = swept(raced(), ("standard", "bsbr", 10.0, 5.0, 20.0))
+    assert [tuple(one) for one in stretches(sweep, "bsbr", "standard")] == [
+        (1, 5, "slower"),
+        (5, 20, "unclear"),
+        (20, 8192, "faster"),
+    ]
+    assert [one.state for one in stretches(sweep, "standard", "bsbr")] == ["faster", "unclear", "slower"]
+
+
+def test_doubt_that_leaves_the_range_ends_with_it_and_no_crossing_is_one_stretch() -> None:
+    doubtful = swept(raced(), ("standard", "bsbr", math.nan, 0.0, 128.0))
+    assert [tuple(one) for one in stretches(doubtful, "bsbr", "standard")] == [(1, 128, "unclear"), (128, 8192, "faster")]
+    never = swept(raced().query("seq_len > 1"), ("standard", "bsbr", math.nan, math.nan, math.nan))
+    assert [tuple(one) for one in stretches(never, "bsbr", "standard")] == [(128, 8192, "faster")]
+
+
+def test_a_ring_of_the_radar_is_twice_as_bad() -> None:
+    results = table(("standard", "bsbr"))  # bsbr's latency, memory and state are twice those of standard
+    sweep = swept(results)
+    picture = radar(sweep)
+    assert picture is not None
+    levels = {panel.get_title(): data(line(panel, panel.get_title()))[1] for panel in picture.axes}
+    keys = [axis.key for axis in respects(sweep)]
+    for key, ring in (("latency", WORST - 1), ("memory", WORST - 1), ("growth", WORST), ("weights", WORST)):
+        assert levels["bsbr"][keys.index(key)] == pytest.approx(ring)
+        assert levels["standard"][keys.index(key)] == pytest.approx(WORST)
+    told = words(picture)
+    assert all(f"{axis.key}: {axis.words}" in told for axis in respects(sweep))
+
+
+def test_what_failed_has_no_corner_and_no_mark() -> None:
+    sweep = swept(failing(table(), "linear", 8192, "oom"))
+    (latency,) = [axis for axis in respects(sweep) if axis.key == "latency"]
+    assert {*latency.costs} == {"standard", "bsbr"}
+    picture = comparison(sweep)
+    assert picture is not None
+    assert "not shown: linear at 8k tokens (oom)" in words(picture)
+
+
+def test_a_disc_s_area_is_its_parameters() -> None:
+    sizes = {"standard": 2**20, "bsbr": 2**22, "linear": 2**20}
+    picture = pareto(swept(table().assign(parameter_bytes=table()["attention"].map(sizes))), halos=True)
+    assert picture is not None
+    discs = {name: line(picture.axes[0], f"{name} parameters").get_markersize() for name in sizes}
+    assert (discs["bsbr"] / discs["standard"]) ** 2 == pytest.approx(4)
+
+
+def test_text_can_be_read_in_print() -> None:
+    every = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
+    results = failing(table(every), "gau", 8192, "crash")
+    pairs = tuple((a, b, 500.0, 300.0, 900.0) for a, b in itertools.combinations(every, 2))
+    sweep = swept(results, *pairs, fits=fitted(every))
+    for make in (comparison, dashboard, decode, radar, crossings):
+        with style.context(["default", RC]):
+            picture = make(sweep)
+        assert picture is not None
+        assert picture.get_figwidth() == 7
+        assert_readable(picture, make.__name__)
+
+
+def assert_readable(picture: Figure, name: str) -> None:
+    """No text is small, leaves the page, or covers another; ticks have their own distance, and turned ones none that boxes tell."""
+    picture.set_dpi(200)
+    FigureCanvasAgg(picture).draw()
+    own = [text for axes in picture.axes for text in (axes.title, axes._left_title, *axes.texts)]
+    texts = [text for text in [*picture.texts, *own] if text.get_text().strip()]
+    for text in {*texts, *picture.findobj(Text)}:
+        if text.get_text().strip():
+            assert float(text.get_fontsize()) >= 6.5, (name, text.get_text())
+    for text in texts:
+        box = text.get_window_extent()
+        assert picture.bbox.x0 <= box.x0 < box.x1 <= picture.bbox.x1, (name, text.get_text())
+        assert picture.bbox.y0 <= box.y0 < box.y1 <= picture.bbox.y1, (name, text.get_text())
+    level = [text for text in texts if not text.get_rotation()]
+    boxes = [(text.get_text(), text.get_window_extent().padded(-0.5 * picture.dpi / 72)) for text in level]
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), (name, one, other)
+
+
+# --- measuring it ---------------------------------------------------------------------------------
+
+
+def test_all_of_it_is_the_recipe_in_its_order() -> None:
+    commands, results, plots = plan([])
+    assert commands == [command for step in recipe() for command in step.lines("results/paper")]
+    assert (results, plots) == (Path("results/paper"), Path("plots/paper"))
+
+
+def test_words_choose_and_are_handed_on() -> None:
+    commands, results, _ = plan(["seq_len", "healing", "results_dir=/tmp/mine", "sampling=quick"], dry=True)
+    assert commands[0] == "python -m evals.run sweep=seq_len results_dir=/tmp/mine sampling=quick --dry-run"
+    assert all("--results-dir /tmp/mine" in command and "sampling" not in command for command in commands[1:])
+    assert results == Path("/tmp/mine")
+
+
+def test_the_gpu_half_has_a_folder_of_its_own() -> None:
+    commands, results, _ = plan(["device=cuda"])
+    assert commands
+    assert all("results_dir=results/paper/cuda" in command and "device=cuda" in command for command in commands)
+    assert results == Path("results/paper")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["seq"], "unknown data seq; known are seq_len, "), (["healing", "device=cuda"], "healing is measured on a CPU alone")],
+)
+def test_what_cannot_be_measured_is_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+# --- what the page says ---------------------------------------------------------------------------
+
+
+def test_sentences_say_what_the_table_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "seq_len"
+    folder.mkdir()
+    table().to_csv(folder / "results.csv", index=False)
+    crossing(("standard", "bsbr", 10.0, 5.0, 20.0)).to_csv(folder / "crossovers.csv", index=False)
+    last = table()[(table()["attention"] == "bsbr") & (table()["seq_len"] == 8192)].iloc[0]
+    told = speed(tmp_path)
+    assert f"is {last['speedup']:.3g} [{last['speedup_low']:.3g}, {last['speedup_high']:.3g}] times as fast as `standard`" in told
+    assert "faster at 128, 1000 and 8k tokens, slower at 1." in told
+    assert "They cross at 10 [5, 20] tokens." in told
+    losing = {row.split("|")[1].strip(): row for row in FINDINGS["losses"](tmp_path).splitlines()}
+    assert "| `standard` | 2.0× | 1 of 2 |" in losing["latency at 8k tokens"]
+
+
+def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
+    source.cache_clear()
+    with pytest.raises(ValueError, match=r"seq_len holds no results, .* `python -m evals\.run sweep=seq_len .*` makes it"):
+        FINDINGS["speed"](tmp_path)
+    learned = ("recall", "recall_wider", "recall_sizes", "retrieval", "retrieval_length", "extrapolation", "needle", "language")
+    for name in ("decode_all", *learned, "conversion_speed"):
+        assert FINDINGS[name](tmp_path).startswith("*Not measured yet, ")
+
+
+def test_a_table_of_recall_says_the_state_once_or_with_every_size(tmp_path: Path) -> None:
+    source.cache_clear()
+    rows = recalled()
+    for name, found in {"recall": rows, "recall_sizes": sized(rows)}.items():
+        (tmp_path / name).mkdir()
+        found.to_csv(tmp_path / name / "results.csv", index=False)
+        losses().to_csv(tmp_path / name / "curves.csv", index=False)
+    once, each = ([row.split(" | ") for row in FINDINGS[name](tmp_path).splitlines()] for name in ("recall", "recall_sizes"))
+    assert once[2][1:] == ["pairs 4", "pairs 8", "pairs 16", "state", "of standard |"]
+    last = rows[rows["best"] & (rows["num_pairs"] == 16)].sort_values("accuracy", ascending=False)
+    assert [row[0] for row in once[4:]] == [f"| `{name}`" for name in last["attention"]]
+    kept = {row[0]: row[4:] for row in once[4:]}  # 1000, 2000 and 3000 bytes
+    assert kept["| `bsbr`"] == ["1.95 KiB", "2.0× |"]
+    assert each[2][1:] == ["hidden dim 4", "hidden dim 8", "hidden dim 16 |"]
+    told = {row[0]: [one.partition(", ")[2] for one in row[1:]] for row in each[4:]}
+    assert told["| `bsbr`"] == ["7.81 KiB", "15.6 KiB", "31.2 KiB |"]
+
+
+def test_every_table_of_the_page_is_one() -> None:
+    """Of the committed data: each row has as many cells as its head, and no number is missing where there is a row."""
+    for name, tell in FINDINGS.items():
+        told = tell(RESULTS)
+        assert "nan" not in told, name
+        for block in re.findall(r"(?:^\|.*\n?)+", told, flags=re.MULTILINE):
+            assert len({row.count("|") for row in io.StringIO(block)}) == 1, name

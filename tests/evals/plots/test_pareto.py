@@ -1,0 +1,80 @@
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evals.plots.pareto import front
+from evals.plots.style import LOOKS
+from tests.evals.sweeps import attempted, data, drawn, failing, line, table, words
+
+
+def test_nobody_on_the_front_is_beaten_and_everybody_else_is() -> None:
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 9, 40):
+        # Few values, so that there are ties.
+        latency, memory = generator.integers(1, 12, (2, size)).astype(float)
+        latency[generator.random(size) < 0.1] = math.nan
+        points = [i for i in range(size) if math.isfinite(latency[i])]
+        beaten = {
+            i
+            for i, j in itertools.permutations(points, 2)
+            if latency[j] <= latency[i] and memory[j] <= memory[i] and (latency[j], memory[j]) != (latency[i], memory[i])
+        }
+        found = front(latency, memory)
+        assert set(found) == set(points) - beaten
+        assert sorted(latency[found]) == list(latency[found])
+
+
+def test_points_are_the_rows_of_the_greatest_place() -> None:
+    results = table(tuple(LOOKS)).sample(frac=1, random_state=0)
+    axes = drawn(results, "pareto").axes[0]
+    for name in LOOKS:
+        row = results[(results["attention"] == name) & (results["seq_len"] == 8192)].iloc[0]
+        assert data(line(axes, name)) == ([pytest.approx(row["latency_s"])], [pytest.approx(row["peak_bytes"])])
+    assert "8k tokens" in words(drawn(results, "pareto"))
+
+
+def test_the_front_is_a_line_of_steps_through_its_points() -> None:
+    results = table(("standard", "bsbr", "linear", "gau"), (128, 8192))
+    # standard is fastest and bsbr smallest; linear lies between them, and gau is beaten by linear.
+    results["latency_s"] = results["attention"].map({"standard": 1.0, "linear": 2.0, "gau": 3.0, "bsbr": 4.0})
+    results["peak_bytes"] = results["attention"].map({"standard": 8e6, "linear": 4e6, "gau": 5e6, "bsbr": 1e6})
+    axes = drawn(results, "pareto").axes[0]
+    x, y = data(line(axes, "front"))
+    assert x == [1, 1, 2, 2, 4, 4, axes.get_xlim()[1]]
+    assert y == [axes.get_ylim()[1], 8e6, 8e6, 4e6, 4e6, 1e6, 1e6]
+
+
+def test_every_point_has_its_name_beside_it_or_in_a_key() -> None:
+    for spread in (1.0, 1e-3):  # the second: all at one place, where names cannot all stand
+        results = table(tuple(f"{name}_{number}" for name in LOOKS for number in range(3)), (128, 8192))
+        results["latency_s"] = results["latency_s"].mean() * (1 + spread * np.arange(len(results)))
+        results["peak_bytes"] = 2.0**20
+        picture = drawn(results, "pareto")
+        keyed = [text.get_text() for legend in picture.legends for text in legend.get_texts()]
+        beside = [text.get_text() for text in picture.axes[0].texts]
+        assert sorted(keyed + beside) == sorted(results["attention"].unique())
+
+
+def test_who_failed_at_the_greatest_place_is_named_and_not_drawn() -> None:
+    results = failing(table(tuple(LOOKS)), "hopfield", 8192, "oom")
+    picture = drawn(results, "pareto")
+    assert "not shown: hopfield (oom)" in words(picture)
+    assert math.isnan(data(line(picture.axes[0], "hopfield"))[0][0])
+
+
+def test_the_greatest_place_is_the_greatest_that_leaves_a_choice() -> None:
+    results = failing(failing(table(), "standard", 8192, "oom"), "linear", 8192, "timeout")
+    assert "1000 tokens" in words(drawn(results, "pareto"))
+    assert attempted(table(("bsbr",)), "pareto") is None
+
+
+def test_places_without_an_order_stand_side_by_side_on_one_scale() -> None:
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    results = pd.concat([table(lengths=(128 * 2**i,)).assign(swept="dtype", dtype=dtype) for i, dtype in enumerate(dtypes)])
+    results["seq_len"] = 128
+    axes = drawn(results, "pareto").axes
+    assert [panel.get_title(loc="left") for panel in axes] == ["float32", "bfloat16", "float16"]
+    assert len({(panel.get_xlim(), panel.get_ylim()) for panel in axes}) == 1

@@ -1,0 +1,135 @@
+"""From records of a ledger to rows: synthetic rounds with known truth."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evals.results import latency_table
+from evals.results.ledger import Record
+from evals.results.scaling_table import analyse
+
+CEILINGS = {
+    "flops_per_s": 1e11,
+    "bytes_per_s": [[65536, 1e11], [1 << 28, 1e10]],
+    "threads": 2,
+    "thread_flops_per_s": 5e10,
+    "thread_bytes_per_s": [[65536, 5e10], [1 << 28, 1e10]],
+}
+
+
+def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float = 0.01, **trial: Any) -> list[Record]:
+    """The records of a sweep in which each attention takes these seconds at these lengths."""
+    generator = np.random.default_rng(0)
+    records: list[Record] = []
+    for n, seconds in lengths.items():
+        key = f"comparison {n}"
+        settings = {"workload": "prefill", "scope": "attention", "device": "cpu", "dtype": "float32", "threads": 2}
+        settings |= {"batch_size": 1, "seq_len": n, "hidden_dim": 64, "num_heads": 2, "processor": "P", "torch": "T"}
+        described = {"kind": "comparison", "comparison": key, "sweep": "s", "swept": "shape.seq_len", "relative_to": "standard"}
+        records.append({**described, "settings": settings, "candidates": {name: {} for name in seconds}, "ceilings": CEILINGS})
+        declared = {"flops": 1000 * n, "least_bytes": 100 * n, "held_bytes": 10 * n, "parameter_bytes": 4096, "state_bytes": n}
+        for name in seconds:
+            shared = {"comparison": key, "attention": name, "outcome": "ok", "detail": ""}
+            records.append({"kind": "trial", **shared, **declared, "peak_bytes": 100 * n, "call_s": 1.0, **trial})
+        for number in range(rounds):
+            drift = math.exp(generator.normal(0, 0.3))  # of the whole machine
+            for name, twin in [*((name, False) for name in seconds), ("standard", True)]:
+                turns = [[drift * seconds[name] * math.exp(generator.normal(0, noise)) for _ in range(3)] for _ in range(8)]
+                shared = {"comparison": key, "attention": name, "twin": twin, "round": number, "outcome": "ok", "detail": ""}
+                records.append({"kind": "latency", **shared, "tokens": n, "first_call_s": 1.0, "turns": turns, "round_s": 1.0})
+        records.append({"kind": "stopped", "comparison": key, "rule": "target"})
+    return records
+
+
+def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> None:
+    rows = latency_table.results(sweep({128: {"standard": 0.01, "twice": 0.005, "same": 0.01}})).set_index("attention")
+    assert rows.loc["twice", "speedup"] == pytest.approx(2, rel=0.02)
+    assert rows.loc["twice", "speedup_high"] / rows.loc["twice", "speedup_low"] < 1.05
+    assert rows.loc["twice", "latency_high_s"] / rows.loc["twice", "latency_low_s"] > 1.2
+    assert rows["verdict"].dropna().to_dict() == {"twice": "faster", "same": "same"}
+    assert (rows["noise_floor"] < 0.02).all()
+    assert (rows["stopped"] == "target").all()
+
+
+def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
+    # 1e8 FLOPs at 1e11 a second, 1e7 bytes at 1e11 a second at most: compute binds, a thousandth of a second.
+    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**8, least_bytes=10**7)).iloc[0]
+    assert row["limit"] == "compute"
+    assert row["floor_s"] == pytest.approx(1e-3)
+    assert row["ceiling_fraction"] == pytest.approx(1e-3 / row["latency_s"])
+    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**7, least_bytes=5 * 10**7)).iloc[0]
+    assert (row["limit"], row["floor_s"]) == ("memory", pytest.approx(5e-4))
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        ({"flops": 10**11}, "faster than physics: a call took .* but its FLOPs and bytes take at least 1 s"),
+        ({"peak_bytes": 5, "held_bytes": 1280}, "a peak of 5 bytes, where its output alone takes 1280"),
+    ],
+)
+def test_what_cannot_be_is_no_number(trial: dict[str, int], words: str) -> None:
+    rows = latency_table.results(sweep({128: {"standard": 0.01, "other": 0.02}}, **trial))
+    assert set(rows["outcome"]) == {"impossible"}
+    assert rows["detail"].str.contains(words).all()
+    assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
+
+
+def test_a_candidate_that_failed_later_is_a_failure() -> None:
+    records = sweep({128: {"standard": 0.01, "other": 0.02}})
+    shared = {"comparison": "comparison 128", "attention": "other", "twin": False, "round": 9, "round_s": 1.0}
+    records.append({"kind": "latency", **shared, "outcome": "oom", "detail": "killed"})
+    rows = latency_table.results(records).set_index("attention")
+    assert rows["outcome"].to_dict() == {"standard": "ok", "other": "oom"}
+    assert math.isnan(rows.loc["other", "latency_s"])
+
+
+def test_what_attentions_differ_in_is_named() -> None:
+    records = sweep({128: {"standard": 0.01, "other": 0.02}})
+    for record in records:
+        if record["kind"] == "trial" and record["attention"] == "other":
+            record["parameter_bytes"] *= 2
+    assert set(latency_table.results(records)["unmatched"]) == {"parameters 1× to 2× (other)"}
+
+
+def test_exponents_and_crossings_of_known_curves() -> None:
+    lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n, "slow": 1e-5 * n} for n in (128, 256, 512, 1024, 2048, 4096)}
+    records = sweep(lengths, noise=0.02)
+    fits = analyse(latency_table.results(records), records)
+    scaling = fits["scaling"].set_index(["attention", "quantity"])
+    assert scaling.loc[("standard", "latency"), "exponent_low"] <= 2 <= scaling.loc[("standard", "latency"), "exponent_high"]
+    assert scaling.loc[("line", "latency"), "exponent_low"] <= 1 <= scaling.loc[("line", "latency"), "exponent_high"]
+    assert scaling.loc[("line", "memory"), "exponent"] == pytest.approx(1, abs=1e-3)
+    assert scaling.loc[("standard", "latency"), "declared_exponent"] == pytest.approx(1, abs=1e-3)
+    assert scaling.loc[("standard", "latency"), "agreement"] == "steeper than declared"
+    crossing = fits["crossovers"].set_index(["first", "second"])
+    found = crossing.loc[("standard", "line")]
+    assert found["at_low"] <= 1000 <= found["at_high"]
+    assert found["at_high"] / found["at_low"] < 1.2
+    assert found["after"] == "slower"
+    assert crossing.loc[("standard", "slow"), "note"] == "none in range"
+
+
+def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> None:
+    """match=params gives every attention an ff_dim of its own, and another one at every size of the model."""
+    lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
+    records = sweep(lengths, noise=0.02)
+    rows = latency_table.results(records)
+    alike, matched = (
+        analyse(rows.assign(ff_dim=ff_dim, match=match), records)
+        for match, ff_dim in (("", 64), ("params", rows["attention"].map({"standard": 64, "line": 60}) + rows["seq_len"]))
+    )
+    assert len(matched["crossovers"]) == 1
+    for kind in ("scaling", "crossovers"):
+        pd.testing.assert_frame_equal(matched[kind], alike[kind])
+
+
+def test_what_is_swept_and_no_number_has_no_exponent() -> None:
+    records = sweep({128: {"standard": 0.01}})
+    for record in records:
+        if record["kind"] == "comparison":
+            record["swept"] = "device.dtype"
+    assert analyse(latency_table.results(records), records) == {}

@@ -1,0 +1,180 @@
+"""Every row of results is what its JSON Schema says, and what is not is noticed: by column, by type, by version."""
+
+import hashlib
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jsonschema import Draft202012Validator
+from tests.evals.test_table import sweep as records_of_a_sweep
+
+from evals import report
+from evals.errors import UsageError
+from evals.paths import ROOT
+from evals.plots.style import FAILURES
+from evals.results import differences, frames, latency_table
+from evals.results.folder import Results
+from evals.results.schema import FOLDER, VERSION, cell, kind_of, rows, schema, version
+from evals.tables import made, main
+
+PAPER = ROOT / "results" / "paper"
+KINDS = sorted(path.name.partition(".")[0] for path in FOLDER.glob("*.schema.json"))
+TABLES = sorted(PAPER.rglob("*.csv"))
+
+
+@cache
+def validator(kind: str) -> Draft202012Validator:
+    return Draft202012Validator(schema(kind))
+
+
+def objections(row: dict[str, Any], kind: str) -> list[str]:
+    return [error.message for error in validator(kind).iter_errors(row)]
+
+
+# --- the schemas --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_column_says_what_it_is_and_in_which_unit(kind: str) -> None:
+    Draft202012Validator.check_schema(schema(kind))
+    assert schema(kind)["$id"] == f"urn:bsbr:{kind}:{version(kind)}"
+    known = schema(kind)["properties"]
+    assert [name for name in known if name in schema(kind)["required"]] == schema(kind)["required"]
+    for name, column in known.items():
+        assert column["description"]
+        counts = {"integer", "number"} & {*([column["type"]] if isinstance(column["type"], str) else column["type"])}
+        assert bool(counts) == bool(column.get("unit")), name
+
+
+def test_a_changed_schema_has_a_new_version() -> None:
+    """schemas/versions.json holds what each version said, but for its words: whoever changes that raises the version."""
+    said = json.loads((FOLDER / "versions.json").read_text())
+    for kind in KINDS:
+        parts = {name: part for name, part in schema(kind).items() if name not in ("title", "description")}
+        parts["properties"] = {name: {**part, "description": ""} for name, part in parts["properties"].items()}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        assert said[kind].get(str(version(kind))) == digest, (
+            f"{kind}.schema.json changed: raise {VERSION} in it and in its $id, and add it with {digest} to versions.json; "
+            "change a line there only where no table was written under its version yet"
+        )
+
+
+def test_outcomes_are_those_that_figures_know() -> None:
+    assert schema("measured")["properties"]["outcome"]["enum"] == ["ok", *FAILURES]
+
+
+# --- rows that are right ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: str(path.relative_to(PAPER)))
+def test_every_committed_row_is_what_its_schema_says(path: Path) -> None:
+    found = list(rows(path))
+    # Of the thousands of points of a loss curve, some.
+    for row in found[:: 1 + len(found) // 100]:
+        assert objections(row, kind_of(path)) == []
+    assert pq.read_table(path.with_suffix(".parquet")).to_pylist() == found
+
+
+def test_columns_of_parquet_are_of_the_schema_s_types_also_where_they_are_empty() -> None:
+    kinds = {
+        "string": pa.types.is_string,
+        "integer": pa.types.is_int64,
+        "number": pa.types.is_float64,
+        "boolean": pa.types.is_boolean,
+    }
+    for path in TABLES:
+        stored = pq.read_schema(path.with_suffix(".parquet"))
+        known = schema(kind_of(path))["properties"]
+        for name in stored.names:
+            (kind,) = {known[name]["type"]} if isinstance(known[name]["type"], str) else {*known[name]["type"]} - {"null"}
+            of_type = stored.field(name).type
+            assert kinds[kind](of_type) or (kind == "string" and pa.types.is_large_string(of_type)), f"{path}: {name} is {of_type}"
+
+
+def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: Path) -> None:
+    records = records_of_a_sweep({n: {"standard": 0.01 * n, "twice": 0.005 * n} for n in (128, 512, 1024, 2048)})
+    failed = next(one for one in records if one["kind"] == "latency" and one["attention"] == "twice")
+    failed.update(outcome="oom", detail="it needed 9 GiB")
+    for one in records:
+        if one["kind"] == "comparison":  # of a workload of one's own, and its option
+            one["settings"] = {**one["settings"], "workload": "mine", "depth": 3}
+    tables = made(records)
+    assert sorted(tables) == ["crossovers", "measured", "scaling"]
+    for kind, found in tables.items():
+        path = latency_table.write(found, tmp_path, kind)
+        told = list(rows(path))
+        assert [objections(row, kind) for row in told] == [[]] * len(told)
+        assert len(told) == len(found) > 0
+        assert {row[VERSION] for row in told} == {version(kind)}
+
+
+# --- rows that are wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "objection"),
+    [
+        ("seq_len", {"latency_s": "fast"}, "'fast' is not of type 'number', 'null'"),
+        ("seq_len", {"seq_len": 12.5}, "12.5 is not of type 'integer'"),
+        ("seq_len", {"latency_s": ...}, "'latency_s' is a required property"),
+        ("seq_len", {VERSION: ...}, f"'{VERSION}' is a required property"),
+        ("seq_len", {VERSION: 0}, f"{version('measured')} was expected"),
+        ("seq_len", {"latency_ms": 1.0}, "('latency_ms' was unexpected)"),
+        ("seq_len", {"outcome": "slow"}, "'slow' is not one of"),
+        ("seq_len", {"latency_s": None}, "None should not be valid under"),
+        ("seq_len", {"outcome": "oom"}, "is not of type 'null'"),
+        ("retrieval", {"accuracy": 1.5}, "1.5 is greater than the maximum of 1"),
+        ("retrieval", {"recall": 1.0}, "('recall' was unexpected)"),
+        ("retrieval", {"best": "yes"}, "'yes' is not of type 'boolean'"),
+        ("healing", {"stage": "melted"}, "'melted' is not one of"),
+    ],
+)
+def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: str) -> None:
+    path = PAPER / folder / "results.csv"
+    right = next(row for row in rows(path) if row.get("outcome", "ok") == "ok")
+    wrong = {name: value for name, value in (right | change).items() if value is not ...}
+    assert objection in "\n".join(objections(wrong, kind_of(path)))
+
+
+def test_a_cell_of_csv_is_what_json_has() -> None:
+    assert [cell("2.0", "integer"), cell("2.5", "integer"), cell("1e-3", "number"), cell("", "string")] == [2, 2.5, 0.001, None]
+    assert [cell("True", "boolean"), cell("yes", "boolean"), cell("nan", "number"), cell("inf", "number")] == [
+        True,
+        "yes",
+        "nan",
+        math.inf,
+    ]
+    assert [cell("7", "string"), cell("7"), cell("7 tokens")] == ["7", 7, "7 tokens"]
+
+
+# --- another version ----------------------------------------------------------------------------
+
+
+def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("results.csv", "samples.jsonl"):
+        (tmp_path / name).write_bytes((PAPER / "cpu" / "million" / name).read_bytes())
+    path = tmp_path / "results.csv"
+    pd.read_csv(path).assign(**{VERSION: 99}).to_csv(path, index=False)
+    sentence = (
+        f"{path} was written under version 99 of measured.schema.json, and this checkout reads version {version('measured')}: "
+        f"`python -m evals.tables {tmp_path}` makes it again from the samples beside it"
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        frames.read(tmp_path)
+    for reader in (differences.read, Results, lambda folder: report.write([folder], tmp_path / "report.html")):
+        with pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
+            reader(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "results.csv").read_bytes() == (PAPER / "cpu" / "million" / "results.csv").read_bytes()
+    assert frames.read(tmp_path)["attention"].tolist() == ["bsbr"]
+    assert main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,245 @@
+"""The trainer: what a step is, that a killed run goes on as if it had not been, and what it says of itself."""
+
+import json
+import math
+import signal
+import time
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from evals.benchmark.workloads import build
+from evals.cli.jobs import read_job
+from evals.config import Comparison
+from evals.isolation.forkserver import launch
+from evals.paths import CONF
+from evals.training import checkpoint, trainer
+from evals.training.tasks.base import IGNORED, generator
+from evals.training.tasks.build import build_task
+
+pytestmark = pytest.mark.xdist_group("train")
+SMALL = (
+    *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[bsbr]", "attention.bsbr.chunk_size=4"),
+    *("shape.seq_len=16", "shape.batch_size=6", "model.scope=model", "model.hidden_dim=16", "model.num_heads=2"),
+    *("model.ff_dim=32", "model.conv_size=3", "device.threads=1"),
+    *("training.steps=40", "training.examples=20", "training.lengths=[1,4]", "training.checkpoint_s=0"),
+)
+
+
+@cache
+def comparison(*overrides: str) -> Comparison:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return read_job(compose("config", [*SMALL, *overrides]))
+
+
+def run(asked: Comparison, saved: Path) -> dict[str, Any]:
+    """What a run comes to, in this process."""
+    *_, last = trainer.train(asked, asked.candidates[0], build_task(asked), 1e-2, 0, saved)
+    assert isinstance(last, dict)
+    return last
+
+
+def numbers(run: dict[str, Any]) -> dict[str, Any]:
+    """All that must not depend on when it was interrupted."""
+    return json.loads(json.dumps({key: value for key, value in run.items() if key != "train_s"}))  # type: ignore[no-any-return]
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_in_a_line_and_falls_by_a_cosine_to_zero() -> None:
+    rates = [trainer.rate(2.0, step, 110, 1 / 11) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == 2.0
+    assert rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert 0 < rates[-1] < 0.001
+    assert trainer.rate(1.0, 0, 5, 0.0) == 1.0
+
+
+def test_matrices_decay_and_nothing_else_does() -> None:
+    asked = comparison()
+    model = build(asked, asked.candidates[0])
+    decayed, free = (group["params"] for group in trainer.parameter_groups(model, 0.1))
+    assert {parameter.dim() for parameter in free} == {1}
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 6])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
+    asked = comparison("device.dtype=float64")
+    torch.manual_seed(0)
+    answers = trainer.Answers(build(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
+    batch = build_task(asked).batch(6, generator("batch"))
+    found = []
+    for count in (1, pieces):
+        answers.zero_grad()
+        loss = trainer.gradients(answers, batch, asked.device, count)
+        found.append([torch.tensor(loss), *(p.grad for p in answers.parameters() if p.grad is not None)])
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-9)
+
+
+def test_the_loss_is_that_of_the_asked_targets() -> None:
+    asked = comparison()
+    model = build(asked, asked.candidates[0])
+    batch = build_task(asked).batch(6, generator("batch"))
+    losses, right = trainer.Answers(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
+    logits = model(batch.inputs)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    torch.testing.assert_close(losses.mean(), expected)
+    assert len(losses) == len(right) == 6 * 3
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
+    asked = comparison()
+    made = run(asked, tmp_path / "run.safetensors")
+    assert made["outcome"] == "ok"
+    assert made["tokens"] == 40 * 6 * 16
+    assert made["parameters"] == sum(parameter.numel() for parameter in build(asked, asked.candidates[0]).parameters())
+    assert [step for step, _ in made["curve"]] == list(range(1, 41))
+    assert [one["seq_len"] for one in made["evaluations"]] == [16, 64]
+    assert [one["targets"] for one in made["evaluations"]] == [[60.0], [60.0]]
+    assert all(0 <= one["right"][0] <= 60 for one in made["evaluations"])
+    short, long = (one["state_bytes"] for one in made["evaluations"])
+    assert 0 < short < long
+
+
+def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[int]]] = []
+    original = trainer.gradients
+
+    def noted(answers: Any, batch: Any, *rest: Any) -> float:
+        seen[-1].append(batch.inputs.flatten().tolist())
+        return original(answers, batch, *rest)
+
+    monkeypatch.setattr(trainer, "gradients", noted)
+    other = comparison("+attention.bsbr.compression_factor=2")
+    for index, (asked, rate, seed) in enumerate([(comparison(), 1e-2, 0), (other, 1e-3, 0), (comparison(), 1e-2, 1)]):
+        seen.append([])
+        list(trainer.train(asked, asked.candidates[0], build_task(asked), rate, seed, tmp_path / f"{index}.safetensors"))
+    assert seen[0] == seen[1] != seen[2]
+    assert len({str(batch) for batch in seen[0]}) == 40
+
+
+def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, int], int]] = []
+    original = trainer.gradients
+
+    def noted(answers: Any, batch: Any, *rest: Any) -> float:
+        seen.append((tuple(batch.inputs.shape), int((batch.targets != IGNORED).sum())))
+        return original(answers, batch, *rest)
+
+    monkeypatch.setattr(trainer, "gradients", noted)
+    made = run(comparison("training.curriculum=[4,2,1]", "task.num_pairs=4", "training.steps=6"), tmp_path / "run.safetensors")
+    # As many tokens in every step, and as many targets, for the pairs grow with the length.
+    assert seen == [((24, 4), 24), ((24, 4), 24), ((12, 8), 24), ((12, 8), 24), ((6, 16), 24), ((6, 16), 24)]
+    assert made["tokens"] == 6 * 6 * 16
+    assert [one["seq_len"] for one in made["evaluations"]] == [16, 64]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("[2]", r"training.curriculum must end with 1, the whole shape.seq_len, got \[2\]"),
+        ("[3,1]", "training.curriculum must divide seq_len = 16, which 3 does not"),
+        ("[8,1]", "num_pairs must be at most seq_len / 4 = 0, so that each key can be asked, got 1"),
+        ("[0,1]", r"training.curriculum must be a list of whole numbers above 0, got \[0, 1\]"),
+    ],
+)
+def test_a_curriculum_that_cannot_be(given: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        comparison(f"training.curriculum={given}")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "gradients", lambda *_: math.nan)
+    made = run(comparison(), tmp_path / "run.safetensors")
+    assert (made["outcome"], made["detail"]) == ("diverged", "the loss was nan at step 1")
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+def tell(connection: Connection, saved: Path, overrides: tuple[str, ...]) -> None:
+    connection.send(numbers(run(comparison(*overrides), saved)))
+
+
+def test_killed_and_started_again_it_comes_to_the_same_bit_for_bit(tmp_path: Path) -> None:
+    """Each run in a process of its own, with dropout, which uses the global state of randomness."""
+    dropout = ("+attention.bsbr.dropout=0.2", "training.steps=60")
+    process, told = launch(tell, tmp_path / "whole.safetensors", dropout)
+    whole = told.recv()
+    process.join()
+
+    saved = tmp_path / "killed.safetensors"
+    process, _ = launch(tell, saved, dropout)
+    while process.is_alive() and step_of(saved) < 10:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 10 <= step_of(saved) < 60
+    process, told = launch(tell, saved, dropout)
+    assert told.recv() == whole
+    process.join()
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["killed.safetensors", "whole.safetensors"]
+
+
+def step_of(saved: Path) -> int:
+    from safetensors import safe_open
+
+    if not saved.exists():
+        return 0
+    with safe_open(saved, framework="pt") as file:
+        return int(json.loads(file.metadata()["progress"])["step"])
+
+
+def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "deep" / "run.safetensors"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    assert checkpoint.load(saved, model, optimizer) is None
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    checkpoint.save(saved, model, optimizer, {"step": 7})
+    drawn = torch.rand(3)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    another = torch.optim.AdamW(other.parameters(), lr=0.1)
+    assert checkpoint.load(saved, other, another) == {"step": 7}
+    assert torch.equal(torch.rand(3), drawn)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    for one, same in zip(optimizer.state_dict()["state"].values(), another.state_dict()["state"].values(), strict=True):
+        assert one.keys() == same.keys()
+        assert all(torch.equal(one[key], same[key]) for key in one)
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(saved, model, optimizer, {"step": 8})
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = trainer.gradients
+
+    def spoiled(answers: Any, batch: Any, *rest: Any) -> float:
+        loss = original(answers, batch, *rest)
+        if batch.inputs.equal(build_task(comparison()).batch(6, generator("train", 0, 39)).inputs):
+            next(answers.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(trainer, "gradients", spoiled)
+    made = run(comparison(), tmp_path / "run.safetensors")
+    assert (made["outcome"], made["detail"]) == ("diverged", "the loss after the last step is no number")
