@@ -95,7 +95,7 @@ def bsbr_attention(
     if chosen == "triton":
         return triton.bsbr_attention(q, k, v, r, h, **options)
     h = h[:, :, : chunks - 1]
-    if chosen == "native":
+    if chosen == "cpp":
         return operators.segment(q, k, v, r, h, **options)[0]
     return pytorch.segment(q, k, v, r, h, **options, dropout_p=dropout_p)[0]
 
@@ -352,7 +352,7 @@ class BSBRAttention(MultiHeadAttention):
         known = pages_of(state, "meta_keys"), pages_of(state, "states")
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features, *beta
         options = self._options(tensors)
-        if self.implementation(*tensors) == "native":
+        if self.implementation(*tensors) == "cpp":
             attended, states, retrieved = operators.segment(*tensors[:5], past=known, **options)
         else:  # the kernels know of no past
             attended, states, retrieved = pytorch.segment(*tensors[:5], past=known, **options, dropout_p=self.dropout_p)

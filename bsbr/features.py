@@ -48,7 +48,7 @@ class QuadraticFeatures(nn.Module):
         """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r]; of the hidden states alone."""
         of_q = split_heads(self.q_proj(hidden_states), self.num_heads)
         of_k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
-        if self.impl in ("auto", "native") and operators.unsupported(of_q, of_k) is None:
+        if self.impl in ("auto", "cpp") and operators.unsupported(of_q, of_k) is None:
             return operators.quadratic(of_q, self.feature_dim), operators.quadratic(of_k, self.feature_dim)
         return quadratic(of_q, self.feature_dim), quadratic(of_k, self.feature_dim)
 

@@ -37,7 +37,7 @@ KNOWN = {
     quantity.column: quantity
     for quantity in (
         *QUANTITIES,
-        Quantity("% of ceiling", "part of what this machine can do at most, in %, higher is better", "ceiling_fraction", 0.01),
+        Quantity("% of ceiling", "part of what this machine can do at most, in %, higher is better", "roofline_fraction", 0.01),
         Quantity("MFLOP", "what a call must compute, in MFLOP", "flops", 1e6),
         Quantity("state KiB", "what decoding must keep, in KiB, lower is better", "state_bytes", 2.0**10),
         Quantity("noise %", "how far the reference seemed to be from itself, in %", "noise_floor", 0.01),

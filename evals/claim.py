@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.errors import UsageError
-from evals.results.claims import GLOBS, decide, parse
-
-CODES = {"supported": 0, "refuted": 1, "undecided": 3}
-EXAMPLE = "bsbr 2x faster than standard at seq_len 4096"
+from evals.results.claims import CODES, EXAMPLE, GLOBS, decide, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -68,8 +68,8 @@ class Sampling:
     target_rel_interval: float
     min_rounds: int
     max_rounds: int | None
-    turns: int
-    turn_s: float
+    time_slices: int
+    time_slice_s: float
     timeout_s: float
     memory_limit_gib: float | None
     seed: int
@@ -85,19 +85,29 @@ class Training:
     steps: int
     learning_rates: tuple[float, ...]
     seeds: int
-    warmup: float
+    warmup_fraction: float
     weight_decay: float
-    clip: float
-    accumulate: int
-    examples: int
+    grad_clip_norm: float
+    grad_accumulation_steps: int
+    num_eval_examples: int
     curriculum: tuple[int, ...]
-    lengths: tuple[int, ...]
+    eval_length_multiples: tuple[int, ...]
     checkpoint_s: float
 
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What a trained model depends on, and is the same for all."""
-        alike = {key: getattr(self, key) for key in ("steps", "warmup", "weight_decay", "clip", "accumulate", "examples")}
+        alike = {
+            key: getattr(self, key)
+            for key in (
+                "steps",
+                "warmup_fraction",
+                "weight_decay",
+                "grad_clip_norm",
+                "grad_accumulation_steps",
+                "num_eval_examples",
+            )
+        }
         return alike if self.curriculum == (1,) else {**alike, "curriculum": ",".join(map(str, self.curriculum))}
 
     def divisor(self, step: int) -> int:
@@ -263,19 +273,19 @@ def _workload(values: Any) -> dict[str, Any]:
 
 def _training(values: dict[str, Any]) -> Training:
     _check_keys("training.", values, names(Training))
-    _integers("training", {key: values[key] for key in ("steps", "seeds", "accumulate", "examples")})
-    for key in ("learning_rates", "lengths", "curriculum"):
+    _integers("training", {key: values[key] for key in ("steps", "seeds", "grad_accumulation_steps", "num_eval_examples")})
+    for key in ("learning_rates", "eval_length_multiples", "curriculum"):
         given = values[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],)
         kinds, what = (int | float, "numbers") if key == "learning_rates" else (int, "whole numbers")
         if not given or not all(isinstance(one, kinds) and not isinstance(one, bool) and one > 0 for one in given):
             raise UsageError(f"training.{key} must be a list of {what} above 0, got {list(given)!r}")
     if values["curriculum"][-1] != 1:
         raise UsageError(f"training.curriculum must end with 1, the whole shape.seq_len, got {list(values['curriculum'])!r}")
-    for key, least in (("warmup", 0), ("weight_decay", 0), ("clip", 1e-9), ("checkpoint_s", 0)):
+    for key, least in (("warmup_fraction", 0), ("weight_decay", 0), ("grad_clip_norm", 1e-9), ("checkpoint_s", 0)):
         if isinstance(values[key], bool) or not isinstance(values[key], int | float) or values[key] < least:
             raise UsageError(f"training.{key} must be a number of at least {least:g}, got {values[key]!r}")
-    if values["warmup"] > 1:
-        raise UsageError(f"training.warmup must be a part of the steps, from 0 to 1, got {values['warmup']!r}")
+    if values["warmup_fraction"] > 1:
+        raise UsageError(f"training.warmup_fraction must be a part of the steps, from 0 to 1, got {values['warmup']!r}")
     return Training(**values)
 
 
@@ -333,8 +343,8 @@ def _sampling(values: dict[str, Any]) -> Sampling:
     _check_keys("sampling.", values, names(Sampling))
     optional = ("max_rounds", "memory_limit_gib")
     given = {key: value for key, value in values.items() if value is not None or key not in optional}
-    _integers("sampling", {key: given[key] for key in ("min_rounds", "max_rounds", "turns") if key in given})
-    for key in ("budget_s", "target_rel_interval", "turn_s", "timeout_s", "memory_limit_gib"):
+    _integers("sampling", {key: given[key] for key in ("min_rounds", "max_rounds", "time_slices") if key in given})
+    for key in ("budget_s", "target_rel_interval", "time_slice_s", "timeout_s", "memory_limit_gib"):
         if key in given and not (isinstance(given[key], int | float) and given[key] > 0):
             raise UsageError(f"sampling.{key} must be a number above 0, got {given[key]!r}")
     if not isinstance(values["seed"], int):

@@ -2,7 +2,7 @@
 
 For each model and seed: trains a small one from its config, on the bytes of Python's standard library; converts it; heals
 that. The three are asked the same held-out text. Settings are chosen with `--split validation`, whose text is of other files, and
-whose results lie apart. Every run is a line of results/healing/samples.jsonl once it is done, and checkpoints
+whose results lie apart. Every run is a line of results/distillation/samples.jsonl once it is done, and checkpoints
 until then, from which the same command goes on; the tables beside it are made from all lines.
 `--pretrained gpt2` takes a model of the hub, or a folder, in place of the small ones.
 """
@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name, table in made.items():
         write(table, folder, name)
     title = f"Perplexity, and how much of what converting cost came back; windows of the {arguments.split} split"
-    print(markdown(Table(title, told(made["converted"]))))
+    print(markdown(Table(title, told(made["conversion"]))))
     print(f"\n{folder / 'results.csv'}: {len(made['converted'])} rows")
     return 0
 
@@ -78,7 +78,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results-dir", type=Path, default=Path("results"), dest="results_dir")
     parser.add_argument("--split", choices=FOLDERS, default="test", help="whose windows all are asked; validation: to choose by")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of healing (1e-2)")
-    parser.add_argument("--without-retrieval", action="store_false", dest="retrieval", help="low-rank additions alone are healed")
+    parser.add_argument(
+        "--without-retrieval", action="store_false", dest="retrieval", help="low-rank additions alone are distilled"
+    )
     numbers = {
         "seeds": (3, "of each model"),
         "hidden": (64, "width of the small models"),
@@ -92,7 +94,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "align-steps": (300, "of attention outputs, layer by layer"),
         "distil-steps": (2000, "of logits"),
         "rank": (8, "of what is added to the matrices of the layers; 0: retrieval alone learns"),
-        "examples": (1024, "windows of held-out text"),
+        "num_eval_examples": (1024, "windows of held-out text"),
         "threads": (torch.get_num_threads(), "of torch"),
     }
     for name, (default, what) in numbers.items():

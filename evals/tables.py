@@ -25,11 +25,11 @@ def made(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     if "conversion" in kinds:
         return study.tables(records)
     if "study" in kinds:
-        return {"learned": accuracy_table.results(records), "curves": accuracy_table.curves(records)}
+        return {"accuracy": accuracy_table.results(records), "curves": accuracy_table.curves(records)}
     if "search" in kinds:
-        return {"longest": max_context.results(records)}
+        return {"max_context": max_context.results(records)}
     measured = latency_table.results(records)
-    return {"measured": measured, **analyse(measured, records)} if len(measured) else {}
+    return {"latency": measured, **analyse(measured, records)} if len(measured) else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

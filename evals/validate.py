@@ -12,20 +12,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from hydra import compose, initialize_config_dir
-
-from evals.benchmark.self_test import aa, clock_agrees, kills, slowdown
-from evals.cli.jobs import read_job
-from evals.config import Comparison
+from evals.cli.self_test import aa, clock_agrees, kills, slowdown
 from evals.errors import UsageError
-from evals.paths import CONF
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def composed(*overrides: str) -> Comparison:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return read_job(compose("config", list(overrides)))
 
 
 def main(arguments: list[str] | None = None) -> int:

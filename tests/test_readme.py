@@ -68,7 +68,7 @@ def test_the_added_attention_is_compared_like_the_others(mine: Path) -> None:
         "model.hidden_dim=32",
         "model.num_heads=2",
         "sampling.min_rounds=1",
-        "sampling.turns=2",
+        "sampling.time_slices=2",
         "sampling.budget_s=0.01",
     )
     done = as_written("evals.run --config-dir", mine, *places, *small)

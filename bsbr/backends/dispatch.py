@@ -8,7 +8,7 @@ from torch import Tensor
 from bsbr.backends import triton
 from bsbr.backends.cpp import operators
 
-Impl = Literal["auto", "torch", "native", "triton"]
+Impl = Literal["auto", "torch", "cpp", "triton"]
 
 
 def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: float = 0.0) -> Impl:
@@ -20,7 +20,7 @@ def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: 
     check(impl)
     obstacles: dict[Impl, Callable[[Sequence[Tensor], Tensor | None, float], str | None]] = {
         "triton": _not_triton,
-        "native": _not_native,
+        "cpp": _not_native,
     }
     if impl == "auto":
         return next((one for one, obstacle in obstacles.items() if not obstacle(tensors, gain, dropout_p)), "torch")

@@ -49,7 +49,7 @@ def cost(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
         "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
         "state_bytes": round(state_bytes),
         "flops": round(needed.flops),  # whatever type an attention declares them in
-        "least_bytes": needed.moved_bytes,
+        "min_bytes": needed.moved_bytes,
         "held_bytes": needed.held_bytes,
     }
     if model.scope != "attention":

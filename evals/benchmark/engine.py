@@ -84,13 +84,13 @@ class Engine:
                 "relative_to": comparison.relative_to,
                 "code": self.code,
                 "harness": code_hash.of_modules(*HARNESS),
-                "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.turn_s, sampling.seed],
+                "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed],
                 "machine": [self.processor, torch.__version__],
             }
         )
         gib = sampling.memory_limit_gib
         self.memory_limit_bytes = int(0.8 * available_bytes() if gib is None else gib * 2**30)
-        self.trials = Preflight(comparison, self.code, certificates, self.memory_limit_bytes)
+        self.preflight = Preflight(comparison, self.code, certificates, self.memory_limit_bytes)
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger. Of a main thread."""
@@ -100,21 +100,21 @@ class Engine:
             if not (finished(self.comparison, history) and self._is_last()):
                 watch("how fast is this machine", 0.0)
                 if history.rounds and self._host() not in (None, platform.node()):
-                    yield from self._append(history, [self._record("anew", host=platform.node())])
-                self._append(history, [self.description() | {"ceilings": self._ceilings()}])
-            missing = [one for one in self.comparison.candidates if one.name not in history.trials]
+                    yield from self._append(history, [self._record("restart", host=platform.node())])
+                self._append(history, [self.description() | {"peaks": self._ceilings()}])
+            missing = [one for one in self.comparison.candidates if one.name not in history.preflights]
             if missing:
                 watch("certifies, and looks at memory", 0.0)
-            for tried in self.trials.make(missing):
-                yield from self._append(history, [self._record("trial", **tried)])
+            for tried in self.preflight.make(missing):
+                yield from self._append(history, [self._record("preflight", **tried)])
             yield from self._rounds(history, watch)
 
     def _rounds(self, history: History, watch: Watch) -> Iterator[Record]:
         for number in count(history.next_round):
             rule = finished(self.comparison, history)
             if rule:
-                if history.stopped != rule:
-                    yield from self._append(history, [self._record("stopped", rule=rule)])
+                if history.stop_reason != rule:
+                    yield from self._append(history, [self._record("stop", stop_reason=rule)])
                 return
             watch(f"round {number + 1}", min(history.spent_s / self.comparison.sampling.budget_s, 1.0))
             made = measured(number, self.comparison, history, self.id, self.memory_limit_bytes)
@@ -124,8 +124,8 @@ class Engine:
         """How many rounds there are already, and about how many seconds are left to do."""
         history = History(self.ledger.read()[0], self.id)
         left = 0.0 if finished(self.comparison, history) else max(self.comparison.sampling.budget_s - history.spent_s, 0.0)
-        missing = [one for one in self.comparison.candidates if one.name not in history.trials]
-        return history.rounds, left + self.trials.seconds(missing)
+        missing = [one for one in self.comparison.candidates if one.name not in history.preflights]
+        return history.rounds, left + self.preflight.seconds(missing)
 
     def _is_last(self) -> bool:
         """Whether no other comparison of the same settings came after this one: then it is the one that counts."""
@@ -171,7 +171,7 @@ class Engine:
         fresh = [
             record
             for record in self.ledger.read()[0]
-            if record.get("ceilings")
+            if record.get("peaks")
             and all(record["settings"][key] == settings[key] for key in machine.IDENTITY)
             and seconds_since(record["time"]) < CEILINGS_VALID_S
         ]

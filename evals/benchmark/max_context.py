@@ -112,7 +112,7 @@ class Search:
 
         if not known:
             tell("certificate")
-            certified = self.engine.trials.certified(candidate)
+            certified = self.engine.preflight.certified(candidate)
             if certified.outcome != "ok":
                 known[0] = self._kept(self._probe(candidate, 0, certified.outcome, certified.detail))
                 made.append(known[0])
@@ -201,7 +201,7 @@ def results(records: Sequence[Record]) -> "pd.DataFrame":
             if own:
                 row = {"sweep": description["sweep"], "attention": name, "limit_bytes": description["limit_bytes"]}
                 rows.append(row | description["settings"] | _found(own))
-    known = columns("longest")
+    known = columns("max_context")
     extra = {column: None for row in rows for column in row if column not in known}
     return pd.DataFrame(rows, columns=[*known, *extra])
 

@@ -71,7 +71,7 @@ class Preflight:
         key = self._key(candidate)
         for record in [*self.certificates.read()[0], *_inconclusive]:
             if record.get("key") == key:
-                return Result("uncertified" if record["objection"] else "ok", detail=str(record["objection"]))
+                return Result("uncertified" if record["failure"] else "ok", detail=str(record["failure"]))
         device = self.comparison.device
         limit = int(0.8 * available_bytes() / cores())  # as many may run at once
         result = certificate(partial(candidate.build, self.comparison.model), device.kind, device.torch_dtype, limit)
@@ -81,7 +81,7 @@ class Preflight:
             words = next((f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed), "")
         else:
             words = f"the certificate ended as {result.outcome}: {result.detail}"
-        record = {"key": key, "attention": candidate.name, "objection": words, "time": now()}
+        record = {"key": key, "attention": candidate.name, "failure": words, "time": now()}
         if result.outcome == "ok":
             self.certificates.append(record)
         else:

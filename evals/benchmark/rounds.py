@@ -25,7 +25,7 @@ def finished(comparison: Comparison, history: History) -> str:
     """The rule by which there is no further round; empty if there is to be one."""
     sampling = comparison.sampling
     racing = [one.name for one in comparison.candidates if history.racing(one.name)]
-    if len(history.trials) == len(comparison.candidates) and not racing:
+    if len(history.preflights) == len(comparison.candidates) and not racing:
         return "failed"
     if history.rounds >= (sampling.max_rounds or math.inf):
         return "rounds"
@@ -47,7 +47,7 @@ def finished(comparison: Comparison, history: History) -> str:
 def _rivals(comparison: Comparison, racing: Sequence[str]) -> list[Runner]:
     """Whose speed-ups there are: those of all but the reference, or where there is nothing else, of its twin."""
     reference = comparison.relative_to
-    return [Runner(name) for name in racing if name != reference] or [Runner(reference, twin=True)]
+    return [Runner(name) for name in racing if name != reference] or [Runner(reference, is_control=True)]
 
 
 def _widest(comparison: Comparison, history: History, racing: Sequence[str], rounds: int) -> float:
@@ -76,7 +76,7 @@ def measured(number: int, comparison: Comparison, history: History, key: str, me
     chance = random.Random(f"{sampling.seed} {key} {number}")
     runners = [Runner(one.name) for one in comparison.candidates if history.racing(one.name)]
     if history.racing(comparison.relative_to):
-        runners.append(Runner(comparison.relative_to, twin=True))
+        runners.append(Runner(comparison.relative_to, is_control=True))
     chance.shuffle(runners)
     together = sum(history.held_bytes(runner.name) for runner in runners) < memory_limit_bytes
     results: dict[Runner, Result] = {}
@@ -88,7 +88,7 @@ def measured(number: int, comparison: Comparison, history: History, key: str, me
     return [
         {
             "attention": runner.name,
-            "twin": runner.twin,
+            "is_control": runner.is_control,
             "round": number,
             "outcome": result.outcome,
             "detail": result.detail,
@@ -122,11 +122,11 @@ def _take_turns(
             if result.outcome == "ok":
                 results[runner] = workers[runner].ask(None, sampling.timeout_s)
         taken: dict[Runner, list[TimeSlice]] = {runner: [] for runner in runners}
-        for _ in counted(sampling.turns, end_s, watch):
+        for _ in counted(sampling.time_slices, end_s, watch):
             order = [runner for runner in runners if results[runner].outcome == "ok"]
             chance.shuffle(order)
             for runner in order:
-                result = workers[runner].ask(sampling.turn_s, sampling.timeout_s)
+                result = workers[runner].ask(sampling.time_slice_s, sampling.timeout_s)
                 if result.outcome == "ok":
                     taken[runner].append(result.value)
                 else:
@@ -154,11 +154,14 @@ def of_turns(turns: Sequence[TimeSlice], called_s: float) -> Record:
 
     called_s: what went into calls before the turns; with the turns it is all the time that went into calls.
     """
-    record: Record = {"turns": [turn.samples_s for turn in turns], "called_s": called_s + sum(turn.called_s for turn in turns)}
+    record: Record = {
+        "time_slices": [turn.samples_s for turn in turns],
+        "called_s": called_s + sum(turn.called_s for turn in turns),
+    }
     host_s = [turn.host_s for turn in turns if turn.host_s is not None]
     if host_s:
         throttled = {turn.throttled: None for turn in turns if turn.throttled}  # once each, in order
-        record |= {"host_s": statistics.median(host_s), "exposed": sum(turn.exposed for turn in turns)}
+        record |= {"host_s": statistics.median(host_s), "exposed_samples": sum(turn.exposed for turn in turns)}
         record |= {"throttled": "; ".join(throttled), "device": turns[-1].device}
     return record
 

@@ -57,19 +57,19 @@ class Timed:
     def add(self, record: Record) -> str | None:
         self.history.add(record)
         name = record.get("attention")
-        if name is None or record.get("twin"):
+        if name is None or record.get("is_control"):
             return None
         if record["outcome"] != "ok":
             return failed(record)
-        if record["kind"] == "trial" or name in self.told:
+        if record["kind"] == "preflight" or name in self.told:
             return None
         self.told.add(name)
-        return first_row(record, self.history.trials[name])
+        return first_row(record, self.history.preflights[name])
 
     def rows(self) -> Iterator[tuple[str, list[str], str]]:
         for name in self.names:
             failure = self.history.failures.get(name)
-            state = "" if self.history.rounds else "certified" if name in self.history.trials else "waits"
+            state = "" if self.history.rounds else "certified" if name in self.history.preflights else "waits"
             if failure is not None:
                 state = str(failure["outcome"])
             known = {"outcome": "ok", **self._known(name)}
@@ -78,8 +78,8 @@ class Timed:
 
     def _known(self, name: str) -> dict[str, Any]:
         known: dict[str, Any] = {}
-        if "peak_bytes" in self.history.trials.get(name, {}):
-            known["peak_bytes"] = self.history.trials[name]["peak_bytes"]
+        if "peak_bytes" in self.history.preflights.get(name, {}):
+            known["peak_bytes"] = self.history.preflights[name]["peak_bytes"]
         rounds = list(self.history.medians(Runner(name)).values())
         if rounds:
             known |= _estimate("latency", rounds, "_s")
@@ -93,9 +93,9 @@ class Timed:
     def note(self) -> str:
         rounds = self.history.rounds
         told = [f"{rounds} round{'s' if rounds > 1 else ''}"] if rounds else []
-        if rounds and self.history.stopped:
-            told[0] += f", ended by {self.history.stopped}"
-        noise = self.history.ratios(Runner(self.reference), Runner(self.reference, twin=True))
+        if rounds and self.history.stop_reason:
+            told[0] += f", ended by {self.history.stop_reason}"
+        noise = self.history.ratios(Runner(self.reference), Runner(self.reference, is_control=True))
         if noise:
             itself = {"outcome": "ok", **_estimate("speedup", noise)}
             told.append(f"noise: {self.reference} over itself {cell(itself, QUANTITIES[1])}")
@@ -179,7 +179,7 @@ def failed(record: Record) -> str:
 
 def first_row(latency: Record, trial: Record) -> str:
     """What an attention's first round gave."""
-    seconds = statistics.median(medians(latency["turns"]))
+    seconds = statistics.median(medians(latency["time_slices"]))
     held = f"{trial['peak_bytes'] / 2**20:10.2f} MiB" if "peak_bytes" in trial else f"  {trial['detail']}"
     return f"  {latency['attention']:<15} about {seconds * 1e3:8.3f} ms{held}"
 

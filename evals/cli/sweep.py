@@ -81,7 +81,7 @@ class Run:
         try:
             for record in job.run(watch):
                 # As many trials at once as there are cores; of all else, one thing at a time.
-                self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "trial" else 1)
+                self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "preflight" else 1)
                 shown.add(record)
                 if self.interrupted and record["kind"] != "latency":  # of which a round has several
                     raise KeyboardInterrupt
@@ -125,7 +125,7 @@ class Run:
         if results.empty:
             return 0
         folder = ledger(cfg).path.parent
-        path = latency_table.write(results, folder, "measured")
+        path = latency_table.write(results, folder, "latency")
         fits = analyse(results, records)
         for name, fitted in fits.items():
             latency_table.write(fitted, folder, name)
@@ -141,7 +141,7 @@ class Run:
 
     def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:
 
-        path = latency_table.write(results, ledger(cfg).path.parent, "longest")
+        path = latency_table.write(results, ledger(cfg).path.parent, "max_context")
         plots = registry.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(max_context.shown(results))
         print(f"\n{written(path, results, plots)}")
@@ -152,7 +152,7 @@ class Run:
         results, curves = accuracy_table.results(records), accuracy_table.curves(records)
         if results.empty:
             return 0
-        path = latency_table.write(results, ledger(cfg).path.parent, "learned")
+        path = latency_table.write(results, ledger(cfg).path.parent, "accuracy")
         latency_table.write(curves, ledger(cfg).path.parent, "curves")
         track(cfg, results, curves)
         plots = registry.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))

@@ -1,7 +1,7 @@
 """Distils a pretrained model into its conversion: attention outputs layer by layer, then logits. The base stays as it is.
 
 What moves is what retrieval learns, and a low-rank addition to every matrix of the layers (LoRA, arXiv:2106.09685),
-which is merged in the end: a healed model is an ordinary one. In the first stage every attention gets
+which is merged in the end: a distilled model is an ordinary one. In the first stage every attention gets
 what the original's gets, so that no layer waits for the ones below it to become right; the second mends what is left.
 """
 

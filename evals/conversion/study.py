@@ -25,12 +25,12 @@ from evals.training.optimizer import Optimisation
 from evals.training.tasks.base import Split
 
 AGREEMENTS = (1, 5, 10)
-FOLDERS: dict[Split, str] = {"test": "healing", "validation": "healing_validation"}
+FOLDERS: dict[Split, str] = {"test": "distillation", "validation": "distillation_validation"}
 """Of the results, by the split whose windows all are asked."""
 
 SETTINGS = (
     *("chunk_size", "chunk_overlap", "chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval"),
-    *("split", "examples"),
+    *("split", "num_eval_examples"),
 )
 
 
@@ -53,7 +53,7 @@ class Plan:
     rank: int
     retrieval: bool
     split: Split
-    examples: int
+    num_eval_examples: int
 
 
 def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
@@ -69,7 +69,7 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
     original.eval()
     torch.manual_seed(one.seed)
     converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
-    models = {"original": original, "converted": deepcopy(converted), "healed": converted}
+    models = {"original": original, "converted": deepcopy(converted), "distilled": converted}
     moved = 0
     stages = heal(
         original,
@@ -86,12 +86,13 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
         watch.set_description_str(f"{name}: {stage} {step}, loss {loss:.4f}")
     # The same for every seed; of another name than what healing is given.
     asked = [
-        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i) for i in range(0, plan.examples, plan.batch)
+        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i)
+        for i in range(0, plan.num_eval_examples, plan.batch)
     ]
     found = compared(original, models, asked, plan)
     gates = [float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in attentions_of(converted)]
     parameters = sum(parameter.numel() for parameter in original.parameters())
-    return {"models": found, "parameters": parameters, "moved": moved, "mean_gate": gates}
+    return {"models": found, "parameters": parameters, "trained_parameters": moved, "mean_gate": gates}
 
 
 @torch.no_grad()
@@ -156,12 +157,14 @@ def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
             values = {name: value for name, value in found.items() if name != "chunk_nats"}
             closed = {"gap_closed": _closed(models, stage, lambda one: one["nats"])}
             closed["gap_closed_beyond"] = _closed(models, stage, lambda one: sum(one["chunk_nats"][1:]))
-            sizes = {"parameters": record["parameters"], "moved": record["moved"]}
+            sizes = {"parameters": record["parameters"], "trained_parameters": record["trained_parameters"]}
             settings = {name: plan[name] for name in SETTINGS if name not in key}
             rows.append({**key, "context": original["context"], **values, **closed, **sizes, **settings})
             for chunk, loss in enumerate(found["chunk_nats"]):
                 positions.append({**key, "position": chunk * plan["chunk_size"], "perplexity": math.exp(loss)})
-    return {name: pd.DataFrame(made, columns=list(columns(name))) for name, made in (("converted", rows), ("positions", positions))}
+    return {
+        name: pd.DataFrame(made, columns=list(columns(name))) for name, made in (("conversion", rows), ("positions", positions))
+    }
 
 
 def _closed(models: Record, stage: str, loss: Callable[[Record], float]) -> float:
@@ -173,14 +176,14 @@ def _closed(models: Record, stage: str, loss: Callable[[Record], float]) -> floa
 def told(results: pd.DataFrame) -> list[list[str]]:
     """Means over seeds, with half of the 95 % interval of how much was closed: a head, and a row each model and setting."""
     varied = [name for name in SETTINGS if name in results and results[name].nunique() > 1]
-    rows = [["model", *varied, "seeds", "original", "converted", "healed", "closed", "closed beyond a chunk"]]
+    rows = [["model", *varied, "seeds", "original", "converted", "distilled", "closed", "closed beyond a chunk"]]
     for key, own in results.groupby(["model", *varied], sort=False):
         stages = own.groupby("stage")
         perplexities = [math.exp(stages.get_group(stage)["nats"].mean()) for stage in STAGES]
-        healed = stages.get_group("healed")
-        shares = [mean_interval(list(healed[column])) for column in ("gap_closed", "gap_closed_beyond")]
+        distilled = stages.get_group("distilled")
+        shares = [mean_interval(list(distilled[column])) for column in ("gap_closed", "gap_closed_beyond")]
         counted = [f"{one.value:.0%}" + ("" if math.isnan(one.low) else f" ± {(one.high - one.low) / 2:.0%}") for one in shares]
-        rows.append([*map(str, key), str(len(healed)), *(f"{value:.3f}" for value in perplexities), *counted])
+        rows.append([*map(str, key), str(len(distilled)), *(f"{value:.3f}" for value in perplexities), *counted])
     return rows
 
 

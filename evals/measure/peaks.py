@@ -23,9 +23,6 @@ SMALLEST = 2**16
 LARGEST = {"cpu": 2**28, "cuda": 2**30}
 """Working sets in bytes, from one that a core holds to one that hardly a cache does."""
 
-Ladder = tuple[tuple[int, float], ...]
-"""(working set in bytes, bytes read and written per second), working sets ascending."""
-
 
 # --- measuring ----------------------------------------------------------------------------------
 

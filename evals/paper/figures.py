@@ -185,17 +185,17 @@ FIGURES = (
     Shown(
         "conversion_perplexity",
         "Perplexity in each chunk of the context: of the original, of its conversion, and of that after healing.",
-        *(("healing",), lambda tables: conversion.perplexity(*tables)),
+        *(("distillation",), lambda tables: conversion.perplexity(*tables)),
     ),
     Shown(
         "conversion_agreement",
         "How often the original's likeliest token is among the 1, 5 and 10 likeliest of its conversion, before and after healing.",
-        *(("healing",), lambda tables: conversion.agreement(*tables)),
+        *(("distillation",), lambda tables: conversion.agreement(*tables)),
     ),
     Shown(
         "conversion_similarity",
         "How like the original its conversion is, before and after healing, run by run: hidden states and next tokens.",
-        *(("healing",), lambda tables: similarity(*tables)),
+        *(("distillation",), lambda tables: similarity(*tables)),
     ),
 )
 """In the order of the study. One whose data has nothing to show in it is left out."""

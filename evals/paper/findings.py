@@ -179,7 +179,7 @@ def memory(results: Path) -> str:
 def ceiling(results: Path) -> str:
     """How much of the machine is used at the greatest length."""
     sweep = sweep_of(results, "seq_len")
-    parts = {name: float(rows["ceiling_fraction"].iloc[-1]) for name, rows in sweep.cells.items()}
+    parts = {name: float(rows["roofline_fraction"].iloc[-1]) for name, rows in sweep.cells.items()}
     known = sorted((name for name in parts if parts[name] > 0), key=lambda name: -parts[name])
     return f"At {sweep.at(-1)}: {listed(f'`{name}` {percent(parts[name])}' for name in known)}."
 
@@ -331,17 +331,17 @@ def _sentence(words: str) -> str:
 
 def conversion(results: Path) -> str:
     """Perplexity before and after healing, how much came back, and how many met the goal."""
-    table = source(results, "healing").table
+    table = source(results, "distillation").table
     rows, met = [], []
     for (model, overlap), own in table.groupby(["model", "chunk_overlap"]):
         of = {str(stage): found for stage, found in own.groupby("stage")}
-        closed = mean_interval(list(of["healed"]["gap_closed"]))
+        closed = mean_interval(list(of["distilled"]["gap_closed"]))
         met.append(closed.value >= GOAL)
         back = percent(closed.value) + (f" ± {percent((closed.high - closed.low) / 2)}" if closed.high > closed.low else "")
         numbers = [f"{of[stage]['perplexity'].mean():.2f}" for stage in STAGES]
-        agreed = [percent(of[stage]["top_1"].mean()) for stage in ("converted", "healed")]
+        agreed = [percent(of[stage]["top_1"].mean()) for stage in ("converted", "distilled")]
         rows.append([f"{model}, {overlap} tokens of overlap", *numbers, back, *agreed, f"{own['seed'].nunique()}"])
-    heads = ["", "original", "converted", "healed", "came back", "top 1, converted", "top 1, healed", "seeds"]
+    heads = ["", "original", "converted", "distilled", "came back", "top 1, converted", "top 1, distilled", "seeds"]
     goal = f"The goal, that {percent(GOAL)} of what converting lost comes back, is met by {sum(met)} of {len(met)}."
     return f"{rows_of(heads, rows)}\n\n{goal}"
 

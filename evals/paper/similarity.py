@@ -40,10 +40,10 @@ def similarity(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
         for place, model in enumerate(models):
             own = results[results["model"] == model]
             # One row a run: settings that a seed was tried under are runs of their own.
-            before, after = (own[own["stage"] == stage][measure.column].to_numpy(float) for stage in ("converted", "healed"))
+            before, after = (own[own["stage"] == stage][measure.column].to_numpy(float) for stage in ("converted", "distilled"))
             for low, high in zip(before, after, strict=True):
                 axes.plot([place - 0.15, place + 0.15], [low, high], color="#bbbbbb", linewidth=0.8, zorder=1.5)
-            for offset, stage, values in ((-0.15, "converted", before), (0.15, "healed", after)):
+            for offset, stage, values in ((-0.15, "converted", before), (0.15, "distilled", after)):
                 label: dict[str, Any] = {"label": stage} if place == 0 else {}
                 mark = {**STAGES[stage].line(discrete=True), "markersize": 5}
                 axes.plot([place + offset] * len(values), values, gid=f"{model}-{stage}-{measure.column}", **label, **mark)

@@ -16,7 +16,7 @@ from evals.stats.intervals import mean_interval
 STAGES: Mapping[str, Look] = {
     "original": LOOKS["standard"],
     "converted": LOOKS["sliding_window"],
-    "healed": LOOKS["bsbr"],
+    "distilled": LOOKS["bsbr"],
 }
 """In order; each drawn as the attention that it comes closest to."""
 
@@ -46,7 +46,7 @@ def agreement(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
     panels, picture = _panels(results, "Agreement with the original, higher is better")
     for name, axes in panels.items():
         own = results[results["model"] == name]
-        for offset, stage in ((-0.08, "converted"), (0.08, "healed")):
+        for offset, stage in ((-0.08, "converted"), (0.08, "distilled")):
             rows = own[own["stage"] == stage]
             mark = {**STAGES[stage].line(discrete=True), "markersize": 5}
             for k, column in enumerate(AGREEMENTS):
@@ -64,8 +64,8 @@ FIGURES = {"perplexity": perplexity, "agreement": agreement}
 def _panels(results: pd.DataFrame, title: str) -> tuple[dict[str, Axes], Figure]:
     """Axes side by side, one for each model, under what they were measured under."""
     names = sorted(set(results["model"].astype(str)))
-    healed = results[results["stage"] == "healed"]
-    closed = ", ".join(f"{name} {_share(healed[healed['model'] == name]['gap_closed'])}" for name in names)
+    distilled = results[results["stage"] == "distilled"]
+    closed = ", ".join(f"{name} {_share(distilled[distilled['model'] == name]['gap_closed'])}" for name in names)
     seeds, first = results["seed"].nunique(), results.iloc[0]
     words = (
         f"chunks of {first['chunk_size']} tokens that also see {first['chunk_overlap']} before, context of {first['context']}, "

@@ -89,7 +89,7 @@ SPEEDUP = Quantity(
     base=2,
 )
 CEILING = Quantity(
-    *("ceiling", "Percent of this machine's ceiling, higher is better", "ceiling_fraction"),
+    *("ceiling", "Percent of this machine's ceiling, higher is better", "roofline_fraction"),
     tick=lambda value: f"{100 * value:g} %",
     optional=True,
 )
@@ -104,7 +104,7 @@ def curve(sweep: Sweep, quantity: Quantity) -> Figure | None:
     if quantity.optional and not shown:
         return None
     crossings = crossed(sweep) if quantity.name == "speedup" else {}
-    keys = _limit_keys(sweep) if quantity.column == "ceiling_fraction" else []
+    keys = _limit_keys(sweep) if quantity.column == "roofline_fraction" else []
     note = "ceiling: the least time that this machine's measured compute and memory bandwidth allow" if keys else ""
     words = subtitle(sweep, note, sampled=quantity.low is not None)
     details = dict.fromkeys(sweep.cells, "")
@@ -159,8 +159,8 @@ def plot(axes: Axes, x: Numbers, rows: pd.DataFrame, quantity: Quantity, name: s
     look = sweep.looks[name]
     y = rows[quantity.column].to_numpy(float)
     axes.plot(x, y, label=name, gid=name, zorder=2 + look.width, **look.line(sweep.discrete))
-    if quantity.column == "ceiling_fraction":
-        limits = rows["limit"].fillna("").to_numpy(str)
+    if quantity.column == "roofline_fraction":
+        limits = rows["bound"].fillna("").to_numpy(str)
         for limit, face in FACES.items():
             marked = (limits == limit) & np.isfinite(y)
             if marked.any():
@@ -180,8 +180,8 @@ def plot(axes: Axes, x: Numbers, rows: pd.DataFrame, quantity: Quantity, name: s
 
 def _limit_keys(sweep: Sweep) -> list[Line2D]:
     """What the fill of a marker says, as far as any says it."""
-    rows = sweep.rows[sweep.rows["ceiling_fraction"].notna()]
-    found = set(rows["limit"].fillna("").astype(str))
+    rows = sweep.rows[sweep.rows["roofline_fraction"].notna()]
+    found = set(rows["bound"].fillna("").astype(str))
     mark: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 4.5, "markeredgecolor": "black", "markeredgewidth": 1}
     keys = ((words, FACES.get(limit, "black")) for limit, words in LIMITS.items() if limit in found)
     return [Line2D([], [], markerfacecolor=face, label=words, **mark) for words, face in keys]
@@ -220,7 +220,7 @@ def scale_y(axes: Axes, results: pd.DataFrame, quantity: Quantity) -> None:
         # An interval may be so wide that it would flatten every line: beyond a factor of 3 it leaves the plot.
         least = max(results[quantity.low].min(), least / 3) if results[quantity.low].notna().any() else least
         most = min(results[quantity.high].max(), most * 3) if results[quantity.high].notna().any() else most
-    if quantity.column == "ceiling_fraction":
+    if quantity.column == "roofline_fraction":
         most = max(most, 1.0)  # how far away the ceiling is, is what the figure shows
     bottom, top = log_limits(least, most)
     decades = math.log10(top / bottom) / 1.08
@@ -230,7 +230,7 @@ def scale_y(axes: Axes, results: pd.DataFrame, quantity: Quantity) -> None:
     axes.yaxis.set_major_locator(LogLocator(base=quantity.base, subs=steps, numticks=10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity.tick(value)))
     axes.yaxis.set_minor_locator(NullLocator())
-    if quantity.column in ("speedup", "ceiling_fraction"):
+    if quantity.column in ("speedup", "roofline_fraction"):
         axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=1, gid="parity")
 
 

@@ -156,10 +156,10 @@ def redraw(results: Path, plots: Path) -> list[Path]:
     """
     path = results / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""
-    if kind == "longest":
+    if kind == "max_context":
         return draw_contexts(schema.read(path), plots)
-    if kind == "converted":
+    if kind == "conversion":
         return draw_conversions(schema.read(path), schema.read(results / "positions.csv"), plots)
-    if kind == "learned":
+    if kind == "accuracy":
         return draw_learned(schema.read(path), schema.read(results / "curves.csv"), plots)
     return draw(read(results), plots, **read_fits(results))

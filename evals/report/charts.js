@@ -26,11 +26,11 @@ function plain(value) {
 }
 
 const TOLD = [
-  ["samples", "samples"], ["rounds", "rounds"], ["seeds", "seeds"], ["ceiling_fraction", "of the ceiling"], ["limit", "limited by"],
+  ["samples", "samples"], ["rounds", "rounds"], ["seeds", "seeds"], ["roofline_fraction", "of the ceiling"], ["bound", "limited by"],
   ["verdict", "verdict"], ["relative_to", "relative to"], ["noise_floor", "noise floor"], ["impl", "implementation"], ["learning_rate", "learning rate"],
   ["commit", "commit"], ["processor", "processor"], ["torch", "torch"], ["comparison", "comparison"], ["study", "study"],
 ];
-const FRACTIONS = new Set(["ceiling_fraction", "noise_floor"]);
+const FRACTIONS = new Set(["roofline_fraction", "noise_floor"]);
 
 /** The rows that a chart shows, with what hovering tells. */
 function cells(chart, part, rows) {

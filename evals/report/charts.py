@@ -31,7 +31,7 @@ TIMED = (
     Chart("speedup", "Speed-up over {reference}, higher is better", "speedup", "speedup_low", "speedup_high", "×"),
     Chart("peak_memory", "Peak memory above inputs and parameters, lower is better", "peak_bytes", unit="B"),
     Chart("throughput", "Tokens per second, higher is better", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
-    Chart("ceiling", "Part of what this machine could do, higher is better", "ceiling_fraction", unit="%", log=False),
+    Chart("ceiling", "Part of what this machine could do, higher is better", "roofline_fraction", unit="%", log=False),
     Chart("state", "State to decode from, lower is better", "state_bytes", unit="B"),
     Chart("sent", "Sent by a rank in one call, lower is better", "sent_bytes", unit="B"),
 )

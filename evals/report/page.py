@@ -25,7 +25,7 @@ SCRIPTS = ("charts.js", "table.js", "page.js")
 TITLES = {LEARNED: "What was learned", CONTEXT: "The longest context"}
 ESSENTIAL = (
     *("set", "attention", "settings", "outcome", "detail", "latency_s", "latency_low_s", "latency_high_s", "samples", "rounds"),
-    *("speedup", "speedup_low", "speedup_high", "verdict", "ceiling_fraction", "peak_bytes", "state_bytes", "impl", "max_context"),
+    *("speedup", "speedup_low", "speedup_high", "verdict", "roofline_fraction", "peak_bytes", "state_bytes", "impl", "max_context"),
     *("learning_rate", "best", "seeds", "eval_seq_len", "accuracy", "accuracy_low", "accuracy_high", "bits_per_byte", "parameters"),
 )
 """Columns of the table that are shown at first, beside the swept setting."""
@@ -169,12 +169,12 @@ def machines(sources: Iterable[Source]) -> list[dict[str, Any]]:
         for description in source.descriptions:
             known = facts(description)
             key = (source.label, str(sorted(known.items())))
-            entry = found.setdefault(key, {"source": source, "facts": known, "times": [], "ceilings": []})
+            entry = found.setdefault(key, {"source": source, "facts": known, "times": [], "peaks": []})
             entry["times"].append(str(description.get("time", "")))
-            if description.get("ceilings"):
-                entry["ceilings"].append(Ceilings.from_record(description["ceilings"]))
+            if description.get("peaks"):
+                entry["peaks"].append(Ceilings.from_record(description["peaks"]))
     for entry in found.values():
         entry["since"], entry["until"] = min(entry["times"])[:16], max(entry["times"])[:16]
-        rates = highest(*entry["ceilings"]) if entry["ceilings"] else None
+        rates = highest(*entry["peaks"]) if entry["peaks"] else None
         entry["rates"] = rates and {"flops": rates.flops_per_s, "bytes": max(rate for _, rate in rates.bytes_per_s)}
     return list(found.values())

@@ -80,12 +80,12 @@ def read(folders: Sequence[Path]) -> list[Source]:
 def _read(folder: Path, label: str) -> Source:
     path = folder / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""
-    if kind == "longest":
+    if kind == "max_context":
         return Source(folder, label, CONTEXT, _demanded(path, frames.CONTEXT_COLUMNS))
-    if kind == "learned":
+    if kind == "accuracy":
         curves = folder / "curves.csv"
         return Source(folder, label, LEARNED, _demanded(path, accuracy.COLUMNS), schema.read(curves) if curves.is_file() else None)
-    if kind == "converted":
+    if kind == "conversion":
         raise ValueError(
             f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
             "draws them"

@@ -14,7 +14,7 @@ from evals.results.schema import columns
 from evals.stats.intervals import mean_interval
 from evals.training.study import best_rate
 
-COLUMNS = columns("learned")
+COLUMNS = columns("accuracy")
 CURVES = columns("curves")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from evals.claim import CODES, EXAMPLE
 from evals.errors import UsageError
 from evals.results.folder import Results
 from evals.stats.intervals import Interval
@@ -242,3 +241,7 @@ def decide(claim: Claim, folders: Sequence[Path]) -> tuple[str, str]:
 
 
 GLOBS = ("*/results.csv", "paper/*/results.csv")
+
+
+CODES = {"supported": 0, "refuted": 1, "undecided": 3}
+EXAMPLE = "bsbr 2x faster than standard at seq_len 4096"

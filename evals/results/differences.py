@@ -49,7 +49,7 @@ def read(folder: Path) -> list[Cell]:
     try:
         described = {record["comparison"]: record for record in records if record.get("kind") == "comparison"}
         for record in records:
-            if record.get("kind") == "latency" and record["outcome"] == "ok" and not record.get("twin"):
+            if record.get("kind") == "latency" and record["outcome"] == "ok" and not record.get("is_control"):
                 timed.setdefault((record["comparison"], record["attention"]), []).append(record)
         rows = schema.read(folder / "results.csv", dtype={"attention": str, "comparison": str, "outcome": str})
         # Of a comparison, the row of the reference knows how far that is from itself.
@@ -92,7 +92,7 @@ def _cell(folder: Path, row: "pd.Series[Any]", description: Record, latencies: S
 
 
 def _log_median(record: Record) -> float:
-    turns = record["turns"] if "turns" in record else [record["samples_s"]]
+    turns = record["time_slices"] if "time_slices" in record else [record["samples_s"]]
     samples = np.concatenate([np.asarray(turn, dtype=np.float64) for turn in turns])
     if not samples.size or not np.all(np.isfinite(samples) & (samples > 0)):
         raise ValueError(
@@ -134,7 +134,7 @@ def compare(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
         rows.append(row)
     ratios = [ratio for _, ratio in timed]
     floors = [0.0 if math.isnan(row["noise_floor"]) else row["noise_floor"] for row, _ in timed]
-    for (row, _), verdict, p in zip(timed, verdicts(ratios, floors), holm([ratio.p for ratio in ratios]), strict=True):
+    for (row, _), verdict, p in zip(timed, verdicts(ratios, floors), holm([ratio.p_value for ratio in ratios]), strict=True):
         row |= {"verdict": verdict, "p_holm": p}
     computed = ("ratio", "ratio_low", "ratio_high", "p_holm", "noise_floor", "verdict", "paired")
     return pd.DataFrame(rows, columns=[*dict.fromkeys([*("attention", *names), *computed, *(key for row in rows for key in row)])])

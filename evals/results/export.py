@@ -110,14 +110,14 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "latex": lat
 def tables(folder: Path) -> Iterator[Table]:
     """Those of one folder. Raises ValueError, in one sentence, if it holds none."""
     path = folder / "results.csv"
-    kind = schema.kind_of(path) if path.is_file() else "measured"
-    if kind == "measured":
+    kind = schema.kind_of(path) if path.is_file() else "latency"
+    if kind == "latency":
         yield from measured(frames.read(folder))
     else:
         results = schema.read(path)
         if results.empty:
             raise ValueError(f"{path} has no row: run the command that wrote it again")
-        yield from {"learned": learned, "longest": longest, "converted": converted}[kind](results)
+        yield from {"accuracy": learned, "max_context": longest, "conversion": converted}[kind](results)
 
 
 def measured(results: pd.DataFrame) -> Iterator[Table]:
@@ -223,7 +223,7 @@ def converted(results: pd.DataFrame) -> Iterator[Table]:
         for model, own in group.groupby("model", sort=False):
             by_stage = own.groupby("stage")
             perplexity, closed = by_stage["perplexity"].mean(), by_stage["gap_closed"].mean()
-            back = "" if pd.isna(closed.get("healed")) else f"{closed['healed']:.0%}"
+            back = "" if pd.isna(closed.get("distilled")) else f"{closed['distilled']:.0%}"
             rows.append([str(model), *(f"{perplexity[stage]:.2f}" if stage in perplexity else "" for stage in STAGES), back])
         under = f"chunks of {size} tokens that also see {overlap} before, context of {context}, {seeds} seed{'s' * (seeds > 1)}"
         yield Table("perplexity, lower is better", rows, [], under)

@@ -16,8 +16,8 @@ NUMBERS = (
     *("speedup", "speedup_low", "speedup_high", "peak_bytes", "samples", "rounds"),
 )
 COLUMNS = ("swept", "attention", "outcome", "relative_to", *SETTINGS, *NUMBERS)
-OPTIONAL_NUMBERS = ("parameter_bytes", "state_bytes", "ceiling_fraction")
-OPTIONAL_WORDS = {"verdict": ("faster", "slower", "same", "ambiguous"), "limit": ("compute", "memory"), "match": ()}
+OPTIONAL_NUMBERS = ("parameter_bytes", "state_bytes", "roofline_fraction")
+OPTIONAL_WORDS = {"verdict": ("faster", "slower", "same", "ambiguous"), "bound": ("compute", "memory"), "match": ()}
 """Columns of words, and which words there are (any, where none is named)."""
 FITS = {
     "scaling": (

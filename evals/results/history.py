@@ -13,17 +13,17 @@ class Runner(NamedTuple):
     """One process of a round. The reference has two: what its twin differs by is noise."""
 
     name: str
-    twin: bool = False
+    is_control: bool = False
 
 
 class History:
     """The trials and rounds of one comparison, among all records of a ledger."""
 
     def __init__(self, records: Iterable[Record], comparison: str) -> None:
-        self.trials: dict[str, Record] = {}
+        self.preflights: dict[str, Record] = {}
         self._rounds: dict[Runner, dict[int, Record]] = {}
         self.failures: dict[str, Record] = {}
-        self.stopped = ""
+        self.stop_reason = ""
         self.lost = ""  # why it was given up, where that is the last that is known of it
         self._seconds: dict[int, float] = {}
         for record in records:
@@ -32,19 +32,19 @@ class History:
 
     def add(self, record: Record) -> None:
         kind = record["kind"]
-        if kind == "anew":  # on another machine: what came before does not count
-            self.trials, self._rounds, self.failures, self._seconds = {}, {}, {}, {}
-            self.stopped = ""
+        if kind == "restart":  # on another machine: what came before does not count
+            self.preflights, self._rounds, self.failures, self._seconds = {}, {}, {}, {}
+            self.stop_reason = ""
         self.lost = str(record["detail"]) if kind == "lost" else ""
-        if kind == "stopped":
-            self.stopped = record["rule"]
-        if kind == "trial":
-            self.trials[record["attention"]] = record
+        if kind == "stop":
+            self.stop_reason = record["stop_reason"]
+        if kind == "preflight":
+            self.preflights[record["attention"]] = record
         if kind == "latency":
             self._seconds[record["round"]] = record["round_s"]
             if record["outcome"] == "ok":
-                self._rounds.setdefault(Runner(record["attention"], record["twin"]), {})[record["round"]] = record
-        if kind in ("trial", "latency") and record["outcome"] != "ok":
+                self._rounds.setdefault(Runner(record["attention"], record["is_control"]), {})[record["round"]] = record
+        if kind in ("preflight", "latency") and record["outcome"] != "ok":
             self.failures.setdefault(record["attention"], record)
 
     @property
@@ -60,17 +60,17 @@ class History:
         return sum(self._seconds.values())
 
     def racing(self, name: str) -> bool:
-        return name in self.trials and name not in self.failures
+        return name in self.preflights and name not in self.failures
 
     def held_bytes(self, name: str) -> int:
         """About what a process of this candidate holds."""
-        trial = self.trials[name]
+        trial = self.preflights[name]
         return int(trial.get("process_peak_bytes") or 0) + int(trial.get("peak_bytes") or 0) + 2 * int(trial["parameter_bytes"])
 
     def medians(self, runner: Runner) -> dict[int, list[float]]:
         """By round, the median of each turn."""
         records = self._rounds.get(runner, {})
-        return {number: medians(records[number]["turns"]).tolist() for number in sorted(records)}
+        return {number: medians(records[number]["time_slices"]).tolist() for number in sorted(records)}
 
     def record(self, runner: Runner, number: int) -> Record:
         return self._rounds[runner][number]
@@ -93,5 +93,5 @@ class History:
         if not both:
             return None
         generator = np.random.default_rng(0)
-        turns = [[record[number]["turns"] for number in both] for record in (theirs, ours)]
+        turns = [[record[number]["time_slices"] for number in both] for record in (theirs, ours)]
         return speedup_interval(*turns, confidence=confidence, generator=generator)

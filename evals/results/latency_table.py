@@ -24,7 +24,7 @@ SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
     *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
 )
-COLUMNS = columns("measured")
+COLUMNS = columns("latency")
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
@@ -56,7 +56,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _row(description: Record, name: str, history: History, ceilings: Ceilings | None) -> dict[str, Any]:
-    trial: Record = history.trials.get(name) or {"detail": ""}
+    trial: Record = history.preflights.get(name) or {"detail": ""}
     failure = history.failures.get(name)
     if failure is None and not history.medians(Runner(name)):
         failure = {"outcome": "lost", "detail": history.lost}
@@ -68,15 +68,15 @@ def _row(description: Record, name: str, history: History, ceilings: Ceilings | 
         **description["settings"],
         "outcome": "ok" if failure is None else failure["outcome"],
         "detail": (failure or trial)["detail"] or history.lost,
-        "stopped": "lost" if history.lost else history.stopped,
+        "stop_reason": "lost" if history.lost else history.stop_reason,
         **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
     }
     if failure is not None:
         return row
     speed, least = _speed(name, history), None
     if ceilings is not None:
-        least = floor(trial["flops"], trial["least_bytes"], ceilings)
-        speed |= {"floor_s": least.seconds, "limit": least.limit, "ceiling_fraction": least.fraction(speed["latency_s"])}
+        least = floor(trial["flops"], trial["min_bytes"], ceilings)
+        speed |= {"roofline_s": least.seconds, "bound": least.limit, "roofline_fraction": least.fraction(speed["latency_s"])}
     wrong = _impossible(name, history, least, TOLERANCE[description["settings"]["device"]])
     if wrong:  # a number that cannot be is no number
         return {**row, "outcome": "impossible", "detail": wrong, "peak_bytes": None, "process_peak_bytes": None}
@@ -84,11 +84,11 @@ def _row(description: Record, name: str, history: History, ceilings: Ceilings | 
 
 
 def _impossible(name: str, history: History, least: Floor | None, tolerance: float) -> str | None:
-    trial = history.trials[name]
+    trial = history.preflights[name]
     if "peak_bytes" in trial and (words := implausible_peak(trial["peak_bytes"], trial["held_bytes"])):
         return words
     records = [history.record(Runner(name), number) for number in history.medians(Runner(name))]
-    fastest = min(sample for record in records for turn in record["turns"] for sample in turn)
+    fastest = min(sample for record in records for turn in record["time_slices"] for sample in turn)
     return None if least is None else impossible(fastest, least, tolerance)
 
 
@@ -99,12 +99,12 @@ def _speed(name: str, history: History) -> dict[str, Any]:
     host_s = [record["host_s"] for record in records if "host_s" in record]
     return {
         "host_s": statistics.median(host_s) if host_s else None,
-        "exposed": sum(record.get("exposed", 0) for record in records),
+        "exposed_samples": sum(record.get("exposed_samples", 0) for record in records),
         "throttled": next((record["throttled"] for record in records if record.get("throttled")), ""),
         "latency_s": latency.value,
         "latency_low_s": latency.low,
         "latency_high_s": latency.high,
-        "samples": sum(len(turn) for record in records for turn in record["turns"]),
+        "samples": sum(len(turn) for record in records for turn in record["time_slices"]),
         "rounds": len(rounds),
         "first_call_s": statistics.median(record["first_call_s"] for record in records),
         "tokens_per_s": records[0]["tokens"] / latency.value,
@@ -114,7 +114,7 @@ def _speed(name: str, history: History) -> dict[str, Any]:
 
 
 def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
-    reference, twin = Runner(relative_to), Runner(relative_to, twin=True)
+    reference, twin = Runner(relative_to), Runner(relative_to, is_control=True)
     if not history.racing(relative_to):
         return {}
     itself = history.speedup(reference, twin, ONE_SIGMA)
@@ -123,7 +123,7 @@ def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
         return {**row, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
     speedup = history.speedup(reference, Runner(name))
     if speedup is not None:
-        row |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high, "p": speedup.p}
+        row |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high, "p_value": speedup.p_value}
     return row
 
 
@@ -131,8 +131,8 @@ def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Ceilings]
     """By machine, the highest rates of any comparison: the more often it was measured, the surer they are."""
     measured: dict[tuple[Any, ...], list[Ceilings]] = {}
     for description in descriptions:
-        if description.get("ceilings"):
-            measured.setdefault(_machine(description), []).append(Ceilings.from_record(description["ceilings"]))
+        if description.get("peaks"):
+            measured.setdefault(_machine(description), []).append(Ceilings.from_record(description["peaks"]))
     return {key: highest(*found) for key, found in measured.items()}
 
 
@@ -154,8 +154,8 @@ def _name_unmatched(rows: list[dict[str, Any]]) -> None:
 
 def judge(rows: list[dict[str, Any]]) -> None:
     """Gives every row with a speed-up over another attention its verdict, corrected for how many they are."""
-    judged = [row for row in rows if "p" in row]
-    speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p"]) for row in judged]
+    judged = [row for row in rows if "p_value" in row]
+    speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p_value"]) for row in judged]
     floors = [math.inf if row["noise_floor"] is None else row["noise_floor"] for row in judged]
     for row, verdict in zip(judged, verdicts(speedups, floors), strict=True):
         row["verdict"] = verdict

@@ -66,8 +66,8 @@ def kind_of(path: Path) -> str:
         return path.stem
     with path.open("rb") as file:
         heads = file.readline()
-    marks = {b"max_context": "longest", b"gap_closed": "converted", b"eval_seq_len": "learned"}
-    return next((kind for mark, kind in marks.items() if mark in heads), "measured")
+    marks = {b"max_context": "max_context", b"gap_closed": "conversion", b"eval_seq_len": "accuracy"}
+    return next((kind for mark, kind in marks.items() if mark in heads), "latency")
 
 
 def read(path: Path, **options: Any) -> pd.DataFrame:

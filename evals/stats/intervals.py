@@ -70,7 +70,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) ->
 class Speedup(Interval):
     """`p`: how probable so large a deviation from 1 is where there is none; NaN where nothing is known between rounds."""
 
-    p: float
+    p_value: float
 
 
 def speedup_interval(
@@ -144,7 +144,7 @@ def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: 
     and the difference is greater than the noise floor, which is how far the reference seemed to be from itself.
     same: not so, and the whole interval lies within 3 % of 1. ambiguous: anything else.
     """
-    adjusted = holm([speedup.p for speedup in speedups])
+    adjusted = holm([speedup.p_value for speedup in speedups])
     said = []
     for speedup, p, floor in zip(speedups, adjusted, noise_floors, strict=True):
         distance = math.expm1(abs(math.log(speedup.value)))

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from evals.measure.peaks import Ladder
-
 TOLERANCE = {"cpu": 0.5, "cuda": 0.25}
 """How much below the floor a sample must be to be called impossible, by kind of device.
 
@@ -18,6 +16,10 @@ sheet's rate, and work that draws less keeps them.
 
 RESOLUTION_S = 1e-6
 """Of a clock's reading: events of CUDA resolve 0.5 µs, at either end."""
+
+
+Ladder = tuple[tuple[int, float], ...]
+"""(working set in bytes, bytes read and written per second), working sets ascending."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ def _highest(ladders: Iterable[Ladder]) -> Ladder:
     return tuple(sorted(rates.items()))
 
 
-def bandwidth(least_bytes: float, ladder: Ladder) -> float:
-    """What touches `least_bytes` or more moves no more bytes per second than this.
+def bandwidth(min_bytes: float, ladder: Ladder) -> float:
+    """What touches `min_bytes` or more moves no more bytes per second than this.
 
     It is the highest rate of any working set from the next smaller one on: what fits less well into the caches is not
-    faster. So it never rises with `least_bytes`, and errs to the fast side between two steps of the ladder.
+    faster. So it never rises with `min_bytes`, and errs to the fast side between two steps of the ladder.
     """
-    start = max((size for size, _ in ladder if size <= least_bytes), default=0)
+    start = max((size for size, _ in ladder if size <= min_bytes), default=0)
     return max(rate for size, rate in ladder if size >= start)
 
 
@@ -104,21 +106,21 @@ class Floor:
         return self.seconds / latency_s if self.seconds <= latency_s else None
 
 
-def floor(flops: float, least_bytes: float, ceilings: Ceilings) -> Floor:
-    """max(flops / peak, least_bytes / bandwidth).
+def floor(flops: float, min_bytes: float, ceilings: Ceilings) -> Floor:
+    """max(flops / peak, min_bytes / bandwidth).
 
-    flops: that the work needs, however it is done. least_bytes: that must be read or written at least once, such as
+    flops: that the work needs, however it is done. min_bytes: that must be read or written at least once, such as
     parameters, inputs and outputs.
     """
-    if not (flops >= 0 and least_bytes >= 0):
-        raise ValueError(f"FLOPs and bytes must not be negative, got {flops} and {least_bytes}")
+    if not (flops >= 0 and min_bytes >= 0):
+        raise ValueError(f"FLOPs and bytes must not be negative, got {flops} and {min_bytes}")
     compute_s = flops / ceilings.flops_per_s
-    memory_s = least_bytes / bandwidth(least_bytes, ceilings.bytes_per_s)
+    memory_s = min_bytes / bandwidth(min_bytes, ceilings.bytes_per_s)
     # Each thread touches its share, which fits into a smaller cache, and that is its own.
     share = 1 / ceilings.threads
     provable_s = max(
         share * flops / ceilings.thread_flops_per_s,
-        share * least_bytes / bandwidth(share * least_bytes, ceilings.thread_bytes_per_s),
+        share * min_bytes / bandwidth(share * min_bytes, ceilings.thread_bytes_per_s),
     )
     seconds = max(compute_s, memory_s)
     return Floor(seconds, "compute" if compute_s > memory_s else "memory", min(seconds, provable_s))

@@ -18,8 +18,8 @@ class Optimisation(NamedTuple):
 
     steps: int
     learning_rate: float
-    warmup: float = 0.1
-    clip: float = 1.0
+    warmup_fraction: float = 0.1
+    grad_clip_norm: float = 1.0
     checkpoint_s: float = 10.0
 
 
@@ -37,13 +37,13 @@ def optimise(
     watch, kept_s = Stopwatch(), 0.0
     for step in range(progress["step"], plan.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(plan.learning_rate, step, plan.steps, plan.warmup)
+            group["lr"] = rate(plan.learning_rate, step, plan.steps, plan.warmup_fraction)
         loss = loss_of(step)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss was {value} at step {step + 1}: lower the learning rate")
         loss.backward()
-        nn.utils.clip_grad_norm_(moving, plan.clip)
+        nn.utils.clip_grad_norm_(moving, plan.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if watch.seconds() - kept_s > plan.checkpoint_s or step + 1 == plan.steps:

@@ -62,7 +62,7 @@ class Study:
         self.memory_limit_bytes = int(0.8 * available_bytes())
         if comparison.sampling.memory_limit_gib is not None:
             self.memory_limit_bytes = int(comparison.sampling.memory_limit_gib * 2**30)
-        self.trials = Preflight(comparison, code, certificates, self.memory_limit_bytes)
+        self.preflight = Preflight(comparison, code, certificates, self.memory_limit_bytes)
         self.settings = {
             **comparison.settings,
             **self.task.facts(),
@@ -72,7 +72,7 @@ class Study:
         trainer = code_hash.of_modules("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")
         own = code_hash.of_modules(type(self.task).__module__)
         self.keys = {
-            one.name: digest([self.settings, comparison.training.lengths, asdict(one), code[one.name], trainer, own])
+            one.name: digest([self.settings, comparison.training.eval_length_multiples, asdict(one), code[one.name], trainer, own])
             for one in comparison.candidates
         }
         self.id = digest([self.keys, comparison.training.learning_rates, comparison.training.seeds])
@@ -106,7 +106,7 @@ class Study:
 
     def objection(self, candidate: Candidate) -> Record | None:
         """The record that says why this candidate is not trained; None if it is certified."""
-        certified = self.trials.certified(candidate)
+        certified = self.preflight.certified(candidate)
         if certified.outcome == "ok":
             return None
         known = [record for record in self.runs(candidate) if record["outcome"] == certified.outcome]

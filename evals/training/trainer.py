@@ -76,12 +76,12 @@ def train(
     sum_, since, began = 0.0, 0, progress["step"]
     for step in range(began, training.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(learning_rate, step, training.steps, training.warmup)
+            group["lr"] = rate(learning_rate, step, training.steps, training.warmup_fraction)
         divisor = training.divisor(step)
         batch = task.part(divisor).batch(divisor * comparison.shape.batch_size, generator("train", seed, step))
-        sum_ += gradients(shared, batch, device, training.accumulate)
+        sum_ += gradients(shared, batch, device, training.grad_accumulation_steps)
         since += 1
-        nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now_s = watch.seconds()
@@ -101,7 +101,7 @@ def train(
     answers.eval()
     validation = yield from evaluate(answers, task, comparison, "validation", progress)
     evaluations = []
-    for times in training.lengths:
+    for times in training.eval_length_multiples:
         longer = replace(task, seq_len=times * task.seq_len)
         evaluations.append((yield from evaluate(answers, longer, comparison, "test", progress)))
     if not all(math.isfinite(loss) for one in (validation, *evaluations) for loss in one["loss"]):
@@ -171,8 +171,8 @@ def evaluate(
     training, device = comparison.training, comparison.device
     size = max(1, comparison.shape.batch_size * comparison.shape.seq_len // task.seq_len)
     sums = torch.zeros(3, len(task.groups), dtype=torch.float64)
-    for start in range(0, training.examples, size):
-        batch = task.batch(min(size, training.examples - start), generator(split, task.seq_len, start), split)
+    for start in range(0, training.num_eval_examples, size):
+        batch = task.batch(min(size, training.num_eval_examples - start), generator(split, task.seq_len, start), split)
         with torch.inference_mode(), _autocast(device):
             losses, right = answers(batch.inputs.to(device.kind), batch.targets.to(device.kind))
         group = batch.groups[batch.targets != IGNORED]

@@ -52,9 +52,9 @@ def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
     """Values, with and without gradients kept, and all gradients are those of the reference, relative to the largest."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     truth = reference.bsbr_attention(**leaves, **options)
-    out = bsbr_attention(**leaves, impl="native", **options)
+    out = bsbr_attention(**leaves, impl="cpp", **options)
     with torch.no_grad():
-        alone = bsbr_attention(**tensors, impl="native", **options)
+        alone = bsbr_attention(**tensors, impl="cpp", **options)
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, theirs = (
         torch.autograd.grad((x * upstream).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -103,12 +103,12 @@ def test_more_chunks_than_are_mixed_at_once() -> None:
 
 def test_any_strides_are_taken() -> None:
     tensors = inputs(3 * CHUNK + 1, features=3)
-    plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     # No contiguous rows; a single item that stands for both.
     scattered = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
-    torch.testing.assert_close(bsbr_attention(**scattered, chunk_size=CHUNK, impl="native"), plain, rtol=0, atol=1e-13)
+    torch.testing.assert_close(bsbr_attention(**scattered, chunk_size=CHUNK, impl="cpp"), plain, rtol=0, atol=1e-13)
     leaf = tensors["q"].detach().requires_grad_()
-    out = bsbr_attention(**(tensors | {"q": leaf}), chunk_size=CHUNK, impl="native")
+    out = bsbr_attention(**(tensors | {"q": leaf}), chunk_size=CHUNK, impl="cpp")
     by_sum = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]  # its upstream is one number, expanded
     assert torch.equal(by_sum, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
 
@@ -125,7 +125,7 @@ def test_scores_of_any_size_give_the_softmax_that_torch_gives() -> None:
     weights = torch.softmax(scores.double(), dim=0)
     for start in range(0, 64, 16):
         v = torch.eye(64)[None, None, :, start : start + 16].contiguous()
-        out = bsbr_attention(q, k, v, meta, meta[:, :, :0], chunk_size=64, impl="native")[0, 0, -1]
+        out = bsbr_attention(q, k, v, meta, meta[:, :, :0], chunk_size=64, impl="cpp")[0, 0, -1]
         torch.testing.assert_close(out.double(), weights[start : start + 16], rtol=1e-5, atol=1e-38)
 
 
@@ -147,22 +147,22 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
 
 def test_a_future_that_overflows_does_not_reach_the_past() -> None:
     tensors = inputs(CHUNK, dtype=torch.float32)
-    before = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    before = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     tensors["k"] = tensors["k"].clone()
     tensors["k"][:, :, -1, 0] = 3e38  # times a query, beyond what float32 holds
-    after = bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    after = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     assert torch.equal(before[:, :, :-1], after[:, :, :-1])
 
 
 def test_the_choice_of_implementation() -> None:
     tensors = inputs(CHUNK + 1, dtype=torch.float32)
     order = [tensors[name] for name in ("q", "k", "v", "r", "h")]
-    assert dispatch.choose("auto", *order) == "native"
+    assert dispatch.choose("auto", *order) == "cpp"
     assert dispatch.choose("torch", *order) == "torch"
     assert dispatch.choose("auto", *order, dropout_p=0.1) == "torch"
     assert dispatch.choose("auto", *(x.bfloat16() for x in order)) == "torch"
-    with pytest.raises(NotImplementedError, match=r"impl='native' was asked for: native code has no dropout; impl='torch' takes"):
-        dispatch.choose("native", *order, dropout_p=0.1)
+    with pytest.raises(NotImplementedError, match=r"impl='cpp' was asked for: native code has no dropout; impl='torch' takes"):
+        dispatch.choose("cpp", *order, dropout_p=0.1)
     with pytest.raises(NotImplementedError, match=r"impl='triton' was asked for: the kernels "):
         dispatch.choose("triton", *order)
     with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, native, triton, got 'cuda'$"):
@@ -189,8 +189,8 @@ def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
     tensors = inputs(CHUNK + 1)
     with pytest.warns(RuntimeWarning, match=rf"runs in plain torch, several times slower: .*{problem}.*CXX names one"):
         bsbr_attention(**tensors, chunk_size=CHUNK)
-    with pytest.raises(NotImplementedError, match=rf"impl='native' was asked for: there is no native code .*{problem}"):
-        bsbr_attention(**tensors, chunk_size=CHUNK, impl="native")
+    with pytest.raises(NotImplementedError, match=rf"impl='cpp' was asked for: there is no native code .*{problem}"):
+        bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     assert not list(tmp_path.rglob("*.so"))
 
 

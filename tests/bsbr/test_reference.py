@@ -267,7 +267,7 @@ def test_the_delta_rule_in_each_chunk(time: int, options: dict[str, int]) -> Non
         torch.testing.assert_close(c, b, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("impl", ["torch", "native"])
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
 def test_gradients_of_the_delta_rule_are_those_of_finite_differences(impl: Any) -> None:
     named = with_beta(2 * CHUNK + 3, heads=2, kv_heads=1, head_dim=2, feature_dim=2)
     tensors = [x[:1].detach().requires_grad_() for x in named.values()]

@@ -18,7 +18,7 @@ LONG = pytest.mark.skipif("BSBR_CLUSTERS" not in os.environ, reason="NOT TESTED:
 
 SMALL = (
     *("sweep=seq_len", "shape.seq_len=60,129", "attention=[standard,linear]", "model.hidden_dim=32", "model.num_heads=2"),
-    *("device.threads=1", "sampling=quick", "sampling.budget_s=6", "sampling.target_rel_interval=1e-6", "sampling.turns=3"),
+    *("device.threads=1", "sampling=quick", "sampling.budget_s=6", "sampling.target_rel_interval=1e-6", "sampling.time_slices=3"),
 )
 """Two comparisons that take some seconds each, so that there is time to lose a node in."""
 

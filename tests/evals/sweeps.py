@@ -16,7 +16,7 @@ from evals.results.frames import checked, checked_fit, sweeps
 
 LENGTHS = (1, 128, 1000, 8192)
 THREE = ("standard", "bsbr", "linear")
-NEW = ("parameter_bytes", "state_bytes", "ceiling_fraction", "limit", "verdict", "match")
+NEW = ("parameter_bytes", "state_bytes", "roofline_fraction", "bound", "verdict", "match")
 
 
 def table(attentions: tuple[str, ...] = THREE, lengths: tuple[int, ...] = LENGTHS) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def table(attentions: tuple[str, ...] = THREE, lengths: tuple[int, ...] = LENGTH
         peak_bytes=1000 * at * cells["seq_len"],
         parameter_bytes=2**20,
         state_bytes=3000 * at,
-        ceiling_fraction=0.02 * at,
+        roofline_fraction=0.02 * at,
         limit=np.where(cells["seq_len"] < 1000, "memory", "compute"),
         verdict=np.where(speedup > 1.5, "faster", np.where(speedup < 0.7, "slower", "ambiguous")),
         match="",

@@ -33,12 +33,12 @@ def for_task(comparison: Comparison) -> Comparison:
         raise UsageError(f"a task is learned by a whole model: it needs model.scope=model, got {model.scope}")
     if device.dtype not in ("float32", "bfloat16" if device.kind == "cuda" else "float64"):
         raise UsageError(f"training takes device.dtype=float32, or bfloat16 on cuda or float64 on cpu, got {device.dtype}")
-    if comparison.shape.batch_size < training.accumulate:
+    if comparison.shape.batch_size < training.grad_accumulation_steps:
         raise UsageError(
-            f"training.accumulate must be at most shape.batch_size = {comparison.shape.batch_size}, got {training.accumulate}"
+            f"training.grad_accumulation_steps must be at most shape.batch_size = {comparison.shape.batch_size}, got {training.grad_accumulation_steps}"
         )
     task = build_task(comparison)
-    for times in training.lengths:
+    for times in training.eval_length_multiples:
         replace(task, seq_len=times * task.seq_len)
     for divisor in training.curriculum:
         task.part(divisor)

@@ -125,7 +125,7 @@ def test_ranks_rest_between_turns_and_die_with_the_one_that_is_timed() -> None:
 def test_the_sweep_has_a_row_for_each_number_of_ranks_with_its_bytes(tmp_path: Path) -> None:
     places = (f"results_dir={tmp_path / 'results'}", f"plots_dir={tmp_path / 'plots'}")
     small = ("model.hidden_dim=32", "model.num_heads=2", "attention.bsbr.chunk_size=16", "shape.seq_len=256")
-    quick = ("sampling=quick", "sampling.budget_s=0.01", "sampling.min_rounds=2", "sampling.turns=2", "workload.ranks=1,2")
+    quick = ("sampling=quick", "sampling.budget_s=0.01", "sampling.min_rounds=2", "sampling.time_slices=2", "workload.ranks=1,2")
     done = call(run.main, "sweep=context_parallel", *places, *small, *quick)
     assert (done.returncode, done.stderr) == (0, "")
     rows = pd.read_csv(tmp_path / "results" / "context_parallel" / "results.csv")

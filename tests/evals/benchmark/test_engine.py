@@ -26,7 +26,7 @@ def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_
     assert engine(tmp_path, "sampling.max_rounds=3").id == first
     for changed in (
         "shape.seq_len=7",
-        "sampling.turn_s=0.5",
+        "sampling.time_slice_s=0.5",
         "sampling.seed=3",
         "workload=decode",
         "attention.linear.chunk_size=32",
@@ -38,7 +38,7 @@ def described(folder: Path, *, count: int, time: str, **settings: Any) -> Engine
     """An engine whose ledger holds the ceilings of so many comparisons before this one."""
     made = engine(folder)
     ceilings = {"flops_per_s": 1.0}
-    record = {"kind": "comparison", "comparison": "earlier", "swept": None, "ceilings": ceilings, "time": time}
+    record = {"kind": "comparison", "comparison": "earlier", "swept": None, "peaks": ceilings, "time": time}
     made.ledger.append(*[record | {"settings": made._settings() | settings}] * count)
     return made
 
@@ -71,7 +71,7 @@ def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("options", "impl"), [([], "native"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
+    ("options", "impl"), [([], "cpp"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
 )
 def test_a_row_names_the_implementation_that_runs_in_its_precision(options: list[str], impl: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):

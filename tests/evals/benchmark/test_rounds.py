@@ -26,11 +26,11 @@ def history(ratios: Sequence[float], *, round_s: float = 1.0, failed: Sequence[s
     records: list[Record] = []
     for name in ("standard", "linear"):
         outcome = "crash" if name in failed else "ok"
-        records.append({"kind": "trial", "comparison": "c", "attention": name, "outcome": outcome, "detail": ""})
+        records.append({"kind": "preflight", "comparison": "c", "attention": name, "outcome": outcome, "detail": ""})
     for number, ratio in enumerate(ratios):
         for name, twin, seconds in (("standard", False, 1.0), ("standard", True, 1.0), ("linear", False, ratio)):
-            shared = {"kind": "latency", "comparison": "c", "attention": name, "twin": twin, "round": number, "outcome": "ok"}
-            records.append({**shared, "detail": "", "turns": [[seconds]] * 3, "round_s": round_s})
+            shared = {"kind": "latency", "comparison": "c", "attention": name, "is_control": twin, "round": number, "outcome": "ok"}
+            records.append({**shared, "detail": "", "time_slices": [[seconds]] * 3, "round_s": round_s})
     return History(records, "c")
 
 
@@ -72,7 +72,7 @@ def test_without_a_reference_it_is_latencies_that_must_be_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "seconds", "turns"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
+    ("most", "seconds", "time_slices"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
 )
 def test_there_are_as_many_turns_as_fit_but_one_in_any_case(most: int, seconds: float, turns: int) -> None:
     assert list(counted(most, seconds, Stopwatch())) == list(range(turns))
@@ -94,4 +94,4 @@ def test_turns_of_another_command_take_no_time_from_a_round() -> None:
 
 def test_all_time_in_calls_is_told_and_not_that_of_samples_alone() -> None:
     record = of_turns([TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)], called_s=10.0)
-    assert record == {"turns": [[1.0, 2.0], [3.0]], "called_s": 17.0}
+    assert record == {"time_slices": [[1.0, 2.0], [3.0]], "called_s": 17.0}

@@ -89,7 +89,7 @@ def test_declared_is_no_more_than_counted_where_blocks_are_not_full(name: str, w
     work, declared = of(name, workload, "attention", seq_len)
     assert 0 < declared["flops"] <= 1.001 * counted(work.call) / work.steps
     assert 0 < declared["held_bytes"] <= peak_allocated_bytes(work.call)
-    assert declared["least_bytes"] > 0
+    assert declared["min_bytes"] > 0
 
 
 def test_the_least_of_standard_attention_by_hand() -> None:
@@ -101,7 +101,7 @@ def test_the_least_of_standard_attention_by_hand() -> None:
 
     def least(workload: str, scope: str) -> tuple[int, ...]:
         _, declared = of("standard", workload, scope, n, "attention=[standard]")
-        return declared["flops"], declared["least_bytes"], declared["held_bytes"]
+        return declared["flops"], declared["min_bytes"], declared["held_bytes"]
 
     assert least("attention", "attention") == (attend, 4 * fours["states"], fours["states"])
     assert least("prefill", "attention") == (attend + projections, fours["weights"] + 2 * fours["states"], fours["states"])
@@ -124,14 +124,14 @@ def test_the_least_of_standard_attention_by_hand() -> None:
 def test_a_token_of_bsbr_reads_its_chunk_and_not_the_states_of_others() -> None:
     short, long = (of("bsbr", "decode", "attention", n, "attention.bsbr.chunk_size=16")[1] for n in (160, 1600))
     assert long["state_bytes"] > 5 * short["state_bytes"]
-    assert long["least_bytes"] == short["least_bytes"]
+    assert long["min_bytes"] == short["min_bytes"]
 
 
 def test_what_has_kernels_that_need_data_has_no_bound() -> None:
     comparison = asked("prefill", "attention", 20)
     node = {"_target_": f"{__name__}.NeedsData"}
     declared = cost(comparison, Candidate("mine", node))
-    assert (declared["flops"], declared["least_bytes"], declared["held_bytes"]) == (0, 0, 0)
+    assert (declared["flops"], declared["min_bytes"], declared["held_bytes"]) == (0, 0, 0)
     assert declared["parameter_bytes"] > 0
 
 

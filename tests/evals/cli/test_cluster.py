@@ -84,7 +84,7 @@ DESCRIPTION = {
     "relative_to": "standard",
     "settings": {"seq_len": 60, "processor": "x", "torch": "2", "device": "cpu", "dtype": "float32", "threads": 1},
     "candidates": {"standard": {}, "bsbr": {}},
-    "ceilings": None,
+    "peaks": None,
 }
 
 
@@ -105,7 +105,7 @@ def test_what_was_lost_is_a_row_for_each_attention_with_the_nodes_in_its_words()
 
 
 def test_a_comparison_that_is_made_after_all_is_not_lost() -> None:
-    trial = {"kind": "trial", "comparison": "c0", "attention": "bsbr", "outcome": "oom", "detail": "too little"}
+    trial = {"kind": "preflight", "comparison": "c0", "attention": "bsbr", "outcome": "oom", "detail": "too little"}
     rows = latency_table.results([DESCRIPTION, lost([started(0, "node1")]), trial])
     assert rows[["attention", "outcome", "detail"]].to_numpy().tolist() == [["bsbr", "oom", "too little"]]
 
@@ -181,5 +181,5 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
 
 
 def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
-    path = latency_table.write(latency_table.results([lost([started(0, "node1")])]), tmp_path, "measured")
+    path = latency_table.write(latency_table.results([lost([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

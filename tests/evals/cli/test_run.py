@@ -27,7 +27,7 @@ SMALL = (
     "sampling=quick",
     "sampling.budget_s=0.01",
     "sampling.min_rounds=2",
-    "sampling.turns=3",
+    "sampling.time_slices=3",
 )
 
 
@@ -45,7 +45,7 @@ def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def measurements(folder: Path, sweep: str = "single") -> list[dict[str, Any]]:
     records, _ = Ledger(folder / "results" / sweep / "samples.jsonl").read()
-    return [record for record in records if record["kind"] in ("trial", "latency")]
+    return [record for record in records if record["kind"] in ("preflight", "latency")]
 
 
 def table(folder: Path, sweep: str = "single") -> pd.DataFrame:
@@ -111,11 +111,11 @@ def test_raw_samples_are_what_the_table_was_made_of(swept: tuple[Path, str]) -> 
             m for m in measurements(folder, "seq_len") if (m["comparison"], m["attention"]) == (row["comparison"], row["attention"])
         ]
         # The reference runs against itself too.
-        assert sorted(m["kind"] for m in own) == ["latency"] * (4 if row["attention"] == "standard" else 2) + ["trial"]
-        turns = [turn for m in own if m["kind"] == "latency" and not m["twin"] for turn in m["turns"]]
+        assert sorted(m["kind"] for m in own) == ["latency"] * (4 if row["attention"] == "standard" else 2) + ["preflight"]
+        turns = [turn for m in own if m["kind"] == "latency" and not m["is_control"] for turn in m["time_slices"]]
         assert row["samples"] == sum(map(len, turns)) >= len(turns)
         assert row["latency_s"] == pytest.approx(float(pd.Series([pd.Series(turn).median() for turn in turns]).median()))
-        assert (row["rounds"], row["stopped"]) == (2, "budget")
+        assert (row["rounds"], row["stop_reason"]) == (2, "budget")
 
 
 def test_a_speed_up_is_the_median_ratio_of_turns_taken_side_by_side(swept: tuple[Path, str]) -> None:
@@ -126,9 +126,9 @@ def test_a_speed_up_is_the_median_ratio_of_turns_taken_side_by_side(swept: tuple
     )
     for _, row in rows[rows["attention"] == "linear"].iterrows():
         turns = {
-            (m["attention"], m["round"]): [pd.Series(turn).median() for turn in m["turns"]]
+            (m["attention"], m["round"]): [pd.Series(turn).median() for turn in m["time_slices"]]
             for m in measurements(folder, "seq_len")
-            if m["comparison"] == row["comparison"] and m["kind"] == "latency" and not m["twin"]
+            if m["comparison"] == row["comparison"] and m["kind"] == "latency" and not m["is_control"]
         }
         ratios = [
             theirs / ours
@@ -172,7 +172,7 @@ def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept
     rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in measurements(swept[0], "seq_len"):
         if one["kind"] == "latency":
-            assert one["called_s"] > 0.999 * (one["first_call_s"] + sum(map(sum, one["turns"])))
+            assert one["called_s"] > 0.999 * (one["first_call_s"] + sum(map(sum, one["time_slices"])))
             rounds.setdefault((one["comparison"], one["round"]), []).append(one)
     for own in rounds.values():
         assert sum(one["called_s"] for one in own) < own[0]["round_s"]
@@ -194,7 +194,7 @@ def test_more_rounds_are_added_to_those_there_are(certified: Path) -> None:
     arguments = ("attention=[standard,linear]", "shape.seq_len=50", "sampling.budget_s=1000")
     assert called(certified, *arguments, "sampling.max_rounds=2").returncode == 0
     before = measurements(certified)
-    assert set(table(certified)["stopped"]) == {"rounds"}
+    assert set(table(certified)["stop_reason"]) == {"rounds"}
     assert called(certified, *arguments, "sampling.max_rounds=3").returncode == 0
     after = measurements(certified)
     assert after[: len(before)] == before
@@ -332,7 +332,7 @@ def test_a_cell_that_fails_is_a_row_and_the_sweep_goes_on(certified: Path) -> No
     assert not math.isnan(rows.loc["standard", "latency_s"])
     assert "peeks at seq_len=777: uncertified, causality" in done.stdout
     # It was not timed, and what failed is not tried again.
-    assert [m["kind"] for m in measurements(certified) if m["attention"] == "peeks"] == ["trial"]
+    assert [m["kind"] for m in measurements(certified) if m["attention"] == "peeks"] == ["preflight"]
     before = measurements(certified)
     assert called(certified, *arguments).returncode == INCOMPLETE
     assert measurements(certified) == before
@@ -362,7 +362,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path
     assert called(certified, *arguments).returncode == 0
     records = measurements(certified, "seq_len")
     assert records[: len(kept)] == kept
-    whole = {(m["comparison"], m["attention"], m["kind"], m.get("round"), m.get("twin")) for m in records}
+    whole = {(m["comparison"], m["attention"], m["kind"], m.get("round"), m.get("is_control")) for m in records}
     assert len(whole) == len(records) == 2 * (2 + 2 * 3)
 
 

@@ -94,7 +94,7 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])
 def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
     comparison = read(*jobs(name)[0])
-    kind = "learned" if comparison.task else "longest" if comparison.search else "measured"
+    kind = "accuracy" if comparison.task else "max_context" if comparison.search else "latency"
     told = {*comparison.settings} | ({*build_task(comparison).facts()} if comparison.task else set())
     assert told - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
 

@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
-    small = ("model.hidden_dim=32", "model.num_heads=2", "device.threads=1", "sampling.turns=2", "sampling.min_rounds=3")
+    small = ("model.hidden_dim=32", "model.num_heads=2", "device.threads=1", "sampling.time_slices=2", "sampling.min_rounds=3")
     places = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
     return ["run.py", "sweep=seq_len", "shape.seq_len=40,60", "attention=[standard,linear]", *small, *places]
 

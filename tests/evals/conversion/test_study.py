@@ -46,7 +46,7 @@ def original(family: str) -> PreTrainedModel:
     return model
 
 
-def healed(
+def distilled(
     model: PreTrainedModel, folder: Path, rank: int = 2, align: Optimisation = ALIGN, distil: Optimisation = DISTIL
 ) -> tuple[PreTrainedModel, list[tuple[str, int, float]]]:
     converted = convert_to_bsbr(model, CHUNK)
@@ -58,7 +58,7 @@ def healed(
 def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str, tmp_path: Path) -> None:
     model = original(family)
     before = convert_to_bsbr(model, CHUNK)
-    after, steps = healed(model, tmp_path)
+    after, steps = distilled(model, tmp_path)
     assert [stage for stage, _, _ in steps] == ["align"] * 30 + ["distil"] * 30
     plan = Plan(
         Original(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
@@ -80,7 +80,7 @@ def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str
 
 def test_healing_without_additions_moves_retrieval_alone(tmp_path: Path) -> None:
     model = original("llama")
-    after, _ = healed(model, tmp_path, rank=0)
+    after, _ = distilled(model, tmp_path, rank=0)
     kept = convert_to_bsbr(model, CHUNK).state_dict()
     moved = {name for name, tensor in after.state_dict().items() if not tensor.equal(kept[name])}
     assert moved == {name for name in kept if ".retrieval." in name}
@@ -99,13 +99,13 @@ def test_healing_without_retrieval_leaves_its_gates_shut(tmp_path: Path) -> None
 @pytest.mark.parametrize("stopped", [("align", 2), ("distil", 3)])
 def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, int], tmp_path: Path) -> None:
     model, plan = original("llama"), Optimisation(4, 1e-2, checkpoint_s=0)
-    whole, _ = healed(model, tmp_path / "whole", align=plan, distil=plan)
+    whole, _ = distilled(model, tmp_path / "whole", align=plan, distil=plan)
     converted = convert_to_bsbr(model, CHUNK)
     torch.manual_seed(0)
     for stage, step, _ in heal(model, converted, batches, align=plan, distil=plan, rank=2, saved=tmp_path / "parts"):
         if (stage, step) == stopped:
             break
-    again, steps = healed(model, tmp_path / "parts", align=plan, distil=plan)
+    again, steps = distilled(model, tmp_path / "parts", align=plan, distil=plan)
     assert steps[0][:2] == (stopped[0], stopped[1] + 1)
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
@@ -123,7 +123,7 @@ SMALL = {
     "chunk-overlap": 1,
     "chunks": 3,
     "batch": 2,
-    "examples": 4,
+    "num_eval_examples": 4,
     "train-steps": 3,
     "align-steps": 2,
     "distil-steps": 2,
@@ -140,9 +140,9 @@ def command(folder: Path, *more: str) -> int:
 
 def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tmp_path) == 0
-    folder = tmp_path / "healing"
+    folder = tmp_path / "distillation"
     results = pd.read_csv(folder / "results.csv")
-    assert list(results["stage"]) == ["original", "converted", "healed"] * 2
+    assert list(results["stage"]) == ["original", "converted", "distilled"] * 2
     assert list(results["gap_closed"][:2]) == [1, 0]
     assert set(results["split"]) == {"test"}
     assert len(pd.read_csv(folder / "positions.csv")) == 2 * 3 * 3
@@ -156,9 +156,9 @@ def test_the_command_writes_tables_and_does_not_repeat_itself(tmp_path: Path, ca
     assert len(originals) == 2
     assert command(tmp_path, "--split", "validation", "--model", "llama", "--without-retrieval") == 0
     assert (folder / "samples.jsonl").read_text() == lines
-    tried = pd.read_csv(tmp_path / "healing_validation" / "results.csv")
+    tried = pd.read_csv(tmp_path / "distillation_validation" / "results.csv")
     assert tried["perplexity"][0] != results["perplexity"][0]
-    assert tried["moved"][0] < results["moved"][0]
+    assert tried["trained_parameters"][0] < results["trained_parameters"][0]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == originals
 
 
@@ -172,14 +172,14 @@ def test_windows_are_stretches_of_their_own_split_alone() -> None:
 
 
 def test_the_share_of_the_gap_that_was_closed_is_in_nats_a_token() -> None:
-    losses = {"original": [2.0, 1.0, 1.0], "converted": [2.0, 1.4, 1.6], "healed": [1.9, 1.1, 1.2]}
+    losses = {"original": [2.0, 1.0, 1.0], "converted": [2.0, 1.4, 1.6], "distilled": [1.9, 1.1, 1.2]}
     models = {name: {"nats": sum(parts) / 3, "perplexity": 0.0, "chunk_nats": parts} for name, parts in losses.items()}
     original_ = {"model": "gpt2", "seed": 0, "context": 12}
     plan = dict.fromkeys(("chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval", "split"), 1)
-    plan |= {"original": original_, "chunk_size": 4, "chunk_overlap": 0, "examples": 1}
-    rows = tables([{"plan": plan, "models": models, "parameters": 1, "moved": 1}])["converted"].set_index("stage")
-    assert rows.loc["healed", "gap_closed"] == pytest.approx(0.8)  # 0.8 of 1.0
-    assert rows.loc["healed", "gap_closed_beyond"] == pytest.approx(
+    plan |= {"original": original_, "chunk_size": 4, "chunk_overlap": 0, "num_eval_examples": 1}
+    rows = tables([{"plan": plan, "models": models, "parameters": 1, "trained_parameters": 1}])["conversion"].set_index("stage")
+    assert rows.loc["distilled", "gap_closed"] == pytest.approx(0.8)  # 0.8 of 1.0
+    assert rows.loc["distilled", "gap_closed_beyond"] == pytest.approx(
         0.7
     )  # 0.7 of 1.0: that the first chunk got better is no gap closed
-    assert tables([])["converted"].empty
+    assert tables([])["conversion"].empty

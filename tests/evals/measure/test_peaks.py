@@ -27,7 +27,7 @@ def one_thread(flops_per_s: float = 1e9, *ladder: tuple[int, float]) -> Ceilings
 
 
 @pytest.mark.parametrize(
-    ("flops", "least_bytes", "seconds", "limit"),
+    ("flops", "min_bytes", "seconds", "limit"),
     [
         (3e9, 0, 3.0, "compute"),
         (0, 32 * MIB, 32 * MIB / 10e6, "memory"),
@@ -36,8 +36,8 @@ def one_thread(flops_per_s: float = 1e9, *ladder: tuple[int, float]) -> Ceilings
         (0, 0, 0.0, "memory"),
     ],
 )
-def test_a_floor_is_the_larger_of_two_times(flops: float, least_bytes: float, seconds: float, limit: str) -> None:
-    found = floor(flops, least_bytes, one_thread())
+def test_a_floor_is_the_larger_of_two_times(flops: float, min_bytes: float, seconds: float, limit: str) -> None:
+    found = floor(flops, min_bytes, one_thread())
     assert found.seconds == pytest.approx(seconds)
     assert found.limit == limit
     assert found.provable_s == found.seconds
@@ -155,10 +155,10 @@ def test_ceilings_that_cannot_be_are_refused(ladder: tuple[tuple[int, float], ..
         Ceilings(1.0, ladder, 1, 1.0, ((1, 1.0),))
 
 
-@pytest.mark.parametrize(("flops", "least_bytes"), [(-1, 0), (0, -1), (math.nan, 0)])
-def test_amounts_are_not_negative(flops: float, least_bytes: float) -> None:
+@pytest.mark.parametrize(("flops", "min_bytes"), [(-1, 0), (0, -1), (math.nan, 0)])
+def test_amounts_are_not_negative(flops: float, min_bytes: float) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
-        floor(flops, least_bytes, one_thread())
+        floor(flops, min_bytes, one_thread())
 
 
 # --- measuring ----------------------------------------------------------------------------------

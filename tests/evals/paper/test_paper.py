@@ -256,7 +256,7 @@ def test_all_of_it_is_the_recipe_in_its_order() -> None:
 
 
 def test_words_choose_and_are_handed_on() -> None:
-    commands, results, _ = plan(["seq_len", "healing", "results_dir=/tmp/mine", "sampling=quick"], dry=True)
+    commands, results, _ = plan(["seq_len", "distillation", "results_dir=/tmp/mine", "sampling=quick"], dry=True)
     assert commands[0] == "python -m evals.run sweep=seq_len results_dir=/tmp/mine sampling=quick --dry-run"
     assert all("--results-dir /tmp/mine" in command and "sampling" not in command for command in commands[1:])
     assert results == Path("/tmp/mine")
@@ -271,7 +271,7 @@ def test_the_gpu_half_has_a_folder_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(["seq"], "unknown data seq; known are seq_len, "), (["healing", "device=cuda"], "healing is measured on a CPU alone")],
+    [(["seq"], "unknown data seq; known are seq_len, "), (["distillation", "device=cuda"], "healing is measured on a CPU alone")],
 )
 def test_what_cannot_be_measured_is_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(given) == 2

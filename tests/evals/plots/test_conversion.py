@@ -19,7 +19,7 @@ def tables(overlaps: tuple[int, ...] = (2,)) -> tuple[pd.DataFrame, pd.DataFrame
                 for stage, value, closed in (
                     ("original", 4.0, 1.0),
                     ("converted", 6.0, 0.0),
-                    ("healed", 4.5 + seed / 10, 0.75 + seed / 50),
+                    ("distilled", 4.5 + seed / 10, 0.75 + seed / 50),
                 ):
                     key = {"model": model, "seed": seed, "stage": stage, "chunk_size": 4, "chunk_overlap": overlap}
                     top = {"top_1": 0.5 + seed / 10, "top_5": 0.8, "top_10": 0.9}
@@ -31,7 +31,7 @@ def tables(overlaps: tuple[int, ...] = (2,)) -> tuple[pd.DataFrame, pd.DataFrame
 def test_a_line_is_the_mean_over_seeds() -> None:
     picture = perplexity(*tables())
     lines = {str(line.get_gid()): data(line) for axes in picture.axes for line in axes.lines if line.get_gid()}
-    assert lines["gpt2-healed"] == ([0, 4], [pytest.approx(4.55), pytest.approx(8.55)])
+    assert lines["gpt2-distilled"] == ([0, 4], [pytest.approx(4.55), pytest.approx(8.55)])
     assert lines["llama-original"] == ([0, 4], [4, 8])
     # Half of Student's interval of two values d apart is 12.706 · d / 2.
     assert "gpt2 76% ± 13%, llama 76% ± 13%" in picture.texts[1].get_text()
@@ -39,8 +39,8 @@ def test_a_line_is_the_mean_over_seeds() -> None:
 
 def test_agreement_shows_every_seed() -> None:
     axes = agreement(*tables()).axes[0]
-    (healed,) = (line for line in axes.lines if line.get_gid() == "gpt2-healed")
-    assert data(healed)[1] == [0.5, 0.6]
+    (distilled,) = (line for line in axes.lines if line.get_gid() == "gpt2-distilled")
+    assert data(distilled)[1] == [0.5, 0.6]
 
 
 def test_a_folder_of_conversions_is_drawn_again(tmp_path: Path) -> None:

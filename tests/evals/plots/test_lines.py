@@ -173,7 +173,7 @@ def test_the_ceiling_itself_is_in_the_picture() -> None:
 
 
 def test_an_unknown_limit_is_neither() -> None:
-    picture = drawn(table().drop(columns="limit"), "ceiling")
+    picture = drawn(table().drop(columns="bound"), "ceiling")
     (legend,) = picture.legends
     assert [key.get_label() for key in legend.get_lines()] == ["bound by: unknown"]
     assert line(picture.axes[0], "bsbr unknown").get_markerfacecolor() not in ("white", LOOKS["bsbr"].colour)

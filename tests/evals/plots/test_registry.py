@@ -56,7 +56,7 @@ def csv(results: pd.DataFrame) -> bytes:
         ),
         (csv(table().assign(verdict="better")), "verdict must be one of faster, slower, same, ambiguous, got better"),
         (csv(table().assign(limit="disk")), "limit must be one of compute, memory, got disk"),
-        (csv(table().assign(ceiling_fraction="high")), "ceiling_fraction must hold numbers, got 'high'"),
+        (csv(table().assign(roofline_fraction="high")), "roofline_fraction must hold numbers, got 'high'"),
         (csv(table().assign(latency_s="fast")), "latency_s must hold numbers, got 'fast'"),
         (csv(table().assign(latency_s=0.0)), "latency_s above 0, got 0.0 for standard"),
         (csv(table().assign(latency_s=math.inf)), "latency_s above 0, got inf for standard"),
@@ -103,8 +103,8 @@ FITTED = {"scaling", "scaling_memory"}
         ((), ALL - FITTED),
         (NEW, ALL - FITTED - {"memory_split", "ceiling"}),
         (("state_bytes",), ALL - FITTED - {"memory_split"}),
-        (("ceiling_fraction",), ALL - FITTED - {"ceiling"}),
-        (("verdict", "limit", "match"), ALL - FITTED),
+        (("roofline_fraction",), ALL - FITTED - {"ceiling"}),
+        (("verdict", "bound", "match"), ALL - FITTED),
     ],
 )
 @pytest.mark.parametrize("how", ["absent", "empty"])

@@ -228,7 +228,7 @@ def test_of_two_sets_it_is_told_what_changed_and_whom_each_was_compared_with() -
 
 def test_conversions_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"healing holds conversions of pretrained models, which a report does not show: `python"):
-        write([PAPER.parent / "healing"], tmp_path / "report.html")
+        write([PAPER.parent / "distillation"], tmp_path / "report.html")
 
 
 def test_what_is_no_folder_of_results_is_one_sentence(tmp_path: Path) -> None:

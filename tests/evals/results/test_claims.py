@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evals.claim import CODES, main
+from evals.claim import main
 from evals.errors import UsageError
-from evals.results.claims import Claim, parse, weigh
+from evals.results.claims import CODES, Claim, parse, weigh
 from evals.results.ledger import Ledger
 from evals.stats.intervals import Interval, median_interval, noise_floor, speedup_interval
 
@@ -46,11 +46,11 @@ def write(
                             "comparison": f"c{n}",
                             "attention": name,
                             "round": number,
-                            "twin": twin,
+                            "is_control": twin,
                             "outcome": "ok",
                             "round_s": 1.0,
                             "first_call_s": 0.1,
-                            "turns": taken,
+                            "time_slices": taken,
                         }
                     )
         floor = noise_floor(speedup_interval(turns[reference, False], turns[reference, True], generator=generator))

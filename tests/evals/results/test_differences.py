@@ -212,7 +212,10 @@ def write(folder: Path, made: Sequence[Made], *, processor: str = "P", start: in
             time = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=start + step * index)
             common = {"kind": "latency", **of, "round": index, "outcome": "ok", "time": time.isoformat(timespec="seconds")}
             turns = [[middle * 0.9, middle], [middle, middle, middle * 3]]  # an outlier does not move the median
-            records += [{**common, "twin": False, "turns": turns}, {**common, "twin": True, "turns": [[middle * 7]]}]
+            records += [
+                {**common, "is_control": False, "time_slices": turns},
+                {**common, "is_control": True, "time_slices": [[middle * 7]]},
+            ]
         ledger.append(*records)
         latency = one.rounds[0] if one.outcome == "ok" else None
         measured = {"latency_s": latency, "noise_floor": one.floor, "peak_bytes": one.peak_bytes}
@@ -390,7 +393,7 @@ def test_a_sample_that_is_no_latency_is_refused(tmp_path: Path, capsys: pytest.C
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
     lines = (b / "samples.jsonl").read_text().splitlines()
     record = json.loads(lines[1])
-    lines[1] = json.dumps({**record, "turns": ["?"]}).replace('"?"', f"[{latency}]")
+    lines[1] = json.dumps({**record, "time_slices": ["?"]}).replace('"?"', f"[{latency}]")
     (b / "samples.jsonl").write_text("\n".join(lines))
     code, _, err = said(capsys, a, b)
     assert code == 2
@@ -497,7 +500,7 @@ def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(reposi
     assert len(peaks) == 2, done.stderr
     assert peaks[1] - peaks[0] == 4 * 2**18, done.stderr
     for records in (base, here):
-        rounds = {record["round"] for record in records if record["kind"] == "latency" and not record["twin"]}
+        rounds = {record["round"] for record in records if record["kind"] == "latency" and not record["is_control"]}
         assert rounds == {0, 1}
         assert len({record["comparison"] for record in records if record["kind"] != "command"}) == 1
     assert done.returncode == 1

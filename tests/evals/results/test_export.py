@@ -104,7 +104,7 @@ def test_a_folder_of_folders_is_all_of_them(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     titles = re.findall(r"^\*\*(\S+): ", said, flags=re.MULTILINE)
     assert set(titles) == {str(path.parent.relative_to(PAPER)).replace("_", r"\_") for path in PAPER.rglob("results.csv")}
-    healing = pd.read_csv(PAPER / "healing" / "results.csv")
+    healing = pd.read_csv(PAPER / "distillation" / "results.csv")
     kept = healing[(healing["model"] == "gpt2") & (healing["stage"] == "original")]["perplexity"].mean()
     assert f"| gpt2 | {kept:.2f} |" in said
     assert main([str(PAPER / "seq_len"), "--to", "latex"]) == 0

@@ -29,18 +29,20 @@ def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float
         settings = {"workload": "prefill", "scope": "attention", "device": "cpu", "dtype": "float32", "threads": 2}
         settings |= {"batch_size": 1, "seq_len": n, "hidden_dim": 64, "num_heads": 2, "processor": "P", "torch": "T"}
         described = {"kind": "comparison", "comparison": key, "sweep": "s", "swept": "shape.seq_len", "relative_to": "standard"}
-        records.append({**described, "settings": settings, "candidates": {name: {} for name in seconds}, "ceilings": CEILINGS})
-        declared = {"flops": 1000 * n, "least_bytes": 100 * n, "held_bytes": 10 * n, "parameter_bytes": 4096, "state_bytes": n}
+        records.append({**described, "settings": settings, "candidates": {name: {} for name in seconds}, "peaks": CEILINGS})
+        declared = {"flops": 1000 * n, "min_bytes": 100 * n, "held_bytes": 10 * n, "parameter_bytes": 4096, "state_bytes": n}
         for name in seconds:
             shared = {"comparison": key, "attention": name, "outcome": "ok", "detail": ""}
-            records.append({"kind": "trial", **shared, **declared, "peak_bytes": 100 * n, "call_s": 1.0, **trial})
+            records.append({"kind": "preflight", **shared, **declared, "peak_bytes": 100 * n, "call_s": 1.0, **trial})
         for number in range(rounds):
             drift = math.exp(generator.normal(0, 0.3))  # of the whole machine
             for name, twin in [*((name, False) for name in seconds), ("standard", True)]:
                 turns = [[drift * seconds[name] * math.exp(generator.normal(0, noise)) for _ in range(3)] for _ in range(8)]
-                shared = {"comparison": key, "attention": name, "twin": twin, "round": number, "outcome": "ok", "detail": ""}
-                records.append({"kind": "latency", **shared, "tokens": n, "first_call_s": 1.0, "turns": turns, "round_s": 1.0})
-        records.append({"kind": "stopped", "comparison": key, "rule": "target"})
+                shared = {"comparison": key, "attention": name, "is_control": twin, "round": number, "outcome": "ok", "detail": ""}
+                records.append(
+                    {"kind": "latency", **shared, "tokens": n, "first_call_s": 1.0, "time_slices": turns, "round_s": 1.0}
+                )
+        records.append({"kind": "stop", "comparison": key, "stop_reason": "target"})
     return records
 
 
@@ -51,21 +53,21 @@ def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> No
     assert rows.loc["twice", "latency_high_s"] / rows.loc["twice", "latency_low_s"] > 1.2
     assert rows["verdict"].dropna().to_dict() == {"twice": "faster", "same": "same"}
     assert (rows["noise_floor"] < 0.02).all()
-    assert (rows["stopped"] == "target").all()
+    assert (rows["stop_reason"] == "target").all()
 
 
 def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
     # 1e8 FLOPs at 1e11 a second, 1e7 bytes at 1e11 a second at most: compute binds, a thousandth of a second.
-    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**8, least_bytes=10**7)).iloc[0]
-    assert row["limit"] == "compute"
-    assert row["floor_s"] == pytest.approx(1e-3)
-    assert row["ceiling_fraction"] == pytest.approx(1e-3 / row["latency_s"])
-    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**7, least_bytes=5 * 10**7)).iloc[0]
-    assert (row["limit"], row["floor_s"]) == ("memory", pytest.approx(5e-4))
+    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**8, min_bytes=10**7)).iloc[0]
+    assert row["bound"] == "compute"
+    assert row["roofline_s"] == pytest.approx(1e-3)
+    assert row["roofline_fraction"] == pytest.approx(1e-3 / row["latency_s"])
+    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**7, min_bytes=5 * 10**7)).iloc[0]
+    assert (row["bound"], row["roofline_s"]) == ("memory", pytest.approx(5e-4))
 
 
 @pytest.mark.parametrize(
-    ("trial", "words"),
+    ("preflight", "words"),
     [
         ({"flops": 10**11}, "faster than physics: a call took .* but its FLOPs and bytes take at least 1 s"),
         ({"peak_bytes": 5, "held_bytes": 1280}, "a peak of 5 bytes, where its output alone takes 1280"),
@@ -80,7 +82,7 @@ def test_what_cannot_be_is_no_number(trial: dict[str, int], words: str) -> None:
 
 def test_a_candidate_that_failed_later_is_a_failure() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
-    shared = {"comparison": "comparison 128", "attention": "other", "twin": False, "round": 9, "round_s": 1.0}
+    shared = {"comparison": "comparison 128", "attention": "other", "is_control": False, "round": 9, "round_s": 1.0}
     records.append({"kind": "latency", **shared, "outcome": "oom", "detail": "killed"})
     rows = latency_table.results(records).set_index("attention")
     assert rows["outcome"].to_dict() == {"standard": "ok", "other": "oom"}
@@ -90,7 +92,7 @@ def test_a_candidate_that_failed_later_is_a_failure() -> None:
 def test_what_attentions_differ_in_is_named() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
     for record in records:
-        if record["kind"] == "trial" and record["attention"] == "other":
+        if record["kind"] == "preflight" and record["attention"] == "other":
             record["parameter_bytes"] *= 2
     assert set(latency_table.results(records)["unmatched"]) == {"parameters 1× to 2× (other)"}
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jsonschema import Draft202012Validator
-from tests.evals.test_table import sweep as records_of_a_sweep
 
 from evals import report
 from evals.errors import UsageError
@@ -23,6 +22,7 @@ from evals.results import differences, frames, latency_table
 from evals.results.folder import Results
 from evals.results.schema import FOLDER, VERSION, cell, kind_of, rows, schema, version
 from evals.tables import made, main
+from tests.evals.results.test_latency_table import sweep as records_of_a_sweep
 
 PAPER = ROOT / "results" / "paper"
 KINDS = sorted(path.name.partition(".")[0] for path in FOLDER.glob("*.schema.json"))
@@ -67,7 +67,7 @@ def test_a_changed_schema_has_a_new_version() -> None:
 
 
 def test_outcomes_are_those_that_figures_know() -> None:
-    assert schema("measured")["properties"]["outcome"]["enum"] == ["ok", *FAILURES]
+    assert schema("latency")["properties"]["outcome"]["enum"] == ["ok", *FAILURES]
 
 
 # --- rows that are right ------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
         if one["kind"] == "comparison":  # of a workload of one's own, and its option
             one["settings"] = {**one["settings"], "workload": "mine", "depth": 3}
     tables = made(records)
-    assert sorted(tables) == ["crossovers", "measured", "scaling"]
+    assert sorted(tables) == ["crossovers", "latency", "scaling"]
     for kind, found in tables.items():
         path = latency_table.write(found, tmp_path, kind)
         told = list(rows(path))
@@ -119,7 +119,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("folder", "change", "objection"),
+    ("folder", "change", "failure"),
     [
         ("seq_len", {"latency_s": "fast"}, "'fast' is not of type 'number', 'null'"),
         ("seq_len", {"seq_len": 12.5}, "12.5 is not of type 'integer'"),
@@ -133,7 +133,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
         ("retrieval", {"accuracy": 1.5}, "1.5 is greater than the maximum of 1"),
         ("retrieval", {"recall": 1.0}, "('recall' was unexpected)"),
         ("retrieval", {"best": "yes"}, "'yes' is not of type 'boolean'"),
-        ("healing", {"stage": "melted"}, "'melted' is not one of"),
+        ("distillation", {"stage": "melted"}, "'melted' is not one of"),
     ],
 )
 def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: str) -> None:

@@ -15,7 +15,13 @@ pytestmark = pytest.mark.xdist_group("train_ranks")
 SMALL = (
     *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[standard]", "shape.seq_len=16", "shape.batch_size=6"),
     *("model.scope=model", "model.hidden_dim=16", "model.num_heads=2", "model.ff_dim=32", "device.threads=1"),
-    *("training.steps=20", "training.examples=20", "training.seeds=1", "training.learning_rates=[1e-3]", "training.accumulate=2"),
+    *(
+        "training.steps=20",
+        "training.num_eval_examples=20",
+        "training.seeds=1",
+        "training.learning_rates=[1e-3]",
+        "training.grad_accumulation_steps=2",
+    ),
 )
 
 

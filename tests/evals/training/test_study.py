@@ -29,7 +29,7 @@ from tests.evals.commands import call
 pytestmark = pytest.mark.xdist_group("study")
 TINY = (
     *("model.scope=model", "model.hidden_dim=32", "model.num_heads=1", "model.ff_dim=64", "model.conv_size=3", "device.threads=1"),
-    *("shape.batch_size=32", "attention=[standard]", "training.examples=200"),
+    *("shape.batch_size=32", "attention=[standard]", "training.num_eval_examples=200"),
 )
 
 # --- every task is learned ----------------------------------------------------------------------
@@ -111,8 +111,8 @@ def test_a_rate_that_diverged_is_not_the_best_and_where_all_did_there_is_none() 
 WORDS = (
     *("sweep=recall", "block=8", "model.hidden_dim=32", "model.num_heads=1", "model.ff_dim=64", "device.threads=1"),
     *("attention=[standard,linear]", "task.vocabulary=32", "task.num_pairs=2,4", "shape.seq_len=16", "shape.batch_size=16"),
-    *("training.steps=60", "training.examples=50", "training.seeds=2", "training.learning_rates=[1e-3,1e-2]"),
-    "training.lengths=[1,2]",
+    *("training.steps=60", "training.num_eval_examples=50", "training.seeds=2", "training.learning_rates=[1e-3,1e-2]"),
+    "training.eval_length_multiples=[1,2]",
 )
 
 
@@ -257,10 +257,13 @@ def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> Non
         (["training.steps=0"], "training.steps must be a positive integer, got 0"),
         (["training.learning_rates=[]"], "training.learning_rates must be a list of numbers above 0, got []"),
         (["training.learning_rates=[fast]"], "training.learning_rates must be a list of numbers above 0, got ['fast']"),
-        (["training.lengths=[0.5]"], "training.lengths must be a list of whole numbers above 0, got [0.5]"),
-        (["training.warmup=2"], "training.warmup must be a part of the steps, from 0 to 1, got 2"),
-        (["training.accumulate=17"], "training.accumulate must be at most shape.batch_size = 16, got 17"),
-        (["training.clip=0"], "training.clip must be a number of at least 1e-09, got 0"),
+        (
+            ["training.eval_length_multiples=[0.5]"],
+            "training.eval_length_multiples must be a list of whole numbers above 0, got [0.5]",
+        ),
+        (["training.warmup_fraction=2"], "training.warmup_fraction must be a part of the steps, from 0 to 1, got 2"),
+        (["training.grad_accumulation_steps=17"], "training.grad_accumulation_steps must be at most shape.batch_size = 16, got 17"),
+        (["training.grad_clip_norm=0"], "training.grad_clip_norm must be a number of at least 1e-09, got 0"),
         (["model.conv_size=0"], "model.conv_size must be a positive integer, got 0"),
         (["model.positions=rope"], "model.positions must be one of sinusoidal, rotary, none, got 'rope'"),
         (["block=0"], "block must be a positive integer, got 0"),

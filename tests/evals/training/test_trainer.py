@@ -27,7 +27,7 @@ SMALL = (
     *("task=mqar", "task.vocabulary=32", "task.num_pairs=3", "attention=[bsbr]", "attention.bsbr.chunk_size=4"),
     *("shape.seq_len=16", "shape.batch_size=6", "model.scope=model", "model.hidden_dim=16", "model.num_heads=2"),
     *("model.ff_dim=32", "model.conv_size=3", "device.threads=1"),
-    *("training.steps=40", "training.examples=20", "training.lengths=[1,4]", "training.checkpoint_s=0"),
+    *("training.steps=40", "training.num_eval_examples=20", "training.eval_length_multiples=[1,4]", "training.checkpoint_s=0"),
 )
 
 

@@ -10,20 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from evals.benchmark.engine import Engine
 from evals.benchmark.rounds import counted
 from evals.benchmark.workloads import prepare
+from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
 from evals.isolation.worker import run_isolated
 from evals.measure.clock import Stopwatch, clock, settle_allocator
-from evals.paths import ROOT
+from evals.paths import CONF, ROOT
 from evals.results import latency_table, schema
 from evals.results.ledger import Ledger
-from evals.validate import composed
 
 NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
 
@@ -123,7 +124,7 @@ def both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, fl
 SWEEP = (
     *("sweep=seq_len", "attention=[standard,linear,sliding_window]", "shape.seq_len=64,100,130,200,256,300,400,512,600,700"),
     *("model.hidden_dim=32", "model.num_heads=2", "device.threads=1"),
-    *("sampling.min_rounds=20", "sampling.max_rounds=20", "sampling.turns=2"),
+    *("sampling.min_rounds=20", "sampling.max_rounds=20", "sampling.time_slices=2"),
 )
 
 
@@ -156,8 +157,10 @@ def kills(count: int) -> bool:
                 return False
             kept = whole
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        records = [record for record in ledger.read()[0] if record["kind"] in ("trial", "latency")]
-        places = [tuple(record.get(key) for key in ("comparison", "attention", "kind", "round", "twin")) for record in records]
+        records = [record for record in ledger.read()[0] if record["kind"] in ("preflight", "latency")]
+        places = [
+            tuple(record.get(key) for key in ("comparison", "attention", "kind", "round", "is_control")) for record in records
+        ]
         rows = schema.read(ledger.path.with_name("results.csv"))
     complete = len(rows) == 3 * 10 and (rows["outcome"] == "ok").all() and (rows["rounds"] >= 20).all()
     twice = len(places) - len(set(places))
@@ -168,3 +171,11 @@ def kills(count: int) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> Comparison:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return read_job(compose("config", list(overrides)))
