@@ -28,7 +28,7 @@ HARNESS = tuple(
     f"evals.{name}"
     for name in (
         *("benchmark.rounds", "benchmark.preflight", "benchmark.workloads", "benchmark.cost", "benchmark.context_parallel"),
-        *("isolation.worker", "isolation.forkserver", "isolation.preload", "isolation.locks"),
+        *("isolation.worker", "isolation.forkserver", "benchmark.preload", "isolation.locks"),
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda", "measure.peaks"),
     )
 )

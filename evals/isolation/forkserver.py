@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 from typing import Any
 
-PRELOAD = ["evals.isolation.preload"]
+PRELOAD = ["evals.benchmark.preload"]
 
 _lock = threading.Lock()
 

@@ -15,7 +15,8 @@ from evals.cli.jobs import read_job
 from evals.config import Comparison, every_sweep
 from evals.errors import UsageError
 from evals.isolation.affinity import cores
-from evals.paths import CONF, Session
+from evals.cli.hydra_app import Session
+from evals.paths import CONF
 from evals.results.schema import schema
 from evals.training.tasks.build import build_task
 
