@@ -1,12 +1,11 @@
-"""TODO: what lives here."""
+"""Errors that a user can cause, the wording of their messages, and the exit codes of the commands."""
 
 import difflib
 import importlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+OK, USAGE, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
+"""Exit codes: done; the user's mistake; done, but some row has no number; Ctrl-C; the reader closed the pipe."""
 
 
 class UsageError(ValueError):

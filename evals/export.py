@@ -5,28 +5,23 @@ a footnote why. Exit code: 0, or 2 for what cannot be read, in one sentence on s
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.cli.command import command
+from evals.errors import OK
 from evals.results.export import FORMATS, exported
 
 
+@command(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.export", description=str(__doc__).partition("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="folders with a results.csv, such as results/seq_len, or above such")
     parser.add_argument("--to", choices=FORMATS, default="markdown", help="default: markdown")
     options = parser.parse_args(arguments)
-    try:
-        print(exported(options.results, options.to), flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read what we print, as head does, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+    print(exported(options.results, options.to))
+    return OK
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from evals.cli.help_text import INCOMPLETE
-from evals.errors import UsageError
+from evals.errors import INCOMPLETE, UsageError
 from evals.isolation.locks import BATON, alone
 from evals.paths import ROOT
 

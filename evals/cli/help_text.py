@@ -9,17 +9,17 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from evals.errors import BROKEN_PIPE, INCOMPLETE, INTERRUPTED, OK, USAGE
 from evals.paths import CONF
 from evals.results.formatting import WIDTH
 
-INCOMPLETE, INTERRUPTED = 3, 130
 EXIT_CODES = {
-    0: "every cell has its number, or what was asked for is told",
+    OK: "every cell has its number, or what was asked for is told",
     1: "a mistake in this program, with a traceback",
-    2: "something that was asked for cannot be: one sentence on standard error",
+    USAGE: "something that was asked for cannot be: one sentence on standard error",
     INCOMPLETE: "all was worked off, and some cell has no number: oom, timeout, crash, unsupported, uncertified, impossible, lost",
     INTERRUPTED: "Ctrl-C; the same command goes on from there",
-    141: "whoever read the output, as head does, wanted no more",
+    BROKEN_PIPE: "whoever read the output, as head does, wanted no more",
 }
 OPTIONS = {
     "--dry-run": "tells what would be done, and about how long it takes",

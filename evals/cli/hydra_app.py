@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from evals.cli.cluster import Elsewhere, check_launcher
-from evals.cli.help_text import INTERRUPTED, OPTIONS
-from evals.errors import UsageError, did_you_mean, one_sentence
+from evals.cli.help_text import OPTIONS
+from evals.errors import INTERRUPTED, UsageError, did_you_mean, one_sentence
 from evals.paths import CONF
 
 KEPT = "interrupted; what was measured is kept, and the same command goes on from there"

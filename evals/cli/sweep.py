@@ -17,10 +17,10 @@ from evals.benchmark.engine import Engine
 from evals.cli import hydra_app
 from evals.cli.cluster import Elsewhere
 from evals.cli.display import Display, Outlook, Quiet, display
-from evals.cli.help_text import INCOMPLETE
 from evals.cli.jobs import read_job
 from evals.cli.progress import board
 from evals.config import Comparison, every_sweep
+from evals.errors import INCOMPLETE
 from evals.isolation.affinity import cores
 from evals.measure.clock import now, seconds_of_this_process
 from evals.plots import registry

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.cli import help_text
+from evals.errors import INCOMPLETE
 from tests.clusters.sweeps import LONG, sweep
 
 pytestmark = LONG
@@ -59,7 +59,7 @@ def test_what_is_lost_twice_is_a_row_with_the_reason(cluster: "object", tmp_path
         running.wait_for(lambda: len(running.records("started")) == start)  # noqa: B023  it is called at once
         cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
         node = cluster.add_node(num_cpus=1, resources={"machine": 1})  # type: ignore[attr-defined]
-    said, table = running.end(help_text.INCOMPLETE)
+    said, table = running.end(INCOMPLETE)
     assert table[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["standard", 129, "lost"]]
     assert "lost with its node" in table["detail"][0]
     assert "lost" in said

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from evals import run
-from evals.cli.help_text import INCOMPLETE
+from evals.errors import INCOMPLETE
 from evals.paths import ROOT
 from evals.results.ledger import Ledger
 from tests.evals.commands import call

@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 
 from evals.benchmark.cost import cost, differing, unmatched
 from evals.benchmark.matching import layer_parameters
+from evals.cli.hydra_app import Session
 from evals.cli.jobs import read_job
 from evals.config import Comparison, every_sweep
 from evals.errors import UsageError
 from evals.isolation.affinity import cores
-from evals.cli.hydra_app import Session
 from evals.paths import CONF
 from evals.results.schema import schema
 from evals.training.tasks.build import build_task

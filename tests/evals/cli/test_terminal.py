@@ -22,6 +22,7 @@ from evals import run
 from evals.cli import help_text, sweep
 from evals.cli.display import Outlook, span
 from evals.cli.jobs import read_job
+from evals.errors import INTERRUPTED
 from evals.paths import CONF, ROOT
 from evals.results import formatting, latency_table
 from evals.results.frames import read
@@ -102,7 +103,7 @@ def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
     with terminal(monkeypatch, ctrl_c) as screen:
         ours = sys.stdout
         monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3"])
-        assert run.main() == help_text.INTERRUPTED
+        assert run.main() == INTERRUPTED
         assert sys.stdout is sys.stderr is ours
         assert termios.tcgetattr(screen.device) == screen.modes
     said = screen.said
@@ -214,7 +215,7 @@ def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
         begun.append(sys.argv[1:])
         return codes[len(begun) - 1]
 
-    monkeypatch.setattr(sweep.cli, "run", one)
+    monkeypatch.setattr(sweep.hydra_app, "run", one)
     monkeypatch.setattr(sweep, "every_sweep", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
     monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
     assert sweep.main() == code
