@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import fla_kernels
+from baselines.kernels import fla
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -165,7 +165,7 @@ class DeltaNetAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.impl = fla_kernels.checked(impl)
+        self.impl = fla.checked(impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
 
     @property
@@ -186,7 +186,7 @@ class DeltaNetAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, beta = tensors
         if self.impl == "fla":
-            return fla_kernels.delta_rule(q, k, v, beta)[0]
+            return fla.delta_rule(q, k, v, beta)[0]
         return delta_rule(q, k, v, beta, chunk_size=self.chunk_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class DeltaNetAttention(MultiHeadAttention):
         if q.shape[2] == 1:
             attended, final = _step(q, k, v, beta, total)
         elif self.impl == "fla":
-            attended, final = fla_kernels.delta_rule(q, k, v, beta, total)
+            attended, final = fla.delta_rule(q, k, v, beta, total)
         else:
             attended, final = _chunked(q, k, v, beta, self.chunk_size, total)
         assert final is not None

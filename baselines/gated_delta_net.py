@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import fla_kernels
+from baselines.kernels import fla
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -175,7 +175,7 @@ class GatedDeltaNetAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.impl = fla_kernels.checked(impl)
+        self.impl = fla.checked(impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         self.decay_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         # As Mamba-2 begins (arXiv:2405.21060): rates of 1 … 16, and steps of 0.001 … 0.1, log-uniform, behind softplus.
@@ -203,7 +203,7 @@ class GatedDeltaNetAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, beta, log_alpha = tensors
         if self.impl == "fla":
-            return fla_kernels.gated_delta_rule(q, k, v, beta, log_alpha)[0]
+            return fla.gated_delta_rule(q, k, v, beta, log_alpha)[0]
         return gated_delta_rule(q, k, v, beta, log_alpha, chunk_size=self.chunk_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class GatedDeltaNetAttention(MultiHeadAttention):
         if q.shape[2] == 1:
             attended, final = _step(q, k, v, beta, log_alpha, total)
         elif self.impl == "fla":
-            attended, final = fla_kernels.gated_delta_rule(q, k, v, beta, log_alpha, total)
+            attended, final = fla.gated_delta_rule(q, k, v, beta, log_alpha, total)
         else:
             attended, final = _chunked(q, k, v, beta, log_alpha, self.chunk_size, total)
         assert final is not None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines import fla_kernels
+from baselines.kernels import fla
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -123,7 +123,7 @@ class LinearAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.impl = fla_kernels.checked(impl)
+        self.impl = fla.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -135,7 +135,7 @@ class LinearAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         if self.impl == "fla":
-            return fla_kernels.linear_attention(q, k, v, EPSILON)[0]
+            return fla.linear_attention(q, k, v, EPSILON)[0]
         return linear_attention(q, k, v, chunk_size=self.chunk_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class LinearAttention(MultiHeadAttention):
         if q.shape[2] == 1:
             attended, final = _step(q, k, v, total)
         elif self.impl == "fla":
-            attended, final = fla_kernels.linear_attention(q, k, v, EPSILON, total)
+            attended, final = fla.linear_attention(q, k, v, EPSILON, total)
         else:
             attended, final = _chunked(q, k, v, self.chunk_size, total)
         assert final is not None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines import flex_kernel
+from baselines.kernels import flex
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
 
@@ -86,7 +86,7 @@ def _query_block(window_size: int) -> int:
 
 
 @cache
-def within(window_size: int, ahead: int) -> flex_kernel.Sees:
+def within(window_size: int, ahead: int) -> flex.Sees:
     """Query i, at position `ahead` + i, sees itself and the window_size − 1 keys before it."""
 
     def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         require_positive(window_size=window_size)
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
         self.window_size = window_size
-        self.impl = flex_kernel.checked(impl)
+        self.impl = flex.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -143,7 +143,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         if self.impl == "flex" and q.shape[2] > 1:
             if self.dropout_p:
                 raise NotImplementedError(f"impl=flex has no dropout, got dropout={self.dropout}: use impl=torch")
-            return flex_kernel.attention_where(within(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
+            return flex.attention_where(within(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
         return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p)
 
     def reference(self, *tensors: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from baselines import flex_kernel
+from baselines.kernels import flex
 from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
 
@@ -227,7 +227,7 @@ def attention_part_backward(
 
 
 @cache
-def fixed_pattern(block_size: int, summary_size: int, ahead: int) -> flex_kernel.Sees:
+def fixed_pattern(block_size: int, summary_size: int, ahead: int) -> flex.Sees:
     """Query i, at position `ahead` + i, sees its own block up to itself and the last summary_size keys of every earlier one."""
 
     def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class SparseAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
         self.block_size = block_size
         self.summary_size = summary_size
-        self.impl = flex_kernel.checked(impl)
+        self.impl = flex.checked(impl)
 
     @property
     def block_length(self) -> int:
@@ -290,7 +290,7 @@ class SparseAttention(MultiHeadAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         if self.impl == "flex" and q.shape[2] > 1:
-            return flex_kernel.attention_where(fixed_pattern(self.block_size, self.summary_size, k.shape[2] - q.shape[2]), q, k, v)
+            return flex.attention_where(fixed_pattern(self.block_size, self.summary_size, k.shape[2] - q.shape[2]), q, k, v)
         return sparse_attention(q, k, v, block_size=self.block_size, summary_size=self.summary_size)
 
     def reference(self, *tensors: Tensor) -> Tensor:

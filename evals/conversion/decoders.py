@@ -18,7 +18,7 @@ from bsbr.convert import Retrieval, convert_to_bsbr
 from bsbr.convert import registered as converted_attention
 from bsbr.convert.streaming import StreamingLayer
 from bsbr.interface import Attention, State, check_hidden_states, count, next_position
-from evals.conversion.distill import attentions_of, matrices
+from evals.conversion.distill import converted_attention_names, weight_matrices
 
 UNPADDED = "bsbr_unpadded"
 """A conversion's attention without a mask function. Padding is taken out before (`Attention.forward`), and what the library looks
@@ -90,7 +90,7 @@ class PretrainedDecoder(Attention):
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """Of all layers: every matrix once a token, and their attentions."""
-        dense = 2 * seq_len * sum(weight.numel() for _, weight in matrices(self.decoder))
+        dense = 2 * seq_len * sum(weight.numel() for _, weight in weight_matrices(self.decoder))
         return batch_size * (dense + self.num_layers * self.attention_flops(seq_len))
 
     def attention_flops(self, seq_len: int) -> int:
@@ -184,7 +184,7 @@ class ConvertedDecoder(PretrainedDecoder):
 
 
 def retrievals(converted: nn.Module) -> list[Retrieval]:
-    return [cast(Retrieval, converted.get_submodule(f"{name}.retrieval")) for name in attentions_of(converted)]
+    return [cast(Retrieval, converted.get_submodule(f"{name}.retrieval")) for name in converted_attention_names(converted)]
 
 
 @contextmanager

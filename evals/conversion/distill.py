@@ -36,7 +36,7 @@ class LowRank(nn.Module):
         return weight + self.a @ self.b
 
 
-def heal(
+def distill(
     original: PreTrainedModel,
     converted: PreTrainedModel,
     batches: Batches,
@@ -57,10 +57,10 @@ def heal(
     converted.eval()
     for parameter in converted.parameters():
         parameter.requires_grad_(False)
-    attentions = attentions_of(converted)
+    attentions = converted_attention_names(converted)
     for name in attentions:
         converted.get_submodule(name).retrieval.requires_grad_(retrieval)
-    for part, weight in matrices(converted) if rank else ():
+    for part, weight in weight_matrices(converted) if rank else ():
         parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
 
     def attention_loss(step: int) -> Tensor:
@@ -90,19 +90,19 @@ def heal(
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
 
 
-def matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
+def weight_matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
     """The modules of its layers whose weight is a matrix, with that: neither embeddings nor the head."""
     outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
     weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
     return [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
 
 
-def attentions_of(converted: nn.Module) -> list[str]:
+def converted_attention_names(converted: nn.Module) -> list[str]:
     """The names of its converted attentions, which the original has at the same places."""
     return [name.removesuffix(".retrieval") for name, part in converted.named_modules() if isinstance(part, Retrieval)]
 
 
-def moving(converted: nn.Module) -> int:
+def count_trained_parameters(converted: nn.Module) -> int:
     """How many numbers healing changes."""
     return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bsbr.convert import convert_to_bsbr
-from evals.conversion.distill import attentions_of, heal, moving
-from evals.conversion.teachers import Original, nats, pretrained, train, windows
+from evals.conversion.distill import converted_attention_names, count_trained_parameters, distill
+from evals.conversion.teachers import Teacher, nats, pretrained, train, windows
 from evals.plots.conversion import STAGES
 from evals.results.ledger import Record
 from evals.results.schema import columns
@@ -35,14 +35,14 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistillationPlan:
     """What a run depends on, apart from the code.
 
     chunks: the context, in chunks of `chunk_size` tokens. retrieval: whether what it learns moves, or low-rank additions alone.
     split: which windows all are asked.
     """
 
-    original: Original
+    original: Teacher
     chunk_size: int
     chunk_overlap: int
     chunks: int
@@ -56,7 +56,7 @@ class Plan:
     num_eval_examples: int
 
 
-def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
+def run(plan: DistillationPlan, originals: Path, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
     """What the three models come to. originals: where those that were trained are kept; folder: of the checkpoints of healing."""
     one, texts = plan.original, plan.original.texts()
     name = f"{one.model}, seed {one.seed}"
@@ -71,7 +71,7 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
     converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
     models = {"original": original, "converted": deepcopy(converted), "distilled": converted}
     moved = 0
-    stages = heal(
+    stages = distill(
         original,
         converted,
         lambda step: windows(texts, "train", plan.batch, one.context, "heal", one.seed, step),
@@ -82,7 +82,7 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
         saved=folder,
     )
     for stage, step, loss in stages:
-        moved = moved or moving(converted)
+        moved = moved or count_trained_parameters(converted)
         watch.set_description_str(f"{name}: {stage} {step}, loss {loss:.4f}")
     # The same for every seed; of another name than what healing is given.
     asked = [
@@ -90,13 +90,17 @@ def run(plan: Plan, originals: Path, folder: Path, watch: tqdm) -> Record:  # ty
         for i in range(0, plan.num_eval_examples, plan.batch)
     ]
     found = compared(original, models, asked, plan)
-    gates = [float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in attentions_of(converted)]
+    gates = [
+        float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in converted_attention_names(converted)
+    ]
     parameters = sum(parameter.numel() for parameter in original.parameters())
     return {"models": found, "parameters": parameters, "trained_parameters": moved, "mean_gate": gates}
 
 
 @torch.no_grad()
-def compared(original: PreTrainedModel, models: Mapping[str, PreTrainedModel], asked: Sequence[Tensor], plan: Plan) -> Record:
+def compared(
+    original: PreTrainedModel, models: Mapping[str, PreTrainedModel], asked: Sequence[Tensor], plan: DistillationPlan
+) -> Record:
     """How each of the models does, and how near it is to the original.
 
     perplexity; `chunk_nats`: the mean loss in each chunk of the context. Of the last hidden states, cosine and mse, the latter
@@ -187,11 +191,11 @@ def told(results: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def plans(arguments: argparse.Namespace) -> Iterator[Plan]:
+def plans(arguments: argparse.Namespace) -> Iterator[DistillationPlan]:
     given = vars(arguments)
-    healing = {name: given[name] for name in Plan.__dataclass_fields__ if name in given}
-    training = {name: given[name] for name in Original.__dataclass_fields__ if name in given and name != "model"}
+    healing = {name: given[name] for name in DistillationPlan.__dataclass_fields__ if name in given}
+    training = {name: given[name] for name in Teacher.__dataclass_fields__ if name in given and name != "model"}
     training |= {"pretrained": bool(arguments.pretrained), "context": arguments.chunks * arguments.chunk_size}
     for name in [arguments.pretrained] if arguments.pretrained else arguments.model:
         for seed in range(arguments.seeds):
-            yield Plan(Original(**{**training, "model": name, "seed": seed}), **healing)
+            yield DistillationPlan(Teacher(**{**training, "model": name, "seed": seed}), **healing)

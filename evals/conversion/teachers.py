@@ -23,7 +23,7 @@ Texts = dict[Split, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Original:
+class Teacher:
     """What an original depends on, apart from the code. model: one of `MODELS`, or if `pretrained`, a name or folder."""
 
     model: str
@@ -83,7 +83,7 @@ def pretrained(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
 
 
-def train(model: PreTrainedModel, original: Original, texts: Texts, saved: Path) -> Iterator[tuple[int, float]]:
+def train(model: PreTrainedModel, original: Teacher, texts: Texts, saved: Path) -> Iterator[tuple[int, float]]:
     """Trains `model` in place; yields every step with its loss. saved: its checkpoint, which stays: none is trained twice."""
 
     def loss_of(step: int) -> Tensor:

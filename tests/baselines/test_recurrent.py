@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines import fla_kernels
 from baselines.delta_net import DeltaNetAttention, delta_rule, delta_rule_reference
 from baselines.gated_delta_net import GatedDeltaNetAttention, gated_delta_rule, gated_delta_rule_reference
 from baselines.gau import GatedAttentionUnit, gated_attention_unit, gated_attention_unit_reference
+from baselines.kernels import fla
 from baselines.linear import LinearAttention, linear_attention, linear_attention_reference
 from bsbr.interface import Attention
 
@@ -492,7 +492,7 @@ def naive_kernel(name: str) -> Any:
 def test_adapters_hand_the_kernels_of_fla_what_they_take(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts, scale, shared heads and states: all of an adapter but the kernel, which needs CUDA."""
     pytest.importorskip("fla.ops.linear_attn.naive")
-    monkeypatch.setattr(fla_kernels, "_kernel", lambda package, name, q: naive_kernel(name))
+    monkeypatch.setattr(fla, "_kernel", lambda package, name, q: naive_kernel(name))
     torch.manual_seed(0)
     ours = cls(16, 4, num_kv_heads=2, chunk_size=CHUNK).bfloat16()
     theirs = cls(16, 4, num_kv_heads=2, impl="fla").bfloat16()

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bsbr.convert import convert_to_bsbr
-from evals.conversion.distill import heal
-from evals.conversion.study import Plan, compared, tables
-from evals.conversion.teachers import Original, windows
+from evals.conversion.distill import distill
+from evals.conversion.study import DistillationPlan, compared, tables
+from evals.conversion.teachers import Teacher, windows
 from evals.distill import main
 from evals.training.optimizer import Optimisation, optimise
 
@@ -51,7 +51,7 @@ def distilled(
 ) -> tuple[PreTrainedModel, list[tuple[str, int, float]]]:
     converted = convert_to_bsbr(model, CHUNK)
     torch.manual_seed(0)
-    return converted, list(heal(model, converted, batches, align=align, distil=distil, rank=rank, saved=folder))
+    return converted, list(distill(model, converted, batches, align=align, distil=distil, rank=rank, saved=folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,8 +60,8 @@ def test_healing_comes_nearer_to_the_original_and_moves_layers_alone(family: str
     before = convert_to_bsbr(model, CHUNK)
     after, steps = distilled(model, tmp_path)
     assert [stage for stage, _, _ in steps] == ["align"] * 30 + ["distil"] * 30
-    plan = Plan(
-        Original(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
+    plan = DistillationPlan(
+        Teacher(family, False, 0, 16, 2, 2, CONTEXT, 8, 0), CHUNK, 0, CONTEXT // CHUNK, 8, 30, 30, 1e-2, 2, True, "test", 32
     )
     test = [batches(-1 - i) for i in range(4)]
     far, near, self = compared(model, {"far": before, "near": after, "self": model}, test, plan).values()
@@ -89,7 +89,7 @@ def test_healing_without_additions_moves_retrieval_alone(tmp_path: Path) -> None
 def test_healing_without_retrieval_leaves_its_gates_shut(tmp_path: Path) -> None:
     model = original("llama")
     converted = convert_to_bsbr(model, CHUNK)
-    list(heal(model, converted, batches, align=ALIGN, distil=DISTIL, rank=2, retrieval=False, saved=tmp_path))
+    list(distill(model, converted, batches, align=ALIGN, distil=DISTIL, rank=2, retrieval=False, saved=tmp_path))
     kept = convert_to_bsbr(model, CHUNK).state_dict()
     moved = {name for name, tensor in converted.state_dict().items() if not tensor.equal(kept[name])}
     assert moved
@@ -102,7 +102,7 @@ def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, 
     whole, _ = distilled(model, tmp_path / "whole", align=plan, distil=plan)
     converted = convert_to_bsbr(model, CHUNK)
     torch.manual_seed(0)
-    for stage, step, _ in heal(model, converted, batches, align=plan, distil=plan, rank=2, saved=tmp_path / "parts"):
+    for stage, step, _ in distill(model, converted, batches, align=plan, distil=plan, rank=2, saved=tmp_path / "parts"):
         if (stage, step) == stopped:
             break
     again, steps = distilled(model, tmp_path / "parts", align=plan, distil=plan)
