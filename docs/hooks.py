@@ -24,7 +24,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from evals.paper import figures as study
-from evals.paper.draw import STUDY
+from evals.paper.draw import STUDY, missing_data
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
 from evals.results.export import Table, markdown
@@ -123,7 +123,7 @@ def listed(kind: str) -> str:
 def figure(name: str, *optional: str) -> str:
     """The pictures of a figure, what they draw, and where that comes from; nothing where an `optional` one has no data."""
     shown = {one.name: one for one in study.FIGURES}[name]
-    absent = study.missing(ROOT / STUDY, [shown])
+    absent = missing_data(ROOT / STUDY, [shown])
     if absent and optional == ("optional",):
         return ""
     if absent:

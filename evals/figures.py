@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.paper.draw import STUDY, draw_study
-from evals.plots.registry import redraw
+from evals.plots.registry import draw_folder
 
 # --- the command ----------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if folder == Path("paper"):
                 folder, paths = STUDY, draw_study(STUDY, options.plots / STUDY.name)
             else:
-                paths = redraw(folder, options.plots / folder.resolve().name)
+                paths = draw_folder(folder, options.plots / folder.resolve().name)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -129,7 +129,7 @@ class Run:
         fits = analyse(results, records)
         for name, fitted in fits.items():
             latency_table.write(fitted, folder, name)
-        plots = registry.draw(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
+        plots = registry.draw_sweep(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         track(cfg, results)
         own = results[results["comparison"].isin(self.comparisons)]
         print(latency_table.shown(own))
@@ -142,7 +142,7 @@ class Run:
     def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:
 
         path = latency_table.write(results, ledger(cfg).path.parent, "max_context")
-        plots = registry.draw_contexts(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
+        plots = registry.draw_max_context(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
         print(max_context.shown(results))
         print(f"\n{written(path, results, plots)}")
         return 0 if (results["outcome"] == "ok").all() else INCOMPLETE
@@ -155,7 +155,7 @@ class Run:
         path = latency_table.write(results, ledger(cfg).path.parent, "accuracy")
         latency_table.write(curves, ledger(cfg).path.parent, "curves")
         track(cfg, results, curves)
-        plots = registry.draw_learned(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
+        plots = registry.draw_accuracy(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         own = results[results["study"].isin(self.comparisons)]
         print(accuracy_table.shown(own))
         print(f"\n{written(path, results, plots)}")

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if code:
                 return code
         if not options.dry_run:
-            from evals.paper.draw import draw_study
+            from evals.paper.draw import draw_study  # imports matplotlib, which measuring does not need
 
             print(f"{len(draw_study(results, plots))} files in {plots}")
     except (ValueError, OSError) as error:

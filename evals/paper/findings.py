@@ -17,7 +17,7 @@ from evals.paper.crossings import stretches
 from evals.paper.radar import respects
 from evals.paper.recipe import command_of, recipe, step_of
 from evals.paper.sources import Source, found
-from evals.plots.accuracy import Learned
+from evals.plots.accuracy import AccuracySweep
 from evals.plots.conversion import STAGES
 from evals.plots.heatmap import times
 from evals.plots.layout import Sweep, conditions
@@ -280,7 +280,7 @@ def language(results: Path) -> str:
 
 def _accuracies(one: Source) -> str:
     """Accuracy wherever the sweep goes, the best at its furthest first, and what is kept for it."""
-    learned: Learned = next(iter(one.sets.values()))
+    learned: AccuracySweep = next(iter(one.sets.values()))
     asked, swept = learned.trained, learned.swept
     alike = asked.groupby("attention")["state_bytes"].nunique().max() == 1
     at = {(row["attention"], row[swept]): row for _, row in asked.iterrows()}
@@ -306,7 +306,7 @@ def _accuracies(one: Source) -> str:
 
 def _by_length(one: Source, column: str) -> str:
     """A column at each length that was asked, of what was trained where the sweep goes furthest."""
-    learned: Learned = next(iter(one.sets.values()))
+    learned: AccuracySweep = next(iter(one.sets.values()))
     asked = learned.at_last(learned.whole)
     lengths = sorted(asked["eval_seq_len"].unique())
     rows = []

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from evals.plots.accuracy import Learned
+from evals.plots.accuracy import AccuracySweep
 from evals.plots.layout import LEFT, LEGEND, NAME, SMALL, WIDTH, Sweep, headed, key_room, keyed, label, placed, subtitle, weight
 from evals.plots.lines import CEILING, LATENCY, MEMORY, SPEEDUP, Quantity, plot, scale_x, scale_y
 from evals.plots.memory import representatives
@@ -136,7 +136,7 @@ def _keys(picture: Figure, sweep: Sweep, names: Sequence[str], bottom: float) ->
 # --- the dashboard --------------------------------------------------------------------------------
 
 
-def dashboard(sweep: Sweep, learned: Learned | None = None) -> Figure | None:
+def dashboard(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
     """All that matters at a glance: time, speed-up, memory, part of the ceiling, exponents, and what is remembered with how much.
 
     The last panel is left out where nothing was learned. None where nothing is swept.

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evals.plots.accuracy import Learned
+from evals.plots.accuracy import AccuracySweep
 from evals.plots.layout import LEFT, LINE, NAME, SMALL, WIDTH, Sweep, headed, label, lined, subtitle, weight
 from evals.plots.style import GREY
 
@@ -26,7 +26,7 @@ class Axis(NamedTuple):
     costs: Mapping[str, float]
 
 
-def radar(sweep: Sweep, learned: Learned | None = None) -> Figure | None:
+def radar(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
     """A panel an attention, with the axes' definitions beneath. None where fewer than three axes have a number.
 
     On every axis an attention stands at the best of all over its own: the rim is the best, and each ring further in is
@@ -72,7 +72,7 @@ def radar(sweep: Sweep, learned: Learned | None = None) -> Figure | None:
     return picture
 
 
-def respects(sweep: Sweep, learned: Learned | None = None) -> list[Axis]:
+def respects(sweep: Sweep, learned: AccuracySweep | None = None) -> list[Axis]:
     """The axes of which any number is known."""
     first, last = sweep.at(0), sweep.at(-1)
 

@@ -35,9 +35,9 @@ class Source:
         """What belongs in one figure, by what tells it from the others ("" if nothing does). Raises ValueError as `figures`."""
         kind = schema.kind_of(self.folder / "results.csv")
         if kind == "conversion":
-            return dict(registry.conversions(self.table, schema.read(self.folder / "positions.csv")))
+            return dict(registry.conversion_tables(self.table, schema.read(self.folder / "positions.csv")))
         if kind == "accuracy":
-            return dict(registry.learned(self.table, schema.read(self.folder / "curves.csv")))
+            return dict(registry.accuracy_figures_data(self.table, schema.read(self.folder / "curves.csv")))
         return dict(frames.sweeps(frames.read(self.folder), frames.read_fits(self.folder)))
 
     @cached_property

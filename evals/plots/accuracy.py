@@ -30,7 +30,7 @@ from evals.plots.layout import (
     weight,
     wide,
 )
-from evals.plots.style import GREY, Look
+from evals.plots.style import GREY, Style
 from evals.results.formatting import in_bytes, plain, seconds, spoken
 
 PLOT, FOOT = 2.6, 0.45  # heights in inches
@@ -59,13 +59,13 @@ SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
 """Of these settings that make another model, and leave what is asked of it as it is."""
 
 
-class Learned(NamedTuple):
+class AccuracySweep(NamedTuple):
     """The rows of one set of figures: those of the best learning rates that are ok, and the points of their losses."""
 
     rows: pd.DataFrame
     curves: pd.DataFrame
     swept: str
-    looks: Mapping[str, Look]
+    looks: Mapping[str, Style]
     failed: str
 
     @property
@@ -122,7 +122,7 @@ ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 BITS = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")
 
 
-def accuracy(learned: Learned) -> Figure | None:
+def accuracy(learned: AccuracySweep) -> Figure | None:
     """Over the swept setting, asked at the length of training; None where nothing is swept, or bits are the measure."""
     rows = learned.trained
     if rows[learned.swept].nunique() < 2 or rows["bits_per_byte"].notna().any():
@@ -134,7 +134,7 @@ def accuracy(learned: Learned) -> Figure | None:
     return _named(axes, lines, learned.looks)
 
 
-def accuracy_by_length(learned: Learned) -> Figure | None:
+def accuracy_by_length(learned: AccuracySweep) -> Figure | None:
     """Over the length at which it was asked; None where that is one, or bits are the measure."""
     rows = learned.at_last(learned.whole)
     if rows["eval_seq_len"].nunique() < 2 or rows["bits_per_byte"].notna().any():
@@ -146,7 +146,7 @@ def accuracy_by_length(learned: Learned) -> Figure | None:
     return _named(axes, lines, learned.looks)
 
 
-def bits_by_position(learned: Learned) -> Figure | None:
+def bits_by_position(learned: AccuracySweep) -> Figure | None:
     """Over bytes of context, asked at the greatest length; None where there are none."""
     rows = learned.rows[learned.rows["position"].notna() & learned.rows["bits_per_byte"].notna()]
     if rows.empty:
@@ -161,7 +161,7 @@ def bits_by_position(learned: Learned) -> Figure | None:
     return _named(axes, lines, learned.looks)
 
 
-def loss(learned: Learned) -> Figure | None:
+def loss(learned: AccuracySweep) -> Figure | None:
     """The training loss of the first seed over steps, where the sweep goes furthest."""
     curves = learned.curves
     if learned.swept in curves:
@@ -185,7 +185,7 @@ def loss(learned: Learned) -> Figure | None:
     return _named(axes, lines, learned.looks)
 
 
-def recall_front(learned: Learned) -> Figure | None:
+def recall_front(learned: AccuracySweep) -> Figure | None:
     """Accuracy against the bytes to decode with, at the length of training; None where bits are the measure."""
     rows = learned.costed
     if rows.empty or rows["bits_per_byte"].notna().any():
@@ -194,7 +194,7 @@ def recall_front(learned: Learned) -> Figure | None:
     return _front(learned, rows, "state_bytes", "state", axis)
 
 
-def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
+def recall_latency(learned: AccuracySweep, decoded: Sweep) -> Figure | None:
     """Accuracy against the time that the next token takes behind as long a context; None where bits are the measure.
 
     decoded: what the same models take to decode. One that is not in both is left out.
@@ -211,7 +211,7 @@ def recall_latency(learned: Learned, decoded: Sweep) -> Figure | None:
 
 
 def _front(
-    learned: Learned, rows: pd.DataFrame, column: str, cost: str, axis: tuple[str, Callable[[float], str], Locator]
+    learned: AccuracySweep, rows: pd.DataFrame, column: str, cost: str, axis: tuple[str, Callable[[float], str], Locator]
 ) -> Figure:
     """Accuracy against a cost: a point a model, a line through the sizes of one attention. axis: its words, how it is written, and
     where.
@@ -239,7 +239,7 @@ def _front(
     return _named(axes, lines, learned.looks)
 
 
-FIGURES: dict[str, Callable[[Learned], Figure | None]] = {
+FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
     "accuracy": accuracy,
     "by_length": accuracy_by_length,
     "recall_front": recall_front,
@@ -249,7 +249,9 @@ FIGURES: dict[str, Callable[[Learned], Figure | None]] = {
 """One that has nothing to show is None, and is left out."""
 
 
-def sets(results: pd.DataFrame, curves: pd.DataFrame, swept: str, looks: Mapping[str, Look]) -> Iterator[tuple[str, Learned]]:
+def accuracy_sweeps(
+    results: pd.DataFrame, curves: pd.DataFrame, swept: str, looks: Mapping[str, Style]
+) -> Iterator[tuple[str, AccuracySweep]]:
     """The rows that belong in one figure, and what tells them from the others ("" if nothing does)."""
     ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
     bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
@@ -257,13 +259,13 @@ def sets(results: pd.DataFrame, curves: pd.DataFrame, swept: str, looks: Mapping
     apart = [name for name in SAID if name != swept and name in ok and ok[name].nunique(dropna=False) > 1]
     for values, rows in ok.groupby(apart, dropna=False, sort=True) if apart else [((), ok)]:
         if len(rows):
-            yield "".join(f"-{plain(value)}" for value in values), Learned(rows, curves, swept, looks, failed)
+            yield "".join(f"-{plain(value)}" for value in values), AccuracySweep(rows, curves, swept, looks, failed)
 
 
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def _lines(title: str, words: str, lines: Mapping[str, Line], looks: Mapping[str, Look], *, markers: bool = True) -> Axes:
+def _lines(title: str, words: str, lines: Mapping[str, Line], looks: Mapping[str, Style], *, markers: bool = True) -> Axes:
     """A line an attention with its band, and the names right of them."""
     room = max(0.95, *(wide(label(looks, name), NAME, weight(looks[name])) for name in lines)) + 0.42
     picture = headed(title, words, FOOT + PLOT + 0.02)
@@ -280,7 +282,7 @@ def _lines(title: str, words: str, lines: Mapping[str, Line], looks: Mapping[str
     return axes
 
 
-def _named(axes: Axes, lines: Mapping[str, Line], looks: Mapping[str, Look]) -> Figure:
+def _named(axes: Axes, lines: Mapping[str, Line], looks: Mapping[str, Style]) -> Figure:
     """The figure of these axes, whose limits are final, with the names right of them at the heights where lines end."""
     bottom, top = (axes.transScale.transform((1, limit))[1] for limit in axes.get_ylim())
     ends = sorted(((axes.transScale.transform((1, one.y[-1]))[1] - bottom) / (top - bottom), name) for name, one in lines.items())

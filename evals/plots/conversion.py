@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.plots.layout import EDGE, LEFT, LEGEND, NAME, WIDTH, headed, placed
-from evals.plots.style import LOOKS, Look
+from evals.plots.style import STYLES, Style
 from evals.stats.intervals import mean_interval
 
-STAGES: Mapping[str, Look] = {
-    "original": LOOKS["standard"],
-    "converted": LOOKS["sliding_window"],
-    "distilled": LOOKS["bsbr"],
+STAGES: Mapping[str, Style] = {
+    "original": STYLES["standard"],
+    "converted": STYLES["sliding_window"],
+    "distilled": STYLES["bsbr"],
 }
 """In order; each drawn as the attention that it comes closest to."""
 

@@ -23,7 +23,7 @@ COLOURS = LinearSegmentedColormap.from_list("slower_to_faster", SLOWER_TO_FASTER
 SIGNS = {"faster": "▲ ", "slower": "▼ ", "same": "= ", "ambiguous": ""}
 
 
-def heatmap(sweep: Sweep) -> Figure | None:
+def speedup_heatmap(sweep: Sweep) -> Figure | None:
     """The speed-up of every attention over the reference at every place, and what may be said of it.
 
     None if there is no speed-up, or nothing but the reference itself.

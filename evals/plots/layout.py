@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
-from evals.plots.style import FAILURES, GREY, Look
+from evals.plots.style import FAILURES, GREY, Style
 from evals.results.formatting import BYTES, plain, scaled
 from evals.stats.intervals import CONFIDENCE
 
@@ -67,7 +67,7 @@ class Sweep:
     x: Numbers  # where the places stand
     discrete: bool  # one place, or places without an order between them, make no line: points side by side instead
     cells: dict[str, pd.DataFrame]  # one table an attention, a row a place
-    looks: Mapping[str, Look]
+    looks: Mapping[str, Style]
     scaling: pd.DataFrame | None = None
     crossovers: pd.DataFrame | None = None
 
@@ -107,7 +107,7 @@ def is_number(values: "pd.Series[Any]") -> bool:
 def laid_out(
     rows: pd.DataFrame,
     column: str,
-    looks: Mapping[str, Look],
+    looks: Mapping[str, Style],
     scaling: pd.DataFrame | None = None,
     crossovers: pd.DataFrame | None = None,
 ) -> Sweep:
@@ -153,12 +153,12 @@ def abridged(text: str, size: float, room: float, weight: str = "normal") -> str
     return kept
 
 
-def weight(look: Look) -> str:
+def weight(look: Style) -> str:
     """Ours is in bold, as its line is thicker."""
     return "bold" if look.width > 2 else "normal"
 
 
-def label(looks: Mapping[str, Look], name: str) -> str:
+def label(looks: Mapping[str, Style], name: str) -> str:
     """An attention's name, as much of it as a page has room for."""
     return abridged(name, NAME, 1.6, weight(looks[name]) if name in looks else "normal")
 
@@ -235,7 +235,7 @@ def placed(picture: Figure, left: float, bottom: float, width: float, height: fl
     return picture.add_axes((left / WIDTH, bottom / high, width / WIDTH, height / high), **options)
 
 
-def keyed(axes: Axes, looks: Mapping[str, Look], names: Sequence[str], width: float) -> None:
+def keyed(axes: Axes, looks: Mapping[str, Style], names: Sequence[str], width: float) -> None:
     """The names of rows left of axes that are `width` inches wide, each with its key; rows are at y = 0, 1, …"""
     aside = axes.get_yaxis_transform()
     for row, name in enumerate(names):
@@ -246,7 +246,7 @@ def keyed(axes: Axes, looks: Mapping[str, Look], names: Sequence[str], width: fl
         axes.text(-0.19 / width, row, said, va="center_baseline", ha="right", size=NAME, weight=weight(look), transform=aside)
 
 
-def key_room(looks: Mapping[str, Look], names: Sequence[str]) -> float:
+def key_room(looks: Mapping[str, Style], names: Sequence[str]) -> float:
     """Inches that `keyed` needs."""
     return max((wide(label(looks, name), NAME, weight(looks[name])) for name in names), default=0) + 0.19 + EDGE
 

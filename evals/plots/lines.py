@@ -98,7 +98,7 @@ LIMITS = {"compute": "bound by compute", "memory": "bound by memory bandwidth", 
 FACES = {"memory": "white", "": "#bbbbbb"}  # of markers, where it is not the attention's own colour
 
 
-def curve(sweep: Sweep, quantity: Quantity) -> Figure | None:
+def line_plot(sweep: Sweep, quantity: Quantity) -> Figure | None:
     """One quantity over the swept setting, or None if it may be left out and there is no number of it."""
     shown = sweep.rows[quantity.column].gt(0).any()
     if quantity.optional and not shown:
@@ -345,7 +345,7 @@ LAWS = {
 }
 
 
-def scaling(sweep: Sweep, which: str) -> Figure | None:
+def scaling_plot(sweep: Sweep, which: str) -> Figure | None:
     """`which` (latency or memory) as points, through them the fitted law, its exponent beside its name.
 
     None where the swept setting is no length, or nothing was fitted to what is shown.

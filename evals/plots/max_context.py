@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evals.plots.layout import SMALL, WIDTH, conditions, headed, key_room, keyed, lined, placed, wide
-from evals.plots.style import GREY, Look
+from evals.plots.style import GREY, Style
 from evals.results.formatting import BYTES, about, plain, scaled
 
 ROW, FOOT, RIGHT = 0.24, 0.45, 0.2  # inches
 
 
-def longest(rows: pd.DataFrame, looks: dict[str, Look]) -> Figure:
+def max_context_plot(rows: pd.DataFrame, looks: dict[str, Style]) -> Figure:
     """One point an attention, the longest first, with its length and what happened at the next one that was tried.
 
     rows: of `context.results`, one an attention.

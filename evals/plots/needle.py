@@ -5,7 +5,7 @@ import math
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from evals.plots.accuracy import Learned, chance
+from evals.plots.accuracy import AccuracySweep, chance
 from evals.plots.layout import AXIS_NAMES, LEFT, NAME, SMALL, WIDTH, headed, label, placed, weight, wide
 from evals.plots.style import SLOWER_TO_FASTER
 from evals.results.formatting import plain
@@ -14,7 +14,7 @@ FOOT = 0.45  # inches
 SHADES = LinearSegmentedColormap.from_list("lost_to_found", SLOWER_TO_FASTER)
 
 
-def needle_depth(learned: Learned) -> Figure | None:
+def needle_depth(learned: AccuracySweep) -> Figure | None:
     """Accuracy by depth and length, a panel an attention; None where no needle was looked for."""
     rows = learned.at_last(learned.rows[learned.rows["depth"].notna()])
     if rows.empty:

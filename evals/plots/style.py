@@ -9,7 +9,7 @@ from matplotlib.path import Path as Shape
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How an attention is drawn, everywhere. Marker and dashes tell it apart where colour cannot."""
 
     colour: str
@@ -25,15 +25,15 @@ class Look:
 
 
 # After Okabe & Ito 2008 and Tol 2021, told apart under protanopia and deuteranopia (tests/evals/test_figures.py).
-LOOKS = {
-    "bsbr": Look("#d55e00", "o", width=2.6),
-    "standard": Look("#000000", "s"),
-    "linear": Look("#0072b2", "^", (5, 1.5)),
-    "sliding_window": Look("#56b4e9", "D", (1.2, 1.2)),
-    "sparse": Look("#009e73", "v", (5, 1.2, 1.2, 1.2)),
-    "hopfield": Look("#cc79a7", "P", (3, 1.5)),
-    "delta_net": Look("#e69f00", "<", (7, 1.2, 1.2, 1.2, 1.2, 1.2)),
-    "gau": Look("#882255", ">", (1.2, 2.4)),
+STYLES = {
+    "bsbr": Style("#d55e00", "o", width=2.6),
+    "standard": Style("#000000", "s"),
+    "linear": Style("#0072b2", "^", (5, 1.5)),
+    "sliding_window": Style("#56b4e9", "D", (1.2, 1.2)),
+    "sparse": Style("#009e73", "v", (5, 1.2, 1.2, 1.2)),
+    "hopfield": Style("#cc79a7", "P", (3, 1.5)),
+    "delta_net": Style("#e69f00", "<", (7, 1.2, 1.2, 1.2, 1.2, 1.2)),
+    "gau": Style("#882255", ">", (1.2, 2.4)),
 }
 SPARE_COLOURS = ("#332288", "#999933", "#44aa99", "#aa4499", "#777777", "#661100", "#6699cc", "#117733")
 SPARE_MARKERS = ("h", "p", "X", "d", "H", "8", "*")
@@ -87,13 +87,13 @@ RC = {
 }
 
 
-def looks(attentions: Iterable[str]) -> dict[str, Look]:
+def style_of(attentions: Iterable[str]) -> dict[str, Style]:
     """A look for each name: fixed for the built-in, by a stable hash for others, the next one free where two hashes meet.
 
     No two are alike. With up to 8 of other names, no two share a colour.
     """
     names = set(attentions)
-    chosen = {name: look for name, look in LOOKS.items() if name in names}
+    chosen = {name: look for name, look in STYLES.items() if name in names}
     for name in sorted(names - chosen.keys()):
         start, attempt = zlib.crc32(name.encode()), 0
         while (look := _spare(start, attempt)) in chosen.values():
@@ -102,8 +102,8 @@ def looks(attentions: Iterable[str]) -> dict[str, Look]:
     return chosen
 
 
-def _spare(start: int, attempt: int) -> Look:
+def _spare(start: int, attempt: int) -> Style:
     # All colours at the first dashes come before any colour again; marker follows colour, so each pair is fixed.
     turn, step = divmod(attempt, len(SPARE_COLOURS))
     index = (start + step) % len(SPARE_COLOURS)
-    return Look(SPARE_COLOURS[index], SPARE_MARKERS[(index + turn) % len(SPARE_MARKERS)], (2 + 1.5 * turn, 1))
+    return Style(SPARE_COLOURS[index], SPARE_MARKERS[(index + turn) % len(SPARE_MARKERS)], (2 + 1.5 * turn, 1))

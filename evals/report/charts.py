@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evals.plots.layout import AXIS_NAMES, SETTINGS, is_number
-from evals.plots.style import Look, looks
+from evals.plots.style import Style, style_of
 from evals.report.sources import CONTEXT, LEARNED, Part
 
 
@@ -105,7 +105,7 @@ DARK = "#15181d"
 
 def styles(attentions: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of each attention the colour on a light and on a dark page, marker, dashes and width: those of the figures."""
-    chosen: dict[str, Look] = looks(attentions)
+    chosen: dict[str, Style] = style_of(attentions)
     return {
         name: {
             "light": chosen[name].colour,

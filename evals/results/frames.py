@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from evals.plots.layout import SETTINGS, Sweep, is_number, laid_out
-from evals.plots.style import FAILURES, looks
+from evals.plots.style import FAILURES, style_of
 from evals.results import schema
 from evals.results.formatting import plain
 
@@ -138,7 +138,7 @@ def swept_column(results: pd.DataFrame) -> str:
 def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Sweep]]:
     """The rows that belong in one figure, of tables that are checked, and what tells them from the others ("" if nothing does)."""
     column = swept_column(results)
-    chosen = looks(results["attention"].astype(str))  # of all, so that they are the same in every figure
+    chosen = style_of(results["attention"].astype(str))  # of all, so that they are the same in every figure
     apart = [name for name in SETTINGS if name != column and splits(results, column, name)]
     if not apart:
         yield "", laid_out(results, column, chosen, **fits)

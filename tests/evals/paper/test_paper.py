@@ -17,8 +17,8 @@ from matplotlib.text import Text
 from evals.paper.__main__ import main, plan
 from evals.paper.captions import caption
 from evals.paper.crossings import crossings, stretches
-from evals.paper.draw import STUDY
-from evals.paper.figures import FIGURES, draw, drawings, missing
+from evals.paper.draw import STUDY, draw_half, drawings, missing_data
+from evals.paper.figures import FIGURES
 from evals.paper.findings import FINDINGS, source, speed
 from evals.paper.overview import comparison, dashboard, decode
 from evals.paper.radar import WORST, radar, respects
@@ -127,7 +127,7 @@ def test_a_ledger_without_a_command_takes_the_recipe_s(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    told = missing(tmp_path)
+    told = missing_data(tmp_path)
     assert {one.name for one in FIGURES} == {*told}
     assert told["speedup"] == (
         f"speedup is not drawn, for there is no {tmp_path}/seq_len: "
@@ -135,7 +135,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) 
     )
     assert "sweep=recall " in told["recall_front"]  # a pattern's first step
     with pytest.raises(ValueError, match=r"holds no data of the study: `python -m evals\.paper`"):
-        draw(tmp_path, tmp_path / "plots")
+        draw_half(tmp_path, tmp_path / "plots")
 
 
 def test_one_datum_is_enough_to_draw_what_is_of_it(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_one_datum_is_enough_to_draw_what_is_of_it(tmp_path: Path) -> None:
     stale.parent.mkdir()
     stale.write_text("of another time")
     some = [one for one in FIGURES if one.name in ("radar", "crossovers", "needle")]  # nothing was fitted, nothing learned
-    paths = draw(tmp_path / "results", tmp_path / "plots", some)
+    paths = draw_half(tmp_path / "results", tmp_path / "plots", some)
     assert {path.name for path in paths} == {"radar.svg", "radar.png", "radar.md"} == {path.name for path in stale.parent.iterdir()}
 
 

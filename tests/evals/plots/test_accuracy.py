@@ -11,14 +11,14 @@ from matplotlib.lines import Line2D
 from evals import figures
 from evals.plots import accuracy, registry
 from evals.plots.needle import needle_depth
-from evals.plots.style import looks
+from evals.plots.style import style_of
 from evals.results import frames
 from tests.evals import sweeps
 from tests.evals.learned import NAMES, losses, recalled, sized
 
 
-def learned(rows: pd.DataFrame, swept: str = "num_pairs") -> accuracy.Learned:
-    ((suffix, found),) = accuracy.sets(rows, losses(), swept, looks(NAMES))
+def learned(rows: pd.DataFrame, swept: str = "num_pairs") -> accuracy.AccuracySweep:
+    ((suffix, found),) = accuracy.accuracy_sweeps(rows, losses(), swept, style_of(NAMES))
     assert suffix == ""
     return found
 
@@ -140,14 +140,14 @@ def test_what_failed_is_named_and_other_settings_have_figures_of_their_own(tmp_p
     assert found.failed == "linear (diverged)"
     assert set(found.rows["attention"]) == {"standard", "bsbr"}
     both = pd.concat([rows, rows.assign(seq_len=128, eval_seq_len=128)])
-    paths = registry.draw_learned(both, losses(), tmp_path)
+    paths = registry.draw_accuracy(both, losses(), tmp_path)
     assert {path.name for path in paths} >= {"accuracy-64.png", "accuracy-128.svg", "loss-64.png"}
 
 
 def test_pictures_are_the_same_bytes_again_and_replace_those_before(tmp_path: Path) -> None:
     (tmp_path / "needle_depth-old.png").write_bytes(b"")
-    first = {path.name: path.read_bytes() for path in registry.draw_learned(recalled(), losses(), tmp_path)}
-    again = {path.name: path.read_bytes() for path in registry.draw_learned(recalled(), losses(), tmp_path)}
+    first = {path.name: path.read_bytes() for path in registry.draw_accuracy(recalled(), losses(), tmp_path)}
+    again = {path.name: path.read_bytes() for path in registry.draw_accuracy(recalled(), losses(), tmp_path)}
     assert first == again
     assert {path.name for path in tmp_path.iterdir()} == {*first}
 

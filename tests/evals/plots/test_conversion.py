@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from evals.plots.conversion import agreement, perplexity
-from evals.plots.registry import redraw
+from evals.plots.registry import draw_folder
 from tests.evals.sweeps import data
 
 
@@ -46,10 +46,10 @@ def test_agreement_shows_every_seed() -> None:
 def test_a_folder_of_conversions_is_drawn_again(tmp_path: Path) -> None:
     for name, table in zip(("results", "positions"), tables((0, 2)), strict=True):
         table.to_csv(tmp_path / f"{name}.csv", index=False)
-    drawn = {path.name for path in redraw(tmp_path, tmp_path / "plots")}
+    drawn = {path.name for path in draw_folder(tmp_path, tmp_path / "plots")}
     assert drawn == {
         f"{name}-overlap-{overlap}.{form}" for name in ("perplexity", "agreement") for overlap in (0, 2) for form in ("png", "svg")
     }
     tables()[0].drop(columns="stage").to_csv(tmp_path / "results.csv", index=False)
     with pytest.raises(ValueError, match="stage"):
-        redraw(tmp_path, tmp_path / "plots")
+        draw_folder(tmp_path, tmp_path / "plots")

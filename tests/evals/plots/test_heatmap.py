@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from evals.plots.heatmap import COLOURS, times
-from evals.plots.style import FAILURES, LOOKS, PARTS
+from evals.plots.style import FAILURES, PARTS, STYLES
 from tests.evals.sweeps import LENGTHS, attempted, drawn, failing, table, words
 
 
@@ -22,11 +22,11 @@ def cell(picture: Figure, row: int, at: int) -> tuple[Text, list[Rectangle]]:
 
 
 def test_the_map_has_a_row_an_attention_but_the_reference_and_a_column_a_place() -> None:
-    results = table(tuple(LOOKS)).sample(frac=1, random_state=0).assign(relative_to="standard")
+    results = table(tuple(STYLES)).sample(frac=1, random_state=0).assign(relative_to="standard")
     axes = drawn(results, "speedup_heatmap").axes[0]
     assert axes.get_ylim() == (6.5, -0.5)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "128", "1000", "8k"]
-    names = [text.get_text() for text in axes.texts if text.get_text() in LOOKS]
+    names = [text.get_text() for text in axes.texts if text.get_text() in STYLES]
     assert names == [name for name in results["attention"].unique() if name != "standard"]
 
 
@@ -179,11 +179,11 @@ def test_what_is_not_held_at_once_is_told_apart_from_what_is() -> None:
 
 
 def test_rows_have_the_keys_of_their_attentions() -> None:
-    results = table(tuple(LOOKS))
+    results = table(tuple(STYLES))
     for name in ("speedup_heatmap", "memory_split"):
         axes = drawn(results, name).axes[0]
         for mark in axes.lines:
             (row,) = set(mark.get_ydata())
-            (text,) = [text for text in axes.texts if text.get_position()[1] == row and text.get_text() in LOOKS]
-            look = LOOKS[text.get_text()]
+            (text,) = [text for text in axes.texts if text.get_position()[1] == row and text.get_text() in STYLES]
+            look = STYLES[text.get_text()]
             assert (mark.get_color(), mark.get_marker()) == (look.colour, look.marker)

@@ -6,7 +6,7 @@ import pytest
 
 from evals.plots.layout import spread
 from evals.plots.lines import QUANTITIES
-from evals.plots.style import FAILURES, LOOKS
+from evals.plots.style import FAILURES, STYLES
 from evals.results.formatting import plain
 from tests.evals.sweeps import LENGTHS, attempted, crossing, data, drawn, failing, fitted, line, table, words
 
@@ -78,20 +78,20 @@ def test_a_cell_that_was_not_measured_is_a_gap_without_a_mark() -> None:
 
 def test_every_value_lies_inside_the_axes_and_every_line_has_its_name() -> None:
     for name in BY_NAME:
-        axes = drawn(table(tuple(LOOKS)), name).axes[0]
+        axes = drawn(table(tuple(STYLES)), name).axes[0]
         bottom, top = axes.get_ylim()
         left, right = axes.get_xlim()
-        for attention in LOOKS:
+        for attention in STYLES:
             x, y = data(line(axes, attention))
             assert bottom < min(y) <= max(y) < top
             assert left < min(x) <= max(x) < right
-        assert sorted(text.get_text() for text in axes.texts) == sorted(LOOKS)
+        assert sorted(text.get_text() for text in axes.texts) == sorted(STYLES)
 
 
 def test_names_stand_in_the_order_of_their_lines() -> None:
-    axes = drawn(table(tuple(LOOKS))).axes[0]
+    axes = drawn(table(tuple(STYLES))).axes[0]
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
-    ends = {attention: data(line(axes, attention))[1][-1] for attention in LOOKS}
+    ends = {attention: data(line(axes, attention))[1][-1] for attention in STYLES}
     assert sorted(heights, key=lambda name: heights[name]) == sorted(ends, key=lambda name: ends[name])
 
 
@@ -159,8 +159,8 @@ def test_the_fill_of_a_marker_says_what_binds() -> None:
         hollow = line(axes, f"{name} memory")
         assert data(hollow)[0] == [1, 128]
         assert hollow.get_markerfacecolor() == "white"
-        assert hollow.get_markeredgecolor() == LOOKS[name].colour
-        assert line(axes, name).get_markerfacecolor() == LOOKS[name].colour
+        assert hollow.get_markeredgecolor() == STYLES[name].colour
+        assert line(axes, name).get_markerfacecolor() == STYLES[name].colour
     (legend,) = picture.legends
     keys = {key.get_label(): key.get_markerfacecolor() for key in legend.get_lines()}
     assert keys == {"bound by compute": "black", "bound by memory bandwidth": "white"}
@@ -176,7 +176,7 @@ def test_an_unknown_limit_is_neither() -> None:
     picture = drawn(table().drop(columns="bound"), "ceiling")
     (legend,) = picture.legends
     assert [key.get_label() for key in legend.get_lines()] == ["bound by: unknown"]
-    assert line(picture.axes[0], "bsbr unknown").get_markerfacecolor() not in ("white", LOOKS["bsbr"].colour)
+    assert line(picture.axes[0], "bsbr unknown").get_markerfacecolor() not in ("white", STYLES["bsbr"].colour)
 
 
 # --- crossings -------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_crossing_is_a_bar_over_its_interval_and_a_ring_on_the_line_that_is_cr
     assert data(line(axes, "linear crossing")) == ([200], [1])
     assert data(line(lanes, "linear interval")) == ([100, 400], [0, 0])  # the first to cross comes first
     assert data(line(lanes, "bsbr interval")) == ([300, 900], [1, 1])
-    assert line(lanes, "bsbr interval").get_color() == LOOKS["bsbr"].colour
+    assert line(lanes, "bsbr interval").get_color() == STYLES["bsbr"].colour
     assert [text.get_text() for text in lanes.texts[:2]] == ["linear 200", "bsbr 500"]
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from evals.plots.max_context import longest
-from evals.plots.registry import draw_contexts, redraw
-from evals.plots.style import LOOKS, looks
+from evals.plots.max_context import max_context_plot
+from evals.plots.registry import draw_folder, draw_max_context
+from evals.plots.style import STYLES, style_of
 from tests.evals.sweeps import data
 
 
@@ -23,33 +23,33 @@ def found() -> pd.DataFrame:
 
 
 def test_points_are_the_contexts_and_the_longest_comes_first() -> None:
-    axes = longest(found(), looks(found()["attention"])).axes[0]
+    axes = max_context_plot(found(), style_of(found()["attention"])).axes[0]
     points = {str(point.get_gid()): point for point in axes.lines if point.get_gid()}
     assert {name: data(point) for name, point in points.items()} == {"bsbr": ([65536], [0]), "standard": ([17560], [1])}
     for name, point in points.items():
-        assert (point.get_color(), point.get_marker()) == (LOOKS[name].colour, LOOKS[name].marker)
+        assert (point.get_color(), point.get_marker()) == (STYLES[name].colour, STYLES[name].marker)
         assert axes.get_xlim()[0] < data(point)[0][0] < axes.get_xlim()[1]
 
 
 def test_what_happened_at_the_next_length_is_said() -> None:
-    texts = [text.get_text() for text in longest(found(), looks(found()["attention"])).axes[0].texts]
+    texts = [text.get_text() for text in max_context_plot(found(), style_of(found()["attention"])).axes[0].texts]
     assert {"64k", "17k; oom at 19k", "none (oom)", "none (uncertified)"} < set(texts)
 
 
 def test_a_search_that_found_nothing_is_a_figure_too(tmp_path: Path) -> None:
-    assert len(draw_contexts(found().assign(max_context=math.nan), tmp_path)) == 2
+    assert len(draw_max_context(found().assign(max_context=math.nan), tmp_path)) == 2
 
 
 def test_other_settings_have_figures_of_their_own(tmp_path: Path) -> None:
     both = pd.concat([found(), found().assign(dtype="bfloat16")], ignore_index=True)
-    assert {path.stem for path in draw_contexts(both, tmp_path)} == {"max_context-float32", "max_context-bfloat16"}
+    assert {path.stem for path in draw_max_context(both, tmp_path)} == {"max_context-float32", "max_context-bfloat16"}
     with pytest.raises(ValueError, match="standard has more than one row"):
-        draw_contexts(pd.concat([found(), found()], ignore_index=True), tmp_path)
+        draw_max_context(pd.concat([found(), found()], ignore_index=True), tmp_path)
 
 
 def test_the_command_knows_such_a_table(tmp_path: Path) -> None:
     found().to_csv(tmp_path / "results.csv", index=False)
-    drawn = redraw(tmp_path, tmp_path / "plots")
+    drawn = draw_folder(tmp_path, tmp_path / "plots")
     assert {path.name for path in drawn} == {"max_context.png", "max_context.svg"}
-    for path in draw_contexts(found(), tmp_path / "direct"):
+    for path in draw_max_context(found(), tmp_path / "direct"):
         assert (tmp_path / "plots" / path.name).read_bytes() == path.read_bytes()

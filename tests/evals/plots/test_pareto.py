@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from evals.plots.pareto import front
-from evals.plots.style import LOOKS
+from evals.plots.style import STYLES
 from tests.evals.sweeps import attempted, data, drawn, failing, line, table, words
 
 
@@ -28,9 +28,9 @@ def test_nobody_on_the_front_is_beaten_and_everybody_else_is() -> None:
 
 
 def test_points_are_the_rows_of_the_greatest_place() -> None:
-    results = table(tuple(LOOKS)).sample(frac=1, random_state=0)
+    results = table(tuple(STYLES)).sample(frac=1, random_state=0)
     axes = drawn(results, "pareto").axes[0]
-    for name in LOOKS:
+    for name in STYLES:
         row = results[(results["attention"] == name) & (results["seq_len"] == 8192)].iloc[0]
         assert data(line(axes, name)) == ([pytest.approx(row["latency_s"])], [pytest.approx(row["peak_bytes"])])
     assert "8k tokens" in words(drawn(results, "pareto"))
@@ -49,7 +49,7 @@ def test_the_front_is_a_line_of_steps_through_its_points() -> None:
 
 def test_every_point_has_its_name_beside_it_or_in_a_key() -> None:
     for spread in (1.0, 1e-3):  # the second: all at one place, where names cannot all stand
-        results = table(tuple(f"{name}_{number}" for name in LOOKS for number in range(3)), (128, 8192))
+        results = table(tuple(f"{name}_{number}" for name in STYLES for number in range(3)), (128, 8192))
         results["latency_s"] = results["latency_s"].mean() * (1 + spread * np.arange(len(results)))
         results["peak_bytes"] = 2.0**20
         picture = drawn(results, "pareto")
@@ -59,7 +59,7 @@ def test_every_point_has_its_name_beside_it_or_in_a_key() -> None:
 
 
 def test_who_failed_at_the_greatest_place_is_named_and_not_drawn() -> None:
-    results = failing(table(tuple(LOOKS)), "hopfield", 8192, "oom")
+    results = failing(table(tuple(STYLES)), "hopfield", 8192, "oom")
     picture = drawn(results, "pareto")
     assert "not shown: hopfield (oom)" in words(picture)
     assert math.isnan(data(line(picture.axes[0], "hopfield"))[0][0])

@@ -16,8 +16,8 @@ from matplotlib.text import Text
 
 from evals.figures import main
 from evals.paths import ROOT
-from evals.plots.registry import FIGURES, draw, pictures
-from evals.plots.style import FAILURES, LOOKS, looks
+from evals.plots.registry import FIGURES, draw_sweep, sweep_figures
+from evals.plots.style import FAILURES, STYLES, style_of
 from evals.results.formatting import plain
 from evals.results.frames import checked, checked_fit, read_fits
 from tests.evals.sweeps import NEW, attempted, crossing, drawn, failing, fitted, line, table, words
@@ -26,7 +26,7 @@ from tests.evals.sweeps import NEW, attempted, crossing, drawn, failing, fitted,
 def test_a_sweep_that_failed_everywhere_says_so(tmp_path: Path) -> None:
     results = table().assign(outcome="crash")
     assert "no cell gave a number" in words(drawn(results))
-    assert len(draw(results, tmp_path)) == 8  # nothing to map, and no front
+    assert len(draw_sweep(results, tmp_path)) == 8  # nothing to map, and no front
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def svg(picture: Figure) -> bytes:
 def test_what_differs_in_another_setting_goes_to_its_own_figure(tmp_path: Path) -> None:
     results = pd.concat([table(), table().assign(workload="decode")])
     told = pd.concat([fitted().assign(workload=workload) for workload in ("decode", "prefill")])
-    plain_names = {name for name, _ in pictures(checked(results), {"scaling": checked_fit("scaling", fitted())})}
+    plain_names = {name for name, _ in sweep_figures(checked(results), {"scaling": checked_fit("scaling", fitted())})}
     assert plain_names == {f"{name}-{workload}" for name in ALL - FITTED for workload in ("decode", "prefill")}
-    fitted_names = {name for name, _ in pictures(checked(results), {"scaling": checked_fit("scaling", told)})}
+    fitted_names = {name for name, _ in sweep_figures(checked(results), {"scaling": checked_fit("scaling", told)})}
     assert fitted_names == {f"{name}-{workload}" for name in ALL for workload in ("decode", "prefill")}
 
 
@@ -146,37 +146,37 @@ def test_a_number_that_goes_with_the_swept_setting_splits_nothing() -> None:
 
 
 def test_one_look_everywhere() -> None:
-    few, many = table(("linear", "mine", "bsbr")), table((*LOOKS, "mine"))
+    few, many = table(("linear", "mine", "bsbr")), table((*STYLES, "mine"))
     looked = {
         (name, str(found.get_color()), found.get_marker())
         for results in (few, many)
         for name in ("bsbr", "mine")
         for kind in ("latency", "peak_memory", "ceiling", "scaling", "pareto")
-        for found in [line(drawn(results, kind, fitted((*LOOKS, "mine"))).axes[0], name)]
+        for found in [line(drawn(results, kind, fitted((*STYLES, "mine"))).axes[0], name)]
     }
-    assert looked == {(name, looks([name])[name].colour, looks([name])[name].marker) for name in ("bsbr", "mine")}
+    assert looked == {(name, style_of([name])[name].colour, style_of([name])[name].marker) for name in ("bsbr", "mine")}
 
 
 def crowded() -> pd.DataFrame:
     long = "somebodys_variant_with_a_name_that_no_page_has_room_for"
     lengths = (1, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 4096, 8192, 16384, 65536)
-    results = table((*LOOKS, long, "user_b", "user_c"), lengths)
+    results = table((*STYLES, long, "user_b", "user_c"), lengths)
     for number, outcome in enumerate(FAILURES):
-        results = failing(results, tuple(LOOKS)[number + 1], lengths[2 * number + 1], outcome)
+        results = failing(results, tuple(STYLES)[number + 1], lengths[2 * number + 1], outcome)
     processor = "a processor whose maker is as proud of it as of its name, in 2 sockets with 96 cores each"
     return results.assign(processor=processor, match="parameters matched within 1 %")
 
 
 CASES: dict[str, Callable[[], pd.DataFrame]] = {
     "three": table,
-    "all that is built in": lambda: failing(failing(table(tuple(LOOKS)), "gau", 128, "impossible"), "gau", 1000, "uncertified"),
+    "all that is built in": lambda: failing(failing(table(tuple(STYLES)), "gau", 128, "impossible"), "gau", 1000, "uncertified"),
     "crowded": crowded,
-    "one place": lambda: table(tuple(LOOKS), (2048,)),
+    "one place": lambda: table(tuple(STYLES), (2048,)),
     "one attention": lambda: table(("bsbr",)),
     "no order": lambda: pd.concat(
-        [table(tuple(LOOKS), (128,)).assign(swept="dtype", dtype=dtype) for dtype in ("float32", "bfloat16")]
+        [table(tuple(STYLES), (128,)).assign(swept="dtype", dtype=dtype) for dtype in ("float32", "bfloat16")]
     ),
-    "alike": lambda: table(tuple(LOOKS)).assign(latency_s=1e-3, latency_low_s=9e-4, latency_high_s=1.1e-3, peak_bytes=2**20),
+    "alike": lambda: table(tuple(STYLES)).assign(latency_s=1e-3, latency_low_s=9e-4, latency_high_s=1.1e-3, peak_bytes=2**20),
 }
 
 
@@ -223,9 +223,9 @@ def test_redrawing_changes_no_byte_and_no_setting(tmp_path: Path) -> None:
     results = failing(table(some), "bsbr", 8192, "timeout")
     given = {"scaling": fitted(some), "crossovers": crossing(("standard", "bsbr", 500, 300, 900))}
     before = dict(mpl.rcParams)
-    first = {path.name: path.read_bytes() for path in draw(results, tmp_path / "a", **given)}
+    first = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "a", **given)}
     with mpl.rc_context({"font.size": 20, "lines.linewidth": 9, "axes.facecolor": "red", "font.family": "serif"}):
-        second = {path.name: path.read_bytes() for path in draw(results, tmp_path / "b", **given)}
+        second = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "b", **given)}
     assert dict(mpl.rcParams) == before
     assert set(first) == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
     assert first == second
@@ -236,10 +236,10 @@ def test_redrawing_changes_no_byte_and_no_setting(tmp_path: Path) -> None:
 def test_redrawing_replaces_what_was_there_and_leaves_the_tables_alone(tmp_path: Path) -> None:
     results, scaling = table(("standard", "bsbr")), fitted()
     copies = results.copy(), scaling.copy()
-    draw(results, tmp_path, scaling=scaling)
+    draw_sweep(results, tmp_path, scaling=scaling)
     old = (tmp_path / "latency.svg").read_bytes()
     (tmp_path / "mine.png").write_bytes(b"kept")
-    paths = draw(results.assign(latency_s=results["latency_s"] * 2), tmp_path)
+    paths = draw_sweep(results.assign(latency_s=results["latency_s"] * 2), tmp_path)
     assert (tmp_path / "latency.svg").read_bytes() != old
     assert {*tmp_path.iterdir()} == {*paths, tmp_path / "mine.png"}  # no scaling.svg of another time
     pd.testing.assert_frame_equal(results, copies[0])
@@ -254,7 +254,7 @@ def test_a_folder_draws_what_its_tables_draw(tmp_path: Path, capsys: pytest.Capt
     for name, written in {"results": results, **given}.items():
         written.to_csv(source / f"{name}.csv", index=False)
     assert main([str(source), "--plots", str(tmp_path / "plots")]) == 0
-    direct = draw(results, tmp_path / "direct", **given)
+    direct = draw_sweep(results, tmp_path / "direct", **given)
     for path in direct:
         assert (tmp_path / "plots" / "seq_len" / path.name).read_bytes() == path.read_bytes()
     assert f"{2 * len(FIGURES)} files" in capsys.readouterr().out
@@ -307,5 +307,5 @@ def test_every_figure_says_what_is_not_matched(change: dict[str, list[object]], 
 
 def test_the_colours_on_the_page_are_those_of_the_looks() -> None:
     axes = drawn(table(("gau", "mine"))).axes[0]
-    for name, look in looks(["gau", "mine"]).items():
+    for name, look in style_of(["gau", "mine"]).items():
         assert to_hex(line(axes, name).get_color()) == look.colour

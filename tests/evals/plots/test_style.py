@@ -7,16 +7,16 @@ import pytest
 from numpy.typing import NDArray
 
 from evals.paths import ROOT
-from evals.plots.style import LOOKS, SPARE_COLOURS, SPARE_MARKERS, looks
+from evals.plots.style import SPARE_COLOURS, SPARE_MARKERS, STYLES, style_of
 
 
 def test_other_names_get_looks_of_their_own_that_do_not_move() -> None:
-    assert looks(["mine"])["mine"] == looks(["mine", *LOOKS])["mine"]
+    assert style_of(["mine"])["mine"] == style_of(["mine", *STYLES])["mine"]
     names = [f"variant_{number}" for number in range(len(SPARE_COLOURS))]
-    chosen = looks([*names, *LOOKS])
-    assert chosen == looks([*LOOKS, *reversed(names)])
+    chosen = style_of([*names, *STYLES])
+    assert chosen == style_of([*STYLES, *reversed(names)])
     assert len({look.colour for look in chosen.values()}) == len(chosen)
-    crowd = looks(f"variant_{number}" for number in range(60))
+    crowd = style_of(f"variant_{number}" for number in range(60))
     assert len(set(crowd.values())) == 60
 
 
@@ -36,10 +36,10 @@ def test_looks_do_not_depend_on_the_interpreter() -> None:
 
 
 def test_built_in_looks_differ_without_colour_too() -> None:
-    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS)
-    assert len({(look.dashes, look.width) for look in LOOKS.values()}) == len(LOOKS)
-    assert not {look.marker for look in LOOKS.values()} & set(SPARE_MARKERS)
-    assert not {look.colour for look in LOOKS.values()} & set(SPARE_COLOURS)
+    assert len({look.marker for look in STYLES.values()}) == len(STYLES)
+    assert len({(look.dashes, look.width) for look in STYLES.values()}) == len(STYLES)
+    assert not {look.marker for look in STYLES.values()} & set(SPARE_MARKERS)
+    assert not {look.colour for look in STYLES.values()} & set(SPARE_COLOURS)
 
 
 # Machado, Oliveira & Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision Deficiency", severity 1.
@@ -64,5 +64,5 @@ def lab(colour: str, vision: str) -> NDArray[np.float64]:
 @pytest.mark.parametrize("vision", VISION)
 def test_built_in_colours_can_be_told_apart(vision: str) -> None:
     # A difference of 2.3 is just noticeable; six times that holds for thin lines.
-    for one, other in itertools.combinations(LOOKS.values(), 2):
+    for one, other in itertools.combinations(STYLES.values(), 2):
         assert np.linalg.norm(lab(one.colour, vision) - lab(other.colour, vision)) > 14, (one, other)

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from evals.errors import UsageError
 from evals.paths import ROOT
-from evals.plots.style import LOOKS, SPARE_COLOURS
+from evals.plots.style import SPARE_COLOURS, STYLES
 from evals.report import write
 from evals.report.changes import changes
 from evals.report.charts import DARK, charts, contrast, on_dark
@@ -86,7 +86,7 @@ def test_a_variant_is_left_out_and_an_axis_is_made_linear(paper: tuple[Page, lis
     page, complaints, _ = paper
     page.get_by_label("bsbr", exact=True).uncheck()
     expect(page.locator("#chart-0-state [aria-roledescription=value]")).to_have_count(49)
-    assert {mark["attention"] for mark in page.evaluate(MARKS, "chart-0-latency")} == {*LOOKS} - {"bsbr"}
+    assert {mark["attention"] for mark in page.evaluate(MARKS, "chart-0-latency")} == {*STYLES} - {"bsbr"}
     page.locator("#chart-0-latency").get_by_label("log y").uncheck()
     page.evaluate(
         """async () => {
@@ -181,7 +181,7 @@ def test_a_hostile_name_is_text(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Path) -> None:
-    page, _ = opened(browser, written(tmp_path / "many", table(tuple(LOOKS), tuple(range(1, 626)))))
+    page, _ = opened(browser, written(tmp_path / "many", table(tuple(STYLES), tuple(range(1, 626)))))
     page.evaluate(
         """() => {
             const words = document.querySelector("input[type=search]");
@@ -240,7 +240,7 @@ def test_colours_stand_out_from_a_dark_page() -> None:
     def channels(colour: str) -> list[int]:
         return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
 
-    for colour in (*SPARE_COLOURS, *(look.colour for look in LOOKS.values())):
+    for colour in (*SPARE_COLOURS, *(look.colour for look in STYLES.values())):
         assert contrast(channels(on_dark(colour)), channels(DARK)) >= 4.5
 
 
