@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from bsbr.interface import Attention
 from evals.errors import UsageError, not_found, one_sentence
 from evals.isolation.affinity import _numbers_of_threads, cores
-from evals.paths import CONF
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scope = Literal["attention", "layer", "model"]
@@ -248,14 +246,6 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     return comparison
 
 
-def every_sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """The command's arguments, once for each sweep that they ask for: sweep=all is all those that conf/sweep/all.yaml lists."""
-    if "sweep=all" not in arguments:
-        return [list(arguments)]
-    listed = yaml.safe_load((CONF / "sweep" / "all.yaml").read_text())["sweeps"]
-    return [[f"sweep={name}" if word == "sweep=all" else word for word in arguments] for name in listed]
-
-
 # --- what a config must say ---------------------------------------------------------------------
 
 
@@ -285,7 +275,7 @@ def _training(values: dict[str, Any]) -> Training:
         if isinstance(values[key], bool) or not isinstance(values[key], int | float) or values[key] < least:
             raise UsageError(f"training.{key} must be a number of at least {least:g}, got {values[key]!r}")
     if values["warmup_fraction"] > 1:
-        raise UsageError(f"training.warmup_fraction must be a part of the steps, from 0 to 1, got {values['warmup']!r}")
+        raise UsageError(f"training.warmup_fraction must be a part of the steps, from 0 to 1, got {values['warmup_fraction']!r}")
     return Training(**values)
 
 

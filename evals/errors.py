@@ -4,34 +4,49 @@ import difflib
 import importlib
 from collections.abc import Iterable
 
-OK, USAGE, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
-"""Exit codes: done; the user's mistake; done, but some row has no number; Ctrl-C; the reader closed the pipe."""
+OK, BUG, USAGE, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+EXIT_CODES = {
+    OK: "every row has its number, or what was asked for was printed",
+    BUG: "a bug in this program, with a traceback",
+    USAGE: "the request cannot be met: one sentence on standard error says why",
+    INCOMPLETE: "all work is done, and some row has no number: oom, timeout, crash, unsupported, uncertified, impossible, lost",
+    INTERRUPTED: "Ctrl-C; the same command continues from there",
+    BROKEN_PIPE: "the program that read the output, such as head, closed it",
+}
+"""Exit codes of the commands and their meanings, as `--help` and the documentation give them."""
 
 
 class UsageError(ValueError):
-    """Something the user asked for cannot be: one sentence, said without a traceback, exit code 2."""
+    """Request of the user that cannot be met; printed as one sentence without a traceback, with exit code `USAGE`."""
 
 
 def not_found(target: str) -> str:
-    """Why there is no such class, in words."""
+    """Explains why a class cannot be imported.
+
+    Args:
+        target: its full dotted name.
+
+    Returns:
+        A clause that names the missing module or attribute, with a suggestion if a similar name exists.
+    """
     module, _, name = target.rpartition(".")
     try:
-        there = vars(importlib.import_module(module))
-    except Exception as error:  # noqa: BLE001  importing runs anybody's code
+        known = vars(importlib.import_module(module))
+    except Exception as error:  # noqa: BLE001  importing a user's module can raise anything
         return (
             f"module {module} cannot be imported: {type(error).__name__}: {one_sentence(error)}; "
             "a module of your own lies in the folder of --config-dir, or beside it"
         )
-    return f"module {module} has no {name}{did_you_mean(name, there)}"
+    return f"module {module} has no {name}{did_you_mean(name, known)}"
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to put behind `given`, which is unknown; empty where nothing is like it."""
-    like = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
-    return f" (did you mean {like[0]}?)" if like else ""
+    """Suggests the known name most similar to `given`, as ` (did you mean …?)`; empty if none is similar."""
+    similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def one_sentence(error: BaseException) -> str:
-    """An error's message on one line."""
+    """Puts an error's message on one line; the name of its type if it has no message."""
     text = " ".join(str(error).split())
     return text or type(error).__name__

@@ -9,18 +9,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evals.errors import BROKEN_PIPE, INCOMPLETE, INTERRUPTED, OK, USAGE
+from evals.errors import EXIT_CODES
 from evals.paths import CONF
 from evals.results.formatting import WIDTH
 
-EXIT_CODES = {
-    OK: "every cell has its number, or what was asked for is told",
-    1: "a mistake in this program, with a traceback",
-    USAGE: "something that was asked for cannot be: one sentence on standard error",
-    INCOMPLETE: "all was worked off, and some cell has no number: oom, timeout, crash, unsupported, uncertified, impossible, lost",
-    INTERRUPTED: "Ctrl-C; the same command goes on from there",
-    BROKEN_PIPE: "whoever read the output, as head does, wanted no more",
-}
 OPTIONS = {
     "--dry-run": "tells what would be done, and about how long it takes",
     "-m, --multirun": "every combination of settings given as lists, as in -m shape.batch_size=1,2,4",

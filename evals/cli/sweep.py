@@ -17,9 +17,9 @@ from evals.benchmark.engine import Engine
 from evals.cli import hydra_app
 from evals.cli.cluster import Elsewhere
 from evals.cli.display import Display, Outlook, Quiet, display
-from evals.cli.jobs import read_job
+from evals.cli.jobs import expand_sweep_all, read_job
 from evals.cli.progress import board
-from evals.config import Comparison, every_sweep
+from evals.config import Comparison
 from evals.errors import INCOMPLETE
 from evals.isolation.affinity import cores
 from evals.measure.clock import now, seconds_of_this_process
@@ -219,7 +219,7 @@ def conditions(comparison: Comparison) -> str:
 def main() -> int:
     program, *words = sys.argv
     dry, worst = "--dry-run" in words, 0
-    for arguments in every_sweep([word for word in words if word != "--dry-run"]):
+    for arguments in expand_sweep_all([word for word in words if word != "--dry-run"]):
         here = ["launcher=local"] if dry else []
         sys.argv = [program, *arguments, *here]
         run = Run(arguments, dry=dry)

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from evals.benchmark.cost import cost, differing, unmatched
 from evals.benchmark.matching import layer_parameters
 from evals.cli.hydra_app import Session
-from evals.cli.jobs import read_job
-from evals.config import Comparison, every_sweep
+from evals.cli.jobs import expand_sweep_all, read_job
+from evals.config import Comparison
 from evals.errors import UsageError
 from evals.isolation.affinity import cores
 from evals.paths import CONF
@@ -101,14 +101,14 @@ def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
 
 
 def test_sweep_all_is_every_other_one_in_a_folder_of_its_own() -> None:
-    commands = every_sweep(["attention=[bsbr]", "sweep=all", "sampling=quick"])
+    commands = expand_sweep_all(["attention=[bsbr]", "sweep=all", "sampling=quick"])
     assert sorted(words[1] for words in commands) == sorted(
         f"sweep={name}" for name in SWEEPS if name not in ("all", *LEARNED, *EXTRA)
     )
     assert all((words[0], words[2]) == ("attention=[bsbr]", "sampling=quick") for words in commands)
     folders = [composed(words[1]).sweep_name for words in commands]
     assert len(set(folders)) == len(folders)
-    assert every_sweep(["sweep=seq_len"]) == [["sweep=seq_len"]]
+    assert expand_sweep_all(["sweep=seq_len"]) == [["sweep=seq_len"]]
 
 
 def test_what_a_sweep_of_sizes_keeps_and_what_it_changes() -> None:

@@ -19,10 +19,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from evals import run
-from evals.cli import help_text, sweep
+from evals.cli import sweep
 from evals.cli.display import Outlook, span
 from evals.cli.jobs import read_job
-from evals.errors import INTERRUPTED
+from evals.errors import EXIT_CODES, INTERRUPTED
 from evals.paths import CONF, ROOT
 from evals.results import formatting, latency_table
 from evals.results.frames import read
@@ -200,7 +200,7 @@ def test_the_readme_shows_what_the_committed_results_say() -> None:
 def test_every_exit_code_is_documented_as_help_tells_it() -> None:
     page = (ROOT / "docs" / "user-guide" / "sweeps.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE))
-    assert {int(code): meaning.replace("`", "") for code, meaning in told.items()} == help_text.EXIT_CODES
+    assert {int(code): meaning.replace("`", "") for code, meaning in told.items()} == EXIT_CODES
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
         return codes[len(begun) - 1]
 
     monkeypatch.setattr(sweep.hydra_app, "run", one)
-    monkeypatch.setattr(sweep, "every_sweep", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
+    monkeypatch.setattr(sweep, "expand_sweep_all", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
     monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
     assert sweep.main() == code
     assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:made]]
