@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bsbr.interface import Attention
 from evals.errors import UsageError, not_found, one_sentence
-from evals.isolation.affinity import _numbers_of_threads, cores
+from evals.isolation.affinity import core_count, thread_counts
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scope = Literal["attention", "layer", "model"]
@@ -319,14 +319,14 @@ def _device(values: dict[str, Any]) -> Device:
     if dtype not in DTYPES:
         raise UsageError(f"device.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     threads = torch.get_num_threads() if values["threads"] is None else values["threads"]
-    if _integers("device", {"threads": threads})["threads"] > cores():
-        raise UsageError(f"device.threads must be at most {cores()}, the cores that this process may use, got {threads}")
+    if _integers("device", {"threads": threads})["threads"] > core_count():
+        raise UsageError(f"device.threads must be at most {core_count()}, the cores that this process may use, got {threads}")
     if values["mode"] not in ("eager", "graph") or (kind == "cpu" and values["mode"] != "eager"):
         raise UsageError(f"device.mode must be eager, or with device=cuda graph, got {values['mode']!r}")
     return Device(kind=kind, dtype=dtype, threads=threads, mode=values["mode"])
 
 
-OmegaConf.register_new_resolver("numbers_of_threads", _numbers_of_threads, replace=True)
+OmegaConf.register_new_resolver("numbers_of_threads", thread_counts, replace=True)
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bsbr import convert
-from evals.benchmark.code_hash import of_files, of_modules
+from evals.benchmark.code_hash import files_digest, modules_digest
 from evals.cli.hydra_app import KEPT
 from evals.conversion.study import FOLDERS, plans, run, tables, told
 from evals.conversion.teachers import MODELS
@@ -39,9 +39,11 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = arguments.results_dir / FOLDERS[arguments.split]
     ledger = Ledger(folder / "samples.jsonl")
     code = [
-        of_modules("evals.conversion.study", "evals.conversion.distill", "evals.conversion.teachers", "evals.training.optimizer")
+        modules_digest(
+            "evals.conversion.study", "evals.conversion.distill", "evals.conversion.teachers", "evals.training.optimizer"
+        )
     ]
-    code.append(of_files(sorted(Path(convert.__file__).parent.glob("*.py"))))
+    code.append(files_digest(sorted(Path(convert.__file__).parent.glob("*.py"))))
     watch = tqdm(disable=None, leave=False, bar_format="{desc}")
     try:
         for plan in plans(arguments):

@@ -21,17 +21,17 @@ MODEL_MODULES = ("bsbr.model", "bsbr.convolution")
 """The decoder around every attention. Other modules that these import belong to other attentions and do not count."""
 
 
-def of_attention(attention: Attention) -> str:
+def attention_digest(attention: Attention) -> str:
     """Digest of the code that an attention runs."""
-    return of_files(files_of(attention))
+    return files_digest(source_files(attention))
 
 
-def of_modules(*modules: str) -> str:
+def modules_digest(*modules: str) -> str:
     """Digest of modules' own source, imports not followed. Raises ModuleNotFoundError for a module that does not exist."""
-    return of_files(map(_file, modules))
+    return files_digest(map(_file, modules))
 
 
-def of_files(paths: Iterable[Path]) -> str:
+def files_digest(paths: Iterable[Path]) -> str:
     """Digest of files, of Python without its comments and docstrings."""
     return digest([without_prose(path.read_text()) if path.suffix == ".py" else path.read_text() for path in paths])
 
@@ -67,7 +67,7 @@ def without_prose(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines.values() if line.strip())
 
 
-def files_of(attention: Attention) -> list[Path]:
+def source_files(attention: Attention) -> list[Path]:
     """Files that an attention's results depend on, sorted.
 
     They are the sources of its classes and of `MODEL_MODULES`, of all modules of the same packages that these import, directly or

@@ -13,12 +13,12 @@ from torch._C._distributed_c10d import TCPStore
 
 from bsbr.interface import Attention
 from bsbr.process_group import Ranks, split
-from evals.benchmark.workloads import Work, only, tokens_in
-from evals.isolation.affinity import cores
+from evals.benchmark.workloads import Work, count_tokens, limit_to
+from evals.isolation.affinity import core_count
 from evals.isolation.forkserver import end_with_parent
 
 
-@only(scopes=("attention",))
+@limit_to(scopes=("attention",))
 def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
     """One forward pass over a sequence that `ranks` processes share, a core each, without gradients.
 
@@ -30,8 +30,8 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
         raise NotImplementedError("not implemented for cuda: torchrun -m evals.context_parallel --device cuda runs across GPUs")
     if torch.get_num_threads() != 1:
         raise ValueError(f"each rank has a core of its own: this needs device.threads=1, got {torch.get_num_threads()}")
-    if not 1 <= ranks <= cores():
-        raise ValueError(f"workload.ranks must be from 1 to {cores()}, the cores that this process may use, got {ranks}")
+    if not 1 <= ranks <= core_count():
+        raise ValueError(f"workload.ranks must be from 1 to {core_count()}, the cores that this process may use, got {ranks}")
     module.eval()
     lengths = split(inputs.shape[1], ranks, module.block_length)
 
@@ -69,7 +69,7 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
         for rank, follower in enumerate(followers, 1):
             _check(rank, follower)
 
-    return Work(call, tokens_in(inputs), counted=lambda: {"sent_bytes": sent})
+    return Work(call, count_tokens(inputs), counted=lambda: {"sent_bytes": sent})
 
 
 def _fork(follow: Callable[[int, Connection], None], rank: int) -> Connection:

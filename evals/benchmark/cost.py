@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from bsbr.interface import Attention
 from bsbr.model import CausalLM
 from evals.benchmark import workloads
-from evals.benchmark.workloads import Module, build, forward, inputs, period, state_after
+from evals.benchmark.workloads import Module, build_module, forward, longest_block, make_inputs, state_after
 from evals.config import MATCHED_WITHIN, Candidate, Comparison
 from evals.measure.flops import count_flops
 
@@ -34,14 +34,14 @@ class Least(NamedTuple):
 NOTHING = Least(0, 0, 0)
 
 
-def cost(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
+def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
     """Bytes of parameters and of all layers' states after the sequence; the `Least` that a step costs; the candidate's ff_dim.
 
     Found on tensors without data: nothing is allocated, whatever the size.
     """
     model, dtype = comparison.model, comparison.device.torch_dtype
     with torch.device("meta"):
-        module = build(comparison, candidate).to(dtype)
+        module = build_module(comparison, candidate).to(dtype)
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     state_bytes = sum(one.state_bytes(comparison.shape.seq_len, comparison.shape.batch_size) for one in attentions)
     needed = least(comparison, module)
@@ -59,7 +59,7 @@ def cost(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
 
 def unmatched(comparison: Comparison) -> list[str]:
     """What the candidates differ in by more than 1 %, in words, to stand beside a plot of them."""
-    return differing({one.name: cost(comparison, one) for one in comparison.candidates}, comparison.relative_to)
+    return differing({one.name: candidate_costs(comparison, one) for one in comparison.candidates}, comparison.relative_to)
 
 
 def differing(costs: Mapping[str, Mapping[str, float]], relative_to: str) -> list[str]:
@@ -86,7 +86,7 @@ def least(comparison: Comparison, module: Module) -> Least:
     with FakeTensorMode():
         place(module, comparison.device.kind)
         try:
-            return LEAST[name](module, inputs(comparison))
+            return LEAST[name](module, make_inputs(comparison))
         except (NotImplementedError, RuntimeError, TypeError, ValueError):
             # Kernels of its own that need data: a bound of nothing is true of them too.
             return NOTHING
@@ -146,7 +146,7 @@ def _of_train_step(module: Module, inputs: Tensor) -> Least:
 def _of_decode(module: Module, inputs: Tensor) -> Least:
     """The cheaper of the first two tokens of a block that the call begins: the first opens it, the second has least to see."""
     module.eval()
-    context, block = inputs.shape[1], period(module)
+    context, block = inputs.shape[1], longest_block(module)
     start = context - min(block, 2 * context) // 2
     longer = torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
     token, steps = inputs[:, -1:], []

@@ -10,11 +10,11 @@ import torch
 
 from evals.benchmark import code_hash
 from evals.benchmark.preflight import Preflight
-from evals.benchmark.rounds import finished, measured
+from evals.benchmark.rounds import measure_round, stop_reason
 from evals.config import Comparison
 from evals.errors import UsageError
 from evals.isolation import forkserver
-from evals.isolation.locks import alone
+from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import run_isolated
 from evals.measure import machine
 from evals.measure.clock import now, seconds_since
@@ -74,7 +74,7 @@ class Engine:
         check_axis(comparison, ledger)
         self.processor = machine.processor(comparison.device.kind)
         with torch.device("meta"):
-            self.code = {one.name: code_hash.of_attention(one.build(comparison.model)) for one in comparison.candidates}
+            self.code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
         sampling = comparison.sampling
         self.id = digest(
             {
@@ -83,7 +83,7 @@ class Engine:
                 "candidates": [asdict(candidate) for candidate in comparison.candidates],
                 "relative_to": comparison.relative_to,
                 "code": self.code,
-                "harness": code_hash.of_modules(*HARNESS),
+                "harness": code_hash.modules_digest(*HARNESS),
                 "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed],
                 "machine": [self.processor, torch.__version__],
             }
@@ -95,9 +95,9 @@ class Engine:
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger. Of a main thread."""
         forkserver.start()
-        with alone(self.comparison.device.kind):
+        with exclusive_lock(self.comparison.device.kind):
             history = History(self.ledger.read()[0], self.id)
-            if not (finished(self.comparison, history) and self._is_last()):
+            if not (stop_reason(self.comparison, history) and self._is_last()):
                 watch("how fast is this machine", 0.0)
                 if history.rounds and self._host() not in (None, platform.node()):
                     yield from self._append(history, [self._record("restart", host=platform.node())])
@@ -111,19 +111,19 @@ class Engine:
 
     def _rounds(self, history: History, watch: Watch) -> Iterator[Record]:
         for number in count(history.next_round):
-            rule = finished(self.comparison, history)
+            rule = stop_reason(self.comparison, history)
             if rule:
                 if history.stop_reason != rule:
                     yield from self._append(history, [self._record("stop", stop_reason=rule)])
                 return
             watch(f"round {number + 1}", min(history.spent_s / self.comparison.sampling.budget_s, 1.0))
-            made = measured(number, self.comparison, history, self.id, self.memory_limit_bytes)
+            made = measure_round(number, self.comparison, history, self.id, self.memory_limit_bytes)
             yield from self._append(history, [self._record("latency", **values) for values in made])
 
     def outlook(self) -> tuple[int, float]:
         """How many rounds there are already, and about how many seconds are left to do."""
         history = History(self.ledger.read()[0], self.id)
-        left = 0.0 if finished(self.comparison, history) else max(self.comparison.sampling.budget_s - history.spent_s, 0.0)
+        left = 0.0 if stop_reason(self.comparison, history) else max(self.comparison.sampling.budget_s - history.spent_s, 0.0)
         missing = [one for one in self.comparison.candidates if one.name not in history.preflights]
         return history.rounds, left + self.preflight.seconds(missing)
 

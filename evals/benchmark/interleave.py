@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from evals.errors import INCOMPLETE, UsageError
-from evals.isolation.locks import BATON, alone
+from evals.isolation.locks import BATON, exclusive_lock
 from evals.paths import ROOT
 
 
@@ -53,7 +53,7 @@ def measure(rev: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path
         if BATON not in (base / "evals" / "worker.py").read_text():
             raise UsageError(f"base cannot be measured: the harness of {rev} cannot take turns with another; compare two folders")
         print(f"results go to {folder}", file=sys.stderr)
-        with alone():
+        with exclusive_lock():
             _side_by_side(
                 {
                     tree: [

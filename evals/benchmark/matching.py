@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # --- the same number of parameters --------------------------------------------------------------
 
 
-def matched(comparison: Comparison) -> Comparison:
+def match_parameters(comparison: Comparison) -> Comparison:
     """Every candidate with the ff_dim at which a layer of it has the parameters of the reference's, within 1 %.
 
     Raises UsageError where there is no feed-forward part, no reference, or no such ff_dim.

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals.benchmark.code_hash import of_modules
+from evals.benchmark.code_hash import modules_digest
 from evals.benchmark.engine import Engine, Watch
 from evals.benchmark.workloads import prepare
 from evals.config import Candidate, Comparison
-from evals.isolation.locks import alone
+from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import run_isolated
 from evals.measure import machine
 from evals.measure.clock import now
@@ -33,7 +33,7 @@ MOST = 2**24
 """Tokens at which what still fits counts as without an end."""
 
 
-def search(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, most: int = MOST) -> int | None:
+def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, most: int = MOST) -> int | None:
     """The longest of the lengths start · 2^(i/steps), i any integer, rounded, that fits; None if not even 1 does.
 
     What is longer than a length that does not fit is taken not to fit. Doubles from `start`, or halves where that does
@@ -66,7 +66,7 @@ def search(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, most:
     return length(low)
 
 
-class Search:
+class ContextSearch:
     """Works off a comparison with `search: max_context`, from its seq_len on. What `ledger` holds is not tried again."""
 
     kind = "search"
@@ -79,7 +79,7 @@ class Search:
         unlimited = replace(comparison, sampling=replace(sampling, memory_limit_gib=None))
         self.engine = Engine(unlimited, ledger, certificates)
         gib = sampling.memory_limit_gib
-        self.id = digest([self.engine.id, gib, of_modules("evals.benchmark.max_context")])
+        self.id = digest([self.engine.id, gib, modules_digest("evals.benchmark.max_context")])
         most = int(0.8 * available_bytes())
         self.allowed_bytes = most if gib is None else int(gib * 2**30)
         self.stopped_at_bytes = min(most, 2 * self.allowed_bytes + 2**30)  # what exceeds the limit is still measured
@@ -90,7 +90,7 @@ class Search:
 
     def run(self, watch: Watch) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger."""
-        with alone(self.comparison.device.kind):
+        with exclusive_lock(self.comparison.device.kind):
             yield self._kept(self.description())
             for index, candidate in enumerate(self.comparison.candidates):
                 yield from self._search(candidate, partial(self._tell, watch, candidate, index))
@@ -117,7 +117,7 @@ class Search:
                 known[0] = self._kept(self._probe(candidate, 0, certified.outcome, certified.detail))
                 made.append(known[0])
         if 0 not in known:
-            search(fits, self.comparison.shape.seq_len)
+            longest_fitting(fits, self.comparison.shape.seq_len)
         return made
 
     def _is_of(self, record: Record, candidate: Candidate) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from evals.benchmark.code_hash import of_modules
-from evals.benchmark.cost import cost
+from evals.benchmark.code_hash import modules_digest
+from evals.benchmark.cost import candidate_costs
 from evals.benchmark.workloads import prepare
 from evals.certification.certificate import certificate
 from evals.config import Candidate, Comparison
-from evals.isolation.affinity import cores
+from evals.isolation.affinity import core_count
 from evals.isolation.worker import Result, Worker
 from evals.measure import cuda
 from evals.measure.clock import Stopwatch, now
@@ -43,7 +43,7 @@ class Preflight:
         # What takes longest begins: a certificate is the longer the longer the blocks are.
         with torch.device("meta"):
             lengths = {one.name: one.build(self.comparison.model).block_length for one in candidates}
-        pool = ThreadPoolExecutor(cores())
+        pool = ThreadPoolExecutor(core_count())
         try:
             order = sorted(candidates, key=lambda one: -lengths[one.name])
             for future in as_completed([pool.submit(self._made, one) for one in order]):
@@ -57,7 +57,7 @@ class Preflight:
         if certified.outcome != "ok":
             return record | {"outcome": certified.outcome, "detail": certified.detail}
         limit_s = self.comparison.sampling.timeout_s
-        with Worker(trial, self.comparison, candidate, memory_limit_bytes=self.memory_limit_bytes) as worker:
+        with Worker(measure_costs, self.comparison, candidate, memory_limit_bytes=self.memory_limit_bytes) as worker:
             declared = worker.result(limit_s)  # which runs the attention's own code, too
             if declared.outcome != "ok":
                 return record | {"outcome": declared.outcome, "detail": declared.detail}
@@ -73,7 +73,7 @@ class Preflight:
             if record.get("key") == key:
                 return Result("uncertified" if record["failure"] else "ok", detail=str(record["failure"]))
         device = self.comparison.device
-        limit = int(0.8 * available_bytes() / cores())  # as many may run at once
+        limit = int(0.8 * available_bytes() / core_count())  # as many may run at once
         result = certificate(partial(candidate.build, self.comparison.model), device.kind, device.torch_dtype, limit)
         if result.outcome == "unsupported":
             return Result("unsupported", detail=result.detail)
@@ -91,11 +91,11 @@ class Preflight:
     def seconds(self, candidates: Sequence[Candidate]) -> float:
         """About how long their certificates would take that there are not yet."""
         known = {record.get("key") for record in self.certificates.read()[0]}
-        return CERTIFICATE_S * sum(self._key(one) not in known for one in candidates) / cores()
+        return CERTIFICATE_S * sum(self._key(one) not in known for one in candidates) / core_count()
 
     def _key(self, candidate: Candidate) -> str:
         model, device = self.comparison.model, self.comparison.device
-        what = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, of_modules(*CERTIFICATE)]
+        what = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, modules_digest(*CERTIFICATE)]
         # Kernels that run only there are certified in its precision.
         return digest(what if device.kind == "cpu" else [*what, device.kind, device.dtype])
 
@@ -103,13 +103,13 @@ class Preflight:
 # --- in a child process -------------------------------------------------------------------------
 
 
-def trial(comparison: Comparison, candidate: Candidate) -> Generator[dict[str, Any], None, None]:
+def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[dict[str, Any], None, None]:
     """What it declares, found without data; then what it holds. It has not worked in this process before that."""
-    yield cost(comparison, candidate)
-    yield memory(comparison, candidate)
+    yield candidate_costs(comparison, candidate)
+    yield measure_memory(comparison, candidate)
 
 
-def memory(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
+def measure_memory(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
     work, _, _, counted = prepare(comparison, candidate)
     watch = Stopwatch()
     if comparison.device.kind == "cuda":

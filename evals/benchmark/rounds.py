@@ -10,10 +10,10 @@ from typing import Any
 
 from evals.benchmark.workloads import prepare
 from evals.config import Candidate, Comparison
-from evals.isolation.locks import pass_on
+from evals.isolation.locks import yield_lock
 from evals.isolation.worker import Result, Worker
 from evals.measure.clock import Stopwatch, TimeSlice, clock, settle_allocator
-from evals.results.history import History, Runner
+from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.stats.intervals import Interval, half_width
 
@@ -21,10 +21,10 @@ PLANNED_ROUNDS = 8
 """Among which the budget is shared: it is by rounds, more than by samples, that an interval narrows."""
 
 
-def finished(comparison: Comparison, history: History) -> str:
+def stop_reason(comparison: Comparison, history: History) -> str:
     """The rule by which there is no further round; empty if there is to be one."""
     sampling = comparison.sampling
-    racing = [one.name for one in comparison.candidates if history.racing(one.name)]
+    racing = [one.name for one in comparison.candidates if history.is_active(one.name)]
     if len(history.preflights) == len(comparison.candidates) and not racing:
         return "failed"
     if history.rounds >= (sampling.max_rounds or math.inf):
@@ -44,42 +44,42 @@ def finished(comparison: Comparison, history: History) -> str:
     return ""
 
 
-def _rivals(comparison: Comparison, racing: Sequence[str]) -> list[Runner]:
+def _rivals(comparison: Comparison, racing: Sequence[str]) -> list[Process]:
     """Whose speed-ups there are: those of all but the reference, or where there is nothing else, of its twin."""
     reference = comparison.relative_to
-    return [Runner(name) for name in racing if name != reference] or [Runner(reference, is_control=True)]
+    return [Process(name) for name in racing if name != reference] or [Process(reference, is_control=True)]
 
 
 def _widest(comparison: Comparison, history: History, racing: Sequence[str], rounds: int) -> float:
     """Of the intervals of all speed-ups after so many rounds, or of latencies where there is no reference, the widest."""
-    reference = Runner(comparison.relative_to)
+    reference = Process(comparison.relative_to)
     if reference.name not in racing:
-        return max(half_width(list(history.medians(Runner(name)).values())[:rounds]) for name in racing)
+        return max(half_width(list(history.medians(Process(name)).values())[:rounds]) for name in racing)
     return max(half_width(history.ratios(reference, runner)[:rounds]) for runner in _rivals(comparison, racing))
 
 
 def _published(comparison: Comparison, history: History, racing: Sequence[str]) -> float:
     """The same, now, of the intervals that the table will show: they take longer to find than those of `_widest`."""
-    reference = Runner(comparison.relative_to)
+    reference = Process(comparison.relative_to)
     found: Iterable[Interval | None]
     if reference.name not in racing:
-        found = (history.latency(Runner(name)) for name in racing)
+        found = (history.latency(Process(name)) for name in racing)
     else:
         found = (history.speedup(reference, runner) for runner in _rivals(comparison, racing))
     return max(math.inf if one is None else math.sqrt(one.high / one.low) - 1 for one in found)
 
 
-def measured(number: int, comparison: Comparison, history: History, key: str, memory_limit_bytes: int) -> list[Record]:
+def measure_round(number: int, comparison: Comparison, history: History, key: str, memory_limit_bytes: int) -> list[Record]:
     """A round: one fresh process for every runner, which then take short turns, shuffled anew each time."""
     watch = Stopwatch()
     sampling = comparison.sampling
     chance = random.Random(f"{sampling.seed} {key} {number}")
-    runners = [Runner(one.name) for one in comparison.candidates if history.racing(one.name)]
-    if history.racing(comparison.relative_to):
-        runners.append(Runner(comparison.relative_to, is_control=True))
+    runners = [Process(one.name) for one in comparison.candidates if history.is_active(one.name)]
+    if history.is_active(comparison.relative_to):
+        runners.append(Process(comparison.relative_to, is_control=True))
     chance.shuffle(runners)
     together = sum(history.held_bytes(runner.name) for runner in runners) < memory_limit_bytes
-    results: dict[Runner, Result] = {}
+    results: dict[Process, Result] = {}
     groups = [runners] if together else [[runner] for runner in runners]
     for group in groups:
         share_s = sampling.budget_s / PLANNED_ROUNDS / len(groups)
@@ -100,13 +100,13 @@ def measured(number: int, comparison: Comparison, history: History, key: str, me
 
 
 def _take_turns(
-    runners: Sequence[Runner],
+    runners: Sequence[Process],
     comparison: Comparison,
     share_s: float,
     chance: random.Random,
     memory_limit_bytes: int,
     watch: Stopwatch,
-) -> dict[Runner, Result]:
+) -> dict[Process, Result]:
     """Of processes that are gone behind it. `watch` runs, but for turns of another command."""
     end_s = watch.seconds() + share_s
     sampling = comparison.sampling
@@ -121,8 +121,8 @@ def _take_turns(
         for runner, result in results.items():
             if result.outcome == "ok":
                 results[runner] = workers[runner].ask(None, sampling.timeout_s)
-        taken: dict[Runner, list[TimeSlice]] = {runner: [] for runner in runners}
-        for _ in counted(sampling.time_slices, end_s, watch):
+        taken: dict[Process, list[TimeSlice]] = {runner: [] for runner in runners}
+        for _ in within_budget(sampling.time_slices, end_s, watch):
             order = [runner for runner in runners if results[runner].outcome == "ok"]
             chance.shuffle(order)
             for runner in order:
@@ -131,16 +131,16 @@ def _take_turns(
                     taken[runner].append(result.value)
                 else:
                     results[runner] = result
-                watch.leave_out(pass_on())
+                watch.leave_out(yield_lock())
         for worker in workers.values():
             worker.kill()  # all at once, which takes less time than one after the other
     for runner, result in results.items():
         if result.outcome == "ok":
-            result.value.update(of_turns(taken[runner], result.value["called_s"]))
+            result.value.update(summarize_slices(taken[runner], result.value["called_s"]))
     return results
 
 
-def counted(most: int, end_s: float, watch: Stopwatch) -> Iterator[int]:
+def within_budget(most: int, end_s: float, watch: Stopwatch) -> Iterator[int]:
     """0, 1, … up to `most`, as long as the caller's loop ends before `end_s` if it goes on as it went so far. 0 in any case."""
     start = watch.seconds()
     for turn in range(most):
@@ -149,7 +149,7 @@ def counted(most: int, end_s: float, watch: Stopwatch) -> Iterator[int]:
         yield turn
 
 
-def of_turns(turns: Sequence[TimeSlice], called_s: float) -> Record:
+def summarize_slices(turns: Sequence[TimeSlice], called_s: float) -> Record:
     """What the ledger keeps of a process's turns: every sample, and what a device told besides.
 
     called_s: what went into calls before the turns; with the turns it is all the time that went into calls.

@@ -35,7 +35,7 @@ class Work(NamedTuple):
     counted: Callable[[], dict[str, int]] = dict
 
 
-def only(**limits: object) -> Callable[[F], F]:
+def limit_to(**limits: object) -> Callable[[F], F]:
     """Notes on a workload where it can be measured: `scopes`, all that there are; `shortest`, the least seq_len at a scope."""
 
     def note(workload: F) -> F:
@@ -53,10 +53,10 @@ def prefill(module: Module, inputs: Tensor) -> Work:
     def call() -> Tensor:
         return forward(module, inputs)
 
-    return Work(call, tokens_in(inputs))
+    return Work(call, count_tokens(inputs))
 
 
-@only(scopes=("attention",))
+@limit_to(scopes=("attention",))
 def attention(module: Attention, inputs: Tensor) -> Work:
     """The function alone, without gradients: `attend` on tensors that were projected before."""
     module.eval()
@@ -67,10 +67,10 @@ def attention(module: Attention, inputs: Tensor) -> Work:
     def call() -> Tensor:
         return module.attend(*tensors)
 
-    return Work(call, tokens_in(inputs))
+    return Work(call, count_tokens(inputs))
 
 
-@only(shortest={"model": 2})  # its loss is of next tokens
+@limit_to(shortest={"model": 2})  # its loss is of next tokens
 def forward_backward(module: Module, inputs: Tensor) -> Work:
     """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs.
 
@@ -83,10 +83,10 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
         backward()
         forget()
 
-    return Work(call, tokens_in(inputs))
+    return Work(call, count_tokens(inputs))
 
 
-@only(shortest={"model": 2})
+@limit_to(shortest={"model": 2})
 def train_step(module: Module, inputs: Tensor) -> Work:
     """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
     backward, forget = _gradients(module, inputs)
@@ -99,7 +99,7 @@ def train_step(module: Module, inputs: Tensor) -> Work:
         forget()
 
     call()
-    return Work(call, tokens_in(inputs))
+    return Work(call, count_tokens(inputs))
 
 
 def _gradients(module: Module, inputs: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -129,7 +129,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
     """
     module.eval()
     token, context = inputs[:, -1:], inputs.shape[1]
-    steps = min(period(module), 2 * context)
+    steps = min(longest_block(module), 2 * context)
     with torch.inference_mode():
         state = state_after(module, inputs, context - steps // 2)
 
@@ -140,7 +140,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
             output, after = module.extend(token, after)
         return output, after
 
-    return Work(call, tokens_in(token), steps)
+    return Work(call, count_tokens(token), steps)
 
 
 def forward(module: Module, inputs: Tensor) -> Tensor:
@@ -155,13 +155,13 @@ def state_after(module: Module, inputs: Tensor, tokens: int) -> State | None:
     return module.extend(inputs[:, :tokens])[1] if tokens else None
 
 
-def period(module: Module) -> int:
+def longest_block(module: Module) -> int:
     """The longest block in it, 1 if no attention in it has any: the class that says nothing of blocks has none."""
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     return max((one.block_length for one in attentions if type(one).block_length is not Attention.block_length), default=1)
 
 
-def tokens_in(inputs: Tensor) -> int:
+def count_tokens(inputs: Tensor) -> int:
     return inputs.shape[0] * inputs.shape[1]
 
 
@@ -173,12 +173,12 @@ def prepare(comparison: Comparison, candidate: Candidate) -> Work:
     device = comparison.device
     torch.set_num_threads(device.threads)
     torch.manual_seed(comparison.sampling.seed)
-    module = build(comparison, candidate).to(device.kind, device.torch_dtype)
+    module = build_module(comparison, candidate).to(device.kind, device.torch_dtype)
     workload = instantiate({**comparison.workload, "_partial_": True})
-    return cast(Work, workload(module, inputs(comparison)))
+    return cast(Work, workload(module, make_inputs(comparison)))
 
 
-def build(comparison: Comparison, candidate: Candidate) -> Module:
+def build_module(comparison: Comparison, candidate: Candidate) -> Module:
     """What the comparison's scope asks for: the attention with its projections, a layer of the decoder, or all of it."""
     model = comparison.model
     if model.scope == "attention":
@@ -195,7 +195,7 @@ def build(comparison: Comparison, candidate: Candidate) -> Module:
     return CausalLM(TransformerModel(*sizes, attention=attention, conv_size=model.conv_size, positions=positions))
 
 
-def inputs(comparison: Comparison) -> Tensor:
+def make_inputs(comparison: Comparison) -> Tensor:
     shape, model, device = comparison.shape, comparison.model, comparison.device
     size = (shape.batch_size, shape.seq_len)
     if model.scope == "model":

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.errors import UsageError, one_sentence
-from evals.isolation.affinity import pin
+from evals.isolation.affinity import claim_slot
 from evals.measure.clock import now, pause
 from evals.results.ledger import Ledger, Record, this_node
 
@@ -118,7 +118,7 @@ class Placed:
         check_launcher(hydra.launcher, cfg.device.kind)
         name, settings = launcher_of(hydra.launcher)
         if name == "JoblibLauncher" and settings["n_jobs"] > 1:
-            pin(settings["n_jobs"])
+            claim_slot(settings["n_jobs"])
         job, ledger = self.prepare(cfg, self.swept, this_node())
         records = [record for record in ledger.read()[0] if record.get("launch") == self.launch]
         if not records:

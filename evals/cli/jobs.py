@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import yaml
 from omegaconf import DictConfig
 
-from evals.benchmark.matching import matched
+from evals.benchmark.matching import match_parameters
 from evals.benchmark.workloads import check_workload
 from evals.config import Comparison, read_comparison
 from evals.paths import CONF
@@ -30,7 +30,7 @@ def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
         check_workload(comparison)
     else:
         comparison = for_task(comparison)
-    return comparison if comparison.match is None else matched(comparison)
+    return comparison if comparison.match is None else match_parameters(comparison)
 
 
 def expand_sweep_all(arguments: Sequence[str]) -> list[list[str]]:

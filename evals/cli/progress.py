@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from evals.benchmark.engine import Engine
-from evals.benchmark.max_context import Search
+from evals.benchmark.max_context import ContextSearch
 from evals.config import Comparison
 from evals.results.formatting import QUANTITIES, cell, over_seeds
-from evals.results.history import History, Runner
+from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.stats.intervals import half_width, mean_interval, medians
 from evals.training.study import Study, best_rate
@@ -30,11 +30,11 @@ class Board(Protocol):
         """What is to be said of all of them together; empty if nothing is."""
 
 
-def board(job: Engine | Search | Study, comparison: Comparison, records: Sequence[Record]) -> Board:
+def board(job: Engine | ContextSearch | Study, comparison: Comparison, records: Sequence[Record]) -> Board:
     """What a job's table shows. records: all that the ledger holds already."""
     if isinstance(job, Study):
         return Learned(job, comparison)
-    if isinstance(job, Search):
+    if isinstance(job, ContextSearch):
         return Searched(job, comparison, records)
     return Timed(job, comparison, records)
 
@@ -80,10 +80,10 @@ class Timed:
         known: dict[str, Any] = {}
         if "peak_bytes" in self.history.preflights.get(name, {}):
             known["peak_bytes"] = self.history.preflights[name]["peak_bytes"]
-        rounds = list(self.history.medians(Runner(name)).values())
+        rounds = list(self.history.medians(Process(name)).values())
         if rounds:
             known |= _estimate("latency", rounds, "_s")
-        ratios = self.history.ratios(Runner(self.reference), Runner(name))
+        ratios = self.history.ratios(Process(self.reference), Process(name))
         if name == self.reference:
             known |= {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0} if rounds else {}
         elif ratios:
@@ -95,7 +95,7 @@ class Timed:
         told = [f"{rounds} round{'s' if rounds > 1 else ''}"] if rounds else []
         if rounds and self.history.stop_reason:
             told[0] += f", ended by {self.history.stop_reason}"
-        noise = self.history.ratios(Runner(self.reference), Runner(self.reference, is_control=True))
+        noise = self.history.ratios(Process(self.reference), Process(self.reference, is_control=True))
         if noise:
             itself = {"outcome": "ok", **_estimate("speedup", noise)}
             told.append(f"noise: {self.reference} over itself {cell(itself, QUANTITIES[1])}")
@@ -148,7 +148,7 @@ class Searched:
 
     heads = ("tokens", "peak MiB")
 
-    def __init__(self, job: Search, comparison: Comparison, records: Sequence[Record]) -> None:
+    def __init__(self, job: ContextSearch, comparison: Comparison, records: Sequence[Record]) -> None:
         self.probes: dict[str, list[Record]] = {one.name: [] for one in comparison.candidates}
         for record in records:
             if record.get("search") == job.id:

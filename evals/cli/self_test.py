@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from evals.benchmark.engine import Engine
-from evals.benchmark.rounds import counted
+from evals.benchmark.rounds import within_budget
 from evals.benchmark.workloads import prepare
 from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
@@ -109,7 +109,7 @@ def both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, fl
     ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
-    for _ in counted(400, 12.0, Stopwatch()):
+    for _ in within_budget(400, 12.0, Stopwatch()):
         mine = statistics.median(ours.turn(0.01).samples_s)
         # A median of calls, as ours is; each of them costs two more that warm up.
         theirs = statistics.median(timer.timeit(1).median for _ in range(max(1, round(0.003 / mine))))

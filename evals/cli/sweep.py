@@ -21,7 +21,7 @@ from evals.cli.jobs import expand_sweep_all, read_job
 from evals.cli.progress import board
 from evals.config import Comparison
 from evals.errors import INCOMPLETE
-from evals.isolation.affinity import cores
+from evals.isolation.affinity import core_count
 from evals.measure.clock import now, seconds_of_this_process
 from evals.plots import registry
 from evals.results import accuracy_table, latency_table
@@ -81,7 +81,7 @@ class Run:
         try:
             for record in job.run(watch):
                 # As many trials at once as there are cores; of all else, one thing at a time.
-                self.called_s += record.get("called_s", 0.0) / (cores() if record["kind"] == "preflight" else 1)
+                self.called_s += record.get("called_s", 0.0) / (core_count() if record["kind"] == "preflight" else 1)
                 shown.add(record)
                 if self.interrupted and record["kind"] != "latency":  # of which a round has several
                     raise KeyboardInterrupt
@@ -189,7 +189,7 @@ def ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
 
-def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | max_context.Search | Study, Ledger]:
+def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | max_context.ContextSearch | Study, Ledger]:
     """What works a job off on a node, and where its records go."""
     hydra_app.add_import_paths()
     comparison = read_job(cfg, swept)
@@ -197,9 +197,9 @@ def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | max
     return kind_of(comparison)(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl", node)), samples
 
 
-def kind_of(comparison: Comparison) -> type[Engine | max_context.Search | Study]:
+def kind_of(comparison: Comparison) -> type[Engine | max_context.ContextSearch | Study]:
     """What works it off: one that trains, one that looks for the longest sequence, or one that times."""
-    return Study if comparison.task else max_context.Search if comparison.search else Engine
+    return Study if comparison.task else max_context.ContextSearch if comparison.search else Engine
 
 
 def swept(comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from evals.benchmark.code_hash import of_modules
+from evals.benchmark.code_hash import modules_digest
 from evals.results.ids import digest
 from evals.training.optimizer import Optimisation, optimise
 from evals.training.tasks.base import Split, generator
@@ -40,7 +40,12 @@ class Teacher:
     def file(self) -> str:
         """Where one that was trained is kept: all that need the same one find it."""
         key = digest(
-            [asdict(self), corpus().sha256, of_modules("evals.conversion.teachers", "evals.training.optimizer"), torch.__version__]
+            [
+                asdict(self),
+                corpus().sha256,
+                modules_digest("evals.conversion.teachers", "evals.training.optimizer"),
+                torch.__version__,
+            ]
         )
         return f"{self.model}-seed-{self.seed}-{key}.safetensors"
 

@@ -24,7 +24,7 @@ _mine: list[TextIO] = []
 """The lock of the place that this process has taken: it is free again when the process has ended, however that came about."""
 
 
-def occupied(device: str) -> list[str]:
+def exclusive_resources(device: str) -> list[str]:
     """What a measurement of this process has to itself, by name: the physical cores that it may run on, and its GPU."""
     names = [f"core-{core}" for core in physical_cores()]
     if device == "cuda":
@@ -44,12 +44,12 @@ def physical_cores() -> dict[int, list[int]]:
     return dict(sorted(cores.items()))
 
 
-def share(things: Sequence[T], number: int, of: int) -> list[T]:
+def split_evenly(things: Sequence[T], number: int, of: int) -> list[T]:
     """The `number`-th of so many parts, in order, none of which has more than one more than another."""
     return list(things[len(things) * number // of : len(things) * (number + 1) // of])
 
 
-def pin(places: int) -> None:
+def claim_slot(places: int) -> None:
     """Has this process run on one GPU and its part of the cores, which none of the other processes that called this has.
 
     places: into how many parts the machine is cut. Of a process that has not used CUDA yet; again, it stays where it is.
@@ -74,7 +74,7 @@ def pin(places: int) -> None:
             continue
         _mine.append(file)
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number]
-        own = share(list(cores.values()), number, places)
+        own = split_evenly(list(cores.values()), number, places)
         if sys.platform == "linux":
             os.sched_setaffinity(0, [core for siblings in own for core in siblings])
         torch.set_num_threads(len(own))
@@ -82,11 +82,11 @@ def pin(places: int) -> None:
     raise UsageError(f"all {places} places of this machine are taken by other commands; wait for them to end")
 
 
-def cores() -> int:
+def core_count() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _numbers_of_threads() -> str:
+def thread_counts() -> str:
     """1,2,4,… up to all cores, as a sweep over this machine's threads writes it."""
-    return ",".join(map(str, sorted({2**power for power in range(cores().bit_length())} | {cores()})))
+    return ",".join(map(str, sorted({2**power for power in range(core_count().bit_length())} | {core_count()})))

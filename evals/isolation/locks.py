@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.isolation.affinity import occupied
+from evals.isolation.affinity import exclusive_resources
 from evals.measure.clock import Stopwatch
 
 BATON = "BSBR_BATON"
@@ -18,7 +18,7 @@ a byte from the first, and lets the other work by writing one to the second. The
 
 
 @contextlib.contextmanager
-def alone(device: str = "cpu") -> Iterator[None]:
+def exclusive_lock(device: str = "cpu") -> Iterator[None]:
     """While it lasts, no other command of this user measures on a core or GPU of this process, but for `pass_on`.
 
     Says so where it has to wait.
@@ -30,7 +30,7 @@ def alone(device: str = "cpu") -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         # In the same order everywhere, so that no two wait for each other.
-        for name in occupied(device):
+        for name in exclusive_resources(device):
             stack.enter_context(_locked(Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}-{name}.lock"))
         yield
 
@@ -50,7 +50,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def pass_on() -> float:
+def yield_lock() -> float:
     """Lets the other command have a turn, where one measures in turns with this. Returns how many seconds that took."""
     if BATON not in os.environ:
         return 0.0

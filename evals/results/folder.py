@@ -10,7 +10,7 @@ import pandas as pd
 
 from evals.errors import UsageError, one_sentence
 from evals.results import schema
-from evals.results.history import History, Runner
+from evals.results.history import History, Process
 from evals.results.latency_table import SETTINGS
 from evals.results.ledger import Ledger
 from evals.stats.intervals import Interval
@@ -84,7 +84,7 @@ class Results:
         if theirs["relative_to"] == ours["attention"] and not math.isnan(theirs["speedup"]):
             return Interval(1 / theirs["speedup"], 1 / theirs["speedup_high"], 1 / theirs["speedup_low"]), "paired"
         history = self.histories.get(ours["comparison"])
-        paired = history and history.speedup(Runner(theirs["attention"]), Runner(ours["attention"]))
+        paired = history and history.speedup(Process(theirs["attention"]), Process(ours["attention"]))
         if paired:
             return paired, "paired"
         value = math.log(theirs["latency_s"] / ours["latency_s"])
@@ -97,13 +97,13 @@ class Results:
     def rounds(self, row: pd.Series) -> list[float]:
         """The median of each round; where there is no ledger, the one of all."""
         history = self.histories.get(row["comparison"])
-        medians = history.medians(Runner(row["attention"])) if history else {}
+        medians = history.medians(Process(row["attention"])) if history else {}
         return [float(np.median(turns)) for turns in medians.values()] or [float(row["latency_s"])]
 
     def log_ratios(self, ours: pd.Series, theirs: pd.Series) -> list[float]:
         """log(t_ours / t_theirs), one a round that both completed side by side; none without a ledger."""
         history = self.histories.get(ours["comparison"])
-        ratios = history.ratios(Runner(ours["attention"]), Runner(theirs["attention"])) if history else []
+        ratios = history.ratios(Process(ours["attention"]), Process(theirs["attention"])) if history else []
         return [math.log(np.median(turns)) for turns in ratios]
 
 

@@ -9,7 +9,7 @@ from evals.results.ledger import Record
 from evals.stats.intervals import CONFIDENCE, Interval, Speedup, median_interval, medians, speedup_interval
 
 
-class Runner(NamedTuple):
+class Process(NamedTuple):
     """One process of a round. The reference has two: what its twin differs by is noise."""
 
     name: str
@@ -21,7 +21,7 @@ class History:
 
     def __init__(self, records: Iterable[Record], comparison: str) -> None:
         self.preflights: dict[str, Record] = {}
-        self._rounds: dict[Runner, dict[int, Record]] = {}
+        self._rounds: dict[Process, dict[int, Record]] = {}
         self.failures: dict[str, Record] = {}
         self.stop_reason = ""
         self.lost = ""  # why it was given up, where that is the last that is known of it
@@ -43,7 +43,7 @@ class History:
         if kind == "latency":
             self._seconds[record["round"]] = record["round_s"]
             if record["outcome"] == "ok":
-                self._rounds.setdefault(Runner(record["attention"], record["is_control"]), {})[record["round"]] = record
+                self._rounds.setdefault(Process(record["attention"], record["is_control"]), {})[record["round"]] = record
         if kind in ("preflight", "latency") and record["outcome"] != "ok":
             self.failures.setdefault(record["attention"], record)
 
@@ -59,7 +59,7 @@ class History:
     def spent_s(self) -> float:
         return sum(self._seconds.values())
 
-    def racing(self, name: str) -> bool:
+    def is_active(self, name: str) -> bool:
         return name in self.preflights and name not in self.failures
 
     def held_bytes(self, name: str) -> int:
@@ -67,26 +67,26 @@ class History:
         trial = self.preflights[name]
         return int(trial.get("process_peak_bytes") or 0) + int(trial.get("peak_bytes") or 0) + 2 * int(trial["parameter_bytes"])
 
-    def medians(self, runner: Runner) -> dict[int, list[float]]:
+    def medians(self, runner: Process) -> dict[int, list[float]]:
         """By round, the median of each turn."""
         records = self._rounds.get(runner, {})
         return {number: medians(records[number]["time_slices"]).tolist() for number in sorted(records)}
 
-    def record(self, runner: Runner, number: int) -> Record:
+    def record(self, runner: Process, number: int) -> Record:
         return self._rounds[runner][number]
 
-    def ratios(self, reference: Runner, runner: Runner) -> list[list[float]]:
+    def ratios(self, reference: Process, runner: Process) -> list[list[float]]:
         """Of each round that both have, the ratios of the reference's turns to the other's."""
         theirs, ours = self.medians(reference), self.medians(runner)
         both = (number for number in theirs if number in ours)
         return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in both]
 
-    def latency(self, runner: Runner) -> Interval:
+    def latency(self, runner: Process) -> Interval:
         """Of all that it was timed, in seconds. Raises ValueError where it has no round."""
         # The same ledger gives the same figures: the bootstrap's randomness is fixed.
         return median_interval(list(self.medians(runner).values()), generator=np.random.default_rng(0))
 
-    def speedup(self, reference: Runner, runner: Runner, confidence: float = CONFIDENCE) -> Speedup | None:
+    def speedup(self, reference: Process, runner: Process, confidence: float = CONFIDENCE) -> Speedup | None:
         """How many times faster than the reference; None where they have no round in common."""
         theirs, ours = self._rounds.get(reference, {}), self._rounds.get(runner, {})
         both = sorted(theirs.keys() & ours.keys())

@@ -14,7 +14,7 @@ from evals.benchmark.cost import differing
 from evals.measure.machine import IDENTITY
 from evals.results.formatting import QUANTITIES, Quantity, aligned, cell, filled
 from evals.results.frames import swept_column
-from evals.results.history import History, Runner
+from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.results.schema import columns, schema, stamped
 from evals.stats.intervals import ONE_SIGMA, Speedup, noise_floor, verdicts
@@ -45,7 +45,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
     for key, description in described.items():
         history = History(of.get(key, []), key)
         for name in description["candidates"]:
-            if name in history.failures or history.medians(Runner(name)) or history.lost:
+            if name in history.failures or history.medians(Process(name)) or history.lost:
                 rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
                     description, name, history, ceilings.get(_machine(description))
                 )
@@ -58,7 +58,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
 def _row(description: Record, name: str, history: History, ceilings: Ceilings | None) -> dict[str, Any]:
     trial: Record = history.preflights.get(name) or {"detail": ""}
     failure = history.failures.get(name)
-    if failure is None and not history.medians(Runner(name)):
+    if failure is None and not history.medians(Process(name)):
         failure = {"outcome": "lost", "detail": history.lost}
     row = {
         "sweep": description["sweep"],
@@ -87,15 +87,15 @@ def _impossible(name: str, history: History, least: Floor | None, tolerance: flo
     trial = history.preflights[name]
     if "peak_bytes" in trial and (words := implausible_peak(trial["peak_bytes"], trial["held_bytes"])):
         return words
-    records = [history.record(Runner(name), number) for number in history.medians(Runner(name))]
+    records = [history.record(Process(name), number) for number in history.medians(Process(name))]
     fastest = min(sample for record in records for turn in record["time_slices"] for sample in turn)
     return None if least is None else impossible(fastest, least, tolerance)
 
 
 def _speed(name: str, history: History) -> dict[str, Any]:
-    rounds = history.medians(Runner(name))
-    latency = history.latency(Runner(name))
-    records = [history.record(Runner(name), number) for number in rounds]
+    rounds = history.medians(Process(name))
+    latency = history.latency(Process(name))
+    records = [history.record(Process(name), number) for number in rounds]
     host_s = [record["host_s"] for record in records if "host_s" in record]
     return {
         "host_s": statistics.median(host_s) if host_s else None,
@@ -114,14 +114,14 @@ def _speed(name: str, history: History) -> dict[str, Any]:
 
 
 def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
-    reference, twin = Runner(relative_to), Runner(relative_to, is_control=True)
-    if not history.racing(relative_to):
+    reference, twin = Process(relative_to), Process(relative_to, is_control=True)
+    if not history.is_active(relative_to):
         return {}
     itself = history.speedup(reference, twin, ONE_SIGMA)
     row: dict[str, Any] = {"relative_to": relative_to, "noise_floor": None if itself is None else noise_floor(itself)}
     if name == relative_to:  # there is nothing to estimate
         return {**row, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
-    speedup = history.speedup(reference, Runner(name))
+    speedup = history.speedup(reference, Process(name))
     if speedup is not None:
         row |= {"speedup": speedup.value, "speedup_low": speedup.low, "speedup_high": speedup.high, "p_value": speedup.p_value}
     return row

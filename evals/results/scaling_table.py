@@ -9,7 +9,7 @@ import pandas as pd
 
 from evals.plots.layout import is_number
 from evals.results.frames import swept_column
-from evals.results.history import History, Runner
+from evals.results.history import History, Process
 from evals.results.latency_table import SETTINGS
 from evals.results.ledger import Record
 from evals.results.schema import columns
@@ -68,7 +68,7 @@ def _crossovers(first: pd.DataFrame, second: pd.DataFrame, column: str, historie
     names = {"first": first["attention"].iloc[0], "second": second["attention"].iloc[0]}
     both = first.merge(second, on=[column, "comparison"])
     log_ratios = {
-        size: [math.log(np.median(turns)) for turns in histories[key].ratios(Runner(names["second"]), Runner(names["first"]))]
+        size: [math.log(np.median(turns)) for turns in histories[key].ratios(Process(names["second"]), Process(names["first"]))]
         for size, key in zip(both[column], both["comparison"], strict=True)
     }
     known = {size: [-ratio for ratio in ratios] for size, ratios in log_ratios.items() if ratios}
@@ -83,4 +83,4 @@ def _crossovers(first: pd.DataFrame, second: pd.DataFrame, column: str, historie
 
 
 def _round_medians(history: History, name: str) -> list[float]:
-    return [float(np.median(turns)) for turns in history.medians(Runner(name)).values()]
+    return [float(np.median(turns)) for turns in history.medians(Process(name)).values()]

@@ -11,7 +11,7 @@ from evals.benchmark import code_hash
 from evals.benchmark.engine import Watch, check_axis
 from evals.benchmark.preflight import Preflight
 from evals.config import Candidate, Comparison, Training
-from evals.isolation.locks import alone
+from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import Result, Worker
 from evals.measure import machine
 from evals.measure.clock import now
@@ -58,7 +58,7 @@ class Study:
         self.ledger = ledger
         self.task: Task = build_task(comparison)
         with torch.device("meta"):
-            code = {one.name: code_hash.of_attention(one.build(comparison.model)) for one in comparison.candidates}
+            code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
         self.memory_limit_bytes = int(0.8 * available_bytes())
         if comparison.sampling.memory_limit_gib is not None:
             self.memory_limit_bytes = int(comparison.sampling.memory_limit_gib * 2**30)
@@ -69,8 +69,8 @@ class Study:
             "processor": machine.processor(comparison.device.kind),
             "torch": torch.__version__,
         }
-        trainer = code_hash.of_modules("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")
-        own = code_hash.of_modules(type(self.task).__module__)
+        trainer = code_hash.modules_digest("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")
+        own = code_hash.modules_digest(type(self.task).__module__)
         self.keys = {
             one.name: digest([self.settings, comparison.training.eval_length_multiples, asdict(one), code[one.name], trainer, own])
             for one in comparison.candidates
@@ -134,7 +134,10 @@ class Study:
         limit_s, saved = self.comparison.sampling.timeout_s, self.saved(candidate, learning_rate, seed)
         arguments = (self.comparison, candidate, self.task, learning_rate, seed, saved)
         steps, done = self.comparison.training.steps, self._part()
-        with alone(self.comparison.device.kind), Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker:
+        with (
+            exclusive_lock(self.comparison.device.kind),
+            Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker,
+        ):
             result = worker.result(limit_s)
             while result.outcome == "ok" and isinstance(result.value, Progress):
                 step, loss, left_s = result.value

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bsbr.interface import Attention
 from bsbr.model import CausalLM
-from evals.benchmark.workloads import build
+from evals.benchmark.workloads import build_module
 from evals.config import Candidate, Comparison, Device
 from evals.measure.clock import Stopwatch
 from evals.training import checkpoint
@@ -63,7 +63,7 @@ def train(
     training, device = comparison.training, comparison.device
     torch.set_num_threads(device.threads)
     torch.manual_seed(seed)
-    model = build(comparison, candidate)
+    model = build_module(comparison, candidate)
     assert isinstance(model, CausalLM)
     model = model.to(device.kind, torch.float64 if device.dtype == "float64" else torch.float32)
     answers = Answers(model)

@@ -7,7 +7,7 @@ import pytest
 
 from baselines.standard import StandardAttention
 from bsbr import BSBRAttention
-from evals.benchmark.code_hash import files_of, of_attention
+from evals.benchmark.code_hash import attention_digest, source_files
 from evals.config import Candidate, Model
 from evals.paths import ROOT
 
@@ -20,11 +20,11 @@ def named(files: list[Path]) -> set[str]:
 
 def test_a_baseline_does_not_depend_on_bsbr() -> None:
     around = {"bsbr/interface.py", "bsbr/process_group.py", "bsbr/model.py", "bsbr/convolution.py"}
-    assert named(files_of(StandardAttention(16, 2))) == {"baselines/standard.py", *around}
+    assert named(source_files(StandardAttention(16, 2))) == {"baselines/standard.py", *around}
 
 
 def test_what_is_imported_late_or_compiled_counts() -> None:
-    found = named(files_of(BSBRAttention(16, 2)))
+    found = named(source_files(BSBRAttention(16, 2)))
     assert found >= {
         "bsbr/attention.py",
         "bsbr/backends/pytorch.py",
@@ -37,7 +37,7 @@ def test_what_is_imported_late_or_compiled_counts() -> None:
 
 def test_a_conversion_depends_on_the_code_that_converts() -> None:
     node = {"_target_": "evals.conversion.decoders.ConvertedDecoder", "model_type": "llama"}
-    converted = files_of(Candidate("converted", node).build(MODEL))
+    converted = source_files(Candidate("converted", node).build(MODEL))
     assert named(converted) >= {"bsbr/convert/retrieval.py", "bsbr/backends/cpp/bsbr.cpp", "bsbr/reference.py"}
 
 
@@ -73,13 +73,13 @@ class Mine(MultiHeadAttention):
     monkeypatch.syspath_prepend(tmp_path)
     try:
         mine = Candidate("mine", {"_target_": "mine.kinds.Mine"}).build(MODEL)
-        found = {path.relative_to(tmp_path / "mine").as_posix() for path in files_of(mine) if path.is_relative_to(tmp_path)}
+        found = {path.relative_to(tmp_path / "mine").as_posix() for path in source_files(mine) if path.is_relative_to(tmp_path)}
         assert found == {"kinds.py", "parts.py", "plain.py", "late.py", "deep/down.py"}
-        before = of_attention(mine)
+        before = attention_digest(mine)
         (tmp_path / "mine" / "other.py").write_text("changed = True")
-        assert of_attention(mine) == before
+        assert attention_digest(mine) == before
         (tmp_path / "mine" / "late.py").write_text("def same(x):\n    return -x\n")
-        assert of_attention(mine) != before
+        assert attention_digest(mine) != before
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
             del sys.modules[name]

@@ -21,13 +21,13 @@ from bsbr.process_group import Ranks, ring_sent_bytes
 from evals import run
 from evals.benchmark.context_parallel import context_parallel
 from evals.context_parallel import main
-from evals.isolation.affinity import cores
+from evals.isolation.affinity import core_count
 from evals.isolation.worker import Worker, run_isolated
 from evals.paths import ROOT
 from tests.evals.commands import call
 
 pytestmark = pytest.mark.xdist_group("ranks")
-two_cores = pytest.mark.skipif(cores() < 2, reason="two ranks take two cores")
+two_cores = pytest.mark.skipif(core_count() < 2, reason="two ranks take two cores")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they notice at their next read")
 
 
@@ -78,8 +78,12 @@ def test_what_fails_on_a_rank_is_told() -> None:
 @pytest.mark.parametrize(
     ("ranks", "seq_len", "sentence"),
     [
-        (0, 100, f"workload.ranks must be from 1 to {cores()}, the cores that this process may use, got 0"),
-        (cores() + 1, 100, f"workload.ranks must be from 1 to {cores()}, the cores that this process may use, got {cores() + 1}"),
+        (0, 100, f"workload.ranks must be from 1 to {core_count()}, the cores that this process may use, got 0"),
+        (
+            core_count() + 1,
+            100,
+            f"workload.ranks must be from 1 to {core_count()}, the cores that this process may use, got {core_count() + 1}",
+        ),
         pytest.param(2, 16, "16 tokens are 1 chunks of 16, too few for 2 ranks", marks=two_cores),
     ],
 )

@@ -64,10 +64,10 @@ def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Pat
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[standard,linear_fla]"]))
     measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Ledger(tmp_path / "certificates.jsonl"))
-    result = measured.trials.certified(comparison.candidates[1])
+    result = measured.preflight.certified(comparison.candidates[1])
     assert result.outcome == "unsupported"
     assert "impl=fla runs Triton kernels, which need CUDA" in result.detail
-    assert not measured.trials.certificates.read()[0]  # another machine may run it
+    assert not measured.preflight.certificates.read()[0]  # another machine may run it
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.max_context import Search, results, search, shown
+from evals.benchmark.max_context import ContextSearch, longest_fitting, results, shown
 from evals.cli.jobs import read_job
 from evals.config import Comparison
 from evals.paths import CONF
@@ -22,7 +22,7 @@ def test_the_search_ends_within_an_eighth_of_a_doubling(start: int, edge: int) -
         tried.append(seq_len)
         return seq_len <= edge
 
-    found = search(fits, start)
+    found = longest_fitting(fits, start)
     assert found is not None
     # Rounding to whole tokens moves a length by half of one.
     assert edge / 2 ** (1 / 8) - 1 <= found <= edge
@@ -32,8 +32,8 @@ def test_the_search_ends_within_an_eighth_of_a_doubling(start: int, edge: int) -
 
 
 def test_a_search_that_has_no_end_and_one_that_finds_nothing() -> None:
-    assert search(lambda _: False, 100) is None
-    assert search(lambda seq_len: True, 100, most=1000) == 1600
+    assert longest_fitting(lambda _: False, 100) is None
+    assert longest_fitting(lambda seq_len: True, 100, most=1000) == 1600
 
 
 def comparison(*overrides: str) -> Comparison:
@@ -44,7 +44,7 @@ def comparison(*overrides: str) -> Comparison:
 
 def searched(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
     ledger = Ledger(folder / "samples.jsonl")
-    made = list(Search(asked, ledger, Ledger(folder / "certificates.jsonl")).run(lambda words, part: None))
+    made = list(ContextSearch(asked, ledger, Ledger(folder / "certificates.jsonl")).run(lambda words, part: None))
     return made, results(ledger.read()[0])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.rounds import counted, finished, of_turns
+from evals.benchmark.rounds import stop_reason, summarize_slices, within_budget
 from evals.cli.jobs import read_job
 from evals.measure.clock import Stopwatch, TimeSlice
 from evals.paths import CONF
@@ -18,7 +18,7 @@ from evals.results.ledger import Record
 def rule(past: History, *options: str) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[standard,linear]", "sampling.budget_s=100", *options]))
-    return finished(comparison, past)
+    return stop_reason(comparison, past)
 
 
 def history(ratios: Sequence[float], *, round_s: float = 1.0, failed: Sequence[str] = ()) -> History:
@@ -75,17 +75,17 @@ def test_without_a_reference_it_is_latencies_that_must_be_known() -> None:
     ("most", "seconds", "time_slices"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
 )
 def test_there_are_as_many_turns_as_fit_but_one_in_any_case(most: int, seconds: float, turns: int) -> None:
-    assert list(counted(most, seconds, Stopwatch())) == list(range(turns))
+    assert list(within_budget(most, seconds, Stopwatch())) == list(range(turns))
 
 
 def test_turns_of_another_command_take_no_time_from_a_round() -> None:
     watch, made = Stopwatch(), 0
-    for _ in counted(50, 1e5, watch):
+    for _ in within_budget(50, 1e5, watch):
         made += 1
         watch.leave_out(-1e4)  # as if this turn had taken so long
     assert made == 9  # the tenth would end at 1e5 and a moment
     watch, made = Stopwatch(), 0
-    for _ in counted(50, 1e5, watch):
+    for _ in within_budget(50, 1e5, watch):
         made += 1
         watch.leave_out(-1e4)
         watch.leave_out(1e4)
@@ -93,5 +93,5 @@ def test_turns_of_another_command_take_no_time_from_a_round() -> None:
 
 
 def test_all_time_in_calls_is_told_and_not_that_of_samples_alone() -> None:
-    record = of_turns([TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)], called_s=10.0)
+    record = summarize_slices([TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)], called_s=10.0)
     assert record == {"time_slices": [[1.0, 2.0], [3.0]], "called_s": 17.0}

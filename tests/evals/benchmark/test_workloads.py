@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.standard import StandardAttention
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
-from evals.benchmark.cost import cost, extent
-from evals.benchmark.workloads import Work, build, decode, inputs, period, prepare
+from evals.benchmark.cost import candidate_costs, extent
+from evals.benchmark.workloads import Work, build_module, decode, longest_block, make_inputs, prepare
 from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
@@ -53,7 +53,7 @@ def candidate(comparison: Comparison, name: str) -> Candidate:
 def of(name: str, workload: str, scope: str, seq_len: int, *more: str) -> tuple[Work, dict[str, int]]:
     comparison = asked(workload, scope, seq_len, *more)
     one = candidate(comparison, name)
-    return prepare(comparison, one), cost(comparison, one)
+    return prepare(comparison, one), candidate_costs(comparison, one)
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -130,7 +130,7 @@ def test_a_token_of_bsbr_reads_its_chunk_and_not_the_states_of_others() -> None:
 def test_what_has_kernels_that_need_data_has_no_bound() -> None:
     comparison = asked("prefill", "attention", 20)
     node = {"_target_": f"{__name__}.NeedsData"}
-    declared = cost(comparison, Candidate("mine", node))
+    declared = candidate_costs(comparison, Candidate("mine", node))
     assert (declared["flops"], declared["min_bytes"], declared["held_bytes"]) == (0, 0, 0)
     assert declared["parameter_bytes"] > 0
 
@@ -160,8 +160,8 @@ def decoded(work: Work) -> tuple[Tensor, State]:
 def test_a_decoding_call_goes_through_a_block_around_the_context_and_leaves_its_state(name: str, steps: int) -> None:
     comparison = asked("decode", "attention", 40, "attention.bsbr.chunk_size=16")
     torch.manual_seed(0)
-    module = build(comparison, candidate(comparison, name))
-    x = inputs(comparison)
+    module = build_module(comparison, candidate(comparison, name))
+    x = make_inputs(comparison)
     work = decode(module, x)
     assert (work.tokens, work.steps) == (2, steps)
     output, state = decoded(work)
@@ -184,7 +184,7 @@ def test_a_short_context_is_decoded_from_its_beginning() -> None:
 
 def test_the_period_is_the_block_of_what_has_blocks() -> None:
     comparison = asked("decode", "model", 20)
-    periods = {one.name: period(build(comparison, one)) for one in comparison.candidates}
+    periods = {one.name: longest_block(build_module(comparison, one)) for one in comparison.candidates}
     assert periods == {**dict.fromkeys(("bsbr", "sliding_window", "sparse"), 128), "linear": 64, "delta_net": 64, "gau": 256} | {
         "standard": 1,
         "hopfield": 1,
@@ -221,9 +221,9 @@ def test_a_candidate_has_its_own_ff_dim(scope: str) -> None:
     widths = []
     for ff_dim in (None, 7):
         one = Candidate("linear", node, ff_dim)
-        layers = [m for m in build(comparison, one).modules() if isinstance(m, torch.nn.Linear)]
+        layers = [m for m in build_module(comparison, one).modules() if isinstance(m, torch.nn.Linear)]
         widths.append({m.out_features for m in layers} - {32, 50})
-        assert cost(comparison, one)["ff_dim"] == (48 if ff_dim is None else 7)
+        assert candidate_costs(comparison, one)["ff_dim"] == (48 if ff_dim is None else 7)
     assert widths == [{48}, {7}]
 
 
@@ -257,7 +257,7 @@ def test_positions_are_the_decoders_or_every_attentions_own(positions: str, adde
     comparison = asked("prefill", "model", 8, f"model.positions={positions}", "+attention.gau.rotary=false")
     assert comparison.settings.get("positions", "sinusoidal") == positions
     for one in comparison.candidates:
-        model = build(comparison, one)
+        model = build_module(comparison, one)
         assert isinstance(model, CausalLM)
         assert model.model.positions == added
         assert [layer.attention.rotary for layer in model.model.layers] == [rotary and one.name != "gau"] * 2  # as it says itself

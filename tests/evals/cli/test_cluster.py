@@ -157,7 +157,7 @@ def test_what_fails_by_itself_is_raised_and_not_tried_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("things", "of"), [(8, 3), (7, 7), (5, 2), (1, 1)])
 def test_the_parts_of_a_machine_are_disjoint_and_nearly_equal(things: int, of: int) -> None:
-    parts = [affinity.share(range(things), number, of) for number in range(of)]
+    parts = [affinity.split_evenly(range(things), number, of) for number in range(of)]
     assert [thing for part in parts for thing in part] == list(range(things))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -165,7 +165,7 @@ def test_the_parts_of_a_machine_are_disjoint_and_nearly_equal(things: int, of: i
 def test_more_places_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match="2 comparisons at once need as many GPUs"):
-        affinity.pin(2)
+        affinity.claim_slot(2)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="NOT TESTED: needs Linux")
@@ -175,7 +175,7 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
     one = min(allowed)
     try:
         os.sched_setaffinity(0, [one])
-        assert len(affinity.occupied("cpu")) == 1
+        assert len(affinity.exclusive_resources("cpu")) == 1
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -9,13 +9,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from evals.benchmark.cost import cost, differing, unmatched
+from evals.benchmark.cost import candidate_costs, differing, unmatched
 from evals.benchmark.matching import layer_parameters
 from evals.cli.hydra_app import Session
 from evals.cli.jobs import expand_sweep_all, read_job
 from evals.config import Comparison
 from evals.errors import UsageError
-from evals.isolation.affinity import cores
+from evals.isolation.affinity import core_count
 from evals.paths import CONF
 from evals.results.schema import schema
 from evals.training.tasks.build import build_task
@@ -126,7 +126,7 @@ def test_what_a_sweep_of_sizes_keeps_and_what_it_changes() -> None:
 def test_threads_go_up_to_the_cores_there_are() -> None:
     threads = [read(*overrides).device.threads for overrides in jobs("threads")]
     assert threads[0] == 1
-    assert threads[-1] == cores()
+    assert threads[-1] == core_count()
     assert threads == sorted(set(threads))
 
 
@@ -157,7 +157,7 @@ def test_settings_are_those_of_what_is_built(scope: str, own: set[str]) -> None:
 def test_matched_parameters_are_alike_and_the_rest_is_named(scope: str) -> None:
     names = "attention=[standard,bsbr,gau,linear]"
     plain, comparison = (read(f"model.scope={scope}", names, *match) for match in ([], ["match=params"]))
-    costs = {one.name: cost(comparison, one) for one in comparison.candidates}
+    costs = {one.name: candidate_costs(comparison, one) for one in comparison.candidates}
     assert costs["standard"]["ff_dim"] == 1024
     assert costs["gau"]["ff_dim"] < costs["bsbr"]["ff_dim"] < costs["linear"]["ff_dim"] == 1024
     for one in costs.values():
@@ -215,7 +215,10 @@ def test_layer_parameters_are_counted_by_hand() -> None:
         (["model.head_dim=0", "model.hidden_dim=null"], "model.head_dim must be a positive integer, got 0"),
         (["~model.vocab_size"], "config key 'model.vocab_size' is missing"),
         (["model.ff_dim=null"], "model.ff_dim must be a positive integer, got None"),
-        ([f"device.threads={cores() + 1}"], f"device.threads must be at most {cores()}, the cores that this process may use, got"),
+        (
+            [f"device.threads={core_count() + 1}"],
+            f"device.threads must be at most {core_count()}, the cores that this process may use, got",
+        ),
         (
             ["workload=attention", "model.scope=layer"],
             "workloads.attention is measured at model.scope=attention only, got layer",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.workloads import build
+from evals.benchmark.workloads import build_module
 from evals.cli.jobs import read_job
 from evals.config import Comparison
 from evals.isolation.forkserver import launch
@@ -64,7 +64,7 @@ def test_the_rate_rises_in_a_line_and_falls_by_a_cosine_to_zero() -> None:
 
 def test_matrices_decay_and_nothing_else_does() -> None:
     asked = comparison()
-    model = build(asked, asked.candidates[0])
+    model = build_module(asked, asked.candidates[0])
     decayed, free = (group["params"] for group in trainer.parameter_groups(model, 0.1))
     assert {parameter.dim() for parameter in free} == {1}
     assert len(decayed) + len(free) == len(list(model.parameters()))
@@ -74,7 +74,7 @@ def test_matrices_decay_and_nothing_else_does() -> None:
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
     asked = comparison("device.dtype=float64")
     torch.manual_seed(0)
-    answers = trainer.Answers(build(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
+    answers = trainer.Answers(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
     batch = build_task(asked).batch(6, generator("batch"))
     found = []
     for count in (1, pieces):
@@ -87,7 +87,7 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
 
 def test_the_loss_is_that_of_the_asked_targets() -> None:
     asked = comparison()
-    model = build(asked, asked.candidates[0])
+    model = build_module(asked, asked.candidates[0])
     batch = build_task(asked).batch(6, generator("batch"))
     losses, right = trainer.Answers(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
     logits = model(batch.inputs)
@@ -104,7 +104,7 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
     made = run(asked, tmp_path / "run.safetensors")
     assert made["outcome"] == "ok"
     assert made["tokens"] == 40 * 6 * 16
-    assert made["parameters"] == sum(parameter.numel() for parameter in build(asked, asked.candidates[0]).parameters())
+    assert made["parameters"] == sum(parameter.numel() for parameter in build_module(asked, asked.candidates[0]).parameters())
     assert [step for step, _ in made["curve"]] == list(range(1, 41))
     assert [one["seq_len"] for one in made["evaluations"]] == [16, 64]
     assert [one["targets"] for one in made["evaluations"]] == [[60.0], [60.0]]

@@ -1,0 +1,111 @@
+"""`Job`: the work on one comparison, whose records go to a ledger; timing, a context search and training are kinds of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from evals.benchmark import code_hash
+from evals.benchmark.preflight import Preflight
+from evals.config import Comparison
+from evals.errors import UsageError
+from evals.measure import machine
+from evals.measure.clock import now
+from evals.measure.memory import available_bytes
+from evals.results.ledger import Ledger, Record
+
+ProgressCallback = Callable[[str, float], None]
+"""Called with what is done next, in words, and with the share of the job that is done, from 0 to 1."""
+
+
+class Job(ABC):
+    """Work on one comparison. What the ledger already holds of it is not done again, so a killed job resumes.
+
+    Subclasses set `id` and `settings` in their constructor.
+
+    Attributes:
+        kind: kind of the record that describes the job; also the field under which records carry the job's id.
+        id: digest of all facts that the job's records depend on.
+        settings: what the job's tables call its conditions: the comparison's settings, the processor and the version of torch.
+        code: for each candidate, the digest of its attention's source code.
+        memory_limit_bytes: what a worker process may allocate.
+        preflight: certifies candidates, and measures their cost, before they are worked on.
+    """
+
+    kind: ClassVar[str]
+    id: str
+
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+        """Takes up the work on a comparison; starts nothing.
+
+        Args:
+            comparison: what is compared.
+            ledger: where the records go.
+            certificates: remembers, across sweeps, which code was certified and with which result.
+
+        Raises:
+            UsageError: if the ledger belongs to a sweep of another kind, or over another setting.
+        """
+        check_axis(comparison, ledger)
+        self.comparison = comparison
+        self.ledger = ledger
+        self.processor = machine.processor(comparison.device.kind)
+        self.settings = {**comparison.settings, "processor": self.processor, "torch": torch.__version__}
+        with torch.device("meta"):
+            self.code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
+        gib = comparison.sampling.memory_limit_gib
+        self.memory_limit_bytes = int(0.8 * available_bytes() if gib is None else gib * 2**30)
+        self.preflight = Preflight(comparison, self.code, certificates, self.memory_limit_bytes)
+
+    @abstractmethod
+    def run(self, report: ProgressCallback) -> Iterator[Record]:
+        """Does what is left to do; yields each record once it is in the ledger. Must run in the main thread."""
+
+    @abstractmethod
+    def remaining(self) -> tuple[int, float | None]:
+        """Number of units (rounds, probes or training runs) done, and estimated seconds left; None if unknown."""
+
+    def description(self) -> Record:
+        """Record of what is compared, under which settings, and on which machine."""
+        comparison = self.comparison
+        return self.record(
+            self.kind,
+            sweep=comparison.sweep,
+            swept=comparison.swept,
+            settings=self.settings,
+            candidates={candidate.name: candidate.node for candidate in comparison.candidates},
+            provenance=machine.provenance(comparison.device.kind),
+        )
+
+    def record(self, kind: str, **values: Any) -> Record:
+        """A record of this job, with the job's id and the time."""
+        return {"kind": kind, self.kind: self.id, **values, "time": now()}
+
+    def append(self, record: Record) -> Record:
+        """Appends a record to the ledger and returns it."""
+        self.ledger.append(record)
+        return record
+
+    def records(self, kind: str) -> list[Record]:
+        """Records of one kind that the ledger holds of this job, oldest first."""
+        return [one for one in self.ledger.read()[0] if (one.get("kind"), one.get(self.kind)) == (kind, self.id)]
+
+
+def check_axis(comparison: Comparison, ledger: Ledger) -> None:
+    """Checks that a ledger's table has a single x axis once the comparison is added.
+
+    Raises:
+        UsageError: if the ledger holds timings and the comparison trains, or vice versa, or if it sweeps another setting.
+    """
+    kind, words = ("comparison", "timing") if comparison.task is None else ("study", "training")
+    for record in ledger.read()[0]:
+        if record.get("kind") not in ("comparison", "study"):
+            continue
+        if record["kind"] != kind:
+            raise UsageError(f"{ledger.path.parent} holds no {words}: give this a folder of its own, as in sweep_name=mine")
+        if record["swept"] != comparison.swept:
+            raise UsageError(
+                f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "
+                f"{comparison.swept or 'nothing'}: give it a folder of its own, as in sweep_name=mine"
+            )
