@@ -19,7 +19,7 @@ a byte from the first, and lets the other work by writing one to the second. The
 
 @contextlib.contextmanager
 def exclusive_lock(device: str = "cpu") -> Iterator[None]:
-    """While it lasts, no other command of this user measures on a core or GPU of this process, but for `pass_on`.
+    """While it lasts, no other command of this user measures on a core or GPU of this process, but for `yield_lock`.
 
     Says so where it has to wait.
     """
