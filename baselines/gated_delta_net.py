@@ -15,8 +15,8 @@ from bsbr.interface import (
     State,
     check_heads,
     check_hidden_states,
-    count,
     next_position,
+    position_counter,
     require_positive,
     rotate,
     split_heads,
@@ -226,7 +226,7 @@ class GatedDeltaNetAttention(MultiHeadAttention):
         else:
             attended, final = _chunked(q, k, v, beta, log_alpha, self.chunk_size, total)
         assert final is not None
-        return self.output(attended), {"total": final, "position": count(position + hidden_states.shape[1])}
+        return self.output(attended), {"total": final, "position": position_counter(position + hidden_states.shape[1])}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """The products of `_chunked`, triangular ones counted once, padding not at all; d = head_dim, for a chunk of c:

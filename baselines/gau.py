@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsbr.interface import Attention, State, check_hidden_states, count, next_position, require_positive, rotate
+from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter, require_positive, rotate
 
 
 def gated_attention_unit(
@@ -186,7 +186,7 @@ class GatedAttentionUnit(Attention):
         if closed:
             # Copies, so that a state holds no more than it needs.
             kept = {name: x[:, closed:].clone() for name, x in kept.items()}
-        return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": count(position + new)}
+        return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": position_counter(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """2(key_dim + value_dim) per causal pair within a chunk; 2·key_dim·value_dim per token of all chunks but the last for

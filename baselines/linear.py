@@ -13,8 +13,8 @@ from bsbr.interface import (
     State,
     check_heads,
     check_hidden_states,
-    count,
     next_position,
+    position_counter,
     require_positive,
 )
 
@@ -159,7 +159,7 @@ class LinearAttention(MultiHeadAttention):
         else:
             attended, final = _chunked(q, k, v, self.chunk_size, total)
         assert final is not None
-        return self.output(attended), {"total": final, "position": count(position + hidden_states.shape[1])}
+        return self.output(attended), {"total": final, "position": position_counter(position + hidden_states.shape[1])}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """Per head: the causal pairs of each chunk, 2d + 2(d + 1) a pair; the state behind each chunk but the last and

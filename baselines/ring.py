@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from baselines.standard import StandardAttention
-from bsbr.process_group import Ranks
+from bsbr.process_group import SequenceGroup
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, ranks: Ranks, lengths: Sequence[int]) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: SequenceGroup, lengths: Sequence[int]) -> Tensor:
     """softmax(q kᵀ/√d + causal) v of the concatenation in time of all ranks' arguments: this rank's stretch of it.
 
     arXiv:2310.01889, section 3: in each of P steps a rank attends to one stretch of keys and values, merges the result by
@@ -25,15 +25,15 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, ranks: Ranks, lengths: Se
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise NotImplementedError("ring attention is a forward pass only here: call it under torch.no_grad()")
-    after, before = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+    after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     merged, logarithm = _attend(q, k, v, causal=True)
     held = [k.contiguous(), v.contiguous()]
-    for step in range(1, ranks.size):
-        source = (ranks.rank - step) % ranks.size
+    for step in range(1, group.size):
+        source = (group.rank - step) % group.size
         arriving = [tensor.new_empty(*tensor.shape[:2], lengths[source], tensor.shape[3]) for tensor in held]
-        ranks.exchange({after: held}, {before: arriving})
+        group.exchange({after: held}, {before: arriving})
         held = arriving
-        if source < ranks.rank:
+        if source < group.rank:
             attended, another = _attend(q, *held, causal=False)
             total = torch.logaddexp(logarithm, another)
             merged = merged * (logarithm - total).exp().unsqueeze(-1) + attended * (another - total).exp().unsqueeze(-1)
@@ -55,10 +55,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, T
 
 
 class RingAttention(StandardAttention):
-    """Standard attention, and `ring_attention` where its sequence is cut across ranks."""
+    """Standard attention, and `ring_attention` where its sequence is cut across group."""
 
-    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
-        """See `Attention.across`. Without gradients, and without dropout."""
-        lengths = ranks.stretches(hidden_states.shape[1], hidden_states.device)
-        q, k, v = self.project(hidden_states, sum(lengths[: ranks.rank]))
-        return self.output(ring_attention(q, k, v, ranks=ranks, lengths=lengths))
+    def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
+        """See `Attention.context_parallel_forward`. Without gradients, and without dropout."""
+        lengths = group.shard_lengths(hidden_states.shape[1], hidden_states.device)
+        q, k, v = self.project(hidden_states, sum(lengths[: group.rank]))
+        return self.output(ring_attention(q, k, v, group=group, lengths=lengths))

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.kernels import flex
-from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
+from bsbr.interface import (
+    MultiHeadAttention,
+    State,
+    check_heads,
+    check_hidden_states,
+    next_position,
+    position_counter,
+    require_positive,
+)
 
 
 def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, dropout_p: float = 0.0) -> Tensor:
@@ -162,7 +170,7 @@ class SlidingWindowAttention(MultiHeadAttention):
             # Cloned: a view would keep all the keys alive.
             k, v = (x[:, :, -self.window_size :].clone(memory_format=torch.contiguous_format) for x in (k, v))
         kept = {"keys": k.contiguous(), "values": v.contiguous()}
-        return output, {**kept, "position": count(position + hidden_states.shape[1])}
+        return output, {**kept, "position": position_counter(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         kept = min(seq_len, self.window_size)

@@ -11,7 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from baselines.kernels import flex
 from baselines.standard import softmax_attention_over_pages
-from bsbr.interface import MultiHeadAttention, State, check_heads, check_hidden_states, count, next_position, require_positive
+from bsbr.interface import (
+    MultiHeadAttention,
+    State,
+    check_heads,
+    check_hidden_states,
+    next_position,
+    position_counter,
+    require_positive,
+)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
@@ -318,7 +326,7 @@ class SparseAttention(MultiHeadAttention):
         kept = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
         # Neither does a view of nothing.
         kept = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in kept.items()}
-        return output, {**kept, "position": count(position + hidden_states.shape[1])}
+        return output, {**kept, "position": position_counter(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         blocks, open_tokens = divmod(seq_len, self.block_size)

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from bsbr import reference
 from bsbr.backends import dispatch, pytorch, triton
 from bsbr.backends.cpp import operators
-from bsbr.backends.pytorch import corrected, sdpa
+from bsbr.backends.pytorch import pseudo_values, sdpa
 from bsbr.backends.triton import tuning
-from bsbr.cost import flops
-from bsbr.features import FeatureMap, features
+from bsbr.cost import attention_flops
+from bsbr.features import FeatureMap, build_feature_map
 from bsbr.interface import (
     MultiHeadAttention,
     State,
     check_heads,
     check_hidden_states,
-    count,
     next_position,
-    pages_of,
+    position_counter,
     require_positive,
     rotate,
     split_heads,
+    state_pages,
 )
-from bsbr.process_group import Ranks
+from bsbr.process_group import SequenceGroup
 from bsbr.validation import check_inputs, check_options
 
 
@@ -91,7 +91,7 @@ def bsbr_attention(
         "normalise": normalise,
     }
     features = () if q_features is None or k_features is None else (q_features, k_features)
-    chosen = dispatch.choose(impl, q, k, v, r, h, *features, gain=gain, dropout_p=dropout_p)
+    chosen = dispatch.select_backend(impl, q, k, v, r, h, *features, gain=gain, dropout_p=dropout_p)
     if chosen == "triton":
         return triton.bsbr_attention(q, k, v, r, h, **options)
     h = h[:, :, : chunks - 1]
@@ -164,7 +164,7 @@ class BSBRAttention(MultiHeadAttention):
         impl: dispatch.Impl = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        dispatch.check(impl)
+        dispatch.check_impl(impl)
         check_options(chunk_size, chunk_overlap, retrieval_top_k)
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)
@@ -189,7 +189,7 @@ class BSBRAttention(MultiHeadAttention):
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
-        self.features = features(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
+        self.features = build_feature_map(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads) if chunk_states == "delta" else None
         if self.beta_proj is not None:  # at first, all tokens write alike, and most of what they have
             nn.init.zeros_(self.beta_proj.weight)
@@ -226,15 +226,17 @@ class BSBRAttention(MultiHeadAttention):
         """`attend` by `bsbr.reference.bsbr_attention`."""
         return reference.bsbr_attention(*tensors[:5], **self._options(tensors))
 
-    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
-        """See `Attention.across` and `bsbr.context_parallel`."""
-        from bsbr.context_parallel import bsbr_attention_parallel  # which is made of this file
+    def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
+        """See `Attention.context_parallel_forward` and `bsbr.context_parallel`."""
+        from bsbr.context_parallel import context_parallel_bsbr_attention  # which is made of this file
 
-        lengths = ranks.stretches(hidden_states.shape[1], hidden_states.device, self.chunk_size)
+        lengths = group.shard_lengths(hidden_states.shape[1], hidden_states.device, self.chunk_size)
         check_hidden_states(hidden_states, self.hidden_dim)
-        tensors = self.project(hidden_states, sum(lengths[: ranks.rank]), followed=ranks.rank < ranks.size - 1)
+        tensors = self.project(hidden_states, sum(lengths[: group.rank]), followed=group.rank < group.size - 1)
         options = self._options(tensors)
-        return self.output(bsbr_attention_parallel(*tensors[:5], **options, group=ranks, lengths=lengths, dropout_p=self.dropout_p))
+        return self.output(
+            context_parallel_bsbr_attention(*tensors[:5], **options, group=group, lengths=lengths, dropout_p=self.dropout_p)
+        )
 
     def _options(self, tensors: tuple[Tensor, ...]) -> _Options:
         q_features, k_features, *beta = tensors[5:]
@@ -261,7 +263,7 @@ class BSBRAttention(MultiHeadAttention):
     def _stored(self, k_features: Tensor, v: Tensor, beta: Sequence[Tensor], state: Tensor) -> Tensor:
         """The state of an open chunk after more of its tokens, in the type of `state`, that before them."""
         k_features, v = k_features.to(state.dtype), v.to(state.dtype)
-        return state + k_features.mT @ (corrected(k_features, v, beta[0], state) if beta else v)
+        return state + k_features.mT @ (pseudo_values(k_features, v, beta[0], state) if beta else v)
 
     def _meta_query(self, hidden_states: Tensor) -> Tensor:
         project = self.q_proj if self.meta_q_proj is None else self.meta_q_proj
@@ -280,7 +282,7 @@ class BSBRAttention(MultiHeadAttention):
         return split_heads(project(pooled), self.num_kv_heads)
 
     def implementation(self, *tensors: Tensor) -> str:
-        chosen = dispatch.choose(self.impl, *tensors[:7], gain=self.gain, dropout_p=self.dropout_p)
+        chosen = dispatch.select_backend(self.impl, *tensors[:7], gain=self.gain, dropout_p=self.dropout_p)
         return f"triton, {tuning.used(tensors[0])}" if chosen == "triton" else chosen
 
     # --- streaming ---
@@ -339,7 +341,7 @@ class BSBRAttention(MultiHeadAttention):
             "retrieved": new(batch, heads, self.feature_dim, self.head_dim),
             "open_state": new(batch, kv_heads, self.feature_dim, self.head_dim, dtype=wide),
             "open_hidden": new(batch, self.hidden_dim, dtype=wide),
-            "position": count(0),
+            "position": position_counter(0),
         }
 
     def _open_chunks(self, hidden_states: Tensor, state: State, position: int) -> tuple[Tensor, State]:
@@ -349,7 +351,7 @@ class BSBRAttention(MultiHeadAttention):
         keys, values = _joined(state["keys"], k), _joined(state["values"], v)
         complete = tokens // size
         meta_keys = self._meta_key(self._pooled(hidden_states, complete))
-        known = pages_of(state, "meta_keys"), pages_of(state, "states")
+        known = state_pages(state, "meta_keys"), state_pages(state, "states")
         tensors = q, keys, values, self._meta_query(hidden_states[:, ::size]), meta_keys, q_features, k_features, *beta
         options = self._options(tensors)
         if self.implementation(*tensors) == "cpp":
@@ -387,7 +389,7 @@ class BSBRAttention(MultiHeadAttention):
             pooled = hidden_states[:, -1:] if self.meta_pooling == "last" else mean
             new = {"meta_keys": self._meta_key(pooled), "states": after["open_state"].to(v.dtype).unsqueeze(2)}
             for name, chunk in new.items():
-                after |= _paged(name, pages_of(state, name), chunk)
+                after |= _paged(name, state_pages(state, name), chunk)
             after["open_state"], after["open_hidden"] = (torch.zeros_like(after[name]) for name in ("open_state", "open_hidden"))
         return attended, after
 
@@ -397,7 +399,7 @@ class BSBRAttention(MultiHeadAttention):
         start = keys.shape[2] - kept
         if start:  # a view would keep the whole alive, and would not save
             keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
-        return {"keys": keys.contiguous(), "values": values.contiguous(), "position": count(position)}
+        return {"keys": keys.contiguous(), "values": values.contiguous(), "position": position_counter(position)}
 
     def _kept(self, position: int) -> int:
         opened = position % self.chunk_size
@@ -408,7 +410,7 @@ class BSBRAttention(MultiHeadAttention):
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.feature_dim)
         options = self.chunk_size, self.chunk_overlap, self.retrieval_top_k, self.beta_proj is not None
-        return batch_size * flops(seq_len, *sizes, *options)
+        return batch_size * attention_flops(seq_len, *sizes, *options)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         state = self.feature_dim * self.head_dim

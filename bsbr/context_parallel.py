@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from bsbr.backends.pytorch import chunk_states, local_attention, read, retrieve, unit_norm
+from bsbr.backends.pytorch import chunk_states, local_attention, read_out, retrieve, unit_norm
 from bsbr.interface import Attention, check_heads
-from bsbr.process_group import Ranks
+from bsbr.process_group import SequenceGroup
 from bsbr.validation import check_inputs, check_options
 
 
-def bsbr_attention_parallel(
+def context_parallel_bsbr_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     r: Tensor,
     h: Tensor,
     *,
-    group: ProcessGroup | Ranks | None = None,
+    group: ProcessGroup | SequenceGroup | None = None,
     lengths: Sequence[int] | None = None,
     chunk_size: int,
     q_features: Tensor | None = None,
@@ -52,8 +52,8 @@ def bsbr_attention_parallel(
     Raises ValueError, on all ranks alike, if stretches are not as said; else as `bsbr_attention`.
     """
     check_options(chunk_size, chunk_overlap, top_k)
-    ranks = group if isinstance(group, Ranks) else Ranks(group)
-    lengths = ranks.stretches(q.shape[-2], q.device, chunk_size, lengths)
+    ranks = group if isinstance(group, SequenceGroup) else SequenceGroup(group)
+    lengths = ranks.shard_lengths(q.shape[-2], q.device, chunk_size, lengths)
     check_heads(q, k, v)
     last = ranks.rank == ranks.size - 1
     chunks = -(-q.shape[2] // chunk_size)
@@ -87,27 +87,27 @@ def bsbr_attention_parallel(
         normalise=normalise,
         dropout_p=dropout_p,
     )
-    return local + read(q_features, retrieved, chunk_size)
+    return local + read_out(q_features, retrieved, chunk_size)
 
 
 class ContextParallel(nn.Module):
     """An attention over a sequence that is cut across ranks: `ContextParallel(attention)(stretch)` is the stretch of
     `attention(sequence)`.
 
-    attention: any that knows `Attention.across`, with the same parameters on every rank. group: see `Ranks`.
+    attention: any that knows `Attention.context_parallel_forward`, with the same parameters on every rank. group: see `Ranks`.
     A rank's parameters get the gradient of its own part; summed over ranks, they are those of the whole sequence. That sum
     is the caller's: all_reduce every `grad`, or DistributedDataParallel around it, whose mean is that sum if each rank's
     loss is taken times the number of ranks; in a process group of its own, so that the two cannot overtake each other.
     """
 
-    def __init__(self, attention: Attention, group: ProcessGroup | Ranks | None = None) -> None:
+    def __init__(self, attention: Attention, group: ProcessGroup | SequenceGroup | None = None) -> None:
         super().__init__()
         self.attention = attention
-        self.ranks = group if isinstance(group, Ranks) else Ranks(group)
+        self.ranks = group if isinstance(group, SequenceGroup) else SequenceGroup(group)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [batch, time of this rank's stretch, hidden_dim]. Returns the same shape."""
-        return self.attention.across(hidden_states, self.ranks)
+        return self.attention.context_parallel_forward(hidden_states, self.ranks)
 
 
 # --- what goes where ------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class _Exchange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, ways: Ways, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ranks: SequenceGroup, ways: Ways, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors that stay, then `number` from each earlier rank."""
         travelling, staying = tensors[:number], tensors[number:]
         ctx.ranks = ranks

@@ -1,7 +1,7 @@
 """TODO: what lives here."""
 
 
-def flops(
+def attention_flops(
     seq_len: int,
     num_heads: int,
     num_kv_heads: int,

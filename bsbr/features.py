@@ -40,7 +40,7 @@ class QuadraticFeatures(nn.Module):
     def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.feature_dim, self.impl = num_heads, num_kv_heads, feature_dim, impl
-        size = factors(feature_dim)
+        size = num_factors(feature_dim)
         self.q_proj = nn.Linear(hidden_dim, num_heads * size, bias=False)
         self.k_proj = nn.Linear(hidden_dim, num_kv_heads * size, bias=False)
 
@@ -50,10 +50,10 @@ class QuadraticFeatures(nn.Module):
         of_k = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
         if self.impl in ("auto", "cpp") and operators.unsupported(of_q, of_k) is None:
             return operators.quadratic(of_q, self.feature_dim), operators.quadratic(of_k, self.feature_dim)
-        return quadratic(of_q, self.feature_dim), quadratic(of_k, self.feature_dim)
+        return quadratic_features(of_q, self.feature_dim), quadratic_features(of_k, self.feature_dim)
 
 
-def features(
+def build_feature_map(
     kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl
 ) -> LinearFeatures | QuadraticFeatures:
     """Raises ValueError if there is no such map."""
@@ -64,12 +64,12 @@ def features(
     return QuadraticFeatures(hidden_dim, num_heads, num_kv_heads, feature_dim, impl)
 
 
-def quadratic(x: Tensor, size: int) -> Tensor:
+def quadratic_features(x: Tensor, size: int) -> Tensor:
     """`products` of `unit_norm` of x [batch, heads, time, p]: [batch, heads, time, size]."""
-    return products(unit_norm(x), size)
+    return pairwise_products(unit_norm(x), size)
 
 
-def factors(feature_dim: int) -> int:
+def num_factors(feature_dim: int) -> int:
     """The least p whose p (p + 1) / 2 products of two are at least `feature_dim`."""
     size = 1
     while size * (size + 1) // 2 < feature_dim:
@@ -77,7 +77,7 @@ def factors(feature_dim: int) -> int:
     return size
 
 
-def products(x: Tensor, size: int) -> Tensor:
+def pairwise_products(x: Tensor, size: int) -> Tensor:
     """x_i², then √2 x_i x_j of neighbours, of the next but one, … (around the end): the first `size` of them, [..., size].
 
     All p (p + 1) / 2 of them give products(x)·products(y) = (x·y)².

@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from bsbr.process_group import Ranks
+from bsbr.process_group import SequenceGroup
 
 State = dict[str, Tensor]
 """What decoding keeps between calls: a flat dictionary of tensors, and nothing else.
@@ -78,13 +78,13 @@ class Attention(nn.Module, ABC):
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         """Bytes that `extend` must keep after `seq_len` tokens, in the precision of the parameters."""
 
-    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
+    def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
         """`forward` of a sequence that is cut across ranks, on this rank's stretch of it. Not every variant can.
 
         hidden_states: [batch, time of the stretch, hidden_dim]. Every rank must call it, with the same parameters.
         Raises NotImplementedError where the variant does not run across ranks.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not run across ranks: it has no method `across`")
+        raise NotImplementedError(f"{type(self).__name__} does not run across ranks: it has no method `context_parallel_forward`")
 
     def output(self, attended: Tensor) -> Tensor:
         """What `attend` returns -> [batch, time, hidden_dim]."""
@@ -179,10 +179,10 @@ class MultiHeadAttention(Attention):
         check_hidden_states(hidden_states, self.hidden_dim)
         position = next_position(state)
         q, k, v = self.project(hidden_states, position)
-        keys, values = (with_pages(pages_of(state, name), new) for name, new in (("keys", k), ("values", v)))
+        keys, values = (append_to_pages(state_pages(state, name), new) for name, new in (("keys", k), ("values", v)))
         attended = self.attend(q, k, v) if state is None else self.attend_pages(q, keys, values)
         kept = {f"{name}.{i}": page for name, pages in (("keys", keys), ("values", values)) for i, page in enumerate(pages)}
-        return self.output(attended), {**kept, "position": count(position + hidden_states.shape[1])}
+        return self.output(attended), {**kept, "position": position_counter(position + hidden_states.shape[1])}
 
     def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """`attend` of the last positions to keys and values that lie in pages, one after the other in time."""
@@ -223,7 +223,7 @@ def rotate(x: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
 # --- streaming ----------------------------------------------------------------------------------
 
 
-def count(number: int) -> Tensor:
+def position_counter(number: int) -> Tensor:
     """A counter as a state holds it: a tensor, so that a state is tensors only; on the CPU, so that reading waits for no GPU."""
     return torch.tensor(number, dtype=torch.int64)
 
@@ -251,7 +251,7 @@ def page_lengths(time: int) -> list[int]:
     return lengths + [rest % SMALLEST_PAGE] * (rest % SMALLEST_PAGE > 0)
 
 
-def with_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
+def append_to_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
     """`pages` with `new` [batch, heads, time, dim] behind them, each contiguous; full ones go on as the tensors that they are."""
     before = [page.shape[2] for page in pages]
     after = page_lengths(sum(before) + new.shape[2])
@@ -266,7 +266,7 @@ def with_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
     return [*pages[:same], *(page.clone(memory_format=torch.contiguous_format) for page in cut)]
 
 
-def pages_of(state: State | None, name: str) -> list[Tensor]:
+def state_pages(state: State | None, name: str) -> list[Tensor]:
     """The pages `name.0`, `name.1`, … of a state."""
     pages: list[Tensor] = []
     while state is not None and (page := state.get(f"{name}.{len(pages)}")) is not None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsbr.attention import BSBRAttention
 from bsbr.convolution import ShortConvolution
-from bsbr.interface import Attention, State, count, next_position, pack, require_positive
+from bsbr.interface import Attention, State, next_position, pack, position_counter, require_positive
 
 BuildAttention = Callable[..., Attention]
 """Called as `build(hidden_dim=..., num_heads=...)` once a layer: a class, a `functools.partial` of one, or a lambda."""
@@ -130,7 +130,7 @@ class TransformerModel(nn.Module):
         check_input_ids(input_ids)
         position = next_position(state)
         hidden_states = self._embed(input_ids, position)
-        after: State = {"position": count(position + input_ids.shape[1])}
+        after: State = {"position": position_counter(position + input_ids.shape[1])}
         for index, layer in enumerate(self.layers):
             prefix = f"layers.{index}."
             before = None if state is None else {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # builds of torch without ranks have no such name, and every 
     from torch.distributed import ProcessGroup
 
 
-class Ranks:
+class SequenceGroup:
     """The ranks that share a sequence, in the order of their stretches, seen from one of them.
 
     group: a process group of torch.distributed (gloo, NCCL); None is the default one. lengths: how many tokens each
@@ -38,7 +38,7 @@ class Ranks:
         self.lengths = None if lengths is None else list(lengths)
         self.sent_bytes = 0
 
-    def stretches(self, time: int, device: torch.device, block: int = 1, lengths: Sequence[int] | None = None) -> list[int]:
+    def shard_lengths(self, time: int, device: torch.device, block: int = 1, lengths: Sequence[int] | None = None) -> list[int]:
         """How many tokens each rank holds, this one `time`: multiples of `block` on all ranks but the last, nowhere none.
 
         lengths: what they are, if that is known here. Raises ValueError, on all ranks alike, if they are not as said.
@@ -81,7 +81,7 @@ class Ranks:
                 request.wait()
 
 
-def split(seq_len: int, ranks: int, block: int) -> list[int]:
+def split_evenly(seq_len: int, ranks: int, block: int) -> list[int]:
     """Lengths of the stretches that share a sequence's blocks as evenly as whole blocks can be, the larger ones first."""
     blocks = -(-seq_len // block)
     if blocks < ranks:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bsbr.interface import MultiHeadAttention
-from bsbr.process_group import Ranks, ring_sent_bytes, split
+from bsbr.process_group import SequenceGroup, ring_sent_bytes, split_evenly
 from evals.config import DTYPES
 from evals.measure.clock import Stopwatch
 from evals.paths import CONF
@@ -81,23 +81,23 @@ def _report(arguments: argparse.Namespace, device: torch.device) -> int:
         if rank == 0:
             print(words, flush=True)
 
-    short = split(2 * size * attention.block_length - 1, size, attention.block_length)
+    short = split_evenly(2 * size * attention.block_length - 1, size, attention.block_length)
     inputs, mine = stretch(short)
     expected = attention(inputs)[:, mine].double()
-    error = (attention.across(inputs[:, mine], Ranks()).double() - expected).norm() / expected.norm()
+    error = (attention.context_parallel_forward(inputs[:, mine], SequenceGroup()).double() - expected).norm() / expected.norm()
     dist.all_reduce(error, dist.ReduceOp.MAX)
     tolerance = max(1e-5, 2 * torch.finfo(attention.dtype).eps)
     say(f"{arguments.attention} across {size} ranks, {dist.get_backend()}, {arguments.dtype} on {device.type}")
     say(f"{sum(short)} tokens: differs from one rank by {error:.1e} of its norm, {tolerance:.0e} allowed")
 
-    lengths = split(arguments.seq_len, size, attention.block_length)
+    lengths = split_evenly(arguments.seq_len, size, attention.block_length)
     inputs, mine = stretch(lengths)
     inputs = inputs[:, mine].clone()
     seconds = []
     for _ in range(1 + arguments.calls):
         dist.barrier()
-        watch, ranks = Stopwatch(), Ranks(lengths=lengths)
-        attention.across(inputs, ranks)
+        watch, ranks = Stopwatch(), SequenceGroup(lengths=lengths)
+        attention.context_parallel_forward(inputs, ranks)
         if device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()  # the call is over when the last rank is

@@ -11,13 +11,13 @@ from bsbr.backends.cpp import operators
 Impl = Literal["auto", "torch", "cpp", "triton"]
 
 
-def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: float = 0.0) -> Impl:
+def select_backend(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: float = 0.0) -> Impl:
     """torch (`bsbr.backends.pytorch`), native (`bsbr.backends.cpp.operators`, on a CPU) or triton (`bsbr.backends.triton`, on a GPU).
 
     tensors: q, k, v, r, h and, where they are given, φ(q), φ(k), as `bsbr_attention` takes them.
     Raises ValueError if there is no such implementation, NotImplementedError if it cannot take these tensors.
     """
-    check(impl)
+    check_impl(impl)
     obstacles: dict[Impl, Callable[[Sequence[Tensor], Tensor | None, float], str | None]] = {
         "triton": _not_triton,
         "cpp": _not_native,
@@ -30,7 +30,7 @@ def choose(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: 
     return impl
 
 
-def check(impl: str) -> None:
+def check_impl(impl: str) -> None:
     """Raises ValueError unless there is such an implementation."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")

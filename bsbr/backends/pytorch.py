@@ -44,7 +44,7 @@ def segment(
     pieces = [*past[0], h], [*past[1], states]
     retrieved = retrieve(r, *pieces, first=first, top_k=top_k, gain=gain, normalise=normalise, dropout_p=dropout_p)
     if first or h.shape[2]:
-        attended = attended + read(q_features, retrieved, chunk_size)
+        attended = attended + read_out(q_features, retrieved, chunk_size)
     return attended, states, retrieved[:, :, -1]
 
 
@@ -66,7 +66,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_o
             first_key = max(0, before + start - chunk_overlap)
             visible = None
             if chunk_overlap:
-                visible = visible_pairs(
+                visible = local_mask(
                     torch.arange(start, stop, device=q.device),
                     torch.arange(first_key - before, stop, device=q.device),
                     chunk_size,
@@ -80,7 +80,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_o
         visible = None
         if chunk_overlap:
             own = torch.arange(chunk_size, device=q.device)
-            visible = visible_pairs(own, torch.arange(-chunk_overlap, chunk_size, device=q.device), chunk_size, chunk_overlap)
+            visible = local_mask(own, torch.arange(-chunk_overlap, chunk_size, device=q.device), chunk_size, chunk_overlap)
         attended = sdpa(
             _windows(q[:, :, lead : lead + full], chunk_size, chunk_size),
             _windows(k[:, :, window], chunk_size, chunk_size + chunk_overlap),
@@ -100,11 +100,11 @@ def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int, be
     keys: Tensor = k_features[:, :, :tokens].unflatten(2, (chunks, chunk_size))
     values: Tensor = v[:, :, :tokens].unflatten(2, (chunks, chunk_size))
     if beta is not None:
-        values = corrected(keys, values, beta[:, :, :tokens].unflatten(2, (chunks, chunk_size)))
+        values = pseudo_values(keys, values, beta[:, :, :tokens].unflatten(2, (chunks, chunk_size)))
     return keys.mT @ values
 
 
-def corrected(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
+def pseudo_values(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
     """U of the delta rule S_i = S_{i−1} + φ(k_i) u_iᵀ, u_i = β_i (v_i − S_{i−1}ᵀ φ(k_i)): what is new in each value.
 
     k_features: [..., tokens, d_r]; v, and what is returned: [..., tokens, head_dim]; beta: [..., tokens]. S begins at
@@ -127,13 +127,13 @@ Choose = Callable[[Tensor, int, int], Tensor]
 Mix = Callable[[Tensor, Sequence[int], Sequence[Tensor], int], Tensor]
 
 
-def choose(scores: Tensor, top_k: int, first: int) -> Tensor:
+def select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
     """Which of `scores` [batch, heads, rows, chunks] are the top_k highest of each row, the earliest of equals."""
     # Not topk: which of equal scores it takes depends on how many columns there are, that is, on the future.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
 
 
-def mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
+def mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
     """Σ_s weights[s] states[s]; [batch, heads, rows, chunks] and, in pieces of `sizes`, [batch, kv_heads, chunks, size]."""
     parts = weights.reshape(-1, weights.shape[1] // states[0].shape[1] * weights.shape[2], weights.shape[3]).split(sizes, dim=-1)
     mixed = None
@@ -154,8 +154,8 @@ def retrieve(
     gain: Tensor | None = None,
     normalise: bool = False,
     dropout_p: float = 0.0,
-    choose: Choose = choose,
-    mix: Mix = mix,
+    choose: Choose = select_top_k,
+    mix: Mix = mix_states,
 ) -> Tensor:
     """g F̄_t, F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s: [batch, heads, rows, d_r, head_dim].
 
@@ -238,7 +238,7 @@ def _mix_chosen(weights: Tensor, chosen: Tensor, sizes: Sequence[int], states: S
     return mixed
 
 
-def read(q_features: Tensor, retrieved: Tensor, chunk_size: int) -> Tensor:
+def read_out(q_features: Tensor, retrieved: Tensor, chunk_size: int) -> Tensor:
     """φ(q_i)ᵀ F̄_t for every token i of chunk t: [batch, heads, time, head_dim]."""
     full, rest = divmod(q_features.shape[2], chunk_size)
     pieces = []
@@ -260,7 +260,7 @@ def unit_norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def visible_pairs(queries: Tensor, keys: Tensor, chunk_size: int, chunk_overlap: int) -> Tensor:
+def local_mask(queries: Tensor, keys: Tensor, chunk_size: int, chunk_overlap: int) -> Tensor:
     """M_in as booleans [queries, keys], for positions counted from any chunk's beginning."""
     earliest = queries // chunk_size * chunk_size - chunk_overlap
     return (keys >= earliest[:, None]) & (keys <= queries[:, None])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bsbr.attention import bsbr_attention
 from bsbr.backends import dispatch, pytorch
-from bsbr.cost import flops
+from bsbr.cost import attention_flops
 from bsbr.interface import require_positive
 from bsbr.validation import check_options
 
@@ -99,7 +99,7 @@ class Retrieval(nn.Module):
         """g φ(Q) F̄' [batch, heads, time, 1], from what `projected` gave."""
         size, before = self.chunk_size, h.shape[2]
         sums = k_features[:, :, : before * size].unflatten(2, (before, size)).sum(dim=3).unsqueeze(-1)
-        return pytorch.read(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
+        return pytorch.read_out(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
@@ -127,7 +127,7 @@ class Retrieval(nn.Module):
         h, states = self.summaries(k, v, before)
         r = q[:, :, ::size] @ self.meta_query
         retrieved = pytorch.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return joined(attended, pytorch.read(self.phi_q(q), retrieved, size))
+        return joined(attended, pytorch.read_out(self.phi_q(q), retrieved, size))
 
     def bidirectional(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
@@ -156,7 +156,7 @@ class Retrieval(nn.Module):
         others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
         q_features = self.phi_q(q, others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1))
-        return joined(attended, pytorch.read(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
+        return joined(attended, pytorch.read_out(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
         """F̄, F̄' where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim + 1].
@@ -184,7 +184,7 @@ class Retrieval(nn.Module):
         kv_heads, chunks = self.meta_key.shape[0], -(-seq_len // self.chunk_size)
         meta = 2 * head_dim * head_dim * (heads * chunks + kv_heads * (chunks - 1))
         features = 2 * seq_len * head_dim * ((heads + kv_heads) * feature_dim + heads)
-        attended = flops(
+        attended = attention_flops(
             *(seq_len, heads, kv_heads, head_dim, feature_dim, self.chunk_size),
             chunk_overlap=self.chunk_overlap,
             top_k=self.top_k,
@@ -208,7 +208,7 @@ class Retrieval(nn.Module):
         heads, head_dim, _ = self.query_features.shape
         q, k = (self.gate.new_zeros(1, one, self.chunk_size + 1, head_dim) for one in (heads, self.meta_key.shape[0]))
         r, h, q_features, k_features = self.projected(q, k)
-        return dispatch.choose("auto", q, k, k, r, h, q_features, k_features, gain=self.gain)
+        return dispatch.select_backend("auto", q, k, k, r, h, q_features, k_features, gain=self.gain)
 
     # --- parts ---
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from bsbr.interface import Attention
-from bsbr.process_group import Ranks, split
+from bsbr.process_group import SequenceGroup, split_evenly
 from evals.benchmark.workloads import Work, count_tokens, limit_to
 from evals.isolation.affinity import core_count
 from evals.isolation.forkserver import end_with_parent
@@ -33,7 +33,7 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
     if not 1 <= ranks <= core_count():
         raise ValueError(f"workload.ranks must be from 1 to {core_count()}, the cores that this process may use, got {ranks}")
     module.eval()
-    lengths = split(inputs.shape[1], ranks, module.block_length)
+    lengths = split_evenly(inputs.shape[1], ranks, module.block_length)
 
     def join(rank: int, store: TCPStore) -> Callable[[], int]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
@@ -42,8 +42,8 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
 
         @torch.inference_mode()
         def attend() -> int:
-            shared = Ranks(lengths=lengths)
-            module.across(stretch, shared)
+            shared = SequenceGroup(lengths=lengths)
+            module.context_parallel_forward(stretch, shared)
             return shared.sent_bytes
 
         return attend

@@ -17,7 +17,7 @@ from bsbr import reference
 from bsbr.convert import Retrieval, convert_to_bsbr
 from bsbr.convert import registered as converted_attention
 from bsbr.convert.streaming import StreamingLayer
-from bsbr.interface import Attention, State, check_hidden_states, count, next_position
+from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter
 from evals.conversion.distill import converted_attention_names, weight_matrices
 
 UNPADDED = "bsbr_unpadded"
@@ -77,7 +77,7 @@ class PretrainedDecoder(Attention):
         if state is not None:
             self.restore(cache, state)
         output = self.decoder(inputs_embeds=hidden_states, cache=cache, use_cache=True).last_hidden_state
-        return output, {**self.kept(cache), "position": count(position + hidden_states.shape[1])}
+        return output, {**self.kept(cache), "position": position_counter(position + hidden_states.shape[1])}
 
     def restore(self, cache: DynamicCache, state: State) -> None:
         for index, layer in enumerate(cache.layers):

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from baselines.ring import RingAttention
 from bsbr import BSBRAttention, bsbr_attention, reference
 from bsbr.backends.pytorch import unit_norm
-from bsbr.context_parallel import ContextParallel, bsbr_attention_parallel, sent_bytes
+from bsbr.context_parallel import ContextParallel, context_parallel_bsbr_attention, sent_bytes
 from bsbr.interface import Attention
-from bsbr.process_group import Ranks, ring_sent_bytes, split
+from bsbr.process_group import SequenceGroup, ring_sent_bytes, split_evenly
 from evals.certification.checks import awake
 from evals.isolation import forkserver
 
@@ -106,7 +106,7 @@ def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
             found[name] = _function(rank, lengths, sizes, options)
     for name, (ranks, time, options) in MODULES.items():
         if ranks == size:
-            found[name] = _module(rank, split(time, size, CHUNK), options)
+            found[name] = _module(rank, split_evenly(time, size, CHUNK), options)
     for name, (lengths, options) in RINGS.items():
         if len(lengths) == size:
             found[name] = _ring(rank, lengths, options)
@@ -123,8 +123,8 @@ def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
 
 
 def _function(rank: int, lengths: list[int], sizes: dict[str, int], options: dict[str, int]) -> dict[str, Any]:
-    tensors, ranks = whole(lengths, **sizes), Ranks(lengths=lengths)
-    out = bsbr_attention_parallel(**cut(tensors, lengths, rank), chunk_size=CHUNK, group=ranks, **options)
+    tensors, ranks = whole(lengths, **sizes), SequenceGroup(lengths=lengths)
+    out = context_parallel_bsbr_attention(**cut(tensors, lengths, rank), chunk_size=CHUNK, group=ranks, **options)
     forward = ranks.sent_bytes
     every = weights(torch.empty(BATCH, HEADS, sum(lengths), HEAD_DIM))
     start = sum(lengths[:rank])
@@ -151,7 +151,7 @@ def ring(options: dict[str, Any]) -> RingAttention:
 
 
 def _ring(rank: int, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
-    parallel = ContextParallel(ring(options), Ranks(lengths=lengths))
+    parallel = ContextParallel(ring(options), SequenceGroup(lengths=lengths))
     stretch = hidden(sum(lengths))[:, sum(lengths[:rank]) : sum(lengths[: rank + 1])]
     with pytest.raises(NotImplementedError, match="forward pass only"):
         parallel(stretch)
@@ -167,7 +167,7 @@ def _refused(rank: int, lengths: list[int]) -> str:
 
 def _in(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     attention, states = module({"chunk_overlap": 2}).to(dtype), hidden(16).detach().to(dtype)
-    parallel = ContextParallel(attention, Ranks(lengths=[8, 8]))
+    parallel = ContextParallel(attention, SequenceGroup(lengths=[8, 8]))
     out = parallel(states[:, 8 * rank : 8 * rank + 8])
     sent = parallel.ranks.sent_bytes
     out.sum().backward()
@@ -176,7 +176,7 @@ def _in(dtype: torch.dtype, rank: int) -> dict[str, Any]:
 
 def _unable(rank: int) -> str:
     class Another(BSBRAttention):
-        across = Attention.across
+        context_parallel_forward = Attention.context_parallel_forward
 
     with pytest.raises(NotImplementedError) as refusal:
         ContextParallel(Another(16, 4))(torch.zeros(1, 4, 16))
@@ -197,7 +197,7 @@ def _in_a_group(rank: int) -> Any:
     pair = dist.new_group([1, 3])
     if rank not in (1, 3):
         with pytest.raises(RuntimeError) as refusal:
-            Ranks(pair)
+            SequenceGroup(pair)
         return str(refusal.value)
     place, states = (1, 3).index(rank), hidden(10).detach()
     return ContextParallel(module({}), pair)(states[:, slice(4) if place == 0 else slice(4, 10)]).detach()
@@ -284,7 +284,7 @@ def test_a_module_tells_lengths_and_sends_what_its_function_does(case: str, foun
     attention = module(options)
     for rank, one in enumerate(found[case]):
         forward, backward = sent_bytes(
-            split(time, size, CHUNK),
+            split_evenly(time, size, CHUNK),
             rank,
             chunk_size=CHUNK,
             chunk_overlap=attention.chunk_overlap,
@@ -344,7 +344,7 @@ def test_bad_stretches_are_the_same_sentence_on_every_rank(found: dict[str, list
 
 
 def test_an_attention_that_cannot_says_so(found: dict[str, list[Any]]) -> None:
-    assert found["another"] == ["Another does not run across ranks: it has no method `across`"] * 2
+    assert found["another"] == ["Another does not run across ranks: it has no method `context_parallel_forward`"] * 2
 
 
 def test_without_a_process_group_it_says_what_to_do() -> None:
@@ -356,9 +356,9 @@ def test_without_a_process_group_it_says_what_to_do() -> None:
     ("seq_len", "ranks", "lengths"), [(16, 4, [4] * 4), (17, 4, [8, 4, 4, 1]), (30, 3, [12, 12, 6]), (3, 1, [3]), (5, 2, [4, 1])]
 )
 def test_chunks_are_shared_evenly(seq_len: int, ranks: int, lengths: list[int]) -> None:
-    assert split(seq_len, ranks, CHUNK) == lengths
+    assert split_evenly(seq_len, ranks, CHUNK) == lengths
 
 
 def test_too_few_chunks_for_the_ranks() -> None:
     with pytest.raises(ValueError, match="8 tokens are 2 chunks of 4, too few for 3 ranks"):
-        split(8, 3, CHUNK)
+        split_evenly(8, 3, CHUNK)

@@ -157,14 +157,14 @@ def test_a_future_that_overflows_does_not_reach_the_past() -> None:
 def test_the_choice_of_implementation() -> None:
     tensors = inputs(CHUNK + 1, dtype=torch.float32)
     order = [tensors[name] for name in ("q", "k", "v", "r", "h")]
-    assert dispatch.choose("auto", *order) == "cpp"
-    assert dispatch.choose("torch", *order) == "torch"
-    assert dispatch.choose("auto", *order, dropout_p=0.1) == "torch"
-    assert dispatch.choose("auto", *(x.bfloat16() for x in order)) == "torch"
+    assert dispatch.select_backend("auto", *order) == "cpp"
+    assert dispatch.select_backend("torch", *order) == "torch"
+    assert dispatch.select_backend("auto", *order, dropout_p=0.1) == "torch"
+    assert dispatch.select_backend("auto", *(x.bfloat16() for x in order)) == "torch"
     with pytest.raises(NotImplementedError, match=r"impl='cpp' was asked for: native code has no dropout; impl='torch' takes"):
-        dispatch.choose("cpp", *order, dropout_p=0.1)
+        dispatch.select_backend("cpp", *order, dropout_p=0.1)
     with pytest.raises(NotImplementedError, match=r"impl='triton' was asked for: the kernels "):
-        dispatch.choose("triton", *order)
+        dispatch.select_backend("triton", *order)
     with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, native, triton, got 'cuda'$"):
         BSBRAttention(16, 4, impl="cuda")  # type: ignore[arg-type]
 

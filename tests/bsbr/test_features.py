@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bsbr.backends.cpp import operators
-from bsbr.features import factors, products, quadratic
+from bsbr.features import num_factors, pairwise_products, quadratic_features
 
 
 def test_products_of_three_numbers() -> None:
@@ -12,25 +12,25 @@ def test_products_of_three_numbers() -> None:
     x = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
     everything = torch.tensor([4, 9, 25, 6 * root, 15 * root, 10 * root], dtype=torch.float64)
     for size in range(1, 7):
-        torch.testing.assert_close(products(x, size), everything[:size], rtol=0, atol=1e-14)
+        torch.testing.assert_close(pairwise_products(x, size), everything[:size], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 11])
 def test_all_products_make_the_square_of_the_inner_product(size: int) -> None:
     x, y = torch.randn(2, 3, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
     whole = size * (size + 1) // 2
-    made = (products(x, whole) * products(y, whole)).sum(dim=-1)
+    made = (pairwise_products(x, whole) * pairwise_products(y, whole)).sum(dim=-1)
     torch.testing.assert_close(made, (x * y).sum(dim=-1).square(), rtol=0, atol=1e-12)
 
 
 def test_as_few_factors_as_are_needed() -> None:
-    assert [factors(size) for size in (1, 2, 3, 4, 6, 7, 16, 32, 36, 37, 64, 128)] == [1, 2, 2, 3, 3, 4, 6, 8, 8, 9, 11, 16]
+    assert [num_factors(size) for size in (1, 2, 3, 4, 6, 7, 16, 32, 36, 37, 64, 128)] == [1, 2, 2, 3, 3, 4, 6, 8, 8, 9, 11, 16]
 
 
 @pytest.mark.parametrize("size", [3, 12, 15])
 def test_gradients(size: int) -> None:
     x = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: products(y, size), (x,))
+    assert torch.autograd.gradcheck(lambda y: pairwise_products(y, size), (x,))
 
 
 @pytest.mark.parametrize(("factors", "size"), [(1, 1), (3, 4), (8, 32), (11, 64), (16, 136)])
@@ -41,7 +41,7 @@ def test_native_code_makes_the_same_features_and_gradients(factors: int, size: i
     x[:, :, 7] = 0
     x.requires_grad_()
     for_out = torch.randn(2, 3, 131, size, dtype=torch.float64, generator=generator)
-    made = [make(x, size) for make in (quadratic, operators.quadratic)]
+    made = [make(x, size) for make in (quadratic_features, operators.quadratic)]
     gradients = [torch.autograd.grad((out * for_out).sum(), x)[0] for out in made]
     for plain, fast in (made, gradients):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)

@@ -16,9 +16,9 @@ from bsbr.interface import (
     merge_heads,
     pack,
     page_lengths,
-    pages_of,
     rotate,
     split_heads,
+    state_pages,
 )
 
 
@@ -161,11 +161,11 @@ def test_a_cache_lies_in_pages_that_go_from_state_to_state() -> None:
             output, after = attention.extend(x[:, first : first + second], state)
             torch.testing.assert_close(output, whole[:, first : first + second], rtol=0, atol=1e-12)
             for name in ("keys", "values"):
-                pages = pages_of(after, name)
+                pages = state_pages(after, name)
                 assert [page.shape[2] for page in pages] == page_lengths(first + second)
                 assert all(page.is_contiguous() and page.untyped_storage().nbytes() == page.nbytes for page in pages)
                 # The pages that stay as they are, are the same tensors: a token copies no more than a page or two.
-                shared = sum(page is before for page, before in zip(pages, pages_of(state, name), strict=False))
+                shared = sum(page is before for page, before in zip(pages, state_pages(state, name), strict=False))
                 assert shared == next(
                     (i for i, (a, b) in enumerate(zip(page_lengths(first), page_lengths(first + second), strict=False)) if a != b),
                     min(len(page_lengths(first)), len(page_lengths(first + second))),

@@ -15,7 +15,7 @@ from baselines.linear import LinearAttention
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention_reference
 from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
-from bsbr.backends.pytorch import chunk_states, local_attention, read, retrieve
+from bsbr.backends.pytorch import chunk_states, local_attention, read_out, retrieve
 from bsbr.interface import State, merge_heads
 
 # --- who sees the future ------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class RetrievesOwnChunk(BSBRAttention):
         q, k, v, r, h, q_features, k_features, beta = tensors
         local = local_attention(q, k, v, chunk_size=self.chunk_size)
         states = chunk_states(k_features, v, self.chunk_size, h.shape[2], beta)
-        return local + read(q_features, retrieve(r, [h], [states], first=1, normalise=True), self.chunk_size)
+        return local + read_out(q_features, retrieve(r, [h], [states], first=1, normalise=True), self.chunk_size)
 
 
 class MetaQueryFromLastToken(BSBRAttention):

@@ -115,7 +115,7 @@ def _choose(scores: Tensor, top_k: int, first: int) -> Tensor:
 def _mix(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
     """`bsbr.backends.pytorch.mix`, of the chunks alone that a row sees."""
     if weights.shape[2] < FEW:
-        return pytorch.mix(weights, sizes, states, first)
+        return pytorch.mix_states(weights, sizes, states, first)
     mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
     start = 0
     for part, chunks, page in zip(weights.split(sizes, dim=-1), sizes, states, strict=True):

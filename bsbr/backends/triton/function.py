@@ -133,7 +133,7 @@ def bsbr(
         if q_features is None or k_features is None:
             q_features, k_features = unit_norm(q), unit_norm(k)
         stored = [x[:, :, : chunks * chunk_size].unflatten(2, (chunks, chunk_size)) for x in (k_features, v, beta)]
-        corrected = pytorch.corrected(*stored).flatten(2, 3)
+        corrected = pytorch.pseudo_values(*stored).flatten(2, 3)
     given = [None if x is None else tiles.rows_contiguous(x) for x in (q, k, v, q_features, k_features, corrected)]
     gain = None if gain is None else gain.contiguous()
     ways: tuple[Tensor | None, ...] = (tiles.rows_contiguous(r), tiles.rows_contiguous(h), None, None)

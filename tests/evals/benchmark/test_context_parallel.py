@@ -17,7 +17,7 @@ from torch import Tensor
 from baselines.ring import RingAttention
 from bsbr import BSBRAttention
 from bsbr.context_parallel import sent_bytes
-from bsbr.process_group import Ranks, ring_sent_bytes
+from bsbr.process_group import SequenceGroup, ring_sent_bytes
 from evals import run
 from evals.benchmark.context_parallel import context_parallel
 from evals.context_parallel import main
@@ -56,14 +56,14 @@ def test_it_counts_what_one_call_sends() -> None:
 class Broken(BSBRAttention):
     """Fails on the second rank."""
 
-    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
-        if ranks.rank == 1:
+    def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
+        if group.rank == 1:
             raise ArithmeticError("no such number")
         return hidden_states
 
 
 class Alone(BSBRAttention):
-    def across(self, hidden_states: Tensor, ranks: Ranks) -> Tensor:
+    def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
         raise NotImplementedError("not made for it")
 
 
