@@ -19,7 +19,7 @@ from evals.isolation.worker import run_isolated
 from evals.measure import machine
 from evals.measure.clock import now, seconds_since
 from evals.measure.memory import available_bytes
-from evals.measure.peaks import measure_ceilings
+from evals.measure.peaks import measure_peaks
 from evals.results.history import History
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
@@ -29,7 +29,7 @@ HARNESS = tuple(
     for name in (
         *("benchmark.rounds", "benchmark.preflight", "benchmark.workloads", "benchmark.cost", "benchmark.context_parallel"),
         *("isolation.worker", "isolation.forkserver", "benchmark.preload", "isolation.locks"),
-        *("measure.clock", "measure.memory", "measure.flops", "measure.cuda", "measure.peaks"),
+        *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),
     )
 )
 """What decides how a number comes about: a comparison that other versions of these files began is not continued."""
@@ -72,7 +72,7 @@ class Engine:
         self.comparison = comparison
         self.ledger = ledger
         check_axis(comparison, ledger)
-        self.processor = machine.processor(comparison.device.kind)
+        self.processor = machine.processor_name(comparison.device.kind)
         with torch.device("meta"):
             self.code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
         sampling = comparison.sampling
@@ -177,5 +177,6 @@ class Engine:
         ]
         if len(fresh) >= CEILINGS:
             return None
-        result = run_isolated(measure_ceilings, self.comparison.device, CEILINGS_S, timeout_s=60.0)
+        device = self.comparison.device
+        result = run_isolated(measure_peaks, device.kind, device.torch_dtype, device.threads, CEILINGS_S, timeout_s=60.0)
         return result.value.as_record() if result.outcome == "ok" else None

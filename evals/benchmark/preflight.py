@@ -10,17 +10,19 @@ import torch
 from evals.benchmark.code_hash import modules_digest
 from evals.benchmark.cost import candidate_costs
 from evals.benchmark.workloads import prepare
-from evals.certification.certificate import certificate
+from evals.certification.certificate import certify_isolated
 from evals.config import Candidate, Comparison
 from evals.isolation.affinity import core_count
 from evals.isolation.worker import Result, Worker
-from evals.measure import cuda
 from evals.measure.clock import Stopwatch, now
-from evals.measure.memory import available_bytes, peak_allocated_bytes, process_peak_bytes
+from evals.measure.memory import available_bytes, cuda_peak_memory, peak_allocated_bytes, process_peak_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
 
-CERTIFICATE = ("evals.certification.certificate", "evals.certification.checks")
+CERTIFICATE = tuple(
+    f"evals.certification.{name}"
+    for name in ("certificate", "checks", "cost_checks", "output_checks", "parity_check", "streaming_check", "subject")
+)
 
 CERTIFICATE_S = 5.0
 """About what a certificate takes, for planning ahead."""
@@ -74,7 +76,7 @@ class Preflight:
                 return Result("uncertified" if record["failure"] else "ok", detail=str(record["failure"]))
         device = self.comparison.device
         limit = int(0.8 * available_bytes() / core_count())  # as many may run at once
-        result = certificate(partial(candidate.build, self.comparison.model), device.kind, device.torch_dtype, limit)
+        result = certify_isolated(partial(candidate.build, self.comparison.model), device.kind, device.torch_dtype, limit)
         if result.outcome == "unsupported":
             return Result("unsupported", detail=result.detail)
         if result.outcome == "ok":
@@ -113,7 +115,7 @@ def measure_memory(comparison: Comparison, candidate: Candidate) -> dict[str, An
     work, _, _, counted = prepare(comparison, candidate)
     watch = Stopwatch()
     if comparison.device.kind == "cuda":
-        peak = cuda.peak_memory(work)
+        peak = cuda_peak_memory(work)
         held: dict[str, Any] = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
     else:  # in this order: the first asks for a process that has not worked yet
         held = {"process_peak_bytes": process_peak_bytes(work), "peak_bytes": peak_allocated_bytes(work)}

@@ -12,7 +12,7 @@ from evals.benchmark.workloads import prepare
 from evals.config import Candidate, Comparison
 from evals.isolation.locks import yield_lock
 from evals.isolation.worker import Result, Worker
-from evals.measure.clock import Stopwatch, TimeSlice, clock, settle_allocator
+from evals.measure.clock import Stopwatch, TimeSlice, make_clock, settle_allocator
 from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.stats.intervals import Interval, half_width
@@ -131,7 +131,7 @@ def _take_turns(
                     taken[runner].append(result.value)
                 else:
                     results[runner] = result
-                watch.leave_out(yield_lock())
+                watch.exclude(yield_lock())
         for worker in workers.values():
             worker.kill()  # all at once, which takes less time than one after the other
     for runner, result in results.items():
@@ -170,10 +170,10 @@ def latency(comparison: Comparison, candidate: Candidate) -> Generator[Any, floa
     """In a child: builds, and waits; calls once, and waits; then a turn for every message, which says for how many seconds."""
     settle_allocator()
     work = prepare(comparison, candidate)
-    time = clock(work.call, comparison.device.kind, comparison.device.mode)
+    time = make_clock(work.call, comparison.device.kind, comparison.device.mode)
     yield None
     first_s = time.first_call()
     seconds = yield {"tokens": work.tokens, "steps": work.steps, "first_call_s": first_s / work.steps, "called_s": first_s}
     while True:
-        turn = time.turn(seconds)
+        turn = time.time_slice(seconds)
         seconds = yield replace(turn, samples_s=[sample / work.steps for sample in turn.samples_s])

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from evals.certification.checks import CHECKS, NEEDS_GRAD, Build, Subject
+from evals.certification.checks import CHECKS, NEEDS_GRAD
+from evals.certification.subject import Build, Subject
 from evals.errors import one_sentence
 from evals.isolation.worker import Result, run_isolated
 
@@ -58,7 +59,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def certificate(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result:
+def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result:
     """The findings, from a process apart: on the CPU in float64, or where its kernels run only on the comparison's GPU, there.
 
     There all checks are made in the comparison's precision, and see no error below its rounding. Not yet run on a GPU.

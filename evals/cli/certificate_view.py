@@ -4,7 +4,7 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from evals.certification.certificate import certificate
+from evals.certification.certificate import certify_isolated
 from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
 from evals.measure.memory import available_bytes
@@ -27,7 +27,7 @@ class Report:
         for candidate in comparison.candidates:
             print(f"{candidate.name:<{width}}", end="", flush=True)
             # Apart, because what is not certified may hang, crash or take all memory.
-            result = certificate(
+            result = certify_isolated(
                 partial(candidate.build, comparison.model),
                 comparison.device.kind,
                 comparison.device.torch_dtype,

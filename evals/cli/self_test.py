@@ -21,7 +21,7 @@ from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
 from evals.isolation.worker import run_isolated
-from evals.measure.clock import Stopwatch, clock, settle_allocator
+from evals.measure.clock import Stopwatch, make_clock, settle_allocator
 from evals.paths import CONF, ROOT
 from evals.results import latency_table, schema
 from evals.results.ledger import Ledger
@@ -105,12 +105,12 @@ def both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, fl
     """Median seconds of a call by torch's clock, and our seconds over its: the two take turns."""
     settle_allocator()
     call = prepare(comparison, candidate).call
-    ours = clock(call, comparison.device.kind, comparison.device.mode)
+    ours = make_clock(call, comparison.device.kind, comparison.device.mode)
     ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
     for _ in within_budget(400, 12.0, Stopwatch()):
-        mine = statistics.median(ours.turn(0.01).samples_s)
+        mine = statistics.median(ours.time_slice(0.01).samples_s)
         # A median of calls, as ours is; each of them costs two more that warm up.
         theirs = statistics.median(timer.timeit(1).median for _ in range(max(1, round(0.003 / mine))))
         pairs.append((mine, theirs))

@@ -22,7 +22,7 @@ from evals.cli.progress import board
 from evals.config import Comparison
 from evals.errors import INCOMPLETE
 from evals.isolation.affinity import core_count
-from evals.measure.clock import now, seconds_of_this_process
+from evals.measure.clock import now, process_age_s
 from evals.plots import registry
 from evals.results import accuracy_table, latency_table
 from evals.results.formatting import filled
@@ -135,7 +135,7 @@ class Run:
         print(latency_table.shown(own))
         print(f"\n{written(path, results, plots)}")
         if self.called_s:
-            seconds = seconds_of_this_process()
+            seconds = process_age_s()
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
         return 0 if (own["outcome"] == "ok").all() else INCOMPLETE
 

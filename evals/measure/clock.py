@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import psutil
 
-from evals.measure import cuda
+from evals.measure import cuda_clock, cuda_state
 
 Work = Callable[[], object]
 
@@ -42,7 +42,7 @@ class Clock(Protocol):
     def first_call(self) -> float:
         """Seconds of the first call, with all that is done once."""
 
-    def turn(self, seconds: float) -> TimeSlice:
+    def time_slice(self, seconds: float) -> TimeSlice:
         """Calls the work for about so long, at least once."""
 
 
@@ -60,7 +60,7 @@ class CpuClock:
         self._typical_s = self._once()
         return self._typical_s
 
-    def turn(self, seconds: float) -> TimeSlice:
+    def time_slice(self, seconds: float) -> TimeSlice:
         gc.collect()
         # Others had the caches, and the threads sleep: the first tenth of a turn does not count, where a call is that short.
         called_s = 0.0
@@ -84,27 +84,27 @@ class DeviceClock:
     """Device time of each call, and the state of the device. Not yet run on one."""
 
     def __init__(self, work: Work, mode: Literal["eager", "graph"]) -> None:
-        self._clock = cuda.CudaClock(work, mode)
-        self._before: cuda.DeviceState | None = None
+        self._clock = cuda_clock.CudaClock(work, mode)
+        self._before: cuda_state.DeviceState | None = None
         self._settled = False
 
     def first_call(self) -> float:
         seconds = self._clock.first_call()
         self._settled = self._clock.warm()
-        self._before = cuda.read_state()
+        self._before = cuda_state.read_state()
         return seconds
 
-    def turn(self, seconds: float) -> TimeSlice:
+    def time_slice(self, seconds: float) -> TimeSlice:
         start = time.perf_counter()
         burst = self._clock.burst(seconds=seconds)
         called_s = time.perf_counter() - start
-        after = cuda.read_state()
+        after = cuda_state.read_state()
         return TimeSlice(
             burst.device_s,
             called_s,
             host_s=statistics.median(burst.host_s),
             exposed=len(burst.exposed),
-            throttled=cuda.throttled(self._before, after),
+            throttled=cuda_state.throttle_reason(self._before, after),
             device={
                 **({} if after is None else asdict(after)),
                 "clocks_settled": self._settled,
@@ -113,7 +113,7 @@ class DeviceClock:
         )
 
 
-def clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
+def make_clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
     """The clock of `device`, cpu or cuda. It takes over this process. mode: eager or graph (CUDA graphs)."""
     return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
 
@@ -140,7 +140,7 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Of the time until now."""
         self._start += seconds
 
@@ -160,7 +160,7 @@ def seconds_since(time: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
 
 
-def seconds_of_this_process() -> float:
+def process_age_s() -> float:
     """Wall time since this process began, imports included."""
     return time.time() - psutil.Process().create_time()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from evals.measure.cuda import driver_version
+from evals.measure.cuda_state import driver_version
 from evals.paths import ROOT
 
 SYSTEM = Path("/sys/devices/system/cpu")
@@ -31,7 +31,7 @@ SPEED_VARIABLES = (
 """Beginnings of the names of environment variables that change how fast threads, libraries or the allocator are."""
 
 
-def processor(device: str) -> str:
+def processor_name(device: str) -> str:
     """The model name of what computes: two machines of one name are taken to be alike."""
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -54,7 +54,7 @@ def provenance(device: str = "cpu") -> dict[str, Fact]:
         **{name: _version(name) for name in LIBRARIES},
         "commit": commit,
         "dirty": dirty,
-        "cpu": processor("cpu"),
+        "cpu": processor_name("cpu"),
         "cores": os.cpu_count(),
         "physical_cores": psutil.cpu_count(logical=False),
         "affinity": None if affinity is None else ranges(affinity),

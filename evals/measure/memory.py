@@ -2,12 +2,13 @@
 
 import ctypes
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from torch.profiler import ProfilerActivity, profile
 
-from evals.measure import cuda
 from evals.measure.clock import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, Work
 
 # --- memory -------------------------------------------------------------------------------------
@@ -19,7 +20,7 @@ def peak_allocated_bytes(work: Work, device: str = "cpu") -> int:
     CPU: every allocation and release is an event of the profiler; their running sum is exact, which no polling
     is. Scratch that a library takes past torch's allocator is not in it. CUDA: the allocator's own peak.
     """
-    return cuda.peak_memory(work).allocated_bytes if device == "cuda" else _cpu_peak_bytes(work)
+    return cuda_peak_memory(work).allocated_bytes if device == "cuda" else _cpu_peak_bytes(work)
 
 
 def _cpu_peak_bytes(work: Work) -> int:
@@ -47,13 +48,13 @@ def process_peak_bytes(work: Work) -> int | None:
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     libc.mallopt(M_TRIM_THRESHOLD, 0)
     libc.malloc_trim(0)
-    before = _status_bytes("VmRSS")
+    before = process_status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     work()
-    return max(_status_bytes("VmHWM") - before, 0)
+    return max(process_status_bytes("VmHWM") - before, 0)
 
 
-def _status_bytes(key: str) -> int:
+def process_status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
@@ -66,3 +67,25 @@ def available_bytes() -> int:
 def private_bytes() -> int:
     """What the kernel counts against RLIMIT_DATA for this process, where it counts at all (Linux)."""
     return int(getattr(psutil.Process().memory_info(), "data", 0))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CudaPeak:
+    """Bytes above what was held before: of tensors, and of what the allocator took from the device to hold them."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+def cuda_peak_memory(work: Work) -> CudaPeak:
+    """The most that `work` held at once, by the allocator's own account; what libraries take past it is not in it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what is cached from before would be used without being counted as reserved
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    work()
+    torch.cuda.synchronize()
+    return CudaPeak(torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved)

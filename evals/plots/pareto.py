@@ -30,7 +30,7 @@ from evals.plots.layout import (
 )
 from evals.plots.style import FAILURES
 from evals.results.formatting import BYTES, in_bytes, scaled, seconds
-from evals.stats.scaling import pareto_front
+from evals.stats.pareto import pareto_front
 
 
 def front(latency: Numbers, memory: Numbers) -> list[int]:

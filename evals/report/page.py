@@ -18,7 +18,7 @@ from evals.report.library import vega
 from evals.report.sources import CONTEXT, LEARNED, Part, Source, facts, parts, read
 from evals.report.words import verdicts
 from evals.results.formatting import plain
-from evals.stats.roofline import Ceilings, highest
+from evals.stats.roofline import Peaks, merge_peaks
 
 HERE = Path(__file__).parent
 SCRIPTS = ("charts.js", "table.js", "page.js")
@@ -172,9 +172,9 @@ def machines(sources: Iterable[Source]) -> list[dict[str, Any]]:
             entry = found.setdefault(key, {"source": source, "facts": known, "times": [], "peaks": []})
             entry["times"].append(str(description.get("time", "")))
             if description.get("peaks"):
-                entry["peaks"].append(Ceilings.from_record(description["peaks"]))
+                entry["peaks"].append(Peaks.from_record(description["peaks"]))
     for entry in found.values():
         entry["since"], entry["until"] = min(entry["times"])[:16], max(entry["times"])[:16]
-        rates = highest(*entry["peaks"]) if entry["peaks"] else None
+        rates = merge_peaks(*entry["peaks"]) if entry["peaks"] else None
         entry["rates"] = rates and {"flops": rates.flops_per_s, "bytes": max(rate for _, rate in rates.bytes_per_s)}
     return list(found.values())

@@ -12,8 +12,9 @@ import pandas as pd
 
 from evals.errors import UsageError
 from evals.results.folder import Results
+from evals.stats.crossovers import crossovers, crossovers_from_intervals
 from evals.stats.intervals import Interval
-from evals.stats.scaling import crossovers, crossovers_of_intervals, fit_scaling
+from evals.stats.scaling import fit_scaling
 
 SLACK, MARGIN = 0.05, 0.25
 """n^p is refuted where p is further than SLACK from the interval, supported where all of that lies within MARGIN of p."""
@@ -171,7 +172,7 @@ def _overtakes(results: Results, claim: Claim, cell: pd.DataFrame, where: str) -
     else:
         columns = ["latency_s", "latency_low_s", "latency_high_s"]
         both = [[Interval(*map(float, rows[size][columns])) for size in sizes] for rows in (first, second)]
-        how, crossings = "computed from two intervals, not paired", crossovers_of_intervals(sizes, *both)
+        how, crossings = "computed from two intervals, not paired", crossovers_from_intervals(sizes, *both)
         last = math.log(both[0][-1].value / both[1][-1].value)
     floor = results.floor(cell)
     end = crossings[-1].at if crossings else Interval(math.nan, 0.0, min(sizes))

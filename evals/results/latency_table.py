@@ -18,7 +18,7 @@ from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.results.schema import columns, schema, stamped
 from evals.stats.intervals import ONE_SIGMA, Speedup, noise_floor, verdicts
-from evals.stats.roofline import TOLERANCE, Ceilings, Floor, floor, highest, implausible_peak, impossible
+from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, impossible, merge_peaks, roofline
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
@@ -55,7 +55,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
 
 
-def _row(description: Record, name: str, history: History, ceilings: Ceilings | None) -> dict[str, Any]:
+def _row(description: Record, name: str, history: History, ceilings: Peaks | None) -> dict[str, Any]:
     trial: Record = history.preflights.get(name) or {"detail": ""}
     failure = history.failures.get(name)
     if failure is None and not history.medians(Process(name)):
@@ -75,15 +75,15 @@ def _row(description: Record, name: str, history: History, ceilings: Ceilings | 
         return row
     speed, least = _speed(name, history), None
     if ceilings is not None:
-        least = floor(trial["flops"], trial["min_bytes"], ceilings)
-        speed |= {"roofline_s": least.seconds, "bound": least.limit, "roofline_fraction": least.fraction(speed["latency_s"])}
+        least = roofline(trial["flops"], trial["min_bytes"], ceilings)
+        speed |= {"roofline_s": least.seconds, "bound": least.bound, "roofline_fraction": least.fraction(speed["latency_s"])}
     wrong = _impossible(name, history, least, TOLERANCE[description["settings"]["device"]])
     if wrong:  # a number that cannot be is no number
         return {**row, "outcome": "impossible", "detail": wrong, "peak_bytes": None, "process_peak_bytes": None}
     return row | speed | _speedup(name, description["relative_to"], history)
 
 
-def _impossible(name: str, history: History, least: Floor | None, tolerance: float) -> str | None:
+def _impossible(name: str, history: History, least: Roofline | None, tolerance: float) -> str | None:
     trial = history.preflights[name]
     if "peak_bytes" in trial and (words := implausible_peak(trial["peak_bytes"], trial["held_bytes"])):
         return words
@@ -127,13 +127,13 @@ def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
     return row
 
 
-def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Ceilings]:
+def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Peaks]:
     """By machine, the highest rates of any comparison: the more often it was measured, the surer they are."""
-    measured: dict[tuple[Any, ...], list[Ceilings]] = {}
+    measured: dict[tuple[Any, ...], list[Peaks]] = {}
     for description in descriptions:
         if description.get("peaks"):
-            measured.setdefault(_machine(description), []).append(Ceilings.from_record(description["peaks"]))
-    return {key: highest(*found) for key, found in measured.items()}
+            measured.setdefault(_machine(description), []).append(Peaks.from_record(description["peaks"]))
+    return {key: merge_peaks(*found) for key, found in measured.items()}
 
 
 def _machine(description: Record) -> tuple[Any, ...]:

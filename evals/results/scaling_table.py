@@ -13,7 +13,8 @@ from evals.results.history import History, Process
 from evals.results.latency_table import SETTINGS
 from evals.results.ledger import Record
 from evals.results.schema import columns
-from evals.stats.scaling import NONE, agreement, crossovers, fit_scaling
+from evals.stats.crossovers import NONE_IN_RANGE, crossovers
+from evals.stats.scaling import agreement, fit_scaling
 
 SCALING = columns("scaling")
 CROSSOVERS = columns("crossovers")
@@ -76,7 +77,7 @@ def _crossovers(first: pd.DataFrame, second: pd.DataFrame, column: str, historie
         return []
     found = crossovers(list(known), list(known.values()))
     if not found:
-        return [{**names, "note": NONE}]
+        return [{**names, "note": NONE_IN_RANGE}]
     return [
         {**names, "at": one.at.value, "at_low": one.at.low, "at_high": one.at.high, "after": one.after, "note": ""} for one in found
     ]

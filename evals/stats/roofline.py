@@ -23,7 +23,7 @@ Ladder = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class Peaks:
     """The highest rates seen, of one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
 
     What all threads were seen to do is what a call can hope for. What bounds it is `threads` times one alone: threads that
@@ -56,20 +56,20 @@ class Ceilings:
         return cls(**{**record, **ladders})
 
 
-def highest(*measured: Ceilings) -> Ceilings:
+def merge_peaks(*measured: Peaks) -> Peaks:
     """What was seen at best. One measurement may fall into a busy second; the best of one each round seldom does."""
     if len({ceilings.threads for ceilings in measured}) != 1:
         raise ValueError(f"there must be ceilings, all of the same number of threads, got {[one.threads for one in measured]}")
-    return Ceilings(
+    return Peaks(
         max(ceilings.flops_per_s for ceilings in measured),
-        _highest(ceilings.bytes_per_s for ceilings in measured),
+        merge_ladders(ceilings.bytes_per_s for ceilings in measured),
         measured[0].threads,
         max(ceilings.thread_flops_per_s for ceilings in measured),
-        _highest(ceilings.thread_bytes_per_s for ceilings in measured),
+        merge_ladders(ceilings.thread_bytes_per_s for ceilings in measured),
     )
 
 
-def _highest(ladders: Iterable[Ladder]) -> Ladder:
+def merge_ladders(ladders: Iterable[Ladder]) -> Ladder:
     rates: dict[int, float] = {}
     for ladder in ladders:
         for size, rate in ladder:
@@ -91,14 +91,14 @@ def bandwidth(min_bytes: float, ladder: Ladder) -> float:
 
 
 @dataclass(frozen=True)
-class Floor:
+class Roofline:
     """The least seconds of a call by what all threads were seen to do, and which ceiling says so.
 
     provable_s: the least by what bounds them, never more than `seconds`.
     """
 
     seconds: float
-    limit: Literal["compute", "memory"]
+    bound: Literal["compute", "memory"]
     provable_s: float
 
     def fraction(self, latency_s: float) -> float | None:
@@ -106,7 +106,7 @@ class Floor:
         return self.seconds / latency_s if self.seconds <= latency_s else None
 
 
-def floor(flops: float, min_bytes: float, ceilings: Ceilings) -> Floor:
+def roofline(flops: float, min_bytes: float, ceilings: Peaks) -> Roofline:
     """max(flops / peak, min_bytes / bandwidth).
 
     flops: that the work needs, however it is done. min_bytes: that must be read or written at least once, such as
@@ -123,10 +123,10 @@ def floor(flops: float, min_bytes: float, ceilings: Ceilings) -> Floor:
         share * min_bytes / bandwidth(share * min_bytes, ceilings.thread_bytes_per_s),
     )
     seconds = max(compute_s, memory_s)
-    return Floor(seconds, "compute" if compute_s > memory_s else "memory", min(seconds, provable_s))
+    return Roofline(seconds, "compute" if compute_s > memory_s else "memory", min(seconds, provable_s))
 
 
-def impossible(latency_s: float, least: Floor, tolerance: float) -> str | None:
+def impossible(latency_s: float, least: Roofline, tolerance: float) -> str | None:
     """Why a sample cannot be, in words that name both numbers; None if it can, or if that cannot be proven.
 
     tolerance: that of `TOLERANCE` for its device. Of floors from ceilings that were measured in several rounds (`highest`),

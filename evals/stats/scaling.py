@@ -10,16 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import stdtrit
 
 from evals.stats.intervals import CONFIDENCE, Interval, Rounds
-
-Array = NDArray[np.float64]
+from evals.stats.sizes import Array, checked_sizes, moments, welch_half_width
 
 TOO_SHORT, OVERHEAD, TOO_NOISY = "range too short", "overhead dominated", "scatter between sizes too large"
-NONE = "none in range"  # how an empty list of crossings is said
 LEAST_SPAN, LEAST_SIZES = 8.0, 4
 LEAST_EXPONENT, GREATEST_EXPONENT = 0.02, 6.0  # what a fit looks through; an interval that reaches either end is refused
 TOLERANCE = 0.01  # exponents that differ by less are the same for every purpose
@@ -54,7 +50,7 @@ def fit_scaling(sizes: Sequence[float], rounds: Rounds, *, confidence: float = C
     every size is p = 0 exactly.
     Raises ValueError for sizes that are not positive and distinct, rounds that are not, or unlike numbers of them.
     """
-    n, values = _checked(sizes, rounds)
+    n, values = checked_sizes(sizes, rounds)
     logs = [np.log(one) for one in values]
     if len(n) < LEAST_SIZES or n[-1] / n[0] < LEAST_SPAN * (1 - 1e-9):
         return Scaling(note=TOO_SHORT)
@@ -139,11 +135,11 @@ def local_slopes(sizes: Sequence[float], rounds: Rounds, *, exact: bool = False,
     NaN where either size has a single round. Unlike `fit_scaling`'s, this interval knows of the rounds only: between
     two sizes there is no third that could tell scatter from slope. Raises ValueError as `fit_scaling`.
     """
-    n, values = _checked(sizes, rounds)
+    n, values = checked_sizes(sizes, rounds)
     gaps = np.diff(np.log(n))
-    mean, variance, freedom = _moments([np.log(one) for one in values], exact)
+    mean, variance, freedom = moments([np.log(one) for one in values], exact)
     slopes = np.diff(mean) / gaps
-    halves = _half(variance[:-1], variance[1:], freedom[:-1], freedom[1:], confidence) / gaps
+    halves = welch_half_width(variance[:-1], variance[1:], freedom[:-1], freedom[1:], confidence) / gaps
     return [Interval(float(s), float(s - half), float(s + half)) for s, half in zip(slopes, halves, strict=True)]
 
 
@@ -160,140 +156,3 @@ def agreement(measured: Scaling, declared: Scaling) -> str:
     if measured.exponent.high < declared.exponent.low - TOLERANCE:
         return "flatter than declared"
     return "agrees"
-
-
-# --- where two variants cross ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Sizes at which two variants may take equally long. low = 0 or high = inf: the interval leaves the range on that side.
-
-    at.value is NaN where the estimates do not cross, yet within their intervals might; bounds are NaN where no noise
-    is known. after: what the first variant is beyond it, `faster` or `slower` if both sides are beyond doubt, or `unclear`.
-    """
-
-    at: Interval
-    after: str
-
-
-def crossovers(
-    sizes: Sequence[float], log_ratios: Rounds, *, exact: bool = False, confidence: float = CONFIDENCE
-) -> list[Crossing]:
-    """Where log(t_first / t_second) changes its sign; an empty list is `NONE` in range.
-
-    log_ratios: per size one number a round, paired. Between two sizes the ratio is taken to be a power of n.
-    The interval is the set of all n where the mean ratio, so interpolated, is within Student's t of 1
-    (Fieller 1954, with Welch's degrees of freedom), which holds the true crossing with exactly that
-    confidence and knows one-sided and empty answers, where a bootstrap of 3 to 5 rounds is too narrow.
-    exact: as in `local_slopes`. Raises ValueError as `fit_scaling`, and for ratios that are not finite.
-    """
-    n, ratios = _checked(sizes, log_ratios, -math.inf)
-    return _crossings(n, *_moments(ratios, exact), confidence)
-
-
-def crossovers_of_intervals(
-    sizes: Sequence[float], first: Sequence[Interval], second: Sequence[Interval], *, confidence: float = CONFIDENCE
-) -> list[Crossing]:
-    """As `crossovers`, from two latencies that carry intervals of the same confidence and were not paired, hence wider."""
-    quantile = float(stdtrit(1e9, (1 + confidence) / 2))
-    mean, variance = np.zeros(len(sizes)), np.zeros(len(sizes))
-    for sign, intervals in ((1, first), (-1, second)):
-        n, bounds = _checked(sizes, [[one.low, one.value, one.high] for one in intervals])
-        low, value, high = np.log(bounds).T
-        mean, variance = mean + sign * value, variance + (np.maximum(high - value, value - low) / quantile) ** 2
-    return _crossings(n, mean, variance, np.full(len(n), 1e9), confidence)
-
-
-def _crossings(n: Array, mean: Array, variance: Array, freedom: Array, confidence: float) -> list[Crossing]:
-    x = np.log(n)
-    # Exact answers are single points, which no grid would meet: the zeros of the estimate are among the nodes.
-    rising = np.flatnonzero(mean[:-1] * mean[1:] < 0)
-    zeros = np.concatenate([x[mean == 0], x[rising] + np.diff(x)[rising] * mean[rising] / (mean[rising] - mean[rising + 1])])
-    if np.isnan(variance).any():
-        return [Crossing(Interval(math.exp(zero), math.nan, math.nan), "unclear") for zero in np.sort(zeros)]
-
-    def excess(at: Array) -> Array:
-        """How far the interpolated ratio is outside its own doubt; at most 0 where it may be 1."""
-        i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 1)
-        j = np.minimum(i + 1, len(x) - 1)
-        w = (at - x[i]) / np.where(j > i, x[j] - x[i], 1.0)
-        half = _half((1 - w) ** 2 * variance[i], w**2 * variance[j], freedom[i], freedom[j], confidence)
-        return np.asarray(np.abs((1 - w) * mean[i] + w * mean[j]) - half, dtype=np.float64)
-
-    def edge(outside: float, inside: float) -> float:
-        return math.exp(
-            inside if excess(np.array([inside]))[0] >= 0 else brentq(lambda at: excess(np.array([at]))[0], outside, inside)
-        )
-
-    nodes = np.unique(np.concatenate([zeros, *(np.linspace(a, b, 65) for a, b in zip(x, [*x[1:], x[-1]], strict=True))]))
-    doubtful = (excess(nodes) <= 0) | np.isin(nodes, zeros)
-    changes = np.diff(np.concatenate([[0], doubtful.astype(int), [0]]))
-    found = []
-    for start, end in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0) - 1, strict=True):
-        inside = np.sort(zeros[(zeros >= nodes[start]) & (zeros <= nodes[end])])
-        value = math.exp(inside[len(inside) // 2]) if len(inside) else math.nan
-        low = 0.0 if start == 0 else edge(nodes[start - 1], nodes[start])
-        high = math.inf if end == len(nodes) - 1 else edge(nodes[end + 1], nodes[end])
-        after = "unclear"
-        if start > 0 and end < len(nodes) - 1:
-            before, beyond = (np.interp(nodes[at], x, mean) for at in (start - 1, end + 1))
-            after = "unclear" if before * beyond > 0 else "faster" if beyond < 0 else "slower"
-        found.append(Crossing(Interval(value, low, high), after))
-    return found
-
-
-def _moments(rounds: Sequence[Array], exact: bool) -> tuple[Array, Array, Array]:
-    """Per size the mean, its variance (NaN where unknown) and that variance's degrees of freedom."""
-    alone = 0.0 if exact else math.nan
-    variance = [one.var(ddof=1) / len(one) if len(one) > 1 else alone for one in rounds]
-    return np.array([one.mean() for one in rounds]), np.array(variance), np.array([max(len(one) - 1.0, 1.0) for one in rounds])
-
-
-def _half(first: Array, second: Array, freedom: Array, other: Array, confidence: float) -> Array:
-    """Half of Welch's interval of a sum of two means, from their variances and degrees of freedom."""
-    total = first + second
-    with np.errstate(invalid="ignore", divide="ignore"):
-        welch = total**2 / (first**2 / freedom + second**2 / other)
-    quantile = stdtrit(np.where(np.isfinite(welch), welch, 1.0), (1 + confidence) / 2)
-    return np.asarray(quantile * np.sqrt(total), dtype=np.float64)
-
-
-# --- who is beaten by nobody ----------------------------------------------------------------------
-
-
-def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[bool] = ()) -> list[bool]:
-    """For each row of quantities, whether no other row is at least as good in all of them and better in one.
-
-    Less is better, but where `higher_is_better` says True (recall). Equal rows stand or fall together. A row with a
-    NaN is not on the front and beats nobody. Raises ValueError for rows of unlike length.
-    """
-    if not len(points):
-        return []
-    lengths = {len(row) for row in points} | ({len(higher_is_better)} if higher_is_better else set())
-    if len(lengths) > 1:
-        raise ValueError(f"every row, and higher_is_better, needs one entry a quantity, got lengths {sorted(lengths)}")
-    values = np.array(points, dtype=np.float64)
-    if higher_is_better:
-        values = np.where(higher_is_better, -values, values)
-    no_worse, better = values[None] <= values[:, None], values[None] < values[:, None]
-    beaten = np.any(np.all(no_worse, axis=2) & np.any(better, axis=2), axis=1)
-    return [bool(one) for one in ~beaten & ~np.isnan(values).any(axis=1)]
-
-
-# --- what comes in --------------------------------------------------------------------------------
-
-
-def _checked(sizes: Sequence[float], rounds: Rounds, least: float = 0.0) -> tuple[Array, list[Array]]:
-    """Sizes in ascending order with their rounds, all above `least` and finite."""
-    n = np.asarray(sizes, dtype=np.float64)
-    if n.ndim != 1 or not n.size or not np.all(np.isfinite(n) & (n > 0)) or len(np.unique(n)) < n.size:
-        raise ValueError(f"sizes must be positive, finite and distinct numbers, at least one, got {list(sizes)}")
-    if len(rounds) != n.size:
-        raise ValueError(f"every size needs its rounds, got {n.size} sizes and rounds of {len(rounds)}")
-    order = np.argsort(n)
-    values = [np.asarray(rounds[i], dtype=np.float64) for i in order]
-    for size, one in zip(n[order], values, strict=True):
-        if one.ndim != 1 or not one.size or not np.all(np.isfinite(one) & (one > least)):
-            raise ValueError(f"every size needs at least one finite number above {least}, got {one.tolist()} at {size:g}")
-    return n[order], values

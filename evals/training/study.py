@@ -66,7 +66,7 @@ class Study:
         self.settings = {
             **comparison.settings,
             **self.task.facts(),
-            "processor": machine.processor(comparison.device.kind),
+            "processor": machine.processor_name(comparison.device.kind),
             "torch": torch.__version__,
         }
         trainer = code_hash.modules_digest("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")

@@ -19,7 +19,7 @@ from baselines.sliding_window import SlidingWindowAttention
 from baselines.sparse import SparseAttention
 from baselines.standard import StandardAttention
 from bsbr import Attention, BSBRAttention, CausalLM, TransformerModel
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 
 VOCAB, TIME = 11, 15
 ATTENTIONS: dict[str, Callable[..., Attention]] = {
@@ -38,7 +38,7 @@ over_every_attention = pytest.mark.parametrize("name", ATTENTIONS)
 def build(name: str = "bsbr", *, tied: bool = True, vocab_size: int = VOCAB, hidden_dim: int = 16, **options: Any) -> CausalLM:
     torch.manual_seed(0)
     model = TransformerModel(vocab_size, hidden_dim, 2, 2, 2 * hidden_dim, attention=ATTENTIONS[name], **options)
-    return awake(CausalLM(model, tied=tied)).double()
+    return randomize_zero_parameters(CausalLM(model, tied=tied)).double()
 
 
 def tokens(time: int = TIME, batch: int = 2) -> Tensor:

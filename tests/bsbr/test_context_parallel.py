@@ -20,7 +20,7 @@ from bsbr.backends.pytorch import unit_norm
 from bsbr.context_parallel import ContextParallel, context_parallel_bsbr_attention, sent_bytes
 from bsbr.interface import Attention
 from bsbr.process_group import SequenceGroup, ring_sent_bytes, split_evenly
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 from evals.isolation import forkserver
 
 pytestmark = pytest.mark.xdist_group("parallel")
@@ -87,7 +87,7 @@ def weights(like: Tensor) -> Tensor:
 
 def module(options: dict[str, Any]) -> BSBRAttention:
     torch.manual_seed(0)
-    return awake(BSBRAttention(16, 4, chunk_size=CHUNK, **options)).double()
+    return randomize_zero_parameters(BSBRAttention(16, 4, chunk_size=CHUNK, **options)).double()
 
 
 def hidden(time: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bsbr import BSBRModel, TransformerModel
 from bsbr.convolution import ShortConvolution
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 
 
 def states(time: int, batch: int = 2, hidden_dim: int = 3) -> Tensor:
@@ -39,7 +39,7 @@ def test_streamed_it_is_the_same(split: int) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_decoder_with_it_streams_and_is_deaf_to_the_future_and_to_padding(size: int) -> None:
     torch.manual_seed(0)
-    model = awake(BSBRModel(30, 16, 2, 2, 5, 24, conv_size=size)).double().eval()
+    model = randomize_zero_parameters(BSBRModel(30, 16, 2, 2, 5, 24, conv_size=size)).double().eval()
     plain = BSBRModel(30, 16, 2, 2, 5, 24).double().eval()
     assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters()) == 2 * 16 * size
     ids = torch.randint(30, (2, 17), generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from bsbr import BSBRAttention, attention, bsbr_attention, reference
 from bsbr.backends import dispatch, pytorch
 from bsbr.backends.cpp import build, operators
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 
 CHUNK = 6
 OPTIONS: list[dict[str, int]] = [{}, {"chunk_overlap": 2}, {"chunk_overlap": 2 * CHUNK + 1}, {"top_k": 2, "chunk_overlap": CHUNK}]
@@ -136,7 +136,7 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
     monkeypatch.setattr(attention, "PAGE", 3)
     monkeypatch.setattr(operators, "FEW", 1)
     torch.manual_seed(0)
-    module = awake(BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options)).double()
+    module = randomize_zero_parameters(BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options)).double()
     x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)
     whole = module(x)  # with gradients, in one piece
     with torch.no_grad():

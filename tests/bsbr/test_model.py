@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from baselines.standard import StandardAttention
 from bsbr import BSBRLayer, BSBRModel, TransformerLayer, TransformerModel
 from bsbr.model import sinusoids
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 
 VOCAB, CHUNK = 30, 5
 
@@ -19,7 +19,7 @@ VOCAB, CHUNK = 30, 5
 def small(**options: Any) -> BSBRModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "hidden_dim": 16, "num_layers": 2, "num_heads": 4, "chunk_size": CHUNK, "ff_dim": 24}
-    return awake(BSBRModel(**sizes | options))
+    return randomize_zero_parameters(BSBRModel(**sizes | options))
 
 
 def tokens(time: int, batch: int = 2, vocab_size: int = VOCAB) -> Tensor:
@@ -152,7 +152,7 @@ def test_the_model_passes_padding_by(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 def test_a_layer_passes_padding_by(garbage: float) -> None:
     torch.manual_seed(0)
-    layer, mask = awake(BSBRLayer(16, 4, CHUNK, 24, chunk_overlap=1)).double(), masks(17)
+    layer, mask = randomize_zero_parameters(BSBRLayer(16, 4, CHUNK, 24, chunk_overlap=1)).double(), masks(17)
     x = torch.randn(6, 17, 16, dtype=torch.float64).masked_fill(mask[..., None] == 0, garbage).requires_grad_()
     out = layer(x, mask)
     for row, real, result in zip(x, mask != 0, out, strict=True):

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsbr import BSBRAttention, BSBRLayer, BSBRModel, State
-from evals.certification.checks import awake
+from evals.certification.subject import randomize_zero_parameters
 
 CHUNK = 5
 TIME = 3 * CHUNK + 7
@@ -208,13 +208,15 @@ def test_a_token_costs_the_same_after_any_context_but_for_the_first_of_a_chunk(o
 
 def layer(**options: Any) -> BSBRLayer:
     torch.manual_seed(0)
-    return awake(BSBRLayer(16, 4, CHUNK, 24, **{key: value for key, value in options.items() if key != "chunk_size"})).double()
+    return randomize_zero_parameters(
+        BSBRLayer(16, 4, CHUNK, 24, **{key: value for key, value in options.items() if key != "chunk_size"})
+    ).double()
 
 
 def model(**options: Any) -> BSBRModel:
     torch.manual_seed(0)
     # Twelve layers, so that `layers.1.` is the beginning of no other name than its own.
-    return awake(BSBRModel(30, 16, 12, 4, chunk_size=CHUNK, ff_dim=24, **options)).double()
+    return randomize_zero_parameters(BSBRModel(30, 16, 12, 4, chunk_size=CHUNK, ff_dim=24, **options)).double()
 
 
 @pytest.mark.parametrize("options", OPTIONS[:7], ids=str)

@@ -82,13 +82,13 @@ def test_turns_of_another_command_take_no_time_from_a_round() -> None:
     watch, made = Stopwatch(), 0
     for _ in within_budget(50, 1e5, watch):
         made += 1
-        watch.leave_out(-1e4)  # as if this turn had taken so long
+        watch.exclude(-1e4)  # as if this turn had taken so long
     assert made == 9  # the tenth would end at 1e5 and a moment
     watch, made = Stopwatch(), 0
     for _ in within_budget(50, 1e5, watch):
         made += 1
-        watch.leave_out(-1e4)
-        watch.leave_out(1e4)
+        watch.exclude(-1e4)
+        watch.exclude(1e4)
     assert made == 50
 
 

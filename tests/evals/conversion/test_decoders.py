@@ -6,7 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from evals.certification.checks import Subject, flops, parity, state_size, streaming
+from evals.certification.cost_checks import flops, state_size
+from evals.certification.parity_check import parity
+from evals.certification.streaming_check import streaming
+from evals.certification.subject import Subject
 from evals.conversion.decoders import ConvertedDecoder, PretrainedDecoder
 
 B = 6

@@ -75,9 +75,9 @@ def test_a_turn_is_at_least_one_call_and_every_sample_is_a_call() -> None:
     clock = CpuClock(partial(calls.append, 1))
     assert clock.first_call() > 0
     assert len(calls) == 1
-    assert len(clock.turn(1e-9).samples_s) == 1
+    assert len(clock.time_slice(1e-9).samples_s) == 1
     before = len(calls)
-    samples = clock.turn(0.005).samples_s
+    samples = clock.time_slice(0.005).samples_s
     # Those of the first tenth warm up, and do not count.
     assert 1 < len(samples) < len(calls) - before
 
@@ -92,7 +92,7 @@ def test_samples_are_the_seconds_of_their_calls() -> None:
 
     clock = CpuClock(work)
     clock.first_call()
-    samples = [clock.turn(1e-9).samples_s[0] for _ in range(90)]
+    samples = [clock.time_slice(1e-9).samples_s[0] for _ in range(90)]
     large, small, middle = (statistics.median(samples[at::3]) for at in range(3))
     assert small < middle < large
 

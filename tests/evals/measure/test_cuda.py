@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from evals.isolation.worker import outcome_of
-from evals.measure import cuda
-from evals.measure.cuda import CannotCapture, CudaClock, DeviceState, driver_version, peak_memory, read_state, throttled
+from evals.measure import cuda_clock, cuda_state
+from evals.measure.cuda_clock import CannotCapture, CudaClock
+from evals.measure.cuda_state import DeviceState, driver_version, read_state, throttle_reason
+from evals.measure.memory import cuda_peak_memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -361,14 +363,14 @@ COOL = DeviceState(sm_mhz=1980.0, memory_mhz=3201.0, temperature_c=45.0, power_w
     ],
 )
 def test_throttling_is_told_with_its_reason(after: dict[str, Any], words: str | None) -> None:
-    assert throttled(COOL, DeviceState(**{**COOL.__dict__, **after})) == words
+    assert throttle_reason(COOL, DeviceState(**{**COOL.__dict__, **after})) == words
 
 
 def test_a_reason_that_was_there_before_counts_and_nothing_is_said_of_what_is_not_known() -> None:
     hot = DeviceState(**{**COOL.__dict__, "reasons": 0x4})
-    assert throttled(hot, COOL) == "throttled: power cap at 45 °C"
-    assert throttled(None, COOL) is None
-    assert throttled(COOL, None) is None
+    assert throttle_reason(hot, COOL) == "throttled: power cap at 45 °C"
+    assert throttle_reason(None, COOL) is None
+    assert throttle_reason(COOL, None) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU says")
@@ -381,11 +383,11 @@ def test_without_a_driver_there_is_no_version(monkeypatch: pytest.MonkeyPatch) -
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", fails)
-    cuda._has_driver.cache_clear()
+    cuda_state._has_driver.cache_clear()
     try:
         assert driver_version() is None
     finally:
-        cuda._has_driver.cache_clear()
+        cuda_state._has_driver.cache_clear()
 
 
 # --- the real thing -----------------------------------------------------------------------------
@@ -409,7 +411,7 @@ def test_a_flushed_cache_is_slower_to_read_than_a_warm_one() -> None:
     half = torch.cuda.get_device_properties(0).L2_cache_size // 8
     source = torch.ones(half // 4, device="cuda")
     target = torch.empty_like(source)
-    device = cuda.TorchDevice()
+    device = cuda_clock.TorchDevice()
     clock = CudaClock(lambda: target.copy_(source), device=device)
     clock.first_call()
     clock.warm()
@@ -458,7 +460,7 @@ def test_item_cannot_be_captured_on_the_device() -> None:
 @needs_cuda
 def test_peak_memory_is_that_of_the_tensors() -> None:
     mebibyte = 2**20
-    peak = peak_memory(lambda: torch.ones(64 * mebibyte, device="cuda", dtype=torch.uint8).add(1))
+    peak = cuda_peak_memory(lambda: torch.ones(64 * mebibyte, device="cuda", dtype=torch.uint8).add(1))
     assert peak.allocated_bytes == 128 * mebibyte
     assert peak.reserved_bytes >= peak.allocated_bytes
 

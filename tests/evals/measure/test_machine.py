@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evals.measure import machine
-from evals.measure.machine import environment, processor, provenance, ranges
+from evals.measure.machine import environment, processor_name, provenance, ranges
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -36,7 +36,7 @@ def test_what_is_known_of_any_machine_is_told() -> None:
     facts = provenance("cpu")
     assert facts["torch"] == torch.__version__
     assert facts["cores"] == os.cpu_count()
-    assert facts["cpu"] == processor("cpu")
+    assert facts["cpu"] == processor_name("cpu")
     assert isinstance(facts["memory_bytes"], int)
     assert facts["memory_bytes"] > 2**28
     assert isinstance(facts["load_1m"], float)

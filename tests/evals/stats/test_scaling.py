@@ -4,20 +4,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from evals.stats.crossovers import Crossover, crossovers, crossovers_from_intervals
 from evals.stats.intervals import Interval
-from evals.stats.scaling import (
-    OVERHEAD,
-    TOO_NOISY,
-    TOO_SHORT,
-    Crossing,
-    Scaling,
-    agreement,
-    crossovers,
-    crossovers_of_intervals,
-    fit_scaling,
-    local_slopes,
-    pareto_front,
-)
+from evals.stats.pareto import pareto_front
+from evals.stats.scaling import OVERHEAD, TOO_NOISY, TOO_SHORT, Scaling, agreement, fit_scaling, local_slopes
 
 Rounds = list[list[float]]
 SIZES = [128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0]
@@ -289,19 +279,19 @@ def test_crossings_of_intervals() -> None:
         for exponent in (1.0, 2.0):
             times = [(n / 700) ** exponent * math.exp(generator.normal(0, 0.05)) for n in SIZES]
             both.append([Interval(t, t * math.exp(-1.96 * 0.05), t * math.exp(1.96 * 0.05)) for t in times])
-        found = crossovers_of_intervals(SIZES, *both)
+        found = crossovers_from_intervals(SIZES, *both)
         covered += any(holds(one.at, 700) for one in found)
     assert 940 <= covered <= 975
-    assert crossovers_of_intervals(SIZES, both[0], [Interval(9 * i.value, 9 * i.low, 9 * i.high) for i in both[0]]) == []
+    assert crossovers_from_intervals(SIZES, both[0], [Interval(9 * i.value, 9 * i.low, 9 * i.high) for i in both[0]]) == []
     with pytest.raises(ValueError, match="rounds of 5"):
-        crossovers_of_intervals(SIZES, both[0], both[1][1:])
+        crossovers_from_intervals(SIZES, both[0], both[1][1:])
 
 
 def test_sizes_in_other_units_cross_at_the_same_place() -> None:
     data = ratios(np.random.default_rng(14), lambda n: math.log(700 / n), 4, 0.1)
     (tokens,), (kilo) = crossovers(SIZES, data), crossovers([n / 1024 for n in SIZES], data)
     assert kilo == [
-        Crossing(
+        Crossover(
             Interval(*(pytest.approx(one / 1024, rel=1e-6) for one in (tokens.at.value, tokens.at.low, tokens.at.high))),
             tokens.after,
         )

@@ -1,0 +1,79 @@
+"""TODO: what lives here."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bsbr.interface import Attention
+from evals.certification.subject import Subject
+from evals.measure.flops import count_flops
+from evals.measure.memory import peak_allocated_bytes
+
+# --- the truth about cost -----------------------------------------------------------------------
+
+
+def memory(subject: Subject) -> str | None:
+    """Over four times the tokens the peak, of a forward pass and with the backward pass, grows as n^1.1 at most: no n×n tensor."""
+    (dtype,) = subject.dtypes(torch.float32)
+    attention = subject.in_dtype(dtype)
+    lengths = max(1024, 4 * subject.block) * torch.tensor([1, 4])
+    for name, work in (("a forward pass", forward), ("a forward and backward pass", forward_backward)):
+        peaks = []
+        for time in lengths.tolist():
+            x = subject.inputs(time, dtype=dtype)
+            peaks.append(peak_allocated_bytes(partial(work, attention, x), subject.device))
+        growth, allowed = peaks[1] / peaks[0], 4**1.1
+        if not growth <= allowed:
+            sizes = f"from {peaks[0]:,} bytes at n={lengths[0]} to {peaks[1]:,} at n={lengths[1]}"
+            return f"the peak memory of {name} grows {growth:.1f}× {sizes}, allowed {allowed:.1f}×"
+    return None
+
+
+def forward(attention: Attention, x: Tensor) -> None:
+    with torch.no_grad():
+        attention(x)
+
+
+def forward_backward(attention: Attention, x: Tensor) -> None:
+    x.requires_grad_()
+    torch.autograd.grad(attention(x).sum(), x)
+
+
+def flops(subject: Subject) -> str | None:
+    """The declared FLOPs are no more than those counted, no less than a fifth, and grow with length as those counted do.
+
+    Counted are the matrix products that ran, masked halves included; declared is causal work only. What somebody's own kernel
+    multiplies on a GPU torch does not see: where it counts nothing there, nothing is said.
+    """
+    (dtype,) = subject.dtypes(torch.float32)
+    attention = subject.in_dtype(dtype)
+    lengths = (4 * subject.block + 3, 16 * subject.block + 3)
+    ratios = []
+    for time in lengths:
+        tensors = attention.project(subject.inputs(time, dtype=dtype))
+        counted, declared = count_flops(partial(attention.attend, *tensors)), attention.flops(time)
+        unseen = counted == 0 and subject.device != "cpu"
+        ratio = 1.0 if declared == counted == 0 or unseen else declared / max(counted, 1)
+        if not 0.2 <= ratio <= 1.05:
+            return f"flops({time}) declares {declared:,}, in matrix products that ran were counted {counted:,}"
+        if attention.flops(time, batch_size=3) != 3 * declared:
+            return f"flops({time}, batch_size=3) is {attention.flops(time, batch_size=3):,}, not three times {declared:,}"
+        ratios.append(ratio)
+    growth = ratios[1] / ratios[0]
+    if not 0.75 <= growth <= 1 / 0.75:
+        return f"from n={lengths[0]} to n={lengths[1]} the declared FLOPs grow {growth:.2f} times as much as those counted"
+    return None
+
+
+def state_size(subject: Subject) -> str | None:
+    """`state_bytes` is what the state holds, up to 64 bytes of counters; a view holds all that it is a view of."""
+    for dtype in subject.dtypes(torch.float32, torch.bfloat16):
+        attention = subject.in_dtype(dtype)
+        for time in subject.lengths:
+            _, state = attention.extend(subject.inputs(time, batch=2, dtype=dtype))
+            held = sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, state.values())}.values())
+            declared = attention.state_bytes(time, batch_size=2)
+            if not declared <= held <= declared + 64:
+                return f"state_bytes({time}, batch_size=2) declares {declared:,} bytes, the state holds {held:,} ({dtype})"
+    return None

@@ -1,0 +1,124 @@
+"""TODO: what lives here."""
+
+import torch
+from torch import Tensor
+
+from evals.certification.subject import ROUNDING, Subject, first_difference
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def determinism(subject: Subject) -> str | None:
+    """In eval mode the same input gives the same bits."""
+    x = subject.inputs(subject.lengths[-1], batch=2)
+    if not torch.equal(subject.attention(x), subject.attention(x)):
+        return f"two calls on the same input differ in eval mode (n={x.shape[1]})"
+    return None
+
+
+def contract(subject: Subject) -> str | None:
+    """Shapes and types; forward is output(attend(project(x)))."""
+    for time in subject.lengths:
+        x = subject.inputs(time, batch=2)
+        output = subject.attention(x)
+        if output.shape != x.shape or output.dtype != x.dtype:
+            return f"forward returns {list(output.shape)} {output.dtype} for {list(x.shape)} {x.dtype}"
+        composed = subject.attention.output(subject.attention.attend(*subject.attention.project(x)))
+        if where := first_difference(composed, output):
+            return f"forward is not output(attend(project(x))): they differ in {where} (n={time})"
+    return None
+
+
+def causality(subject: Subject) -> str | None:
+    """Output t does not change with inputs after t, in value or in gradient."""
+    time = subject.lengths[-1]
+    x = subject.inputs(time).requires_grad_()
+    output = subject.attention(x)
+    with torch.no_grad():
+        for t in subject.boundaries:
+            changed = torch.cat([x[:, : t + 1], subject.inputs(time, seed=1)[:, t + 1 :]], dim=1)
+            if where := first_difference(subject.attention(changed)[:, : t + 1], output[:, : t + 1]):
+                return f"changing the inputs after {t} changes {where} (n={time})"
+    weights = subject.inputs(time, seed=2)
+    for t in subject.boundaries:
+        (gradient,) = torch.autograd.grad((output[:, t] * weights[:, t]).sum(), x, retain_graph=True)
+        future = gradient[0, t + 1 :].abs().amax(dim=1)
+        if not future.max() <= ROUNDING[x.dtype] * gradient.abs().max():  # so that NaN is wrong
+            return f"output {t} has a gradient of {future.max():.1e} at input {t + 1 + int(future.argmax())} (n={time})"
+    return None
+
+
+def padding(subject: Subject) -> str | None:
+    """A padded sequence gives what it gives alone, wherever the padding is and whatever stands there; at padding stands 0."""
+    pads = subject.block // 2 + 1
+    for time in subject.lengths:
+        x = subject.inputs(time)
+        alone = subject.attention(x)
+        real = torch.ones(4, pads + time, dtype=torch.bool, device=x.device)
+        real[0, :pads] = False
+        real[1, time:] = False
+        real[2, : pads // 2], real[2, pads // 2 + time :] = False, False
+        real[3, torch.linspace(0, pads + time - 1, pads, device=x.device).long()] = False
+        for content in (1.0, 1e4, torch.nan):
+            padded = content * subject.inputs(pads + time, batch=4, seed=3)
+            padded[real] = x.repeat(4, 1, 1).flatten(0, 1)
+            output = subject.attention(padded, real.to(x.dtype))
+            for row, place in enumerate(("to the left", "to the right", "on both sides", "between the tokens")):
+                if where := first_difference(output[row : row + 1, real[row]], alone):
+                    return f"{pads} padded positions {place} change {where} (n={time})"
+            if not (output[~real] == 0).all():
+                return f"the outputs at {pads} padded positions are not 0 (n={time})"
+    return None
+
+
+def batch(subject: Subject) -> str | None:
+    """A sequence gives the same alone as in a batch."""
+    for time in subject.lengths:
+        x = subject.inputs(time, batch=3)
+        together = subject.attention(x)
+        for item in range(3):
+            if where := first_difference(together[item : item + 1], subject.attention(x[item : item + 1])):
+                return f"item {item} of a batch of 3 differs from itself alone in {where} (n={time})"
+    return None
+
+
+def finite(subject: Subject) -> str | None:
+    """Huge, tiny, zero and constant inputs, and rows without any token, give finite outputs and gradients."""
+    for dtype in subject.dtypes(torch.float32, torch.bfloat16):
+        attention = subject.in_dtype(dtype)
+        # bfloat16 has the range of float32, so that what overflows at a length does so in both: its ends are enough, and
+        # without instructions for it a backward pass is 60 times as slow.
+        for time in subject.lengths if dtype == torch.float32 else sorted({1, subject.lengths[-1]}):
+            x = subject.inputs(time, batch=2, dtype=dtype)
+            one_empty = torch.stack([torch.zeros(time), torch.ones(time)]).to(x.device)
+            # 1e3 makes scores of a million; ten times that, and float32 holds a score no better than to a few units,
+            # so that a softmax's backward pass, which computes weights again, means nothing.
+            cases: list[tuple[str, Tensor, Tensor | None]] = [
+                ("inputs of size 1e3", 1e3 * x[:1], None),
+                ("inputs of size 1e-3", 1e-3 * x[:1], None),
+                ("inputs that are all 0", 0 * x[:1], None),
+                ("inputs that are all 1", torch.ones_like(x[:1]), None),
+                ("a row that is all padding", x, one_empty),
+            ]
+            for name, case, mask in cases:
+                leaf = case.clone().requires_grad_()
+                output = attention(leaf, mask)
+                leaves: dict[str, Tensor] = {"the inputs": leaf}
+                if mask is not None:  # what hides a NaN from the inputs does not hide it from the parameters
+                    leaves |= dict(attention.named_parameters())
+                gradients = torch.autograd.grad(output.sum(), list(leaves.values()), allow_unused=True)
+                found = {"an output": output} | {
+                    f"a gradient by {of}": g for of, g in zip(leaves, gradients, strict=True) if g is not None
+                }
+                for what, tensor in found.items():
+                    if not tensor.isfinite().all():
+                        value = "NaN" if tensor.isnan().any() else "infinity"
+                        return f"{name}: {what} with {value}{first_position(tensor)} (n={time}, {dtype})"
+    return None
+
+
+def first_position(values: Tensor) -> str:
+    """Where the first value that is not finite stands, if `values` are [batch, time, hidden_dim]."""
+    if values.dim() != 3:
+        return ""
+    return f", first at position {int((~values.isfinite()).any(dim=2).any(dim=0).nonzero()[0])}"
