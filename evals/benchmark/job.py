@@ -50,7 +50,7 @@ class Job(ABC):
         check_axis(comparison, ledger)
         self.comparison = comparison
         self.ledger = ledger
-        self.processor = machine.processor(comparison.device.kind)
+        self.processor = machine.processor_name(comparison.device.kind)
         self.settings = {**comparison.settings, "processor": self.processor, "torch": torch.__version__}
         with torch.device("meta"):
             self.code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
