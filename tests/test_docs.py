@@ -21,6 +21,8 @@ from evals.cli.jobs import read_job
 from evals.errors import UsageError
 from evals.paper.__main__ import plan
 from evals.paths import CONF, ROOT
+from evals.results import latency_table
+from evals.results.frames import read
 from evals.results.schema import VERSION, columns
 from tests.evals.commands import typed
 
@@ -176,12 +178,17 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
         html(r"$\unknowable x$")
 
 
-def test_a_docstring_s_arguments_are_listed_and_its_prose_is_not() -> None:
-    told = "a: [n], the first; b, c: more,\nand longer.\nc may be None. Ratio: a to b. Raises ValueError if not."
-    assert loaded("docstrings").listed(f"Joins a and b.\n\n{told}", ["a", "b", "c"]).split("\n\n") == [
-        "Joins a and b.",
-        "- **`a`**: [n], the first",
-        "- **`b, c`**: more, and longer.",
-        "c may be None. Ratio: a to b.",
-        "Raises ValueError if not.",
-    ]
+def test_the_quickstart_shows_what_the_committed_results_say() -> None:
+    page = (ROOT / "docs" / "getting-started" / "quickstart.md").read_text(encoding="utf-8")
+    results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
+    assert f"\n{latency_table.shown(results)}\n" in page
+
+
+def test_the_example_of_a_conversion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "user-guide" / "pretrained.md").read_text(encoding="utf-8")
+    (example,) = [text for language, _, text in BLOCK.findall(page) if language == "python" and "convert_to_bsbr(" in text]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert list(names["answer"].shape) == [1, 305]  # type: ignore[attr-defined]
+    assert type(names["again"]) is type(names["converted"])

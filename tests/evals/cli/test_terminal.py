@@ -25,7 +25,6 @@ from evals.cli.jobs import read_job
 from evals.errors import EXIT_CODES, INTERRUPTED
 from evals.paths import CONF, ROOT
 from evals.results import formatting, latency_table
-from evals.results.frames import read
 from tests.evals import sweeps
 
 ESCAPE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
@@ -186,12 +185,6 @@ def test_a_name_without_end_loses_its_middle() -> None:
     text = formatting.aligned(["", "a" * 60 + "b" * 60], [["ms", "1.00±12%"]])
     assert re.search(r"^a{30,}…b{30,} 1.00±12%$", text, flags=re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 80
-
-
-def test_the_readme_shows_what_the_committed_results_say() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
-    assert f"\n{latency_table.shown(results)}\n" in readme
 
 
 # --- exit codes, help -----------------------------------------------------------------------------
