@@ -1,7 +1,8 @@
 """`Job`: the work on one comparison, whose records go to a ledger; timing, a context search and training are kinds of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from evals.errors import UsageError
 from evals.measure import machine
 from evals.measure.clock import now
 from evals.measure.memory import available_bytes
+from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
 
 ProgressCallback = Callable[[str, float], None]
@@ -22,12 +24,13 @@ ProgressCallback = Callable[[str, float], None]
 class Job(ABC):
     """Work on one comparison. What the ledger already holds of it is not done again, so a killed job resumes.
 
-    Subclasses set `id` and `settings` in their constructor.
+    Subclasses set `id` in their constructor.
 
     Attributes:
-        kind: kind of the record that describes the job; also the field under which records carry the job's id.
+        kind: kind of the record that describes the job; also the field under which the job's records carry its id.
         id: digest of all facts that the job's records depend on.
-        settings: what the job's tables call its conditions: the comparison's settings, the processor and the version of torch.
+        machine: the processor and the version of torch.
+        settings: conditions of the job, as columns of its table: the comparison's settings and the machine.
         code: for each candidate, the digest of its attention's source code.
         memory_limit_bytes: what a worker process may allocate.
         preflight: certifies candidates, and measures their cost, before they are worked on.
@@ -35,6 +38,7 @@ class Job(ABC):
 
     kind: ClassVar[str]
     id: str
+    settings: dict[str, Any]
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         """Takes up the work on a comparison; starts nothing.
@@ -50,8 +54,8 @@ class Job(ABC):
         check_axis(comparison, ledger)
         self.comparison = comparison
         self.ledger = ledger
-        self.processor = machine.processor_name(comparison.device.kind)
-        self.settings = {**comparison.settings, "processor": self.processor, "torch": torch.__version__}
+        self.machine = {"processor": machine.processor_name(comparison.device.kind), "torch": torch.__version__}
+        self.settings = {**comparison.settings, **self.machine}
         with torch.device("meta"):
             self.code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
         gib = comparison.sampling.memory_limit_gib
@@ -81,6 +85,30 @@ class Job(ABC):
     def record(self, kind: str, **values: Any) -> Record:
         """A record of this job, with the job's id and the time."""
         return {"kind": kind, self.kind: self.id, **values, "time": now()}
+
+    def measurement_digest(self, *modules: str, limits: Sequence[float | None]) -> str:
+        """Digest of all that decides a measurement: what is compared, the code that runs, and the machine.
+
+        Args:
+            modules: names of the modules of the harness whose code decides how the numbers come about.
+            limits: limits of time and memory, and the seed.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        comparison = self.comparison
+        return digest(
+            {
+                "settings": comparison.settings,
+                "workload": comparison.workload,
+                "candidates": [asdict(candidate) for candidate in comparison.candidates],
+                "relative_to": comparison.relative_to,
+                "code": self.code,
+                "harness": code_hash.modules_digest(*modules),
+                "limits": list(limits),
+                "machine": self.machine,
+            }
+        )
 
     def append(self, record: Record) -> Record:
         """Appends a record to the ledger and returns it."""

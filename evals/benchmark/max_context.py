@@ -8,19 +8,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from evals.benchmark.code_hash import modules_digest
-from evals.benchmark.engine import Engine, Watch
+from evals.benchmark.engine import HARNESS
+from evals.benchmark.job import Job, ProgressCallback
 from evals.benchmark.workloads import prepare
 from evals.config import Candidate, Comparison
 from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import run_isolated
-from evals.measure import machine
-from evals.measure.clock import now
 from evals.measure.memory import available_bytes, peak_allocated_bytes
 from evals.results.formatting import aligned, filled
-from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
 
 if TYPE_CHECKING:
@@ -66,83 +61,66 @@ def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STE
     return length(low)
 
 
-class ContextSearch:
-    """Works off a comparison with `search: max_context`, from its seq_len on. What `ledger` holds is not tried again."""
+class ContextSearch(Job):
+    """Searches, for each candidate of a comparison with `search: max_context`, the longest sequence that fits."""
 
     kind = "search"
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
-        self.comparison = comparison
-        self.ledger = ledger
+        super().__init__(comparison, ledger, certificates)
+        self.settings.pop("seq_len", None)  # it is what is searched
         sampling = comparison.sampling
-        # What a variant needs to be certified has nothing to do with this limit.
-        unlimited = replace(comparison, sampling=replace(sampling, memory_limit_gib=None))
-        self.engine = Engine(unlimited, ledger, certificates)
+        limits = [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed]
+        self.id = self.measurement_digest(*HARNESS, "evals.benchmark.max_context", limits=limits)
+        available = int(0.8 * available_bytes())
         gib = sampling.memory_limit_gib
-        self.id = digest([self.engine.id, gib, modules_digest("evals.benchmark.max_context")])
-        most = int(0.8 * available_bytes())
-        self.allowed_bytes = most if gib is None else int(gib * 2**30)
-        self.stopped_at_bytes = min(most, 2 * self.allowed_bytes + 2**30)  # what exceeds the limit is still measured
+        self.limit_bytes = available if gib is None else int(gib * 2**30)
+        self.stopped_at_bytes = min(available, 2 * self.limit_bytes + 2**30)  # what exceeds the limit is still measured
 
-    def outlook(self) -> tuple[int, float | None]:
-        """How many lengths were tried already; and of how long the others take no one knows."""
-        return sum(record.get("search") == self.id and record["kind"] == "probe" for record in self.ledger.read()[0]), None
-
-    def run(self, watch: Watch) -> Iterator[Record]:
-        """Yields every record as soon as it is in the ledger."""
+    def run(self, report: ProgressCallback) -> Iterator[Record]:
         with exclusive_lock(self.comparison.device.kind):
-            yield self._kept(self.description())
+            yield self.append(self.description())
             for index, candidate in enumerate(self.comparison.candidates):
-                yield from self._search(candidate, partial(self._tell, watch, candidate, index))
+                yield from self._search(candidate, partial(self._report, report, candidate, index))
 
-    def _tell(self, watch: Watch, candidate: Candidate, index: int, words: str) -> None:
-        watch(f"{candidate.name}: {words}", index / len(self.comparison.candidates))
+    def remaining(self) -> tuple[int, None]:
+        return len(self.records("probe")), None
 
-    def _search(self, candidate: Candidate, tell: Callable[[str], None]) -> list[Record]:
-        """Everything about one candidate that the ledger does not hold yet."""
-        known = {record["seq_len"]: record for record in self.ledger.read()[0] if self._is_of(record, candidate)}
+    def description(self) -> Record:
+        return super().description() | {
+            "limit_bytes": self.limit_bytes,
+            "timeout_s": self.comparison.sampling.timeout_s,
+        }
+
+    def _report(self, report: ProgressCallback, candidate: Candidate, index: int, words: str) -> None:
+        report(f"{candidate.name}: {words}", index / len(self.comparison.candidates))
+
+    def _search(self, candidate: Candidate, report: Callable[[str], None]) -> list[Record]:
+        """Probes one candidate where the ledger does not know the result; returns the new records."""
+        known = {record["seq_len"]: record for record in self.records("probe") if record["attention"] == candidate.name}
         made: list[Record] = []
+
+        def add(record: Record) -> None:
+            known[record["seq_len"]] = record
+            made.append(self.append(record))
 
         def fits(seq_len: int) -> bool:
             if seq_len not in known:
-                tell(f"{seq_len} tokens")
-                known[seq_len] = self._kept(self._try(candidate, seq_len))
-                made.append(known[seq_len])
+                report(f"{seq_len} tokens")
+                add(self._probe(candidate, seq_len))
             return bool(known[seq_len]["outcome"] == "ok")
 
         if not known:
-            tell("certificate")
-            certified = self.engine.preflight.certified(candidate)
+            report("certificate")
+            certified = self.preflight.certified(candidate)
             if certified.outcome != "ok":
-                known[0] = self._kept(self._probe(candidate, 0, certified.outcome, certified.detail))
-                made.append(known[0])
+                add(self._probe_record(candidate, 0, certified.outcome, certified.detail))
         if 0 not in known:
             longest_fitting(fits, self.comparison.shape.seq_len)
         return made
 
-    def _is_of(self, record: Record, candidate: Candidate) -> bool:
-        return (record.get("kind"), record.get("search"), record.get("attention")) == ("probe", self.id, candidate.name)
-
-    def _kept(self, record: Record) -> Record:
-        self.ledger.append(record)
-        return record
-
-    def description(self) -> Record:
-        comparison = self.comparison
-        settings = {key: value for key, value in comparison.settings.items() if key != "seq_len"}
-        return {
-            "kind": "search",
-            "search": self.id,
-            "sweep": comparison.sweep,
-            "settings": {**settings, "processor": self.engine.processor, "torch": torch.__version__},
-            "candidates": {candidate.name: candidate.node for candidate in comparison.candidates},
-            "limit_bytes": self.allowed_bytes,
-            "timeout_s": comparison.sampling.timeout_s,
-            "provenance": machine.provenance(comparison.device.kind),
-            "time": now(),
-        }
-
-    def _try(self, candidate: Candidate, seq_len: int) -> Record:
+    def _probe(self, candidate: Candidate, seq_len: int) -> Record:
+        """Makes one call at one length, in a process of its own."""
         shape = replace(self.comparison.shape, seq_len=seq_len)
         result = run_isolated(
             peak,
@@ -152,23 +130,15 @@ class ContextSearch:
             memory_limit_bytes=self.stopped_at_bytes,
         )
         if result.outcome != "ok":
-            return self._probe(candidate, seq_len, result.outcome, result.detail)
-        if result.value > self.allowed_bytes:
-            words = f"needs {result.value / 2**20:.1f} MiB, allowed are {self.allowed_bytes / 2**20:.1f}"
-            return self._probe(candidate, seq_len, "limit", words, result.value)
-        return self._probe(candidate, seq_len, "ok", "", result.value)
+            return self._probe_record(candidate, seq_len, result.outcome, result.detail)
+        if result.value > self.limit_bytes:
+            detail = f"needs {result.value / 2**20:.1f} MiB, allowed are {self.limit_bytes / 2**20:.1f}"
+            return self._probe_record(candidate, seq_len, "limit", detail, result.value)
+        return self._probe_record(candidate, seq_len, "ok", "", result.value)
 
-    def _probe(self, candidate: Candidate, seq_len: int, outcome: str, detail: str, peak_bytes: int | None = None) -> Record:
-        return {
-            "kind": "probe",
-            "search": self.id,
-            "attention": candidate.name,
-            "seq_len": seq_len,
-            "outcome": outcome,
-            "detail": detail,
-            "peak_bytes": peak_bytes,
-            "time": now(),
-        }
+    def _probe_record(self, candidate: Candidate, seq_len: int, outcome: str, detail: str, peak_bytes: int | None = None) -> Record:
+        values = {"attention": candidate.name, "seq_len": seq_len, "outcome": outcome, "detail": detail, "peak_bytes": peak_bytes}
+        return self.record("probe", **values)
 
 
 def peak(comparison: Comparison, candidate: Candidate) -> int:

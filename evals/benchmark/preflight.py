@@ -40,7 +40,7 @@ class Preflight:
         self.certificates = certificates
         self.memory_limit_bytes = memory_limit_bytes
 
-    def make(self, candidates: Sequence[Candidate]) -> Iterator[Record]:
+    def run(self, candidates: Sequence[Candidate]) -> Iterator[Record]:
         """A record each, in the order in which they are done: each on a core of its own, since nothing is timed meanwhile."""
         # What takes longest begins: a certificate is the longer the longer the blocks are.
         with torch.device("meta"):

@@ -10,14 +10,15 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from evals.benchmark.job import Job
 from evals.errors import UsageError, one_sentence
 from evals.isolation.affinity import claim_slot
 from evals.measure.clock import now, pause
@@ -86,16 +87,6 @@ def _check_slurm(settings: dict[str, Any], kind: str) -> None:
         raise UsageError(
             "where comparisons share a node, each needs cores of its own: set hydra.launcher.cpus_per_task, or exclusive"
         )
-
-
-class Job(Protocol):
-    """What works off one comparison: an Engine, a Search or a Study."""
-
-    kind: str  # of the record that describes it
-    id: str
-
-    def description(self) -> Record: ...
-    def run(self, watch: Callable[[str, float], None]) -> Iterator[Record]: ...
 
 
 Prepare = Callable[[DictConfig, str | None, str], tuple[Job, Ledger]]

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from evals.benchmark.engine import Engine
+from evals.benchmark.job import Job
 from evals.benchmark.max_context import ContextSearch
 from evals.config import Comparison
 from evals.results.formatting import QUANTITIES, cell, over_seeds
@@ -30,7 +30,7 @@ class Board(Protocol):
         """What is to be said of all of them together; empty if nothing is."""
 
 
-def board(job: Engine | ContextSearch | Study, comparison: Comparison, records: Sequence[Record]) -> Board:
+def board(job: Job, comparison: Comparison, records: Sequence[Record]) -> Board:
     """What a job's table shows. records: all that the ledger holds already."""
     if isinstance(job, Study):
         return Learned(job, comparison)
@@ -45,7 +45,7 @@ class Timed:
     They cost microseconds, unlike the bootstrap of the final table, for which the next round would have to wait.
     """
 
-    def __init__(self, job: Engine, comparison: Comparison, records: Sequence[Record]) -> None:
+    def __init__(self, job: Job, comparison: Comparison, records: Sequence[Record]) -> None:
         self.names = [one.name for one in comparison.candidates]
         self.reference = comparison.relative_to
         self.quantities = [one for one in QUANTITIES if one.column != "speedup" or self.reference in self.names]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from evals.benchmark import max_context
 from evals.benchmark.engine import Engine
+from evals.benchmark.job import Job
 from evals.cli import hydra_app
 from evals.cli.cluster import Elsewhere
 from evals.cli.display import Display, Outlook, Quiet, display
@@ -56,7 +57,7 @@ class Run:
         place = f"[{behind + 1}/{hydra_app.Session.jobs}] {swept(comparison)}"
         if self.dry:
             print(f"{place}: {conditions(comparison)}")
-            made, seconds = job.outlook()
+            made, seconds = job.remaining()
             self.seconds_left += seconds or 0.0
             names = ", ".join(candidate.name for candidate in comparison.candidates)
             left = "how long the others take is not known" if seconds is None else f"about {seconds:.0f} s to go"
@@ -189,7 +190,7 @@ def ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
 
-def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | max_context.ContextSearch | Study, Ledger]:
+def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Job, Ledger]:
     """What works a job off on a node, and where its records go."""
     hydra_app.add_import_paths()
     comparison = read_job(cfg, swept)
@@ -197,7 +198,7 @@ def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Engine | max
     return kind_of(comparison)(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl", node)), samples
 
 
-def kind_of(comparison: Comparison) -> type[Engine | max_context.ContextSearch | Study]:
+def kind_of(comparison: Comparison) -> type[Job]:
     """What works it off: one that trains, one that looks for the longest sequence, or one that times."""
     return Study if comparison.task else max_context.ContextSearch if comparison.search else Engine
 

@@ -39,7 +39,7 @@ def work_off(cfg: DictConfig) -> None:
                         flush=True,
                     )
             if first():
-                study.ledger.append(study.record(candidate, *wanted, Result("ok", told)) | {"ranks": dist.get_world_size()})
+                study.ledger.append(study.run_record(candidate, *wanted, Result("ok", told)) | {"ranks": dist.get_world_size()})
                 saved.unlink(missing_ok=True)
 
 

@@ -5,17 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from evals.benchmark import code_hash
-from evals.benchmark.engine import Watch, check_axis
-from evals.benchmark.preflight import Preflight
+from evals.benchmark.job import Job, ProgressCallback
 from evals.config import Candidate, Comparison, Training
 from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import Result, Worker
-from evals.measure import machine
 from evals.measure.clock import now
-from evals.measure.memory import available_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
 from evals.training.tasks.base import Task
@@ -44,7 +39,7 @@ def best_rate(runs: Sequence[Record], rates: Sequence[float]) -> float | None:
     return min((rate for rate in rates if rate in first), key=lambda rate: first[rate], default=None)
 
 
-class Study:
+class Study(Job):
     """Works off a comparison with a task. Runs that `ledger` holds are not made again, whichever command made them.
 
     A run that was killed goes on from its checkpoint. Raises UsageError if the ledger is of a sweep over something else.
@@ -53,42 +48,30 @@ class Study:
     kind = "study"
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
-        check_axis(comparison, ledger)
-        self.comparison = comparison
-        self.ledger = ledger
+        super().__init__(comparison, ledger, certificates)
         self.task: Task = build_task(comparison)
-        with torch.device("meta"):
-            code = {one.name: code_hash.attention_digest(one.build(comparison.model)) for one in comparison.candidates}
-        self.memory_limit_bytes = int(0.8 * available_bytes())
-        if comparison.sampling.memory_limit_gib is not None:
-            self.memory_limit_bytes = int(comparison.sampling.memory_limit_gib * 2**30)
-        self.preflight = Preflight(comparison, code, certificates, self.memory_limit_bytes)
-        self.settings = {
-            **comparison.settings,
-            **self.task.facts(),
-            "processor": machine.processor_name(comparison.device.kind),
-            "torch": torch.__version__,
-        }
+        self.settings = {**comparison.settings, **self.task.facts(), **self.machine}
         trainer = code_hash.modules_digest("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")
         own = code_hash.modules_digest(type(self.task).__module__)
+        lengths = comparison.training.eval_length_multiples
         self.keys = {
-            one.name: digest([self.settings, comparison.training.eval_length_multiples, asdict(one), code[one.name], trainer, own])
+            one.name: digest([self.settings, lengths, asdict(one), self.code[one.name], trainer, own])
             for one in comparison.candidates
         }
         self.id = digest([self.keys, comparison.training.learning_rates, comparison.training.seeds])
 
-    def outlook(self) -> tuple[int, float | None]:
+    def remaining(self) -> tuple[int, float | None]:
         """How many runs there are already, and about how many seconds the others take; None where none was made yet."""
         done = {one.name: self.runs(one) for one in self.comparison.candidates}
         known = [float(run["train_s"]) for runs in done.values() for run in runs if run["outcome"] == "ok"]
         made = sum(map(len, done.values()))
         return made, sum(known) / len(known) * max(0, self._wanted() - made) if known else None
 
-    def run(self, watch: Watch) -> Iterator[Record]:
+    def run(self, report: ProgressCallback) -> Iterator[Record]:
         """Yields every record as soon as it is in the ledger. Of a main thread."""
-        yield self._kept(self.description())
+        yield self.append(self.description())
         for candidate in self.comparison.candidates:
-            watch(f"{candidate.name}: certificate", self._part())
+            report(f"{candidate.name}: certificate", self._part())
             objection = self.objection(candidate)
             if objection is not None:
                 yield objection
@@ -96,7 +79,7 @@ class Study:
             for run in self.runs(candidate):  # one that was killed right after its record was kept
                 self.saved(candidate, run["learning_rate"], run["seed"]).unlink(missing_ok=True)
             while (wanted := next_run(self.runs(candidate), self.comparison.training)) is not None:
-                yield self._kept(self._trained(candidate, *wanted, watch))
+                yield self.append(self._trained(candidate, *wanted, report))
                 self.saved(candidate, *wanted).unlink(missing_ok=True)
 
     def runs(self, candidate: Candidate) -> list[Record]:
@@ -110,9 +93,9 @@ class Study:
         if certified.outcome == "ok":
             return None
         known = [record for record in self.runs(candidate) if record["outcome"] == certified.outcome]
-        return known[0] if known else self._kept(self.record(candidate, None, 0, certified))
+        return known[0] if known else self.append(self.run_record(candidate, None, 0, certified))
 
-    def record(self, candidate: Candidate, learning_rate: float | None, seed: int, result: Result) -> Record:
+    def run_record(self, candidate: Candidate, learning_rate: float | None, seed: int, result: Result) -> Record:
         """What the ledger keeps of a run."""
         outcome = {"outcome": result.outcome, "detail": result.detail}
         return {
@@ -130,7 +113,7 @@ class Study:
         name = f"{candidate.name}-{digest([self.keys[candidate.name], learning_rate, seed])}.safetensors"
         return self.ledger.path.parent / "checkpoints" / name.replace(os.sep, "_")
 
-    def _trained(self, candidate: Candidate, learning_rate: float, seed: int, watch: Watch) -> Record:
+    def _trained(self, candidate: Candidate, learning_rate: float, seed: int, report: ProgressCallback) -> Record:
         limit_s, saved = self.comparison.sampling.timeout_s, self.saved(candidate, learning_rate, seed)
         arguments = (self.comparison, candidate, self.task, learning_rate, seed, saved)
         steps, done = self.comparison.training.steps, self._part()
@@ -144,9 +127,9 @@ class Study:
                 words = (
                     f"{candidate.name}, rate {learning_rate:g}, seed {seed}: step {step}/{steps}, loss {loss:.3f}, {left_s:.0f} s"
                 )
-                watch(words, done + step / steps / self._wanted())
+                report(words, done + step / steps / self._wanted())
                 result = worker.ask(None, limit_s)
-        return self.record(candidate, learning_rate, seed, result)
+        return self.run_record(candidate, learning_rate, seed, result)
 
     def _wanted(self) -> int:
         """How many runs there are to be, if all goes well."""
@@ -156,24 +139,12 @@ class Study:
     def _part(self) -> float:
         return min(1.0, sum(len(self.runs(one)) for one in self.comparison.candidates) / self._wanted())
 
-    def _kept(self, record: Record) -> Record:
-        self.ledger.append(record)
-        return record
-
     def description(self) -> Record:
-        comparison = self.comparison
-        return {
-            "kind": "study",
-            "study": self.id,
-            "sweep": comparison.sweep,
-            "swept": comparison.swept,
-            "settings": self.settings,
-            "candidates": {one.name: {"node": one.node, "ff_dim": one.ff_dim} for one in comparison.candidates},
+        return super().description() | {
+            "candidates": {one.name: {"node": one.node, "ff_dim": one.ff_dim} for one in self.comparison.candidates},
             "runs": self.keys,
-            "learning_rates": comparison.training.learning_rates,
+            "learning_rates": self.comparison.training.learning_rates,
             "chance": self.task.chance,
             "grouped_by": self.task.grouped_by,
             "unit": self.task.unit,
-            "provenance": machine.provenance(comparison.device.kind),
-            "time": now(),
         }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.engine import CEILINGS, Engine
+from evals.benchmark.engine import PEAKS_COUNT, Engine
 from evals.benchmark.preflight import implementation
 from evals.cli.jobs import read_job
 from evals.measure.clock import now
@@ -39,20 +39,20 @@ def described(folder: Path, *, count: int, time: str, **settings: Any) -> Engine
     made = engine(folder)
     ceilings = {"flops_per_s": 1.0}
     record = {"kind": "comparison", "comparison": "earlier", "swept": None, "peaks": ceilings, "time": time}
-    made.ledger.append(*[record | {"settings": made._settings() | settings}] * count)
+    made.ledger.append(*[record | {"settings": made.settings | settings}] * count)
     return made
 
 
 def test_ceilings_that_the_ledger_knows_are_not_measured_again(tmp_path: Path) -> None:
-    assert described(tmp_path, count=CEILINGS, time=now())._ceilings() is None
+    assert described(tmp_path, count=PEAKS_COUNT, time=now())._measured_peaks() is None
 
 
 @pytest.mark.parametrize(
     ("count", "time", "settings"),
-    [(CEILINGS - 1, None, {}), (CEILINGS, "2020-01-01T00:00:00+00:00", {}), (CEILINGS, None, {"threads": 77})],
+    [(PEAKS_COUNT - 1, None, {}), (PEAKS_COUNT, "2020-01-01T00:00:00+00:00", {}), (PEAKS_COUNT, None, {"threads": 77})],
 )
 def test_few_old_or_other_ceilings_are(tmp_path: Path, count: int, time: str | None, settings: dict[str, Any]) -> None:
-    measured = described(tmp_path, count=count, time=time or now(), **settings)._ceilings()
+    measured = described(tmp_path, count=count, time=time or now(), **settings)._measured_peaks()
     assert measured is not None
     assert measured["flops_per_s"] > 1e6
 
