@@ -72,7 +72,7 @@ def test_without_a_reference_it_is_latencies_that_must_be_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "seconds", "time_slices"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
+    ("most", "seconds", "turns"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
 )
 def test_there_are_as_many_turns_as_fit_but_one_in_any_case(most: int, seconds: float, turns: int) -> None:
     assert list(within_budget(most, seconds, Stopwatch())) == list(range(turns))
