@@ -28,8 +28,8 @@ from evals.paper.draw import STUDY, missing_data
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
 from evals.results.export import Table, markdown
-from evals.results.formatting import QUANTITIES, Quantity, cell
-from evals.results.frames import read, swept_column
+from evals.results.formatting import QUANTITIES, Quantity, format_value
+from evals.results.frames import read_table, swept_column
 from evals.results.schema import schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def filled(directive: re.Match[str]) -> str:
 def one_cell(folder: str, name: str, place: str, column: str) -> str:
     results = table_of(folder)
     cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
-    return cell(cells[name, place], KNOWN[column])
+    return format_value(cells[name, place], KNOWN[column])
 
 
 def one_table(folder: str, column: str) -> str:
@@ -105,7 +105,7 @@ def one_table(folder: str, column: str) -> str:
     cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
     names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     reference = next(iter(results["relative_to"].dropna()), None)
-    rows = [[name, *(cell(cells.get((name, place)), quantity) for place in places)] for name in names]
+    rows = [[name, *(format_value(cells.get((name, place)), quantity) for place in places)] for name in names]
     made = Table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
     return markdown(made)
 
@@ -160,5 +160,5 @@ DIRECTIVES = {
 
 @cache
 def table_of(folder: str) -> pd.DataFrame:
-    results = read(ROOT / folder)
+    results = read_table(ROOT / folder)
     return results.sort_values(swept_column(results), kind="stable")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evals.benchmark.interleave import measure
 from evals.errors import UsageError
-from evals.results.differences import compare, fraction, read, regressions, shown
+from evals.results.compare import compare_cells, parse_fraction, read_cells, regressions, render
 from evals.results.formatting import WIDTH
 
 # --- the command --------------------------------------------------------------------------------
@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     try:
         options, rest = parser.parse_known_args(arguments)
-        threshold = fraction(options.threshold)
+        threshold = parse_fraction(options.threshold)
         if options.base is None and (len(rest) != 2 or any(word.startswith("-") for word in rest)):
             raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
         folders = map(Path, rest) if options.base is None else measure(options.base, rest, options.rounds)
-        a, b = (read(folder) for folder in folders)
-        rows = compare(a, b)
+        a, b = (read_cells(folder) for folder in folders)
+        rows = compare_cells(a, b)
         if options.csv:
             rows.to_csv(options.csv, index=False)
     except (UsageError, argparse.ArgumentError) as error:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; rounds that both sides completed can be compared where they stand", file=sys.stderr)
         return 130
-    print(shown(a, b, rows))
+    print(render(a, b, rows))
     worse = regressions(rows, threshold)
     for line in worse:
         print(textwrap.fill(f"regression: {line}", WIDTH, subsequent_indent="   "))

@@ -16,7 +16,7 @@ from evals.conversion import study
 from evals.errors import UsageError
 from evals.results import accuracy_table, latency_table
 from evals.results.ledger import Ledger, Record
-from evals.results.scaling_table import analyse
+from evals.results.scaling_table import build
 
 
 def made(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
@@ -25,11 +25,11 @@ def made(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     if "conversion" in kinds:
         return study.tables(records)
     if "study" in kinds:
-        return {"accuracy": accuracy_table.results(records), "curves": accuracy_table.curves(records)}
+        return {"accuracy": accuracy_table.build(records), "curves": accuracy_table.build_curves(records)}
     if "search" in kinds:
         return {"max_context": max_context.results(records)}
-    measured = latency_table.results(records)
-    return {"latency": measured, **analyse(measured, records)} if len(measured) else {}
+    measured = latency_table.build(records)
+    return {"latency": measured, **build(measured, records)} if len(measured) else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from evals.config import Candidate, Comparison
 from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import run_isolated
 from evals.measure.memory import available_bytes, peak_allocated_bytes
-from evals.results.formatting import aligned, filled
+from evals.results.formatting import align_columns, wrap
 from evals.results.ledger import Ledger, Record
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ def shown(table: "pd.DataFrame") -> str:
     ordered = table.sort_values("max_context", ascending=False)
     tokens = [f"{one:.0f}" if one > 0 else "none" for one in ordered["max_context"]]
     held = [f"{one / 2**20:.1f}" if one > 0 else "" for one in ordered["peak_bytes"]]
-    lines = aligned(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *held]])
+    lines = align_columns(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *held]])
     next_lengths = [
-        filled(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]
+        wrap(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]
     ]
     return "\n\n".join([lines, *(["\n".join(next_lengths)] if next_lengths else [])])

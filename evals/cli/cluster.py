@@ -22,7 +22,7 @@ from evals.benchmark.job import Job
 from evals.errors import UsageError, one_sentence
 from evals.isolation.affinity import claim_slot
 from evals.measure.clock import now, pause
-from evals.results.ledger import Ledger, Record, this_node
+from evals.results.ledger import Ledger, Record, node_name
 
 TRIES = 2
 """How often a comparison is started, before it is given up with a row."""
@@ -110,11 +110,11 @@ class Placed:
         name, settings = launcher_of(hydra.launcher)
         if name == "JoblibLauncher" and settings["n_jobs"] > 1:
             claim_slot(settings["n_jobs"])
-        job, ledger = self.prepare(cfg, self.swept, this_node())
+        job, ledger = self.prepare(cfg, self.swept, node_name())
         records = [record for record in ledger.read()[0] if record.get("launch") == self.launch]
         if not records:
             raise UsageError(
-                f"node {this_node()} does not find {ledger.path.resolve()} as the command left it: results_dir must lie on a disk "
+                f"node {node_name()} does not find {ledger.path.resolve()} as the command left it: results_dir must lie on a disk "
                 "that all nodes share, under the same path"
             )
         number = int(hydra.job.num)

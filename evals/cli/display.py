@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from evals.cli.progress import Board
 from evals.measure.clock import Stopwatch
-from evals.results.formatting import shortened
+from evals.results.formatting import shorten
 from evals.results.ledger import Record
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Table(Quiet):
         grid.add_column("", no_wrap=True)
         for name, figures, state in rows:
             # Where it is narrow, figures stay whole.
-            name = shortened(name, max(self.console.width - 2 - taken, 8))
+            name = shorten(name, max(self.console.width - 2 - taken, 8))
             grid.add_row(Text(f"  {name}"), *map(Text, figures), Text(state, "dim"))
         note = self.board.note()
         return Group(grid, Text(f"  {note}", "dim")) if note else grid
@@ -190,7 +190,7 @@ class Table(Quiet):
         from rich.text import Text
 
         behind: list[RenderableType] = [ProgressBar(1.0, self.part, BAR), Text(f"{self.part:.0%}"), Text(self.left)]
-        words = shortened(f"{self.place} {self.words}", max(self.console.width - BAR - len(f"  100% {self.left}"), 8))
+        words = shorten(f"{self.place} {self.words}", max(self.console.width - BAR - len(f"  100% {self.left}"), 8))
         grid = Grid.grid(padding=(0, 1))
         grid.add_row(Text(words, no_wrap=True), *behind)
         return grid

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from evals.benchmark.job import Job
 from evals.benchmark.max_context import ContextSearch
 from evals.config import Comparison
-from evals.results.formatting import QUANTITIES, cell, over_seeds
+from evals.results.formatting import QUANTITIES, format_mean, format_value
 from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.stats.intervals import half_width, mean_interval, medians
@@ -73,7 +73,7 @@ class Timed:
             if failure is not None:
                 state = str(failure["outcome"])
             known = {"outcome": "ok", **self._known(name)}
-            figures = [cell(known, one) if one.column in known else "" for one in self.quantities]
+            figures = [format_value(known, one) if one.column in known else "" for one in self.quantities]
             yield name, figures if failure is None else [""] * len(figures), state
 
     def _known(self, name: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Timed:
         noise = self.history.ratios(Process(self.reference), Process(self.reference, is_control=True))
         if noise:
             itself = {"outcome": "ok", **_estimate("speedup", noise)}
-            told.append(f"noise: {self.reference} over itself {cell(itself, QUANTITIES[1])}")
+            told.append(f"noise: {self.reference} over itself {format_value(itself, QUANTITIES[1])}")
         if self.reference not in self.names:
             told.append(f"no speed-ups: {self.reference} is not among those compared")
         return "; ".join(told)
@@ -136,7 +136,7 @@ class Learned:
                 own = [run for run in good if run["learning_rate"] == best]
                 accuracy = mean_interval([_accuracy(run) for run in own])
                 loss = statistics.mean(run["validation_loss"] for run in own)
-                figures[1:] = [f"{best:g}", over_seeds(accuracy.value, accuracy.low, accuracy.high), f"{loss:.3f}"]
+                figures[1:] = [f"{best:g}", format_mean(accuracy.value, accuracy.low, accuracy.high), f"{loss:.3f}"]
             yield name, figures, "" if good else str(runs[-1]["outcome"]) if runs else "waits"
 
     def note(self) -> str:

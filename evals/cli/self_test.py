@@ -69,7 +69,7 @@ def against_itself(name: str, seq_len: int, seed: int, *options: str, slower: fl
         ledger = Ledger(Path(folder) / "samples.jsonl")
         for _ in Engine(comparison, ledger, CERTIFICATES).run(lambda _words, _part: None):
             pass
-        rows = latency_table.results(ledger.read()[0])
+        rows = latency_table.build(ledger.read()[0])
     row = {str(column): value for column, value in rows[rows["attention"] == "again"].iloc[0].items()}
     if row["outcome"] != "ok":
         raise UsageError(f"{name} against itself ended as {row['outcome']}: {row['detail']}")

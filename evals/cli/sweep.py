@@ -26,7 +26,7 @@ from evals.isolation.affinity import core_count
 from evals.measure.clock import now, process_age_s
 from evals.plots import registry
 from evals.results import accuracy_table, latency_table
-from evals.results.formatting import filled
+from evals.results.formatting import wrap
 from evals.results.ledger import Ledger, Record
 from evals.training.study import Study
 
@@ -111,7 +111,7 @@ class Run:
     def report(self, cfg: DictConfig) -> int:
         """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
         # Not before: they take two seconds to import, for which a comparison would have to wait.
-        from evals.results.scaling_table import analyse
+        from evals.results.scaling_table import build
 
         self.comparisons += self.elsewhere.comparisons()
         if self.dry:
@@ -122,18 +122,18 @@ class Run:
             return self.report_search(cfg, max_context.results(records))
         if cfg.task:
             return self.report_study(cfg, records)
-        results = latency_table.results(records)
+        results = latency_table.build(records)
         if results.empty:
             return 0
         folder = ledger(cfg).path.parent
         path = latency_table.write(results, folder, "latency")
-        fits = analyse(results, records)
+        fits = build(results, records)
         for name, fitted in fits.items():
             latency_table.write(fitted, folder, name)
         plots = registry.draw_sweep(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
         track(cfg, results)
         own = results[results["comparison"].isin(self.comparisons)]
-        print(latency_table.shown(own))
+        print(latency_table.render(own))
         print(f"\n{written(path, results, plots)}")
         if self.called_s:
             seconds = process_age_s()
@@ -150,7 +150,7 @@ class Run:
 
     def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
 
-        results, curves = accuracy_table.results(records), accuracy_table.curves(records)
+        results, curves = accuracy_table.build(records), accuracy_table.build_curves(records)
         if results.empty:
             return 0
         path = latency_table.write(results, ledger(cfg).path.parent, "accuracy")
@@ -158,7 +158,7 @@ class Run:
         track(cfg, results, curves)
         plots = registry.draw_accuracy(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
         own = results[results["study"].isin(self.comparisons)]
-        print(accuracy_table.shown(own))
+        print(accuracy_table.render(own))
         print(f"\n{written(path, results, plots)}")
         learned = own["best"] & (own["outcome"] == "ok")  # at some rate, which is what counts
         return 0 if learned.groupby([own["study"], own["attention"]]).any().all() else INCOMPLETE
@@ -182,7 +182,7 @@ def written(path: Path, results: "pd.DataFrame", plots: Sequence[Path]) -> str:
     lines = [f"{path}: {len(results)} rows", str(report.write([path.parent], path.with_name("report.html")))]
     if plots:
         kinds = " and ".join(sorted({plot.suffix[1:].upper() for plot in plots}))
-        lines.append(filled(f"{plots[0].parent}/, as {kinds}: {', '.join(sorted({plot.stem for plot in plots}))}"))
+        lines.append(wrap(f"{plots[0].parent}/, as {kinds}: {', '.join(sorted({plot.stem for plot in plots}))}"))
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import GREY
-from evals.results.formatting import about
+from evals.results.formatting import format_estimate
 from evals.stats.intervals import CONFIDENCE
 
 SHADES = {"faster": "#e4ca6c", "slower": "#6a86b8", "unclear": "#f2f2f2"}
@@ -91,7 +91,7 @@ def _cell(axes: Axes, row: int, column: int, sweep: Sweep, first: str, second: s
     found = sorted(across(at) for at in _pair(sweep, first, second)["at"] if sweep.x[0] <= at <= sweep.x[-1])
     for before, at, after in zip([column, *found], found, [*found[1:], column + 1.0], strict=False):
         axes.vlines(at, row - 0.42, row + 0.42, color="black", linewidth=0.8)
-        n = about(math.exp(low + (at - column - 0.04) / 0.92 * (high - low)))
+        n = format_estimate(math.exp(low + (at - column - 0.04) / 0.92 * (high - low)))
         room = (wide(n, SMALL) + 0.07) / width
         # Right of its line, or left of it, or nowhere.
         side = "left" if after - at > room else "right" if at - before > room else ""

@@ -21,7 +21,7 @@ from evals.plots.accuracy import AccuracySweep
 from evals.plots.conversion import STAGES
 from evals.plots.heatmap import times
 from evals.plots.layout import Sweep, conditions
-from evals.results.formatting import BYTES, SECONDS, plain, scaled, spoken
+from evals.results.formatting import BYTES, SECONDS, format_setting, scaled, setting_name
 from evals.stats.intervals import mean_interval
 
 OURS = "bsbr"
@@ -124,7 +124,7 @@ def speed(results: Path) -> str:
     }
     told = []
     for verdict, words in by_verdict.items():
-        places = [plain(place) for place, found in zip(sweep.places, ours["verdict"], strict=True) if found == verdict]
+        places = [format_setting(place) for place, found in zip(sweep.places, ours["verdict"], strict=True) if found == verdict]
         told += [words.format(listed(places))] if places else []
     said.append(f"{', '.join(told)}." if told else "")
     said += [f"They cross at {_at(row)} tokens." for row in _crossings(sweep, OURS, reference) if row["at"] > 0]
@@ -239,7 +239,7 @@ def doubt(results: Path) -> str:
     code = f" The code had changes that were not yet committed when these were measured: {names}." if changed else ""
     return (
         f"Half of a latency's interval is {percent(half.median())} of it in the middle case, {percent(half.max())} in the worst, "
-        f"`{worst['attention']}` at {plain(worst[sweep.column])} tokens.{code}"
+        f"`{worst['attention']}` at {format_setting(worst[sweep.column])} tokens.{code}"
     )
 
 
@@ -299,7 +299,7 @@ def _accuracies(one: Source) -> str:
         [f"`{name}`", *(told(name, place) for place in places), *([in_bytes(kept[name]), times(kept[name] / of)] if alike else [])]
         for name in last.index
     ]
-    heads = [f"{spoken(swept)} {plain(place)}" for place in places] if len(places) > 1 else ["accuracy"]
+    heads = [f"{setting_name(swept)} {format_setting(place)}" for place in places] if len(places) > 1 else ["accuracy"]
     words = learned.words(asked, left=-math.inf)
     return f"{_sentence(words)}\n\n{rows_of(['', *heads, *(['state', 'of standard'] if alike else [])], rows)}"
 
@@ -314,7 +314,7 @@ def _by_length(one: Source, column: str) -> str:
         at = {row["eval_seq_len"]: row for _, row in own.iterrows()}
         rows.append([f"`{name}`", *(_mean(at[length], column) if length in at else "" for length in lengths)])
     head = f"{column.replace('_', ' ')} at"
-    return f"{_sentence(learned.words(asked, left=-math.inf))}\n\n{rows_of([head, *map(plain, lengths)], rows)}"
+    return f"{_sentence(learned.words(asked, left=-math.inf))}\n\n{rows_of([head, *map(format_setting, lengths)], rows)}"
 
 
 def _mean(row: "pd.Series[Any]", column: str) -> str:

@@ -16,9 +16,9 @@ from evals.plots.layout import LEFT, LEGEND, NAME, SMALL, WIDTH, Sweep, headed, 
 from evals.plots.lines import CEILING, LATENCY, MEMORY, SPEEDUP, Quantity, plot, scale_x, scale_y
 from evals.plots.memory import representatives
 from evals.plots.style import FAILURES, GREY
-from evals.results.formatting import in_bytes
+from evals.results.formatting import format_bytes
 
-STATE = Quantity("state", "State that decoding keeps, lower is better", "state_bytes", tick=in_bytes, base=2, optional=True)
+STATE = Quantity("state", "State that decoding keeps, lower is better", "state_bytes", tick=format_bytes, base=2, optional=True)
 FOOT, ABOVE, GAP, RIGHT = 0.42, 0.2, 0.62, 0.15
 """Inches beneath a panel, above it for its title, between two for the ticks of the second, and right of the last."""
 
@@ -195,7 +195,7 @@ def _recall(axes: Axes, sweep: Sweep, asked: pd.DataFrame) -> None:
     axes.set_ylim(-0.02, 1.04)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(LogLocator(base=4, numticks=5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     _titled(axes, "Accuracy of recall")
     axes.set_xlabel("state after the sequence", size=7)

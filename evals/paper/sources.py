@@ -38,7 +38,7 @@ class Source:
             return dict(registry.conversion_tables(self.table, schema.read(self.folder / "positions.csv")))
         if kind == "accuracy":
             return dict(registry.accuracy_figures_data(self.table, schema.read(self.folder / "curves.csv")))
-        return dict(frames.sweeps(frames.read(self.folder), frames.read_fits(self.folder)))
+        return dict(frames.sweeps(frames.read_table(self.folder), frames.read_fits(self.folder)))
 
     @cached_property
     def records(self) -> list[Record]:

@@ -31,7 +31,7 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import GREY, Style
-from evals.results.formatting import in_bytes, plain, seconds, spoken
+from evals.results.formatting import format_bytes, format_seconds, format_setting, setting_name
 
 PLOT, FOOT = 2.6, 0.45  # heights in inches
 SAID = {
@@ -91,7 +91,9 @@ class AccuracySweep(NamedTuple):
 
     def words(self, rows: pd.DataFrame, *notes: str, left: float = LEFT) -> str:
         said = (
-            SAID[name].format(plain(rows[name].iloc[0])) for name in SAID if name in rows and rows[name].dropna().nunique() == 1
+            SAID[name].format(format_setting(rows[name].iloc[0]))
+            for name in SAID
+            if name in rows and rows[name].dropna().nunique() == 1
         )
         seeds = rows["seeds"].max() if "seeds" in rows else 0
         each = f"mean of {seeds:.0f} seeds and its 95 % interval" if seeds > 1 else "one seed" if seeds else ""
@@ -130,7 +132,7 @@ def accuracy(learned: AccuracySweep) -> Figure | None:
     lines = {str(name): line(own, learned.swept, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     axes = _lines("Accuracy, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
     _of_accuracy(axes, rows, learned.swept)
-    _log_x(axes, rows[learned.swept].unique(), AXIS_NAMES.get(learned.swept, spoken(learned.swept)))
+    _log_x(axes, rows[learned.swept].unique(), AXIS_NAMES.get(learned.swept, setting_name(learned.swept)))
     return _named(axes, lines, learned.looks)
 
 
@@ -154,7 +156,7 @@ def bits_by_position(learned: AccuracySweep) -> Figure | None:
     rows = learned.at_last(rows)
     rows = rows[rows["eval_seq_len"] == rows["eval_seq_len"].max()]
     lines = {str(name): line(own, "position", *BITS) for name, own in rows.groupby("attention", sort=False)}
-    note = f"asked at {plain(rows['eval_seq_len'].iloc[0])} bytes; a point is of all bytes with that context, up to twice as much"
+    note = f"asked at {format_setting(rows['eval_seq_len'].iloc[0])} bytes; a point is of all bytes with that context, up to twice as much"
     axes = _lines("Bits per byte, lower is better", learned.words(rows, note), lines, learned.looks)
     _log_x(axes, rows["position"].unique(), "bytes of context (1k = 1024)")
     axes.axvline(float(rows["seq_len"].iloc[0]), color=GREY, linewidth=0.8, dashes=(2, 2), zorder=1)
@@ -190,7 +192,7 @@ def recall_front(learned: AccuracySweep) -> Figure | None:
     rows = learned.costed
     if rows.empty or rows["bits_per_byte"].notna().any():
         return None
-    axis = "state after the sequence, all layers", in_bytes, LogLocator(base=2, numticks=8)
+    axis = "state after the sequence, all layers", format_bytes, LogLocator(base=2, numticks=8)
     return _front(learned, rows, "state_bytes", "state", axis)
 
 
@@ -207,7 +209,7 @@ def recall_latency(learned: AccuracySweep, decoded: Sweep) -> Figure | None:
     rows = rows.join(times, on=model).dropna(subset="latency_s")
     if rows.empty:
         return None
-    return _front(learned, rows, "latency_s", "latency", ("median time of the next token", seconds, MaxNLocator(5)))
+    return _front(learned, rows, "latency_s", "latency", ("median time of the next token", format_seconds, MaxNLocator(5)))
 
 
 def _front(
@@ -219,7 +221,7 @@ def _front(
     words, written, ticks = axis
     lines = {str(name): line(own, column, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     note = "grey: the front; nobody on it remembers more with less"
-    places = [plain(one) for one in sorted(rows[learned.swept].unique())]
+    places = [format_setting(one) for one in sorted(rows[learned.swept].unique())]
     place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(" to ".join(dict.fromkeys([places[0], places[-1]])))
     axes = _lines(f"Accuracy against {cost}, {place}: upper left is better", learned.words(rows, note), lines, learned.looks)
     points = [(x, y) for one in lines.values() for x, y in zip(one.x.tolist(), one.y.tolist(), strict=True)]
@@ -259,7 +261,7 @@ def accuracy_sweeps(
     apart = [name for name in SAID if name != swept and name in ok and ok[name].nunique(dropna=False) > 1]
     for values, rows in ok.groupby(apart, dropna=False, sort=True) if apart else [((), ok)]:
         if len(rows):
-            yield "".join(f"-{plain(value)}" for value in values), AccuracySweep(rows, curves, swept, looks, failed)
+            yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, looks, failed)
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -318,6 +320,6 @@ def _log_x(axes: Axes, places: Iterable[float], name: str) -> None:
     margin = (found[-1] / found[0]) ** 0.03
     axes.set_xlim(found[0] / margin, found[-1] * margin)
     every = math.ceil(len(found) / 10)
-    axes.set_xticks(found[::-every][::-1], [plain(one) for one in found[::-every][::-1]])
+    axes.set_xticks(found[::-every][::-1], [format_setting(one) for one in found[::-every][::-1]])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(name)

@@ -17,7 +17,7 @@ from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from evals.plots.style import FAILURES, GREY, Style
-from evals.results.formatting import BYTES, plain, scaled
+from evals.results.formatting import BYTES, format_setting, scaled
 from evals.stats.intervals import CONFIDENCE
 
 Numbers = NDArray[np.float64]
@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def ticks(self) -> list[str]:
-        return [plain(place) for place in self.places]
+        return [format_setting(place) for place in self.places]
 
     @property
     def reference(self) -> str:
@@ -190,11 +190,11 @@ def _said(values: "pd.Series[Any]", name: str) -> str:
     if values.empty:
         return ""
     # What goes with the swept setting, such as hidden size with head size, has more than one value.
-    return SETTINGS[name].format(_range(values) if is_number(values) else plain(values.iloc[0]))
+    return SETTINGS[name].format(_range(values) if is_number(values) else format_setting(values.iloc[0]))
 
 
 def _range(numbers: pd.Series) -> str:
-    low, high = plain(numbers.min()), plain(numbers.max())
+    low, high = format_setting(numbers.min()), format_setting(numbers.max())
     return low if low == high else f"{low} to {high}"
 
 

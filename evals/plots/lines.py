@@ -35,7 +35,7 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import FAILURES, GREY, MARK
-from evals.results.formatting import DECIMAL, about, in_bytes, scaled, seconds
+from evals.results.formatting import DECIMAL, format_bytes, format_estimate, format_seconds, scaled
 from evals.stats.intervals import CONFIDENCE
 
 PLOT, FOOT, LANE, GAP = 2.9, 0.45, 0.15, 0.07  # heights in inches
@@ -70,11 +70,11 @@ class Quantity:
 LATENCY = Quantity(
     *("latency", "Latency, lower is better"),
     *("latency_s", "latency_low_s", "latency_high_s"),
-    tick=seconds,
+    tick=format_seconds,
 )
 MEMORY = Quantity(
     *("peak_memory", "Peak memory above inputs and parameters, lower is better", "peak_bytes"),
-    tick=in_bytes,
+    tick=format_bytes,
     base=2,
 )
 THROUGHPUT = Quantity(
@@ -317,7 +317,9 @@ def _heading(sweep: Sweep) -> str:
 
 
 def _crossing_names(sweep: Sweep, crossings: Mapping[str, Sequence[Crossing]]) -> list[str]:
-    return [f"{label(sweep.looks, name)} {', '.join(about(at) for at, _, _ in places)}" for name, places in crossings.items()]
+    return [
+        f"{label(sweep.looks, name)} {', '.join(format_estimate(at) for at, _, _ in places)}" for name, places in crossings.items()
+    ]
 
 
 def _mark_crossings(lanes: Axes, axes: Axes, sweep: Sweep, crossings: Mapping[str, Sequence[Crossing]]) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evals.plots.layout import SMALL, WIDTH, conditions, headed, key_room, keyed, lined, placed, wide
 from evals.plots.style import GREY, Style
-from evals.results.formatting import BYTES, about, plain, scaled
+from evals.results.formatting import BYTES, format_estimate, format_setting, scaled
 
 ROW, FOOT, RIGHT = 0.24, 0.45, 0.2  # inches
 
@@ -49,12 +49,12 @@ def max_context_plot(rows: pd.DataFrame, looks: dict[str, Style]) -> Figure:
     axes.grid(True, axis="y")
     axes.set_yticks(range(len(names)), [])
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_setting(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens (1k = 1024)")
     return picture
 
 
 def _said(row: "pd.Series[Any]") -> str:
-    after = f"; {row['next_outcome']} at {about(float(row['next_seq_len']))}" if row["next_seq_len"] > 0 else ""
-    return about(float(row["max_context"])) + after if row["max_context"] > 0 else f"none ({row['outcome']})"
+    after = f"; {row['next_outcome']} at {format_estimate(float(row['next_seq_len']))}" if row["next_seq_len"] > 0 else ""
+    return format_estimate(float(row["max_context"])) + after if row["max_context"] > 0 else f"none ({row['outcome']})"

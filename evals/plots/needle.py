@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from evals.plots.accuracy import AccuracySweep, chance
 from evals.plots.layout import AXIS_NAMES, LEFT, NAME, SMALL, WIDTH, headed, label, placed, weight, wide
 from evals.plots.style import SLOWER_TO_FASTER
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 
 FOOT = 0.45  # inches
 SHADES = LinearSegmentedColormap.from_list("lost_to_found", SLOWER_TO_FASTER)
@@ -42,7 +42,7 @@ def needle_depth(learned: AccuracySweep) -> Figure | None:
         axes.tick_params(length=0, labelsize=SMALL)
         axes.set_title(label(learned.looks, name), size=NAME, weight=weight(learned.looks[name]), loc="left", pad=3)
         every = max(1, math.ceil(len(lengths) * (wide("128k", SMALL) + 0.06) / width))
-        axes.set_xticks(range(0, len(lengths), every), [plain(one) for one in lengths[::every]])
+        axes.set_xticks(range(0, len(lengths), every), [format_setting(one) for one in lengths[::every]])
         shown_depths = range(0, len(depths), max(1, (len(depths) - 1) // 2))
         axes.set_yticks(shown_depths, [f"{depths[one]:.0%}" for one in shown_depths] if column == 0 else [])
         if column == 0:

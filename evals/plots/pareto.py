@@ -29,7 +29,7 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import FAILURES
-from evals.results.formatting import BYTES, in_bytes, scaled, seconds
+from evals.results.formatting import BYTES, format_bytes, format_seconds, scaled
 from evals.stats.pareto import pareto_front
 
 
@@ -201,8 +201,8 @@ class _Panel:
         subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
         axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=10))
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=10))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
         if self.front:

@@ -19,16 +19,16 @@ from evals.plots.pareto import pareto
 from evals.plots.save import _save
 from evals.plots.style import RC, style_of
 from evals.results import schema
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 from evals.results.frames import (
     CONTEXT_COLUMNS,
     CONTEXT_NUMBERS,
     _demand,
     _numbers,
-    checked,
-    checked_fit,
-    read,
+    check_fit,
+    check_table,
     read_fits,
+    read_table,
     sweeps,
     swept_column,
 )
@@ -67,11 +67,11 @@ def draw_sweep(
 
     Rows that differ in another setting than the swept one go to figures of their own, named after it
     (latency-decode.svg). Figures that need a table or a column which is not there are left out. Raises
-    ValueError as `checked` and `checked_fit`, and if one attention has two rows at one place.
+    ValueError as `check_table` and `check_fit`, and if one attention has two rows at one place.
     """
-    results = checked(results)
+    results = check_table(results)
     given = {"scaling": scaling, "crossovers": crossovers}
-    fits = {name: checked_fit(name, table) for name, table in given.items() if table is not None}
+    fits = {name: check_fit(name, table) for name, table in given.items() if table is not None}
     return _save(sweep_figures(results, fits), folder, FIGURES)
 
 
@@ -94,7 +94,7 @@ def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
         with style.context(["default", RC]):
-            named.append((f"max_context{''.join(f'-{plain(value)}' for value in values)}", max_context_plot(rows, chosen)))
+            named.append((f"max_context{''.join(f'-{format_setting(value)}' for value in values)}", max_context_plot(rows, chosen)))
     return _save(named, folder, ["max_context"])
 
 
@@ -162,4 +162,4 @@ def draw_folder(results: Path, plots: Path) -> list[Path]:
         return draw_conversion(schema.read(path), schema.read(results / "positions.csv"), plots)
     if kind == "accuracy":
         return draw_accuracy(schema.read(path), schema.read(results / "curves.csv"), plots)
-    return draw_sweep(read(results), plots, **read_fits(results))
+    return draw_sweep(read_table(results), plots, **read_fits(results))

@@ -9,8 +9,8 @@ from evals.errors import UsageError
 from evals.plots.style import FAILURES
 from evals.report.sources import CONTEXT, LEARNED, Part, Source
 from evals.report.words import interval, times
-from evals.results import differences
-from evals.results.formatting import plain
+from evals.results import compare
+from evals.results.formatting import format_setting
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _titled(first: Source, other: Source) -> str:
 def _speed(first: Source, other: Source) -> Change:
     title = _titled(first, other)
     try:
-        table = differences.compare(differences.read(first.folder), differences.read(other.folder))
+        table = compare.compare_cells(compare.read_cells(first.folder), compare.read_cells(other.folder))
     except UsageError as error:
         return Change(title, f"They cannot be compared. A is {first.label}, B {other.label}: {error}.", [], [])
     paired = bool(table["paired"].dropna().any())
@@ -68,7 +68,7 @@ def _speed(first: Source, other: Source) -> Change:
         rows[row["verdict"] in UNCHANGED].append(
             [
                 str(row["attention"]),
-                *(plain(row[name]) for name in settings),
+                *(format_setting(row[name]) for name in settings),
                 str(row["verdict"]),
                 *told,
                 "" if pd.isna(held) else times(held),
@@ -122,7 +122,11 @@ def _context(first: Source, other: Source) -> Change:
         found = [row["max_context"] if row is not None else float("nan") for row in (one, two)]
         ratio = found[1] / found[0]
         rows.append(
-            [*place, *("none" if pd.isna(value) else plain(value) for value in found), "" if pd.isna(ratio) else times(ratio)]
+            [
+                *place,
+                *("none" if pd.isna(value) else format_setting(value) for value in found),
+                "" if pd.isna(ratio) else times(ratio),
+            ]
         )
     return Change(_titled(first, other), "In tokens.", ["attention", "before", "after", "ratio"], rows)
 
@@ -132,6 +136,6 @@ def _joined(
 ) -> "Iterator[tuple[list[str], pd.Series | None, pd.Series | None]]":
     """Every place of either, with its row in both."""
     for place in dict.fromkeys([*before.index, *after.index]):
-        told = [plain(value) for value in (place if len(keys) > 1 else (place,))]
+        told = [format_setting(value) for value in (place if len(keys) > 1 else (place,))]
         one, two = (table.loc[place] if place in table.index else None for table in (before, after))
         yield told, one, two

@@ -17,7 +17,7 @@ from evals.report.charts import charts, named, styles
 from evals.report.library import vega
 from evals.report.sources import CONTEXT, LEARNED, Part, Source, facts, parts, read
 from evals.report.words import verdicts
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 from evals.stats.roofline import Peaks, merge_peaks
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ def render(sources: Sequence[Source]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["plain"] = plain
+    environment.filters["plain"] = format_setting
     found = parts(sources)
     scripts = [vega(), "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)]
     described = [describe(part, index) for index, part in enumerate(found)]

@@ -12,7 +12,7 @@ from evals.errors import UsageError
 from evals.plots import accuracy
 from evals.plots.layout import SETTINGS
 from evals.results import frames, schema
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 from evals.results.ledger import Ledger, Record
 
 SPEED, LEARNED, CONTEXT = "speed", "learned", "context"
@@ -90,7 +90,7 @@ def _read(folder: Path, label: str) -> Source:
             f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
             "draws them"
         )
-    return Source(folder, label, SPEED, frames.read(folder), fits=frames.read_fits(folder))
+    return Source(folder, label, SPEED, frames.read_table(folder), fits=frames.read_fits(folder))
 
 
 def _demanded(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -127,10 +127,13 @@ class Part:
         # A set is of a machine; what trained lengths and examples differ in goes with the swept setting.
         own = ("processor", "torch") if len(self.sources) > 1 else ()
         apart = [
-            name for name in named if name in rows and name not in (self.swept, *own) and frames.splits(rows, self.swept, name)
+            name
+            for name in named
+            if name in rows and name not in (self.swept, *own) and frames.varies_independently(rows, self.swept, name)
         ]
         told = [
-            rows[name].map(lambda value, name=name: "" if pd.isna(value) else named[name].format(plain(value))) for name in apart
+            rows[name].map(lambda value, name=name: "" if pd.isna(value) else named[name].format(format_setting(value)))
+            for name in apart
         ]
         joined = [", ".join(filter(None, words)) for words in zip(*told, strict=True)] if told else ""
         return rows.assign(settings=joined)

@@ -12,8 +12,8 @@ from evals.plots.layout import SETTINGS, Sweep, conditions, is_number
 from evals.report.charts import named
 from evals.report.sources import CONTEXT, LEARNED, Source
 from evals.results import frames
-from evals.results.folder import Results
-from evals.results.formatting import about, in_bytes, plain, seconds, spoken
+from evals.results.folder import ResultFolder
+from evals.results.formatting import format_bytes, format_estimate, format_seconds, format_setting, setting_name
 
 Row = pd.Series
 Said = tuple[str, str]
@@ -35,7 +35,7 @@ def verdicts(source: Source) -> list[Verdict]:
     if source.kind == LEARNED:
         table = source.table.assign(best=source.table["best"].astype("boolean").fillna(False))
         return [_learned(rows, source.swept) for _, rows in _apart(table, ["task", "scope", "dtype", "device"], source.swept)]
-    results = Results(source.folder)
+    results = ResultFolder(source.folder)
     return [
         Verdict(conditions(sweep.rows, sweep.column), [said for said in _speed(sweep, results) if said[1]])
         for _, sweep in frames.sweeps(source.table, source.fits)
@@ -50,7 +50,7 @@ def _apart(table: pd.DataFrame, settings: Sequence[str], swept: str) -> Iterator
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def _speed(sweep: Sweep, results: Results) -> Iterator[Said]:
+def _speed(sweep: Sweep, results: ResultFolder) -> Iterator[Said]:
     fastest, leanest, smallest = [], [], []
     for place in sweep.places:
         cell = sweep.rows[(sweep.rows[sweep.column] == place) & (sweep.rows["outcome"] == "ok")]
@@ -70,7 +70,7 @@ def _speed(sweep: Sweep, results: Results) -> Iterator[Said]:
         yield "Noise", f"{sweep.reference} differed from itself by up to {floor:.1%}; no difference below that is claimed."
 
 
-def _fastest(cell: pd.DataFrame, results: Results) -> list[str]:
+def _fastest(cell: pd.DataFrame, results: ResultFolder) -> list[str]:
     """The least latency, and after it those of which no one can say that they are slower: by 95 %, and above the noise."""
     if cell.empty:
         return []
@@ -126,7 +126,7 @@ def _by_how_much(sweep: Sweep, fastest: Sequence[list[str]]) -> str:
         return ""
     name = fastest[index][0]
     row = sweep.cells[name].iloc[index]
-    text = f"At {sweep.at(index)} {name} takes {interval(row, 'latency_s', 'latency_low_s', 'latency_high_s', seconds)}"
+    text = f"At {sweep.at(index)} {name} takes {interval(row, 'latency_s', 'latency_low_s', 'latency_high_s', format_seconds)}"
     if pd.notna(row["speedup"]) and name != sweep.reference:
         text += f", {interval(row, 'speedup', 'speedup_low', 'speedup_high', times)} as fast as {sweep.reference}"
     return f"{text}."
@@ -154,9 +154,9 @@ def _crossovers(sweep: Sweep) -> str:
         other = names[1 - names.index(sweep.reference)]
         faster = (row["after"] == "faster") == (other == names[0])  # `after` is said of the first
         unit = sweep.column.replace("_", " ").replace("seq len", "tokens")
-        bounds = f"[{about(row['at_low'])}, {about(row['at_high'])}]"
+        bounds = f"[{format_estimate(row['at_low'])}, {format_estimate(row['at_high'])}]"
         clauses.append(
-            f"{other} {'overtakes' if faster else 'falls behind'} {sweep.reference} at {about(row['at'])} {bounds} {unit}"
+            f"{other} {'overtakes' if faster else 'falls behind'} {sweep.reference} at {format_estimate(row['at'])} {bounds} {unit}"
         )
     return f"{'; '.join(clauses)}." if clauses else f"No one crosses {sweep.reference} beyond doubt in this range."
 
@@ -184,12 +184,12 @@ def _failures(failed: pd.DataFrame, cells: int) -> str:
 def _learned(rows: pd.DataFrame, swept: str) -> Verdict:
     whole = rows[rows["depth"].isna() & rows["position"].isna()]
     ok = whole[whole["best"] & (whole["outcome"] == "ok")]
-    where = ", ".join(dict.fromkeys(map(plain, rows["task"].dropna()))) if "task" in rows else ""
+    where = ", ".join(dict.fromkeys(map(format_setting, rows["task"].dropna()))) if "task" in rows else ""
     bits = ok["bits_per_byte"].notna().any()
     quantity, question = ("bits_per_byte", "Fewest bits per byte") if bits else ("accuracy", "Best at recall")
     answers = []
     trained = ok[ok["eval_seq_len"] == ok["seq_len"]]
-    name = spoken(swept)
+    name = setting_name(swept)
     answers.append((question, _best_by(trained, swept, quantity, name)))
     answers.append(("Smallest state", _smallest(trained, swept, quantity, name)))
     longer = ok[ok[swept] == ok[swept].max()] if is_number(ok[swept]) else ok[:0]
@@ -214,7 +214,7 @@ def _best_by(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
         others = [str(one) for one in level["attention"] if one != best["attention"]]
         tied = f" (not told apart: {', '.join(others)})" if others else ""
         told = interval(best, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
-        clauses.append(f"{best['attention']} with {told} at {plain(place)} {name}{tied}")
+        clauses.append(f"{best['attention']} with {told} at {format_setting(place)} {name}{tied}")
     return f"{'; '.join(clauses)}." if clauses else ""
 
 
@@ -224,7 +224,7 @@ def _smallest(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
     for place, cell in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
         least = cell.sort_values("state_bytes", kind="stable").iloc[0]
         told = interval(least, quantity, f"{quantity}_low", f"{quantity}_high", "{:.3f}".format)
-        held = f"{in_bytes(least['state_bytes'])} at {plain(place)} {name}"
+        held = f"{format_bytes(least['state_bytes'])} at {format_setting(place)} {name}"
         clauses.append(f"{least['attention']} with {held}, and {quantity.replace('_', ' ')} {told}")
     return f"{'; '.join(clauses)}." if clauses else ""
 
@@ -234,8 +234,8 @@ def _smallest(rows: pd.DataFrame, column: str, quantity: str, name: str) -> str:
 
 def _context(rows: pd.DataFrame) -> Verdict:
     found = rows[rows["max_context"].notna()].sort_values("max_context", ascending=False)
-    told = [f"{row['attention']} {plain(row['max_context'])}" for _, row in found.iterrows()]
-    limit = in_bytes(float(rows["limit_bytes"].max()))
+    told = [f"{row['attention']} {format_setting(row['max_context'])}" for _, row in found.iterrows()]
+    limit = format_bytes(float(rows["limit_bytes"].max()))
     answers = [
         ("Longest context", f"Within {limit}, in tokens: {'; '.join(told)}." if told else ""),
         ("No number", _failures(rows[rows["outcome"] != "ok"], len(rows))),

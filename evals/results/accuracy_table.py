@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.results.formatting import aligned, filled, over_seeds, plain
+from evals.results.formatting import align_columns, format_mean, format_setting, wrap
 from evals.results.frames import swept_column
 from evals.results.ledger import Record
 from evals.results.schema import columns
@@ -18,7 +18,7 @@ COLUMNS = columns("accuracy")
 CURVES = columns("curves")
 
 
-def results(records: Sequence[Record]) -> pd.DataFrame:
+def build(records: Sequence[Record]) -> pd.DataFrame:
     """One row an attention, setting, learning rate, length at which it was asked, and group of targets; group empty: of all.
 
     Of studies of the same settings the last counts. Numbers are means over seeds, with the interval over them; where a
@@ -29,7 +29,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS, *extra])
 
 
-def curves(records: Sequence[Record]) -> pd.DataFrame:
+def build_curves(records: Sequence[Record]) -> pd.DataFrame:
     """The training loss of every run, a row a point: the mean of the steps since the point before."""
     rows = []
     columns: dict[str, None] = {}
@@ -142,7 +142,7 @@ def _numbers(asked: Sequence[Record], groups: Sequence[int], study: Record) -> d
 # --- on the screen ------------------------------------------------------------------------------
 
 
-def shown(table: pd.DataFrame) -> str:
+def render(table: pd.DataFrame) -> str:
     """At the best learning rates, over all targets: attentions down, and across where they were asked."""
     whole = table[table["depth"].isna() & table["position"].isna()]
     reported = whole[whole["best"] & (whole["outcome"] == "ok")]
@@ -157,22 +157,22 @@ def shown(table: pd.DataFrame) -> str:
             quantity, title = "bits_per_byte", "bits per byte, lower is better"
         places = sorted(reported[across].unique())
         cells = {(row["attention"], row[across]): row for _, row in reported.iterrows()}
-        columns = [[plain(place), *(_cell(cells.get((name, place)), quantity) for name in names)] for place in places]
+        columns = [[format_setting(place), *(_cell(cells.get((name, place)), quantity) for name in names)] for place in places]
         columns.append(["rate", *(_rate(reported, name) for name in names)])
-        blocks.append(f"{title}, by {across}\n" + aligned([across, *names], columns))
+        blocks.append(f"{title}, by {across}\n" + align_columns([across, *names], columns))
         blocks.append(
             f"chance: {', '.join(f'{one:.3g}' for one in reported['chance'].unique())}; ±: half of the interval over seeds"
         )
     for _, row in whole[whole["outcome"] != "ok"].iterrows():
         rate = "" if pd.isna(row["learning_rate"]) else f" at learning rate {row['learning_rate']:g}"
-        blocks.append(filled(f"{row['attention']} at {swept}={row[swept]}{rate}: {row['outcome']}, {row['detail']}"))
+        blocks.append(wrap(f"{row['attention']} at {swept}={row[swept]}{rate}: {row['outcome']}, {row['detail']}"))
     return "\n\n".join(blocks)
 
 
 def _cell(row: "pd.Series[Any] | None", quantity: str) -> str:
     if row is None:
         return "–"
-    return over_seeds(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
+    return format_mean(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
 
 
 def _rate(reported: pd.DataFrame, name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from evals.errors import UsageError
-from evals.results.folder import Results
+from evals.results.folder import ResultFolder
 from evals.stats.crossovers import crossovers, crossovers_from_intervals
 from evals.stats.intervals import Interval
 from evals.stats.scaling import fit_scaling
@@ -81,7 +81,7 @@ def parse(text: str) -> Claim:
 # --- the verdict ----------------------------------------------------------------------------------
 
 
-def findings(results: Results, claim: Claim) -> list[Finding]:
+def findings(results: ResultFolder, claim: Claim) -> list[Finding]:
     """One a setting that was measured, or one a range of lengths where the claim is about how something grows."""
     rows = results.rows([claim.first, claim.second], claim.settings)
     along = claim.way in ("latency", "memory", "before", "after")
@@ -96,7 +96,7 @@ def findings(results: Results, claim: Claim) -> list[Finding]:
     return found
 
 
-def _compare(results: Results, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
+def _compare(results: ResultFolder, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
     ours, theirs = (cell[cell["attention"] == name].iloc[-1] for name in (claim.first, claim.second))
     memory = claim.way in ("less", "more")
     column = "peak_bytes" if memory else "latency_s"
@@ -137,7 +137,7 @@ def weigh(ratio: Interval, claimed: float, floor: float, rounds: float) -> tuple
     return "undecided", "more rounds"
 
 
-def _grows(results: Results, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
+def _grows(results: ResultFolder, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
     column = "peak_bytes" if claim.way == "memory" else "latency_s"
     measured = [row for _, row in cell.iterrows() if row["outcome"] == "ok" and row[column] > 0]
     if not measured:
@@ -157,7 +157,7 @@ def _grows(results: Results, claim: Claim, cell: pd.DataFrame, where: str) -> Fi
     return Finding(verdict, -spread, said, f"more lengths, until the interval lies within {MARGIN} of it")
 
 
-def _overtakes(results: Results, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
+def _overtakes(results: ResultFolder, claim: Claim, cell: pd.DataFrame, where: str) -> Finding:
     """When the first became faster for good: within (low, high), both known from where the curves cross."""
     ok = cell[(cell["outcome"] == "ok") & cell["latency_low_s"].notna()]
     first, second = (
@@ -201,7 +201,7 @@ def _percent(floor: float) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def evidence(results: Results, claim: Claim) -> tuple[str, str]:
+def evidence(results: ResultFolder, claim: Claim) -> tuple[str, str]:
     """The verdict of one folder, and the lines that say why; the worst setting speaks for all. Raises UsageError for none."""
     found = findings(results, claim)
     if not found:
@@ -222,7 +222,7 @@ def evidence(results: Results, claim: Claim) -> tuple[str, str]:
 
 def decide(claim: Claim, folders: Sequence[Path]) -> tuple[str, str]:
     """The verdict over all folders that measured what is claimed, and its evidence. Raises UsageError if none did."""
-    known = [Results(folder) for folder in folders]
+    known = [ResultFolder(folder) for folder in folders]
     named = [results for results in known if {claim.first, claim.second} - {""} <= set(results.names)]
     if not named:
         names = sorted({name for results in known for name in results.names})

@@ -13,7 +13,7 @@ from evals.plots.accuracy import SAID
 from evals.plots.conversion import STAGES
 from evals.plots.layout import SETTINGS, conditions
 from evals.results import frames, schema
-from evals.results.formatting import QUANTITIES, cell, in_bytes, over_seeds, plain
+from evals.results.formatting import QUANTITIES, format_bytes, format_mean, format_setting, format_value
 from evals.results.frames import swept_column
 
 TIMED, SEEDS = "±: half of the 95 % interval", "±: half of the 95 % interval over seeds"
@@ -112,7 +112,7 @@ def tables(folder: Path) -> Iterator[Table]:
     path = folder / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else "latency"
     if kind == "latency":
-        yield from measured(frames.read(folder))
+        yield from measured(frames.read_table(folder))
     else:
         results = schema.read(path)
         if results.empty:
@@ -131,7 +131,13 @@ def measured(results: pd.DataFrame) -> Iterator[Table]:
         for quantity in QUANTITIES:
             if quantity.column in sweep.rows and sweep.rows[quantity.column].notna().any():
                 rows = [
-                    [name, *(cell(cells.get((name, place)), quantity) + marks.get((name, place), "") for place in sweep.places)]
+                    [
+                        name,
+                        *(
+                            format_value(cells.get((name, place)), quantity) + marks.get((name, place), "")
+                            for place in sweep.places
+                        ),
+                    ]
                     for name in sweep.cells
                 ]
                 heads = [sweep.column, *map(str, sweep.places)]
@@ -158,7 +164,7 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
     for _, group in whole.groupby(apart, dropna=False, sort=False) if apart else [((), whole)]:
         ok = group[(group["outcome"] == "ok") & group["best"].astype(bool)]
         under = ", ".join(
-            SAID[name].format(plain(group[name].iloc[0])) for name in SAID if name in group and group[name].nunique() == 1
+            SAID[name].format(format_setting(group[name].iloc[0])) for name in SAID if name in group and group[name].nunique() == 1
         )
         bits = ok["bits_per_byte"].notna().any()
         quantity, title = (
@@ -168,11 +174,11 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
         failed = group[~group["attention"].isin(ok["attention"]) & (group["outcome"] != "ok")]
         yield _over(trained, failed, swept, title, under, partial(_learned_cell, quantity=quantity))
         yield _over(
-            trained, failed, swept, "state to decode from, lower is better", under, lambda row: in_bytes(row["state_bytes"])
+            trained, failed, swept, "state to decode from, lower is better", under, lambda row: format_bytes(row["state_bytes"])
         )
         for place, rows in ok.groupby(swept):
             if rows["eval_seq_len"].nunique() > 1:
-                at = SAID.get(swept, f"{swept} {{}}").format(plain(place)).removeprefix("trained at ")
+                at = SAID.get(swept, f"{swept} {{}}").format(format_setting(place)).removeprefix("trained at ")
                 of = f"{title}; trained at {at}, asked at other lengths"
                 yield _over(rows, failed[:0], "eval_seq_len", of, under, partial(_learned_cell, quantity=quantity))
 
@@ -191,7 +197,7 @@ def _over(
 
 
 def _learned_cell(row: "pd.Series[Any]", quantity: str) -> str:
-    return over_seeds(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
+    return format_mean(row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
 
 
 def longest(results: pd.DataFrame) -> Iterator[Table]:
@@ -207,11 +213,11 @@ def longest(results: pd.DataFrame) -> Iterator[Table]:
                 [
                     str(row["attention"]),
                     f"{row['max_context']:.0f}" if found else f"{row['outcome']}{'' if beyond else _mark(notes, row)}",
-                    in_bytes(row["peak_bytes"]) if found else "",
+                    format_bytes(row["peak_bytes"]) if found else "",
                     beyond,
                 ]
             )
-        limit = in_bytes(group["limit_bytes"].iloc[0])
+        limit = format_bytes(group["limit_bytes"].iloc[0])
         yield Table(f"longest context within {limit}, higher is better", rows, notes, conditions(group, "attention"))
 
 

@@ -28,14 +28,14 @@ NUMBERS = (
 )
 
 
-class Results:
+class ResultFolder:
     """One folder's table, and the ledger beside it where there is one. Raises UsageError for what is no table of results."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             table = schema.read(folder / "results.csv")
-        except schema.OtherVersion as error:
+        except schema.SchemaVersionError as error:
             raise UsageError(str(error)) from error
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder / 'results.csv'} is no table of results: {one_sentence(error)}") from error

@@ -33,7 +33,7 @@ QUANTITIES = (
 WIDTH = 80
 
 
-def cell(row: "pd.Series[Any] | dict[str, Any] | None", quantity: Quantity) -> str:
+def format_value(row: "pd.Series[Any] | dict[str, Any] | None", quantity: Quantity) -> str:
     """What a table says of one row: its number and interval, its outcome if it has none, nothing if there is no row."""
     if row is None:
         return ""
@@ -51,20 +51,20 @@ def cell(row: "pd.Series[Any] | dict[str, Any] | None", quantity: Quantity) -> s
     return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
 
 
-def over_seeds(value: float, low: float, high: float) -> str:
+def format_mean(value: float, low: float, high: float) -> str:
     """A mean over seeds, and half of its interval where there is one."""
     half = (high - low) / 2
     return f"{value:.3f}" + ("" if math.isnan(half) else f"±{half:.2g}")
 
 
-def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+def align_columns(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
     """Columns of right-aligned text beside their heads, as many in a block as 80 characters hold.
 
     Names that leave no room for the widest column lose their middle, which results.csv has.
     """
-    columns = [[shortened(text, WIDTH // 2) for text in column] for column in columns]
+    columns = [[shorten(text, WIDTH // 2) for text in column] for column in columns]
     widest = max((len(text) for column in columns for text in column), default=0)
-    heads = [shortened(head, WIDTH - 1 - widest) for head in heads]
+    heads = [shorten(head, WIDTH - 1 - widest) for head in heads]
     left = max(map(len, heads))
     blocks: list[list[str]] = []
     for column in columns:
@@ -75,12 +75,12 @@ def aligned(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def shortened(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """Of more than `most` characters, the first and the last of them."""
     return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
 
 
-def filled(text: str) -> str:
+def wrap(text: str) -> str:
     """`text` in lines of at most 80 columns, of which those behind the first are indented. Only a longer word is longer."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
@@ -100,15 +100,15 @@ def scaled(value: float, step: float, units: Sequence[str], digits: int = 4) -> 
     return f"{float(f'{value:.{digits}g}'):.4g} {units[power]}".rstrip()
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     return scaled(value * 1e9, 1000, SECONDS)
 
 
-def in_bytes(value: float) -> str:
+def format_bytes(value: float) -> str:
     return scaled(value, 1024, BYTES)
 
 
-def plain(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting as people write it: 8192 -> 8k, 1000 -> 1000. k is 1024 here, as sequence lengths are spoken of."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
         return str(value)
@@ -118,12 +118,12 @@ def plain(value: object) -> str:
     return f"{value:g}" if value % 1 else f"{value:.0f}"
 
 
-def spoken(setting: str) -> str:
+def setting_name(setting: str) -> str:
     """A setting's name as people say it: num_pairs -> pairs, hidden_dim -> hidden dim."""
     return setting.replace("num_", "").replace("_", " ")
 
 
-def about(value: float) -> str:
+def format_estimate(value: float) -> str:
     """An estimated setting in the two digits that it is worth: 1189 -> 1.2k."""
     for power, unit in ((2, "M"), (1, "k")):
         if value >= 1024**power:

@@ -9,7 +9,7 @@ import pandas as pd
 from evals.plots.layout import SETTINGS, Sweep, is_number, laid_out
 from evals.plots.style import FAILURES, style_of
 from evals.results import schema
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 
 NUMBERS = (
     *("latency_s", "latency_low_s", "latency_high_s", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
@@ -35,14 +35,14 @@ CONTEXT_COLUMNS = ("attention", "outcome", "next_outcome", *CONTEXT_NUMBERS)
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> pd.DataFrame:
+def read_table(folder: Path) -> pd.DataFrame:
     """The table in folder/results.csv. Raises ValueError, in one sentence, if there is none or it is no such table."""
     path = folder / "results.csv"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that `python -m evals.run` wrote, such as results/seq_len")
     try:
-        return checked(schema.read(path))
-    except schema.OtherVersion:
+        return check_table(schema.read(path))
+    except schema.SchemaVersionError:
         raise
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path} is empty: run `python -m evals.run` again") from None
@@ -61,8 +61,8 @@ def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
         if not path.is_file():
             continue
         try:
-            tables[name] = checked_fit(name, schema.read(path))
-        except schema.OtherVersion:
+            tables[name] = check_fit(name, schema.read(path))
+        except schema.SchemaVersionError:
             raise
         except pd.errors.EmptyDataError:
             continue  # nothing was fitted
@@ -71,7 +71,7 @@ def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def checked(results: pd.DataFrame) -> pd.DataFrame:
+def check_table(results: pd.DataFrame) -> pd.DataFrame:
     """The table as the figures need it: only `ok` rows carry numbers, and no column that they know is missing.
 
     Raises ValueError if a column is missing that is not optional, there is no row, an outcome, a verdict or
@@ -100,7 +100,7 @@ def checked(results: pd.DataFrame) -> pd.DataFrame:
     return results
 
 
-def checked_fit(name: str, table: pd.DataFrame) -> pd.DataFrame:
+def check_fit(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """A table of fits as the figures need it. Raises ValueError if a column is missing or a number is none."""
     _demand(table, FITS[name])
     numbers = {column: _numbers(table, column) for column in FITS[name] if column not in FIT_WORDS}
@@ -139,7 +139,7 @@ def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tup
     """The rows that belong in one figure, of tables that are checked, and what tells them from the others ("" if nothing does)."""
     column = swept_column(results)
     chosen = style_of(results["attention"].astype(str))  # of all, so that they are the same in every figure
-    apart = [name for name in SETTINGS if name != column and splits(results, column, name)]
+    apart = [name for name in SETTINGS if name != column and varies_independently(results, column, name)]
     if not apart:
         yield "", laid_out(results, column, chosen, **fits)
         return
@@ -150,10 +150,10 @@ def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tup
             if all(name in table.columns for name in apart):
                 same = [table[name].isin([value]) for name, value in zip(apart, values, strict=True)]
                 own[kind] = table[pd.concat(same, axis=1).all(axis=1)]
-        yield "".join(f"-{plain(value)}" for value in values), laid_out(rows, column, chosen, **own)
+        yield "".join(f"-{format_setting(value)}" for value in values), laid_out(rows, column, chosen, **own)
 
 
-def splits(results: pd.DataFrame, column: str, name: str) -> bool:
+def varies_independently(results: pd.DataFrame, column: str, name: str) -> bool:
     """Whether rows differ in a setting; a number that goes with the swept one, as heads with their size, is no difference."""
     if results[name].nunique(dropna=False) < 2:
         return False

@@ -12,11 +12,11 @@ import pandas as pd
 
 from evals.benchmark.cost import differing
 from evals.measure.machine import IDENTITY
-from evals.results.formatting import QUANTITIES, Quantity, aligned, cell, filled
+from evals.results.formatting import QUANTITIES, Quantity, align_columns, format_value, wrap
 from evals.results.frames import swept_column
 from evals.results.history import History, Process
 from evals.results.ledger import Record
-from evals.results.schema import columns, schema, stamped
+from evals.results.schema import columns, conform, schema
 from evals.stats.intervals import ONE_SIGMA, Speedup, noise_floor, verdicts
 from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, impossible, merge_peaks, roofline
 
@@ -27,7 +27,7 @@ SETTINGS = (
 COLUMNS = columns("latency")
 
 
-def results(records: Sequence[Record]) -> pd.DataFrame:
+def build(records: Sequence[Record]) -> pd.DataFrame:
     """One row an attention and setting, from all of a ledger's records; of comparisons that say the same, the last counts."""
     described: dict[str, Record] = {}
     of: dict[str, list[Record]] = {}
@@ -49,7 +49,7 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
                 rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
                     description, name, history, ceilings.get(_machine(description))
                 )
-    judge(list(rows.values()))
+    add_verdicts(list(rows.values()))
     _name_unmatched(list(rows.values()))
     options = {option: None for description in described.values() for option in description["settings"] if option not in COLUMNS}
     return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
@@ -152,7 +152,7 @@ def _name_unmatched(rows: list[dict[str, Any]]) -> None:
             row["unmatched"] = words
 
 
-def judge(rows: list[dict[str, Any]]) -> None:
+def add_verdicts(rows: list[dict[str, Any]]) -> None:
     """Gives every row with a speed-up over another attention its verdict, corrected for how many they are."""
     judged = [row for row in rows if "p_value" in row]
     speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p_value"]) for row in judged]
@@ -167,7 +167,7 @@ def write(table: pd.DataFrame, folder: Path, kind: str) -> Path:
     kind: the schema that it is of, which says how the files are named.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name, table = schema(kind)["file"], stamped(table, kind)
+    name, table = schema(kind)["file"], conform(table, kind)
     formats: dict[str, Callable[[Path], object]] = {
         "csv": lambda path: table.to_csv(path, index=False),
         "parquet": lambda path: table.to_parquet(path, index=False),
@@ -185,7 +185,7 @@ def write(table: pd.DataFrame, folder: Path, kind: str) -> Path:
 # --- on the screen ------------------------------------------------------------------------------
 
 
-def shown(results: pd.DataFrame) -> str:
+def render(results: pd.DataFrame) -> str:
     """One sweep as text of at most 80 columns: attentions down, and across the swept setting, one table a quantity."""
     swept = swept_column(results)
     places = sorted(results[swept].unique())
@@ -197,18 +197,18 @@ def shown(results: pd.DataFrame) -> str:
     quantities = [quantity for quantity in QUANTITIES if quantity.column not in missing]
 
     def column(head: str, place: Any, quantity: Quantity) -> list[str]:
-        return [head, *(cell(cells.get((name, place)), quantity) for name in names)]
+        return [head, *(format_value(cells.get((name, place)), quantity) for name in names)]
 
     if len(places) == 1:
-        blocks = [aligned(["", *names], [column(quantity.name, places[0], quantity) for quantity in quantities])]
+        blocks = [align_columns(["", *names], [column(quantity.name, places[0], quantity) for quantity in quantities])]
     else:
         blocks = [
-            f"{filled(quantity.title.format(reference=reference))}\n"
-            + aligned([swept, *names], [column(str(place), place, quantity) for place in places])
+            f"{wrap(quantity.title.format(reference=reference))}\n"
+            + align_columns([swept, *names], [column(str(place), place, quantity) for place in places])
             for quantity in quantities
         ]
     blocks.append("±: half of the 95 % interval")
     for (name, place), row in cells.items():
         if row["detail"]:
-            blocks.append(filled(f"{name} at {swept}={place}: {row['outcome']}, {row['detail']}"))
+            blocks.append(wrap(f"{name} at {swept}={place}: {row['outcome']}, {row['detail']}"))
     return "\n\n".join(blocks)

@@ -107,7 +107,7 @@ class Ledger:
         return list(heapq.merge(*merged, key=lambda record: str(record.get("time", "")))), damaged
 
 
-def this_node() -> str:
+def node_name() -> str:
     """This machine's name, as part of a file's."""
     return re.sub(r"[^\w-]+", "-", platform.node()) or "node"
 

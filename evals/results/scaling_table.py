@@ -20,7 +20,7 @@ SCALING = columns("scaling")
 CROSSOVERS = columns("crossovers")
 
 
-def analyse(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+def build(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """The tables `scaling` and `crossovers` of every group of rows that differ in the swept setting alone.
 
     Neither where that is no positive number: then nothing can grow with it.

@@ -38,7 +38,7 @@ def columns(table: str) -> tuple[str, ...]:
     return tuple(name for name in schema(table)["required"] if name != VERSION)
 
 
-def stamped(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+def conform(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The table as it is written: of the schema's types also where a column is empty, no word as none, and with its version."""
     known = schema(kind)["properties"]
     typed = {name: DTYPES[_type(known[name])] for name in table if name in known}
@@ -53,7 +53,7 @@ def _type(column: dict[str, Any]) -> str:
     return str(found)
 
 
-class OtherVersion(ValueError):
+class SchemaVersionError(ValueError):
     """A table that was written under another version of its schema: one sentence, which says what to do."""
 
 
@@ -81,14 +81,14 @@ def read(path: Path, **options: Any) -> pd.DataFrame:
         return table
     other = [value for value in table[VERSION].unique() if value != version(kind)]
     if other:
-        raise OtherVersion(
+        raise SchemaVersionError(
             f"{path} was written under version {other[0]} of {kind}.schema.json, and this checkout reads version "
             f"{version(kind)}: `python -m evals.tables {path.parent}` makes it again from the samples beside it"
         )
     return table.drop(columns=VERSION)
 
 
-def rows(path: Path) -> Iterator[dict[str, Cell]]:
+def read_rows(path: Path) -> Iterator[dict[str, Cell]]:
     """The rows of a CSV file as JSON has them: numbers and booleans as such, null for an empty cell.
 
     A cell that is not of its column's type stays text, for the schema to object to. Raises ValueError for a line with more or
@@ -98,10 +98,10 @@ def rows(path: Path) -> Iterator[dict[str, Cell]]:
     with path.open(encoding="utf-8", newline="") as file:
         names, *lines = csv.reader(file)
     for line in lines:
-        yield {name: cell(text, _type(known[name]) if name in known else "") for name, text in zip(names, line, strict=True)}
+        yield {name: parse_cell(text, _type(known[name]) if name in known else "") for name, text in zip(names, line, strict=True)}
 
 
-def cell(text: str, kind: str = "") -> Cell:
+def parse_cell(text: str, kind: str = "") -> Cell:
     """A cell of CSV under its type; without one, as a number or boolean wherever it can be read as one."""
     if text == "":
         return None

@@ -26,7 +26,7 @@ class Series:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterator[Series]:
+def to_series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterator[Series]:
     """Every number of rows with outcome ok. What is swept is the step where it is a whole number, and else the row's place."""
     axis = swept_column(results)
     numbers = [str(column) for column in results.select_dtypes("number") if column != axis]
@@ -51,12 +51,12 @@ def series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterato
 
 def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path) -> Path:
     """Event files below <folder>/tensorboard, a run a series. Show them by: tensorboard --logdir <folder>/tensorboard."""
-    client("tensorboard")
+    import_client("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / "tensorboard"
     shutil.rmtree(place, ignore_errors=True)
-    for one in series(results, curves):
+    for one in to_series(results, curves):
         with SummaryWriter(str(place / one.name)) as writer:
             for step, values in one.points:
                 for name, value in values.items():
@@ -67,10 +67,10 @@ def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: st
 def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, uri: str | None = None) -> Path:
     """Runs of the experiment bsbr/<sweep>. uri: of the tracking server; None is <folder>/mlflow.db."""
     place = folder / "mlflow.db"
-    library = client("mlflow")
+    library = import_client("mlflow")
     library.set_tracking_uri(uri or f"sqlite:///{place.resolve()}")
     library.set_experiment(f"bsbr/{sweep}")
-    for one in series(results, curves):
+    for one in to_series(results, curves):
         with library.start_run(run_name=one.name):
             library.log_params(one.parameters)
             for step, values in one.points:
@@ -80,8 +80,8 @@ def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, fo
 
 def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, mode: str = "offline") -> Path:
     """Runs of the project bsbr, grouped by sweep. mode: offline, which `wandb sync` uploads later; or online."""
-    library = client("wandb")
-    for one in series(results, curves):
+    library = import_client("wandb")
+    for one in to_series(results, curves):
         settings = {"project": "bsbr", "group": sweep, "name": one.name, "dir": str(folder), "mode": mode}
         with library.init(config=one.parameters, **settings) as run:
             for step, values in sorted(one.points, key=lambda point: point[0]):
@@ -89,7 +89,7 @@ def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, fol
     return folder / "wandb"
 
 
-def client(name: str) -> ModuleType:
+def import_client(name: str) -> ModuleType:
     """The tracker's own library. Raises UsageError where it is not installed."""
     try:
         return import_module(name)

@@ -99,14 +99,14 @@ def test_a_job_is_open_until_it_has_an_end() -> None:
 
 
 def test_what_was_lost_is_a_row_for_each_attention_with_the_nodes_in_its_words() -> None:
-    rows = latency_table.results([lost([started(0, "node1"), started(0, "node7")])])
+    rows = latency_table.build([lost([started(0, "node1"), started(0, "node7")])])
     assert rows[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["standard", 60, "lost"], ["bsbr", 60, "lost"]]
     assert set(rows["detail"]) == {"started 2 times, on node1 and node7, and lost with its node"}
 
 
 def test_a_comparison_that_is_made_after_all_is_not_lost() -> None:
     trial = {"kind": "preflight", "comparison": "c0", "attention": "bsbr", "outcome": "oom", "detail": "too little"}
-    rows = latency_table.results([DESCRIPTION, lost([started(0, "node1")]), trial])
+    rows = latency_table.build([DESCRIPTION, lost([started(0, "node1")]), trial])
     assert rows[["attention", "outcome", "detail"]].to_numpy().tolist() == [["bsbr", "oom", "too little"]]
 
 
@@ -141,7 +141,7 @@ def test_what_a_launcher_never_brings_to_an_end_is_given_up(tmp_path: Path, caps
     error = RuntimeError("no\nnodes")
     command = Breaking(tmp_path, ([started(0, "a")], error), ([], error))
     command.elsewhere.launch(command)
-    assert latency_table.results(command.ledger.read()[0])["outcome"].tolist() == ["lost", "lost"]
+    assert latency_table.build(command.ledger.read()[0])["outcome"].tolist() == ["lost", "lost"]
     assert "since the launcher failed: no nodes" in capsys.readouterr().err
 
 
@@ -181,5 +181,5 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
 
 
 def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
-    path = latency_table.write(latency_table.results([lost([started(0, "node1")])]), tmp_path, "latency")
+    path = latency_table.write(latency_table.build([lost([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

@@ -123,10 +123,10 @@ def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
             shown, latency, speedup, peak = line.split()
             row = rows.loc[(name, length)]
             assert shown == name
-            assert latency.split("±")[0] == formatting.cell(row, formatting.QUANTITIES[0]).split("±")[0]
-            assert speedup.split("±")[0] == formatting.cell(row, formatting.QUANTITIES[1]).split("±")[0]
+            assert latency.split("±")[0] == formatting.format_value(row, formatting.QUANTITIES[0]).split("±")[0]
+            assert speedup.split("±")[0] == formatting.format_value(row, formatting.QUANTITIES[1]).split("±")[0]
             assert ("±" in latency, "±" in speedup) == (True, name != "standard")
-            assert peak == formatting.cell(row, formatting.QUANTITIES[2])
+            assert peak == formatting.format_value(row, formatting.QUANTITIES[2])
         assert re.fullmatch(rf"  {note}; noise: standard over itself [\d.]+±>?\d+%", frame[3].rstrip())
     assert all(len(line.rstrip()) <= 80 for line in plain.splitlines() if str(folder) not in line)
 
@@ -172,7 +172,7 @@ def test_time_left_is_what_was_done_before_left_out(monkeypatch: pytest.MonkeyPa
 def test_long_names_many_variants_and_many_values_fit_80_columns() -> None:
     names = ("standard", "bsbr", *(f"bsbr_top_{2**power}_of_a_linear_feature_map_with_mean_scale" for power in range(6)))
     lengths = tuple(2**power for power in range(7, 17))
-    shown = latency_table.shown(sweeps.table(names, lengths).assign(detail="", sent_bytes=float("nan")))
+    shown = latency_table.render(sweeps.table(names, lengths).assign(detail="", sent_bytes=float("nan")))
     assert max(map(len, shown.splitlines())) <= 80
     latencies = shown[: shown.index("speed-up over")]
     assert re.findall(r"\d+", " ".join(re.findall(r"^seq_len(.*)$", latencies, flags=re.MULTILINE))) == list(map(str, lengths))
@@ -182,7 +182,7 @@ def test_long_names_many_variants_and_many_values_fit_80_columns() -> None:
 
 
 def test_a_name_without_end_loses_its_middle() -> None:
-    text = formatting.aligned(["", "a" * 60 + "b" * 60], [["ms", "1.00±12%"]])
+    text = formatting.align_columns(["", "a" * 60 + "b" * 60], [["ms", "1.00±12%"]])
     assert re.search(r"^a{30,}…b{30,} 1.00±12%$", text, flags=re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 80
 

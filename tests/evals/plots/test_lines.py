@@ -7,7 +7,7 @@ import pytest
 from evals.plots.layout import spread
 from evals.plots.lines import QUANTITIES
 from evals.plots.style import FAILURES, STYLES
-from evals.results.formatting import plain
+from evals.results.formatting import format_setting
 from tests.evals.sweeps import LENGTHS, attempted, crossing, data, drawn, failing, fitted, line, table, words
 
 BY_NAME = {quantity.name: quantity for quantity in QUANTITIES}
@@ -100,7 +100,7 @@ def test_a_single_place_is_points_side_by_side_with_bars(lengths: tuple[int, ...
     axes = drawn(table(lengths=lengths).assign(swept=np.nan)).axes[0]
     positions = [data(line(axes, name))[0][0] for name in ("standard", "bsbr", "linear")]
     assert len(set(positions)) == 3
-    assert [label.get_text() for label in axes.get_xticklabels()] == [plain(lengths[0])]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [format_setting(lengths[0])]
     assert data(line(axes, "bsbr"))[1] == pytest.approx([2e-6 * lengths[0] ** 1.1])
 
 

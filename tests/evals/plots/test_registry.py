@@ -18,8 +18,8 @@ from evals.figures import main
 from evals.paths import ROOT
 from evals.plots.registry import FIGURES, draw_sweep, sweep_figures
 from evals.plots.style import FAILURES, STYLES, style_of
-from evals.results.formatting import plain
-from evals.results.frames import checked, checked_fit, read_fits
+from evals.results.formatting import format_setting
+from evals.results.frames import check_fit, check_table, read_fits
 from tests.evals.sweeps import NEW, attempted, crossing, drawn, failing, fitted, line, table, words
 
 
@@ -34,7 +34,7 @@ def test_a_sweep_that_failed_everywhere_says_so(tmp_path: Path) -> None:
     [(1, "1"), (128, "128"), (1000, "1000"), (1024, "1k"), (1536, "1.5k"), (2**20, "1M"), (0.1, "0.1"), (True, "True")],
 )
 def test_settings_read_as_people_write_them(value: object, said: str) -> None:
-    assert plain(value) == said
+    assert format_setting(value) == said
 
 
 def csv(results: pd.DataFrame) -> bytes:
@@ -134,9 +134,9 @@ def svg(picture: Figure) -> bytes:
 def test_what_differs_in_another_setting_goes_to_its_own_figure(tmp_path: Path) -> None:
     results = pd.concat([table(), table().assign(workload="decode")])
     told = pd.concat([fitted().assign(workload=workload) for workload in ("decode", "prefill")])
-    plain_names = {name for name, _ in sweep_figures(checked(results), {"scaling": checked_fit("scaling", fitted())})}
+    plain_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_fit("scaling", fitted())})}
     assert plain_names == {f"{name}-{workload}" for name in ALL - FITTED for workload in ("decode", "prefill")}
-    fitted_names = {name for name, _ in sweep_figures(checked(results), {"scaling": checked_fit("scaling", told)})}
+    fitted_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_fit("scaling", told)})}
     assert fitted_names == {f"{name}-{workload}" for name in ALL for workload in ("decode", "prefill")}
 
 

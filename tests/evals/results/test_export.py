@@ -11,7 +11,7 @@ import pytest
 from evals.export import main
 from evals.paths import ROOT
 from evals.results.export import Table, exported, in_latex, latex, learned, markdown, measured, tables
-from evals.results.frames import checked, read
+from evals.results.frames import check_table, read_table
 
 PAPER = ROOT / "results" / "paper"
 HOSTILE = '[*]<script>|a_b&50%\\\n$x{--^~`"ü注\u202e'
@@ -29,12 +29,12 @@ def failing() -> pd.DataFrame:
     ):
         cell = (results["attention"] == name) & (results["seq_len"] == length)
         results.loc[cell, ["outcome", "detail"]] = [outcome, detail]
-    return checked(results)
+    return check_table(results)
 
 
 @pytest.mark.parametrize(("form", "separator"), [(markdown, "|"), (latex, "&")])
 def test_every_latency_stands_in_its_place(form: object, separator: str) -> None:
-    results = read(PAPER / "seq_len")
+    results = read_table(PAPER / "seq_len")
     table = form(next(measured(results)))  # type: ignore[operator]
     lengths = sorted(results["seq_len"].unique())
     for name in results["attention"].unique():
@@ -67,7 +67,7 @@ def test_a_failure_is_its_outcome_with_a_footnote_that_says_why() -> None:
 
 
 def test_rows_under_other_settings_are_other_tables() -> None:
-    results = read(PAPER / "seq_len")
+    results = read_table(PAPER / "seq_len")
     both = list(measured(pd.concat([results, results.assign(threads=1)])))
     assert len(both) == 2 * len(list(measured(results)))
     assert [("1 threads" in table.under, "2 threads" in table.under) for table in both[:: len(both) // 2]] == [

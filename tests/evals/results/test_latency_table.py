@@ -9,7 +9,7 @@ import pytest
 
 from evals.results import latency_table
 from evals.results.ledger import Record
-from evals.results.scaling_table import analyse
+from evals.results.scaling_table import build
 
 CEILINGS = {
     "flops_per_s": 1e11,
@@ -47,7 +47,7 @@ def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float
 
 
 def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> None:
-    rows = latency_table.results(sweep({128: {"standard": 0.01, "twice": 0.005, "same": 0.01}})).set_index("attention")
+    rows = latency_table.build(sweep({128: {"standard": 0.01, "twice": 0.005, "same": 0.01}})).set_index("attention")
     assert rows.loc["twice", "speedup"] == pytest.approx(2, rel=0.02)
     assert rows.loc["twice", "speedup_high"] / rows.loc["twice", "speedup_low"] < 1.05
     assert rows.loc["twice", "latency_high_s"] / rows.loc["twice", "latency_low_s"] > 1.2
@@ -58,11 +58,11 @@ def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> No
 
 def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
     # 1e8 FLOPs at 1e11 a second, 1e7 bytes at 1e11 a second at most: compute binds, a thousandth of a second.
-    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**8, min_bytes=10**7)).iloc[0]
+    row = latency_table.build(sweep({128: {"standard": 0.01}}, flops=10**8, min_bytes=10**7)).iloc[0]
     assert row["bound"] == "compute"
     assert row["roofline_s"] == pytest.approx(1e-3)
     assert row["roofline_fraction"] == pytest.approx(1e-3 / row["latency_s"])
-    row = latency_table.results(sweep({128: {"standard": 0.01}}, flops=10**7, min_bytes=5 * 10**7)).iloc[0]
+    row = latency_table.build(sweep({128: {"standard": 0.01}}, flops=10**7, min_bytes=5 * 10**7)).iloc[0]
     assert (row["bound"], row["roofline_s"]) == ("memory", pytest.approx(5e-4))
 
 
@@ -74,7 +74,7 @@ def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
     ],
 )
 def test_what_cannot_be_is_no_number(trial: dict[str, int], words: str) -> None:
-    rows = latency_table.results(sweep({128: {"standard": 0.01, "other": 0.02}}, **trial))
+    rows = latency_table.build(sweep({128: {"standard": 0.01, "other": 0.02}}, **trial))
     assert set(rows["outcome"]) == {"impossible"}
     assert rows["detail"].str.contains(words).all()
     assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
@@ -84,7 +84,7 @@ def test_a_candidate_that_failed_later_is_a_failure() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
     shared = {"comparison": "comparison 128", "attention": "other", "is_control": False, "round": 9, "round_s": 1.0}
     records.append({"kind": "latency", **shared, "outcome": "oom", "detail": "killed"})
-    rows = latency_table.results(records).set_index("attention")
+    rows = latency_table.build(records).set_index("attention")
     assert rows["outcome"].to_dict() == {"standard": "ok", "other": "oom"}
     assert math.isnan(rows.loc["other", "latency_s"])
 
@@ -94,13 +94,13 @@ def test_what_attentions_differ_in_is_named() -> None:
     for record in records:
         if record["kind"] == "preflight" and record["attention"] == "other":
             record["parameter_bytes"] *= 2
-    assert set(latency_table.results(records)["unmatched"]) == {"parameters 1× to 2× (other)"}
+    assert set(latency_table.build(records)["unmatched"]) == {"parameters 1× to 2× (other)"}
 
 
 def test_exponents_and_crossings_of_known_curves() -> None:
     lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n, "slow": 1e-5 * n} for n in (128, 256, 512, 1024, 2048, 4096)}
     records = sweep(lengths, noise=0.02)
-    fits = analyse(latency_table.results(records), records)
+    fits = build(latency_table.build(records), records)
     scaling = fits["scaling"].set_index(["attention", "quantity"])
     assert scaling.loc[("standard", "latency"), "exponent_low"] <= 2 <= scaling.loc[("standard", "latency"), "exponent_high"]
     assert scaling.loc[("line", "latency"), "exponent_low"] <= 1 <= scaling.loc[("line", "latency"), "exponent_high"]
@@ -119,9 +119,9 @@ def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> 
     """match=params gives every attention an ff_dim of its own, and another one at every size of the model."""
     lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
     records = sweep(lengths, noise=0.02)
-    rows = latency_table.results(records)
+    rows = latency_table.build(records)
     alike, matched = (
-        analyse(rows.assign(ff_dim=ff_dim, match=match), records)
+        build(rows.assign(ff_dim=ff_dim, match=match), records)
         for match, ff_dim in (("", 64), ("params", rows["attention"].map({"standard": 64, "line": 60}) + rows["seq_len"]))
     )
     assert len(matched["crossovers"]) == 1
@@ -134,4 +134,4 @@ def test_what_is_swept_and_no_number_has_no_exponent() -> None:
     for record in records:
         if record["kind"] == "comparison":
             record["swept"] = "device.dtype"
-    assert analyse(latency_table.results(records), records) == {}
+    assert build(latency_table.build(records), records) == {}

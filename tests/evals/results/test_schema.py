@@ -18,9 +18,9 @@ from evals import report
 from evals.errors import UsageError
 from evals.paths import ROOT
 from evals.plots.style import FAILURES
-from evals.results import differences, frames, latency_table
-from evals.results.folder import Results
-from evals.results.schema import FOLDER, VERSION, cell, kind_of, rows, schema, version
+from evals.results import compare, frames, latency_table
+from evals.results.folder import ResultFolder
+from evals.results.schema import FOLDER, VERSION, kind_of, parse_cell, read_rows, schema, version
 from evals.tables import made, main
 from tests.evals.results.test_latency_table import sweep as records_of_a_sweep
 
@@ -75,7 +75,7 @@ def test_outcomes_are_those_that_figures_know() -> None:
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: str(path.relative_to(PAPER)))
 def test_every_committed_row_is_what_its_schema_says(path: Path) -> None:
-    found = list(rows(path))
+    found = list(read_rows(path))
     # Of the thousands of points of a loss curve, some.
     for row in found[:: 1 + len(found) // 100]:
         assert objections(row, kind_of(path)) == []
@@ -109,7 +109,7 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
     assert sorted(tables) == ["crossovers", "latency", "scaling"]
     for kind, found in tables.items():
         path = latency_table.write(found, tmp_path, kind)
-        told = list(rows(path))
+        told = list(read_rows(path))
         assert [objections(row, kind) for row in told] == [[]] * len(told)
         assert len(told) == len(found) > 0
         assert {row[VERSION] for row in told} == {version(kind)}
@@ -138,20 +138,30 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
 )
 def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: str) -> None:
     path = PAPER / folder / "results.csv"
-    right = next(row for row in rows(path) if row.get("outcome", "ok") == "ok")
+    right = next(row for row in read_rows(path) if row.get("outcome", "ok") == "ok")
     wrong = {name: value for name, value in (right | change).items() if value is not ...}
     assert objection in "\n".join(objections(wrong, kind_of(path)))
 
 
 def test_a_cell_of_csv_is_what_json_has() -> None:
-    assert [cell("2.0", "integer"), cell("2.5", "integer"), cell("1e-3", "number"), cell("", "string")] == [2, 2.5, 0.001, None]
-    assert [cell("True", "boolean"), cell("yes", "boolean"), cell("nan", "number"), cell("inf", "number")] == [
+    assert [parse_cell("2.0", "integer"), parse_cell("2.5", "integer"), parse_cell("1e-3", "number"), parse_cell("", "string")] == [
+        2,
+        2.5,
+        0.001,
+        None,
+    ]
+    assert [
+        parse_cell("True", "boolean"),
+        parse_cell("yes", "boolean"),
+        parse_cell("nan", "number"),
+        parse_cell("inf", "number"),
+    ] == [
         True,
         "yes",
         "nan",
         math.inf,
     ]
-    assert [cell("7", "string"), cell("7"), cell("7 tokens")] == ["7", 7, "7 tokens"]
+    assert [parse_cell("7", "string"), parse_cell("7"), parse_cell("7 tokens")] == ["7", 7, "7 tokens"]
 
 
 # --- another version ----------------------------------------------------------------------------
@@ -169,12 +179,12 @@ def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
         f"`python -m evals.tables {tmp_path}` makes it again from the samples beside it"
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        frames.read(tmp_path)
-    for reader in (differences.read, Results, lambda folder: report.write([folder], tmp_path / "report.html")):
+        frames.read_table(tmp_path)
+    for reader in (compare.read, ResultFolder, lambda folder: report.write([folder], tmp_path / "report.html")):
         with pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
             reader(tmp_path)
     assert main([str(tmp_path)]) == 0
     assert (tmp_path / "results.csv").read_bytes() == (PAPER / "cpu" / "million" / "results.csv").read_bytes()
-    assert frames.read(tmp_path)["attention"].tolist() == ["bsbr"]
+    assert frames.read_table(tmp_path)["attention"].tolist() == ["bsbr"]
     assert main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

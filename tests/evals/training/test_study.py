@@ -179,7 +179,7 @@ def test_it_says_what_came_out_and_draws_it(swept: tuple[Path, str]) -> None:
     assert len(re.findall(r"^  (standard|linear) +rate \S+, seed \d +accuracy ", said, flags=re.MULTILINE)) == 2 * 2 * 3
     assert "accuracy, higher is better, by num_pairs" in said
     assert {path.stem for path in (folder / "plots" / "recall").iterdir()} == {"accuracy", "by_length", "recall_front", "loss"}
-    assert accuracy_table.shown(table(folder)) in said
+    assert accuracy_table.render(table(folder)) in said
 
 
 def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, str], tmp_path: Path) -> None:
@@ -230,10 +230,10 @@ def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> Non
     records, _ = Ledger(CONF.parent / "results" / "paper" / "recall_512" / "samples.jsonl").read()
     study = next(record for record in reversed(records) if record["kind"] == "study")
     changed = study | {"study": "of other code", "runs": {name: f"{name} by it" for name in study["runs"]}}
-    before = accuracy_table.results(records)
-    pd.testing.assert_frame_equal(accuracy_table.results([*records, changed]), before)
+    before = accuracy_table.build(records)
+    pd.testing.assert_frame_equal(accuracy_table.build([*records, changed]), before)
     run = next(record for record in reversed(records) if record["kind"] == "run" and record["attention"] == "bsbr")
-    made = accuracy_table.results([*records, changed, run | {"run": "bsbr by it", "validation_loss": 7.0}])
+    made = accuracy_table.build([*records, changed, run | {"run": "bsbr by it", "validation_loss": 7.0}])
     assert set(made["attention"]) == set(before["attention"])
     assert made.loc[made["attention"] == "bsbr", "validation_loss_nats"].tolist() == [7.0]
 

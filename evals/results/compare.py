@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 
 from evals.errors import UsageError, one_sentence
 from evals.results import schema
-from evals.results.formatting import WIDTH, aligned
+from evals.results.formatting import WIDTH, align_columns
 from evals.results.ledger import Ledger, Record
 from evals.stats.intervals import CONFIDENCE, Speedup, holm, verdicts
 
@@ -39,7 +39,7 @@ class Cell:
     times: dict[int, float]  # when each round was measured, in seconds
 
 
-def read(folder: Path) -> list[Cell]:
+def read_cells(folder: Path) -> list[Cell]:
     """All cells of a folder that evals.run wrote. Raises UsageError if it holds none, or anything that cannot be."""
     for name in ("results.csv", "samples.jsonl"):
         if not (folder / name).is_file():
@@ -60,7 +60,7 @@ def read(folder: Path) -> list[Cell]:
         ]
     except KeyError as error:
         raise UsageError(f"{folder} is corrupt: its results.csv or samples.jsonl lacks {error}") from error
-    except schema.OtherVersion as error:
+    except schema.SchemaVersionError as error:
         raise UsageError(str(error)) from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{folder} is corrupt: {one_sentence(error)}") from error
@@ -104,7 +104,7 @@ def _log_median(record: Record) -> float:
 # --- what came out ------------------------------------------------------------------------------
 
 
-def compare(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
+def compare_cells(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
     """One row a cell of either set. Raises UsageError if the two have no cell in common.
 
     ratio is time_A / time_B, above 1 where B is faster; p_holm its p value, corrected for all cells at hand.
@@ -232,7 +232,7 @@ def regressions(rows: pd.DataFrame, threshold: float) -> list[str]:
 # --- on the screen ------------------------------------------------------------------------------
 
 
-def shown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
+def render(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
     """What stands against comparing the two, the table, and memory where it changed, in 80 columns."""
     told = [
         f"{side}: {', '.join(_values(cells, name) for name in ('folder', 'commit', *MACHINE))}"
@@ -258,14 +258,14 @@ def shown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
     blocks = [
         "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="   ") for line in told),
         f"time of A / time of B, above 1 where B is faster; low, high: {CONFIDENCE:.0%} interval\n"
-        + aligned(_labels(rows), timing),
+        + align_columns(_labels(rows), timing),
     ]
     changed_rows = rows[(rows["peak_bytes_a"] - rows["peak_bytes_b"]).abs() > 0]
     if len(changed_rows):
         old, new = changed_rows["peak_bytes_a"], changed_rows["peak_bytes_b"]
         memory = [[head, *(f"{one / 2**20:.3f}" for one in side)] for head, side in (("MiB in A", old), ("MiB in B", new))]
         memory.append(["more", *(f"{more:+.1%}" for more in new / old - 1)])
-        blocks.append("peak memory where it changed\n" + aligned(_labels(rows, changed_rows.index), memory))
+        blocks.append("peak memory where it changed\n" + align_columns(_labels(rows, changed_rows.index), memory))
     counts = rows["verdict"].value_counts().items()
     return "\n\n".join([*blocks, f"{len(rows)} cells: {', '.join(f'{count} {verdict}' for verdict, count in counts)}"])
 
@@ -290,7 +290,7 @@ def _labels(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[st
     return [" ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True)]
 
 
-def fraction(text: str) -> float:
+def parse_fraction(text: str) -> float:
     """5% or 0.05. Raises UsageError for anything that is not a fraction of at least 0 and below 1."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
