@@ -9,9 +9,11 @@ import sys
 
 from evals.cli import help_text, hydra_app
 from evals.cli.certificate_view import Report
+from evals.cli.command import command
 from evals.paths import CONF
 
 
+@command()
 def main() -> int:
     asked, _ = help_text.known(sys.argv[1:])
     if asked.help:
@@ -27,6 +29,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # What a child is to call must be of a module with a name: of the imported one.
-    from evals.certify import main as command
+    from evals.certify import main as certify
 
-    sys.exit(command())
+    sys.exit(certify())

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bsbr import convert
 from evals.benchmark.code_hash import files_digest, modules_digest
-from evals.cli.hydra_app import KEPT
+from evals.cli.command import RESUME
 from evals.conversion.study import FOLDERS, plans, run, tables, told
 from evals.conversion.teachers import MODELS
 from evals.errors import one_sentence
@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for path in checkpoints.glob("*.safetensors"):
                 path.unlink()
     except KeyboardInterrupt:
-        print(KEPT, file=sys.stderr)
+        print(RESUME, file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)

@@ -9,26 +9,28 @@ import sys
 from pathlib import Path
 
 from evals.cli import help_text
+from evals.cli.command import RESUME, command
+from evals.errors import OK, UsageError
 from evals.isolation import forkserver
 from evals.paths import CONF
 
 
+@command(interrupted=RESUME)
 def main() -> int:
     asked, others = help_text.known(sys.argv[1:])
     if asked.help and asked.config_dir and not asked.config_dir.is_dir():
-        print(f"error: --config-dir must name a folder, such as mine/conf, got {asked.config_dir}", file=sys.stderr)
-        return 2
+        raise UsageError(f"--config-dir must name a folder, such as mine/conf, got {asked.config_dir}")
     if asked.help:
         print(help_text.text(str(__doc__), asked.config_dir))
-        return 0
+        return OK
     if asked.shell_completion and others == ["install=bash"]:
         print(Path(__file__).with_name("completion.bash").read_text())
-        return 0
+        return OK
     if asked.shell_completion:  # Hydra's work alone
         import hydra
 
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda _: None)()
-        return 0
+        return OK
     # It imports in the background what measuring needs, while this process imports what it needs itself.
     forkserver.start()
     from evals.cli.sweep import main as sweep

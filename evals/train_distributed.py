@@ -8,15 +8,19 @@ run cannot survive ends the command: ranks of one run cannot be isolated from ea
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from evals.cli import hydra_app
+from evals.cli.command import RESUME, command
+from evals.cli.jobs import read_job
 from evals.isolation import forkserver
 from evals.training.distributed import work_off
 
 
+@command(interrupted=RESUME)
 def main() -> int:
     if "RANK" not in os.environ:
         print(
@@ -31,7 +35,8 @@ def main() -> int:
     # gloo for tensors of the CPU, which small talk is, too.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        return hydra_app.run(work_off)
+        session = hydra_app.Session()
+        return hydra_app.run(lambda cfg: work_off(read_job(cfg, session.swept), Path(cfg.results_dir)), session=session)
     finally:
         dist.destroy_process_group()
 

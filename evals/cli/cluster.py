@@ -1,8 +1,8 @@
-"""Comparisons on other machines: a launcher of Hydra's places them, and the ledger tells which of them came to an end.
+"""Comparisons on other machines: a launcher of Hydra runs the jobs, and the ledger records which of them have ended.
 
-Every start and end of a job is a record, of the node that it happens on. A job that was started and has no end when it is
-started again, by the scheduler or by the next pass of this command, was lost with its node. It has one more try; then a record
-says so, from which a row is made.
+Every node appends a record when a job starts and one when it ends. A job that starts although an earlier start has no end was
+lost with its node. The scheduler, or the next pass of the command, runs a lost job once more. If that is lost too, a record
+says so, and the table has a row with the outcome `lost` for each of its attentions.
 """
 
 import os
@@ -11,106 +11,62 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.benchmark.job import Job
+from evals.cli.launchers import check_launcher, launcher_settings
 from evals.errors import UsageError, one_sentence
 from evals.isolation.affinity import claim_slot
 from evals.measure.clock import now, pause
 from evals.results.ledger import Ledger, Record, node_name
 
-TRIES = 2
-"""How often a comparison is started, before it is given up with a row."""
+MAX_STARTS = 2
+"""How often a job is started before it is given up."""
 
 POLL_S = 5.0
-"""Between two questions to Slurm, which asks not to be asked more often."""
+"""Seconds between two calls of squeue, which Slurm asks not to be called more often."""
 
 
-def launcher_of(node: DictConfig) -> tuple[str, dict[str, Any]]:
-    """The class name of a hydra.launcher, and its settings."""
-    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
-    return str(settings.pop("_target_")).rpartition(".")[2], settings
+MakeJob = Callable[[DictConfig, str | None, str], tuple[Job, Ledger]]
+"""Makes the job of a config, given the swept key and the name of the node, and the ledger that its records go to.
+
+It must be a function of a module, since nodes import it.
+"""
 
 
-def check_launcher(node: DictConfig, kind: str) -> None:
-    """Raises UsageError for a hydra.launcher that would have two comparisons share a device or cores. kind: cpu or cuda."""
-    name, settings = launcher_of(node)
-    if name == "JoblibLauncher":
-        jobs = settings["n_jobs"]
-        if not isinstance(jobs, int) or jobs < 1:
-            raise UsageError(f"hydra.launcher.n_jobs must be how many comparisons run at once, 1 or more, got {jobs!r}")
-        if kind == "cpu" and jobs != 1:
-            raise UsageError(
-                f"hydra.launcher.n_jobs={jobs} would time {jobs} comparisons at once on the cores of one machine; "
-                "leave it at 1, or use device=cuda, where each has a GPU and cores of its own"
-            )
-    elif name == "SlurmLauncher":
-        _check_slurm(settings, kind)
-    elif name == "RayLauncher":
-        remote = settings["ray"].get("remote") or {}
-        machine = (remote.get("resources") or {}).get("machine")
-        if machine != 1:
-            raise UsageError(
-                "launcher=ray needs hydra.launcher.ray.remote.resources.machine=1, so that a node measures one comparison at a "
-                f"time, got {machine!r}; start every node with --resources='{{\"machine\": 1}}'"
-            )
-        if kind == "cuda" and remote.get("num_gpus") != 1:
-            raise UsageError(
-                f"a comparison on cuda needs one GPU, as in +hydra.launcher.ray.remote.num_gpus=1, got {remote.get('num_gpus')!r}"
-            )
-    elif name != "BasicLauncher":
-        raise UsageError(
-            f"launcher {name} would let comparisons run side by side on the same cores; use local, joblib, slurm or ray"
-        )
+@dataclass(frozen=True)
+class RemoteJob:
+    """The function that a launcher pickles, and calls on a node for each job of the command.
 
+    Attributes:
+        launch: id of the command's launch, which all its records have.
+        swept: the key that the command varies.
+        make_job: makes the job from its config.
+    """
 
-def _check_slurm(settings: dict[str, Any], kind: str) -> None:
-    extra = settings["additional_parameters"]
-    if (settings["nodes"], settings["tasks_per_node"]) != (1, 1):
-        raise UsageError(
-            "a comparison runs in one process of one node: hydra.launcher.nodes and tasks_per_node must be 1, got "
-            f"{settings['nodes']} and {settings['tasks_per_node']}"
-        )
-    own_node = bool(extra.get("exclusive"))
-    if kind == "cpu" and not own_node:
-        raise UsageError(
-            "without hydra.launcher.additional_parameters.exclusive=true another job may share the cores that are timed: set it"
-        )
-    if kind == "cuda" and settings["gpus_per_node"] != 1:
-        raise UsageError(f"a comparison on cuda needs hydra.launcher.gpus_per_node=1, got {settings['gpus_per_node']!r}")
-    if kind == "cuda" and not own_node and settings["cpus_per_task"] is None:
-        raise UsageError(
-            "where comparisons share a node, each needs cores of its own: set hydra.launcher.cpus_per_task, or exclusive"
-        )
-
-
-Prepare = Callable[[DictConfig, str | None, str], tuple[Job, Ledger]]
-"""A function of a module, which nodes import. From a job's config, the swept key and the node's name it makes what works the
-job off, and says where the records go."""
-
-
-class Placed:
-    """What runs on a node for each job of a command: pickled, and called by a launcher."""
-
-    def __init__(self, launch: str, swept: str | None, prepare: Prepare) -> None:
-        self.launch = launch
-        self.swept = swept
-        self.prepare = prepare
+    launch: str
+    swept: str | None
+    make_job: MakeJob
 
     def __call__(self, cfg: DictConfig) -> None:
-        """Raises UsageError for what cannot be measured on this node, or where it does not see the command's folder."""
+        """Runs one job, between a record of its start and one of its end.
+
+        Raises:
+            UsageError: if it cannot run on this node, or if the node does not see the command's ledger.
+        """
         hydra = HydraConfig.get()
         os.chdir(hydra.runtime.cwd)
         check_launcher(hydra.launcher, cfg.device.kind)
-        name, settings = launcher_of(hydra.launcher)
+        name, settings = launcher_settings(hydra.launcher)
         if name == "JoblibLauncher" and settings["n_jobs"] > 1:
             claim_slot(settings["n_jobs"])
-        job, ledger = self.prepare(cfg, self.swept, node_name())
+        job, ledger = self.make_job(cfg, self.swept, node_name())
         records = [record for record in ledger.read()[0] if record.get("launch") == self.launch]
         if not records:
             raise UsageError(
@@ -120,17 +76,17 @@ class Placed:
         number = int(hydra.job.num)
         if any((record["kind"], record.get("job")) == ("ended", number) for record in records):
             return
-        starts = unfinished(records).get(number, [])
-        if len(starts) >= TRIES:
-            ledger.append(lost(starts), self._record("ended", number))
+        starts = unfinished_starts(records).get(number, [])
+        if len(starts) >= MAX_STARTS:
+            ledger.append(lost_record(starts), self._record("ended", number))
             return
-        what = {"what": job.kind, "id": job.id, "description": job.description()}
-        ledger.append(self._record("started", number, **what))
+        ledger.append(self._record("started", number, what=job.kind, id=job.id, description=job.description()))
         try:
-            for record in job.run(lambda words, _: print(words, flush=True)):
+            for record in job.run(lambda message, _: print(message, flush=True)):
                 print(f"  {record['kind']} {record.get('attention', '')} {record.get('outcome', '')}", flush=True)
         except Exception:
-            ledger.append(self._record("ended", number, failed=True))  # not by the node, and not better the next time
+            # The job failed, not its node: the command shall raise this, and not start the job again.
+            ledger.append(self._record("ended", number, failed=True))
             raise
         ledger.append(self._record("ended", number))
 
@@ -138,27 +94,38 @@ class Placed:
         return {"kind": kind, "launch": self.launch, "job": job, "host": platform.node(), **values, "time": now()}
 
 
-class Elsewhere:
-    """The jobs of one command that a launcher places, on whichever nodes. `ledger_of` says where the command keeps its records."""
+class RemoteLaunch:
+    """The launch of one command's jobs on other machines; runs lost jobs again.
 
-    def __init__(self, prepare: Prepare, ledger_of: Callable[[DictConfig], Ledger]) -> None:
-        self.prepare = prepare
+    Args:
+        make_job: makes a job on its node.
+        ledger_of: the command's ledger, given the config.
+    """
+
+    def __init__(self, make_job: MakeJob, ledger_of: Callable[[DictConfig], Ledger]) -> None:
+        self.make_job = make_job
         self.ledger_of = ledger_of
         self.id = uuid.uuid4().hex[:16]
-        self.config: DictConfig | None = None  # of a command that has launched something
+        self.config: DictConfig | None = None  # None: nothing has been launched
 
-    def placed(self, config: DictConfig, swept: str | None) -> Placed:
-        """What a launcher is to run. Before anything is started, the ledger says that it will be."""
-        if self.config is None:
-            launcher = launcher_of(config.hydra.launcher)[0]
-            self.ledger_of(config).append({"kind": "launched", "launch": self.id, "launcher": launcher, "time": now()})
+    @property
+    def has_launched(self) -> bool:
+        """Whether jobs of this command run, or ran, in other processes."""
+        return self.config is not None
+
+    def job(self, config: DictConfig, swept: str | None) -> RemoteJob:
+        """The function for the launcher. Records the launch in the ledger before any job starts."""
+        if not self.has_launched:
+            name, _ = launcher_settings(config.hydra.launcher)
+            self.ledger_of(config).append({"kind": "launched", "launch": self.id, "launcher": name, "time": now()})
         self.config = config
-        return Placed(self.id, swept, self.prepare)
+        return RemoteJob(self.id, swept, self.make_job)
 
     def launch(self, command: Callable[[], None]) -> None:
-        """Runs Hydra's command, and again as long as that brings a job further that was lost, or not reached, the time before.
+        """Runs Hydra's command, and runs it again while that gets jobs further that were lost or not reached before.
 
-        Raises what a job raised that failed by itself.
+        Raises:
+            Exception: what a job raised, or what the launcher raised before any job had started.
         """
         before: list[Record] = []
         while True:
@@ -167,11 +134,13 @@ class Elsewhere:
                 command()
             except (UsageError, HydraException, OmegaConfBaseException):
                 raise
-            except Exception as raised:  # every launcher has an error of its own for a node that is gone
-                if self.config is None:
+            except Exception as raised:
+                # Not narrower: a lost node is an exception of joblib, submitit or ray, none of which need be installed. What a
+                # job itself raises comes this way too; its node has recorded it as failed, and it is raised again below.
+                if not self.has_launched:
                     raise
                 error = raised
-            if self.config is None:  # all ran in this process
+            if not self.has_launched:  # all jobs ran in this process
                 return
             self._wait_for_slurm()
             records = self._records()
@@ -179,14 +148,14 @@ class Elsewhere:
                 return
             if any(record.get("failed") for record in records):
                 raise error
-            if len(records) == len(before):  # it does not get any further
+            if len(records) == len(before):
                 self._give_up(records, error)
                 return
             before = records
-            print(f"launches again what has not ended: {one_sentence(error)}", file=sys.stderr)
+            print(f"launching unfinished jobs again: {one_sentence(error)}", file=sys.stderr)
 
-    def comparisons(self) -> list[str]:
-        """The ids of what this command had started."""
+    def started_ids(self) -> list[str]:
+        """The ids of the comparisons that this command has started."""
         return [record["id"] for record in self._records() if record["kind"] == "started"]
 
     def _records(self) -> list[Record]:
@@ -195,15 +164,16 @@ class Elsewhere:
         return [record for record in self.ledger_of(self.config).read()[0] if record.get("launch") == self.id]
 
     def _give_up(self, records: Sequence[Record], error: Exception) -> None:
-        open_ = unfinished(records)
-        if self.config is None or not open_:
+        """Records unfinished jobs as lost. Raises the error if no job has started."""
+        unfinished = unfinished_starts(records)
+        if self.config is None or not unfinished:
             raise error
-        self.ledger_of(self.config).append(*(lost(starts) for starts in open_.values()))
-        print(f"warning: what was not started is left out, since the launcher failed: {one_sentence(error)}", file=sys.stderr)
+        self.ledger_of(self.config).append(*map(lost_record, unfinished.values()))
+        print(f"warning: jobs that did not start are left out, since the launcher failed: {one_sentence(error)}", file=sys.stderr)
 
     def _wait_for_slurm(self) -> None:
-        """Until nothing of this command is queued or runs: submitit gives up on all of its jobs as soon as one is lost."""
-        name, settings = launcher_of(self.config.hydra.launcher) if self.config else ("", {})
+        """Waits until no job of this command is queued or runs: submitit gives up on all jobs as soon as one is lost."""
+        name, settings = launcher_settings(self.config.hydra.launcher) if self.config else ("", {})
         if name != "SlurmLauncher":
             return
         queue = ["squeue", "--noheader", f"--name={settings['name']}", "--format=%i"]
@@ -211,18 +181,18 @@ class Elsewhere:
             pause(POLL_S)
 
 
-def unfinished(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """By job, the starts of those that have no end."""
+def unfinished_starts(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """The records of starts of the jobs that have no end, by the number of the job."""
     ended = {record["job"] for record in records if record["kind"] == "ended"}
-    open_: dict[int, list[Record]] = {}
+    starts: dict[int, list[Record]] = {}
     for record in records:
         if record["kind"] == "started" and record["job"] not in ended:
-            open_.setdefault(record["job"], []).append(record)
-    return open_
+            starts.setdefault(record["job"], []).append(record)
+    return starts
 
 
-def lost(starts: Sequence[Record]) -> Record:
-    """What the ledger keeps of a job that was started and has no end."""
+def lost_record(starts: Sequence[Record]) -> Record:
+    """The record of a job that is given up, made from the records of its starts."""
     last, hosts = starts[-1], " and ".join(str(start["host"]) for start in starts)
     detail = (
         f"started {len(starts)} times, on {hosts}, and lost with its node" if len(starts) > 1 else f"lost with its node, {hosts}"

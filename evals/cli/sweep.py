@@ -16,7 +16,7 @@ from evals.benchmark import max_context
 from evals.benchmark.engine import Engine
 from evals.benchmark.job import Job
 from evals.cli import hydra_app
-from evals.cli.cluster import Elsewhere
+from evals.cli.cluster import RemoteLaunch
 from evals.cli.display import Display, Outlook, Quiet, display
 from evals.cli.jobs import expand_sweep_all, read_job
 from evals.cli.progress import board
@@ -44,17 +44,18 @@ class Run:
         self.outlook = Outlook()
         self.display: Display | None = None
         self.comparisons: list[str] = []
-        self.elsewhere = Elsewhere(prepare, ledger)
+        self.session = hydra_app.Session()
+        self.remote = RemoteLaunch(prepare, ledger)
 
     def compare(self, cfg: DictConfig) -> None:
         """One Hydra job."""
-        comparison = read_job(cfg, hydra_app.Session.swept)
+        comparison = read_job(cfg, self.session.swept)
         samples = ledger(cfg)
         certificates = Ledger(Path(cfg.results_dir) / "certificates.jsonl")
         job = kind_of(comparison)(comparison, samples, certificates)
         behind = len(self.comparisons)
         self.comparisons.append(job.id)
-        place = f"[{behind + 1}/{hydra_app.Session.jobs}] {swept(comparison)}"
+        place = f"[{behind + 1}/{self.session.jobs}] {swept(comparison)}"
         if self.dry:
             print(f"{place}: {conditions(comparison)}")
             made, seconds = job.remaining()
@@ -73,7 +74,7 @@ class Run:
             if self.interrupted:  # a round is over, and a training run goes on from its checkpoint
                 raise KeyboardInterrupt
             done = behind + part
-            shown.watch(words, done / hydra_app.Session.jobs, self.outlook.left(done, hydra_app.Session.jobs))
+            shown.watch(words, done / self.session.jobs, self.outlook.left(done, self.session.jobs))
 
         if comparison.task:
             self.stops = "within seconds, and goes on from the last checkpoint"
@@ -89,7 +90,7 @@ class Run:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.outlook.found += not shown.begun
-            to_go = self.outlook.left(behind + 1, hydra_app.Session.jobs)
+            to_go = self.outlook.left(behind + 1, self.session.jobs)
         finally:
             shown.end(to_go)
 
@@ -100,11 +101,11 @@ class Run:
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """What Ctrl-C does: once, it lets the running round end."""
-        if self.elsewhere.config is not None:  # what runs on other nodes goes on, and this only waits for it
+        if self.remote.has_launched:  # what runs on other nodes goes on, and this only waits for it
             raise KeyboardInterrupt
         if self.interrupted:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            raise hydra_app.Abandoned
+            raise hydra_app.ForceQuit
         self.interrupted = True
         (self.display or Quiet()).say(f"stops {self.stops}; Ctrl-C again stops at once")
 
@@ -113,7 +114,7 @@ class Run:
         # Not before: they take two seconds to import, for which a comparison would have to wait.
         from evals.results.scaling_table import build
 
-        self.comparisons += self.elsewhere.comparisons()
+        self.comparisons += self.remote.started_ids()
         if self.dry:
             print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
             return 0
@@ -226,7 +227,7 @@ def main() -> int:
         run = Run(arguments, dry=dry)
         signal.signal(signal.SIGINT, run.interrupt)
         try:
-            code = hydra_app.run(run.compare, run.report, elsewhere=run.elsewhere)
+            code = hydra_app.run(run.compare, run.report, session=run.session, remote=run.remote)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if code not in (0, INCOMPLETE):

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
-from omegaconf import DictConfig
 
-from evals.cli import hydra_app
-from evals.cli.jobs import read_job
+from evals.config import Comparison
 from evals.errors import UsageError
 from evals.isolation.worker import Result
 from evals.results.ledger import Ledger
@@ -18,13 +16,11 @@ from evals.training.trainer import Progress, first, train
 T = TypeVar("T")
 
 
-def work_off(cfg: DictConfig) -> None:
+def work_off(comparison: Comparison, results: Path) -> None:
     """One Hydra job, on every rank."""
-    comparison = read_job(cfg, hydra_app.Session.swept)
     if comparison.task is None:
         raise UsageError("only training is shared by ranks: name a sweep that trains, such as sweep=recall, or a task")
-    results = Path(cfg.results_dir)
-    study = Study(comparison, Ledger(results / str(cfg.sweep_name) / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
+    study = Study(comparison, Ledger(results / comparison.sweep / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
     if first():
         study.ledger.append(study.description())
     for candidate in comparison.candidates:

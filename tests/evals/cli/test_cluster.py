@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from evals.cli.cluster import Elsewhere, Prepare, check_launcher, lost, unfinished
+from evals.cli.cluster import MakeJob, RemoteLaunch, lost_record, unfinished_starts
+from evals.cli.launchers import check_launcher
 from evals.errors import UsageError
 from evals.isolation import affinity
 from evals.paths import CONF
@@ -94,19 +95,19 @@ def started(job: int, host: str) -> Record:
 
 def test_a_job_is_open_until_it_has_an_end() -> None:
     records = [started(0, "a"), started(1, "b"), {"kind": "ended", "job": 1}, started(0, "c"), started(2, "b")]
-    open_ = unfinished(records)
+    open_ = unfinished_starts(records)
     assert {job: [start["host"] for start in starts] for job, starts in open_.items()} == {0: ["a", "c"], 2: ["b"]}
 
 
 def test_what_was_lost_is_a_row_for_each_attention_with_the_nodes_in_its_words() -> None:
-    rows = latency_table.build([lost([started(0, "node1"), started(0, "node7")])])
+    rows = latency_table.build([lost_record([started(0, "node1"), started(0, "node7")])])
     assert rows[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["standard", 60, "lost"], ["bsbr", 60, "lost"]]
     assert set(rows["detail"]) == {"started 2 times, on node1 and node7, and lost with its node"}
 
 
 def test_a_comparison_that_is_made_after_all_is_not_lost() -> None:
     trial = {"kind": "preflight", "comparison": "c0", "attention": "bsbr", "outcome": "oom", "detail": "too little"}
-    rows = latency_table.build([DESCRIPTION, lost([started(0, "node1")]), trial])
+    rows = latency_table.build([DESCRIPTION, lost_record([started(0, "node1")]), trial])
     assert rows[["attention", "outcome", "detail"]].to_numpy().tolist() == [["bsbr", "oom", "too little"]]
 
 
@@ -116,15 +117,15 @@ class Breaking:
     def __init__(self, folder: Path, *passes: Any) -> None:
         self.ledger = Ledger(folder / "samples.jsonl")
         self.passes = list(passes)
-        prepare: Prepare = lambda cfg, swept, node: (_ for _ in ()).throw(AssertionError)  # noqa: E731
-        self.elsewhere = Elsewhere(prepare, lambda _: self.ledger)
+        make_job: MakeJob = lambda cfg, swept, node: (_ for _ in ()).throw(AssertionError)  # noqa: E731
+        self.remote = RemoteLaunch(make_job, lambda _: self.ledger)
         self.config = OmegaConf.create({"hydra": {"launcher": {"_target_": "x.RayLauncher"}}})
 
     def __call__(self) -> None:
-        self.elsewhere.placed(self.config, None)
+        self.remote.job(self.config, None)
         records, error = self.passes.pop(0)
         node = Ledger(self.ledger.path, "node")
-        node.append(*({**record, "launch": self.elsewhere.id} for record in records))
+        node.append(*({**record, "launch": self.remote.id} for record in records))
         if error:
             raise error
 
@@ -132,15 +133,15 @@ class Breaking:
 def test_a_failed_pass_is_repeated_while_it_gets_further(tmp_path: Path) -> None:
     error = RuntimeError("a worker died")
     command = Breaking(tmp_path, ([started(0, "a")], error), ([started(0, "a")], error), ([{"kind": "ended", "job": 0}], None))
-    command.elsewhere.launch(command)
+    command.remote.launch(command)
     assert not command.passes
-    assert command.elsewhere.comparisons() == ["c0", "c0"]
+    assert command.remote.started_ids() == ["c0", "c0"]
 
 
 def test_what_a_launcher_never_brings_to_an_end_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = RuntimeError("no\nnodes")
     command = Breaking(tmp_path, ([started(0, "a")], error), ([], error))
-    command.elsewhere.launch(command)
+    command.remote.launch(command)
     assert latency_table.build(command.ledger.read()[0])["outcome"].tolist() == ["lost", "lost"]
     assert "since the launcher failed: no nodes" in capsys.readouterr().err
 
@@ -149,7 +150,7 @@ def test_what_fails_by_itself_is_raised_and_not_tried_again(tmp_path: Path) -> N
     bug = ZeroDivisionError("ours")
     command = Breaking(tmp_path, ([started(0, "a"), {"kind": "ended", "job": 0, "failed": True}], bug))
     with pytest.raises(ZeroDivisionError):
-        command.elsewhere.launch(command)
+        command.remote.launch(command)
 
 
 # --- places -------------------------------------------------------------------------------------
@@ -181,5 +182,5 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
 
 
 def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
-    path = latency_table.write(latency_table.build([lost([started(0, "node1")])]), tmp_path, "latency")
+    path = latency_table.write(latency_table.build([lost_record([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

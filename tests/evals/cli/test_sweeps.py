@@ -75,8 +75,9 @@ def jobs(name: str) -> list[list[str]]:
 def test_jobs_are_counted_as_the_command_line_leaves_them(given: list[str], count: int, swept: str | None) -> None:
     config = composed("sweep=seq_len")
     config.hydra.overrides.task = ["sweep=seq_len", *given]
-    Session().on_multirun_start(config)
-    assert (Session.jobs, Session.swept) == (count, swept)
+    session = Session()
+    session.start_multirun(config)
+    assert (session.jobs, session.swept) == (count, swept)
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])

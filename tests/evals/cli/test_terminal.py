@@ -22,7 +22,7 @@ from evals import run
 from evals.cli import sweep
 from evals.cli.display import Outlook, span
 from evals.cli.jobs import read_job
-from evals.errors import EXIT_CODES, INTERRUPTED
+from evals.errors import EXIT_CODES, INTERRUPTED, USAGE, UsageError
 from evals.paths import CONF, ROOT
 from evals.results import formatting, latency_table
 from tests.evals import sweeps
@@ -206,12 +206,17 @@ def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
 
     def one(*_: object, **__: object) -> int:
         begun.append(sys.argv[1:])
-        return codes[len(begun) - 1]
+        code = codes[len(begun) - 1]
+        if code == USAGE:
+            raise UsageError("no")
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
 
     monkeypatch.setattr(sweep.hydra_app, "run", one)
     monkeypatch.setattr(sweep, "expand_sweep_all", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
     monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
-    assert sweep.main() == code
+    assert run.main() == code
     assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:made]]
 
 

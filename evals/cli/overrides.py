@@ -1,0 +1,92 @@
+"""Checks of the command line before Hydra sees it, and one-sentence messages for the errors that Hydra raises about it."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from evals.cli.help_text import OPTIONS
+from evals.errors import UsageError, did_you_mean, one_sentence
+
+
+def prepare_arguments() -> None:
+    """Rearranges sys.argv into the form that Hydra accepts.
+
+    Raises:
+        UsageError: for an unknown option, or an override that is not what it looks like.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args()
+    overrides = arguments.overrides
+    # Hydra's parser wants all overrides in one piece; people write options between them.
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides
+    # A sweep's YAML asks for a multirun itself, but Hydra reports a mistake in a multirun config as one of a single run.
+    has_mode = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
+    is_sweep = any(word.startswith(("sweep=", "launcher=")) for word in overrides)
+    if is_sweep and not has_mode:
+        sys.argv.append("--multirun")
+    check_overrides(overrides, multirun=arguments.multirun or is_sweep)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Replaces argparse's page of usage by one sentence."""
+    if message.startswith("unrecognized arguments: "):  # lists the first unknown option and all words after it
+        word = message.split()[2]
+        known = [option for names in OPTIONS for option in re.findall(r"--?[\w-]+", names)]
+        message = f"unknown option {word}{did_you_mean(word, known)}"
+    raise UsageError(f"{message}; settings are given as key=value, and --help lists the options")
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool) -> None:
+    """Raises UsageError for a word that is not an override, and for a list of values that would not do what it looks like."""
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            raise UsageError(f"'{word}' is no setting: settings are given as key=value, such as sweep=seq_len")
+        if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", value):
+            if key == "attention":
+                raise UsageError(f"{word} would have each of them alone: to compare them, say 'attention=[{value}]'")
+            if not multirun:
+                raise UsageError(f"{word} is several values: with -m they are a sweep, and '{key}=[{value}]' is a list")
+
+
+def unknown_setting(error: ConfigCompositionException) -> str:
+    """The message for an override of a key that is not in the config, with a similar key; Hydra's message for other errors."""
+    cause = error.__cause__
+    if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not isinstance(cause.parent_node, DictConfig):
+        return one_sentence(error)
+    key, name = str(cause.full_key), str(cause.key)
+    group = key.rpartition(".")[0]
+    siblings = {str(sibling): node for sibling, node in cause.parent_node.items_ex(resolve=False)}
+    hint = did_you_mean(key, [f"{group}.{sibling}".lstrip(".") for sibling in siblings])
+    if not hint:
+        groups = (sibling for sibling, node in siblings.items() if isinstance(node, DictConfig) and name in node)
+        hint = next((f" (did you mean {sibling}.{name}?)" for sibling in groups), "")
+    if group == "attention":
+        return f"Could not override '{key}': {name} is not among those selected by attention=[{','.join(siblings)}]"
+    if group.startswith("attention."):
+        return f"Could not override '{key}', which its YAML does not name{hint}; +{key}= adds an option of its class"
+    return f"Could not override '{key}': there is no such setting{hint}; --help lists them"
+
+
+def unknown_choice(error: MissingConfigException) -> str:
+    """The message for an unknown choice of a config group, with the known choices."""
+    if error.missing_cfg_file is None:
+        return one_sentence(error)
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    # Hydra lists the choices only for groups that take a single one, but names all the folders it looked into.
+    folders = [Path(path) for path in re.findall(r"path=file://(\S+)", str(error))]
+    known = set(error.options or ()) | {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    if not known:
+        return one_sentence(error)
+    return (
+        f"unknown {group} '{name}'{did_you_mean(name, known)}; known are {', '.join(sorted(known))}; "
+        "--config-dir names a folder with more"
+    )
