@@ -28,7 +28,7 @@ from evals.results.export import Table, markdown
 from evals.results.ids import digest
 from evals.results.latency_table import write
 from evals.results.ledger import Ledger
-from evals.training.tasks.corpus import corpus
+from evals.training.tasks.corpus import load_corpus
 
 # --- the command --------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     watch = tqdm(disable=None, leave=False, bar_format="{desc}")
     try:
         for plan in plans(arguments):
-            key = digest([asdict(plan), corpus().sha256, code, torch.__version__])
+            key = digest([asdict(plan), load_corpus().sha256, code, torch.__version__])
             if any(record["run"] == key for record in ledger.read()[0]):
                 continue
             checkpoints = folder / "checkpoints" / key

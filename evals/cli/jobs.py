@@ -9,7 +9,7 @@ from evals.benchmark.matching import match_parameters
 from evals.benchmark.workloads import check_workload
 from evals.config import Comparison, read_comparison
 from evals.paths import CONF
-from evals.training.tasks.build import for_task
+from evals.training.tasks.build import adapt_to_task
 
 
 def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
@@ -29,7 +29,7 @@ def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
     if comparison.task is None:
         check_workload(comparison)
     else:
-        comparison = for_task(comparison)
+        comparison = adapt_to_task(comparison)
     return comparison if comparison.match is None else match_parameters(comparison)
 
 

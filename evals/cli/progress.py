@@ -11,8 +11,9 @@ from evals.config import Comparison
 from evals.results.formatting import QUANTITIES, format_mean, format_value
 from evals.results.history import History, Process
 from evals.results.ledger import Record
+from evals.results.training_runs import best_learning_rate
 from evals.stats.intervals import half_width, mean_interval, medians
-from evals.training.study import Study, best_rate
+from evals.training.study import Study
 
 
 class Board(Protocol):
@@ -131,7 +132,7 @@ class Learned:
         for name, runs in self.runs.items():
             good = [run for run in runs if run["outcome"] == "ok"]
             figures = [f"{len(good)}/{self.wanted}", "", "", ""]
-            best = best_rate(good, self.rates)
+            best = best_learning_rate(good, self.rates)
             if best is not None:
                 own = [run for run in good if run["learning_rate"] == best]
                 accuracy = mean_interval([_accuracy(run) for run in own])

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from bsbr.convert import Retrieval
-from evals.training.optimizer import Optimisation, optimise
+from evals.training.optimizer import OptimizerSettings, minimize
 
 Batches = Callable[[int], Tensor]
 """The token ids [batch, time] of a step."""
@@ -41,8 +41,8 @@ def distill(
     converted: PreTrainedModel,
     batches: Batches,
     *,
-    align: Optimisation,
-    distil: Optimisation,
+    align: OptimizerSettings,
+    distil: OptimizerSettings,
     rank: int,
     retrieval: bool = True,
     saved: Path,
@@ -83,7 +83,7 @@ def distill(
     for stage, loss_of, plan in (("align", attention_loss, align), ("distil", logit_loss, distil)):
         if stage == "align" and second.exists():
             continue
-        for step, loss in optimise(converted, loss_of, plan, saved / f"{stage}.safetensors"):
+        for step, loss in minimize(converted, loss_of, plan, saved / f"{stage}.safetensors"):
             yield stage, step, loss
     for part in list(converted.modules()):
         if parametrize.is_parametrized(part, "weight"):

@@ -21,7 +21,7 @@ from evals.plots.conversion import STAGES
 from evals.results.ledger import Record
 from evals.results.schema import columns
 from evals.stats.intervals import mean_interval
-from evals.training.optimizer import Optimisation
+from evals.training.optimizer import OptimizerSettings
 from evals.training.tasks.base import Split
 
 AGREEMENTS = (1, 5, 10)
@@ -75,8 +75,8 @@ def run(plan: DistillationPlan, originals: Path, folder: Path, watch: tqdm) -> R
         original,
         converted,
         lambda step: windows(texts, "train", plan.batch, one.context, "heal", one.seed, step),
-        align=Optimisation(plan.align_steps, plan.learning_rate),
-        distil=Optimisation(plan.distil_steps, plan.learning_rate),
+        align=OptimizerSettings(plan.align_steps, plan.learning_rate),
+        distil=OptimizerSettings(plan.distil_steps, plan.learning_rate),
         rank=plan.rank,
         retrieval=plan.retrieval,
         saved=folder,

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from evals.benchmark.code_hash import modules_digest
 from evals.results.ids import digest
-from evals.training.optimizer import Optimisation, optimise
+from evals.training.optimizer import OptimizerSettings, minimize
 from evals.training.tasks.base import Split, generator
-from evals.training.tasks.corpus import corpus
+from evals.training.tasks.corpus import load_corpus
 
 MODELS = ("gpt2", "llama")
 Texts = dict[Split, NDArray[Any]]
@@ -42,7 +42,7 @@ class Teacher:
         key = digest(
             [
                 asdict(self),
-                corpus().sha256,
+                load_corpus().sha256,
                 modules_digest("evals.conversion.teachers", "evals.training.optimizer"),
                 torch.__version__,
             ]
@@ -75,7 +75,7 @@ class Teacher:
 
     def texts(self) -> Texts:
         """The corpus, as the model reads it."""
-        splits = corpus().splits
+        splits = load_corpus().splits
         if not self.pretrained:
             return dict(splits)
         tokenizer = AutoTokenizer.from_pretrained(self.model)
@@ -95,7 +95,7 @@ def train(model: PreTrainedModel, original: Teacher, texts: Texts, saved: Path) 
         ids = windows(texts, "train", original.batch, original.context, "train", original.seed, step)
         return nats(model(ids, use_cache=False).logits[:, :-1], ids).mean()
 
-    yield from optimise(model, loss_of, Optimisation(original.train_steps, 3e-3), saved, weight_decay=0.1)
+    yield from minimize(model, loss_of, OptimizerSettings(original.train_steps, 3e-3), saved, weight_decay=0.1)
 
 
 def nats(logits: Tensor, ids: Tensor) -> Tensor:

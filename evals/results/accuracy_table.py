@@ -11,8 +11,8 @@ from evals.results.formatting import align_columns, format_mean, format_setting,
 from evals.results.frames import swept_column
 from evals.results.ledger import Record
 from evals.results.schema import columns
+from evals.results.training_runs import best_learning_rate
 from evals.stats.intervals import mean_interval
-from evals.training.study import best_rate
 
 COLUMNS = columns("accuracy")
 CURVES = columns("curves")
@@ -34,7 +34,7 @@ def build_curves(records: Sequence[Record]) -> pd.DataFrame:
     rows = []
     columns: dict[str, None] = {}
     for study, name, runs in _studies(records):
-        best = best_rate(runs, study["learning_rates"])
+        best = best_learning_rate(runs, study["learning_rates"])
         option = _option(study)
         columns |= dict.fromkeys(option)
         for run in runs:
@@ -79,7 +79,7 @@ def _studies(records: Sequence[Record]) -> Iterator[tuple[Record, str, list[Reco
 
 
 def _rows(study: Record, name: str, runs: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    best = best_rate(runs, study["learning_rates"])
+    best = best_learning_rate(runs, study["learning_rates"])
     for rate in dict.fromkeys(run["learning_rate"] for run in runs):
         own = [run for run in runs if run["learning_rate"] == rate]
         row = {

@@ -13,9 +13,10 @@ from evals.isolation.worker import Result, Worker
 from evals.measure.clock import now
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
+from evals.results.training_runs import best_learning_rate
 from evals.training.tasks.base import Task
 from evals.training.tasks.build import build_task
-from evals.training.trainer import Progress, train
+from evals.training.trainer import TrainingProgress, train
 
 
 def next_run(runs: Sequence[Record], training: Training) -> tuple[float, int] | None:
@@ -27,16 +28,10 @@ def next_run(runs: Sequence[Record], training: Training) -> tuple[float, int] | 
     for rate in training.learning_rates:
         if (rate, 0) not in made:
             return rate, 0
-    best = best_rate(runs, training.learning_rates)
+    best = best_learning_rate(runs, training.learning_rates)
     if best is None:
         return None
     return next(((best, seed) for seed in range(training.seeds) if (best, seed) not in made), None)
-
-
-def best_rate(runs: Sequence[Record], rates: Sequence[float]) -> float | None:
-    """The rate whose run with seed 0 had the least validation loss; None if none came to an end."""
-    first = {run["learning_rate"]: run["validation_loss"] for run in runs if run["seed"] == 0 and run["outcome"] == "ok"}
-    return min((rate for rate in rates if rate in first), key=lambda rate: first[rate], default=None)
 
 
 class Study(Job):
@@ -51,7 +46,9 @@ class Study(Job):
         super().__init__(comparison, ledger, certificates)
         self.task: Task = build_task(comparison)
         self.settings = {**comparison.settings, **self.task.facts(), **self.machine}
-        trainer = code_hash.modules_digest("evals.training.trainer", "evals.benchmark.workloads", "evals.training.tasks.base")
+        trainer = code_hash.modules_digest(
+            "evals.training.trainer", "evals.training.optimizer", "evals.benchmark.workloads", "evals.training.tasks.base"
+        )
         own = code_hash.modules_digest(type(self.task).__module__)
         lengths = comparison.training.eval_length_multiples
         self.keys = {
@@ -122,7 +119,7 @@ class Study(Job):
             Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker,
         ):
             result = worker.result(limit_s)
-            while result.outcome == "ok" and isinstance(result.value, Progress):
+            while result.outcome == "ok" and isinstance(result.value, TrainingProgress):
                 step, loss, left_s = result.value
                 words = (
                     f"{candidate.name}, rate {learning_rate:g}, seed {seed}: step {step}/{steps}, loss {loss:.3f}, {left_s:.0f} s"

@@ -23,13 +23,14 @@ from evals.benchmark.workloads import build_module
 from evals.config import Candidate, Comparison, Device
 from evals.measure.clock import Stopwatch
 from evals.training import checkpoint
+from evals.training.optimizer import learning_rate_at, take_step
 from evals.training.tasks.base import IGNORED, Batch, Split, Task, generator
 
-POINTS = 200
+LOSS_CURVE_POINTS = 200
 """Of a loss curve: each is the mean since the one before. Checkpoints are made at points."""
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """What a run tells while it lasts. `loss`: nats a target, since the last point; left_s: an estimate."""
 
     step: int
@@ -37,7 +38,7 @@ class Progress(NamedTuple):
     left_s: float
 
 
-class Answers(nn.Module):
+class PerTargetLoss(nn.Module):
     """Of every target of a batch: its loss in nats, and whether it was the likeliest token. Logits are of targets alone."""
 
     def __init__(self, model: CausalLM) -> None:
@@ -54,7 +55,7 @@ class Answers(nn.Module):
 
 def train(
     comparison: Comparison, candidate: Candidate, task: Task, learning_rate: float, seed: int, saved: Path
-) -> Generator[Progress | dict[str, Any], None, None]:
+) -> Generator[TrainingProgress | dict[str, Any], None, None]:
     """Yields `Progress` about once a second, and at last what the run came to, as the ledger keeps it.
 
     saved: the checkpoint, from which it goes on where there is one. Under torch.distributed a batch is shared by the
@@ -66,24 +67,21 @@ def train(
     model = build_module(comparison, candidate)
     assert isinstance(model, CausalLM)
     model = model.to(device.kind, torch.float64 if device.dtype == "float64" else torch.float32)
-    answers = Answers(model)
+    answers = PerTargetLoss(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=learning_rate)
     progress = checkpoint.load(saved, model, optimizer) or {"step": 0, "curve": [], "train_s": 0.0}
     shared: nn.Module = DistributedDataParallel(answers, find_unused_parameters=True) if dist.is_initialized() else answers
 
     watch, before_s, kept_s, told_s = Stopwatch(), progress["train_s"], 0.0, -math.inf
-    every = max(1, training.steps // POINTS)
+    every = max(1, training.steps // LOSS_CURVE_POINTS)
     sum_, since, began = 0.0, 0, progress["step"]
     for step in range(began, training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(learning_rate, step, training.steps, training.warmup_fraction)
         divisor = training.divisor(step)
         batch = task.part(divisor).batch(divisor * comparison.shape.batch_size, generator("train", seed, step))
-        sum_ += gradients(shared, batch, device, training.grad_accumulation_steps)
+        sum_ += accumulate_gradients(shared, batch, device, training.grad_accumulation_steps)
         since += 1
-        nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step_rate = learning_rate_at(step, training.steps, learning_rate, training.warmup_fraction)
+        take_step(optimizer, list(model.parameters()), step_rate, training.grad_clip_norm)
         now_s = watch.seconds()
         if since == every or step + 1 == training.steps:
             loss, sum_, since = sum_ / since, 0.0, 0
@@ -91,13 +89,13 @@ def train(
             if not math.isfinite(loss):
                 yield {"outcome": "diverged", "detail": f"the loss was {loss} at step {step + 1}", "curve": progress["curve"][:-1]}
                 return
-            if now_s - kept_s > training.checkpoint_s and first():
+            if now_s - kept_s > training.checkpoint_s and is_first_rank():
                 checkpoint.save(saved, model, optimizer, progress)
                 kept_s = now_s
         if now_s - told_s > 1:
             told_s = now_s
             lately = sum_ / since if since else progress["curve"][-1][1]
-            yield Progress(step + 1, lately, now_s / (step + 1 - began) * (training.steps - step - 1))
+            yield TrainingProgress(step + 1, lately, now_s / (step + 1 - began) * (training.steps - step - 1))
     answers.eval()
     validation = yield from evaluate(answers, task, comparison, "validation", progress)
     evaluations = []
@@ -118,17 +116,6 @@ def train(
     }
 
 
-def rate(highest: float, step: int, steps: int, warmup: float) -> float:
-    """The learning rate of a step of 0 … steps − 1: up to the highest in a line over the part `warmup`, then half a cosine to 0.
-
-    Loshchilov 2017 (arXiv:1608.03983), eq. 5, without restarts.
-    """
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return highest * (step + 1) / rising
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, gains and norms do not."""
     parameters = list(model.parameters())
@@ -138,7 +125,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def gradients(answers: nn.Module, batch: Batch, device: Device, accumulate: int) -> float:
+def accumulate_gradients(answers: nn.Module, batch: Batch, device: Device, accumulate: int) -> float:
     """Adds the gradient of the mean loss over all targets of the batch, in `accumulate` pieces on every rank; returns that loss.
 
     The gradient is that of the whole batch, however it is cut.
@@ -163,7 +150,7 @@ def gradients(answers: nn.Module, batch: Batch, device: Device, accumulate: int)
 
 def evaluate(
     answers: nn.Module, task: Task, comparison: Comparison, split: Split, progress: dict[str, Any]
-) -> Generator[Progress, None, dict[str, Any]]:
+) -> Generator[TrainingProgress, None, dict[str, Any]]:
     """How many targets there are in each group, how many were right, and their losses summed; and the bytes to decode with.
 
     The examples are the same for every run. As many tokens go through at once as in training, or one example.
@@ -179,7 +166,7 @@ def evaluate(
         for row, values in enumerate((torch.ones_like(right), right, losses)):
             sums[row].index_add_(0, group, values.cpu().double())
         step, loss = progress["curve"][-1]
-        yield Progress(step, loss, left_s=0.0)
+        yield TrainingProgress(step, loss, left_s=0.0)
     attentions = [part for part in answers.modules() if isinstance(part, Attention)]
     return {
         "seq_len": task.seq_len,
@@ -189,7 +176,7 @@ def evaluate(
     }
 
 
-def first() -> bool:
+def is_first_rank() -> bool:
     """Whether this process is the one that writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 

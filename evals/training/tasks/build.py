@@ -24,7 +24,7 @@ def build_task(comparison: Comparison) -> Task:
     return task
 
 
-def for_task(comparison: Comparison) -> Comparison:
+def adapt_to_task(comparison: Comparison) -> Comparison:
     """With the task's vocabulary. Raises UsageError for what cannot be trained."""
     model, device, training = comparison.model, comparison.device, comparison.training
     if comparison.search is not None:

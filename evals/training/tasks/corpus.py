@@ -26,7 +26,7 @@ class Corpus:
 
 
 @lru_cache(maxsize=2)
-def corpus(path: str | None = None, dataset: str | None = None, subset: str | None = None) -> Corpus:
+def load_corpus(path: str | None = None, dataset: str | None = None, subset: str | None = None) -> Corpus:
     """The text at `path`; else of the Hugging Face `dataset` with its `subset`; else of Python's standard library.
 
     A file is cut in its order: what is held out is its end. A folder, and the standard library, is split by file, by the digest

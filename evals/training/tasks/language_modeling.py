@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from evals.training.tasks.base import Batch, Split, Task, require
-from evals.training.tasks.corpus import corpus
+from evals.training.tasks.corpus import load_corpus
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LanguageModeling(Task):
 
     @property
     def _text(self) -> Any:
-        return corpus(self.path, self.dataset, self.subset)
+        return load_corpus(self.path, self.dataset, self.subset)
 
     @property
     def vocab_size(self) -> int:

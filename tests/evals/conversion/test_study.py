@@ -14,7 +14,7 @@ from evals.conversion.distill import distill
 from evals.conversion.study import DistillationPlan, compared, tables
 from evals.conversion.teachers import Teacher, windows
 from evals.distill import main
-from evals.training.optimizer import Optimisation, optimise
+from evals.training.optimizer import OptimizerSettings, minimize
 
 CHUNK, CONTEXT, VOCABULARY = 4, 16, 11
 FAMILIES = {
@@ -27,7 +27,7 @@ FAMILIES = {
         "num_key_value_heads": 1,
     },
 }
-ALIGN, DISTIL = Optimisation(30, 1e-2), Optimisation(30, 3e-3)
+ALIGN, DISTIL = OptimizerSettings(30, 1e-2), OptimizerSettings(30, 3e-3)
 
 
 def batches(step: int) -> Tensor:
@@ -47,7 +47,7 @@ def original(family: str) -> PreTrainedModel:
 
 
 def distilled(
-    model: PreTrainedModel, folder: Path, rank: int = 2, align: Optimisation = ALIGN, distil: Optimisation = DISTIL
+    model: PreTrainedModel, folder: Path, rank: int = 2, align: OptimizerSettings = ALIGN, distil: OptimizerSettings = DISTIL
 ) -> tuple[PreTrainedModel, list[tuple[str, int, float]]]:
     converted = convert_to_bsbr(model, CHUNK)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_healing_without_retrieval_leaves_its_gates_shut(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("stopped", [("align", 2), ("distil", 3)])
 def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, int], tmp_path: Path) -> None:
-    model, plan = original("llama"), Optimisation(4, 1e-2, checkpoint_s=0)
+    model, plan = original("llama"), OptimizerSettings(4, 1e-2, checkpoint_s=0)
     whole, _ = distilled(model, tmp_path / "whole", align=plan, distil=plan)
     converted = convert_to_bsbr(model, CHUNK)
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_healing_that_was_stopped_goes_on_to_the_same_model(stopped: tuple[str, 
 def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="the loss was nan at step 1: lower the learning rate"):
-        list(optimise(model, lambda _: model(torch.tensor([float("nan")])).sum(), ALIGN, tmp_path / "x.safetensors"))
+        list(minimize(model, lambda _: model(torch.tensor([float("nan")])).sum(), ALIGN, tmp_path / "x.safetensors"))
 
 
 SMALL = {

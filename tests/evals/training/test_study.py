@@ -20,9 +20,10 @@ from evals.config import Comparison, Training
 from evals.paths import CONF, ROOT
 from evals.results import accuracy_table
 from evals.results.ledger import Ledger
-from evals.training.study import Study, best_rate, next_run
+from evals.results.training_runs import best_learning_rate
+from evals.training.study import Study, next_run
 from evals.training.tasks.build import build_task
-from evals.training.tasks.corpus import corpus
+from evals.training.tasks.corpus import load_corpus
 from evals.training.trainer import train
 from tests.evals.commands import call
 
@@ -71,7 +72,7 @@ def test_a_task_is_learned_far_beyond_chance(task: str, overrides: tuple[str, ..
 
 def test_bytes_are_learned_beyond_their_frequencies(tmp_path: Path) -> None:
     asked = learned(tmp_path / "run.safetensors", "task=language_modeling", "shape.seq_len=64", "training.steps=250")
-    text = corpus().splits["test"]
+    text = load_corpus().splits["test"]
     frequencies = np.bincount(text, minlength=256) / len(text)
     entropy = -sum(p * np.log(p) for p in frequencies if p)  # what no model of single bytes can go below
     loss = sum(asked["loss"]) / sum(asked["targets"])
@@ -96,7 +97,7 @@ def test_every_rate_has_one_run_and_the_best_has_all_seeds() -> None:
         # A seed that is better or worse than the first changes nothing.
         runs.append(done(*wanted, losses[wanted[0]] if wanted[1] == 0 else 9.0))
     assert [(one["learning_rate"], one["seed"]) for one in runs] == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1), (0.2, 2)]
-    assert best_rate(runs, training.learning_rates) == 0.2
+    assert best_learning_rate(runs, training.learning_rates) == 0.2
 
 
 def test_a_rate_that_diverged_is_not_the_best_and_where_all_did_there_is_none() -> None:

@@ -173,7 +173,7 @@ def test_windows_are_of_the_text_and_every_byte_is_asked(text: str) -> None:
 
 
 def test_a_file_is_split_in_its_order(text: str) -> None:
-    splits = corpus.corpus(text).splits
+    splits = corpus.load_corpus(text).splits
     assert b"".join(splits[name].tobytes() for name in ("train", "validation", "test")) == TEXT
     assert [round(len(splits[name]) / len(TEXT), 2) for name in ("train", "validation", "test")] == [0.9, 0.05, 0.05]
 
@@ -181,25 +181,25 @@ def test_a_file_is_split_in_its_order(text: str) -> None:
 def test_a_folder_is_split_by_file(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"{number}.txt").write_bytes(b"%03d" % number)
-    found = {split: bytes(part).split(b"\n") for split, part in corpus.corpus(str(tmp_path)).splits.items()}
+    found = {split: bytes(part).split(b"\n") for split, part in corpus.load_corpus(str(tmp_path)).splits.items()}
     assert sorted(name for part in found.values() for name in part) == [b"%03d" % number for number in range(300)]
     assert 240 < len(found["train"]) < 295
     # A new file moves no other.
     (tmp_path / "new.txt").write_bytes(b"new")
-    corpus.corpus.cache_clear()
-    after = corpus.corpus(str(tmp_path))
+    corpus.load_corpus.cache_clear()
+    after = corpus.load_corpus(str(tmp_path))
     for split, part in found.items():
         assert set(bytes(after.splits[split]).split(b"\n")) - {b"new"} == set(part)
 
 
 def test_the_default_text_is_the_standard_library(text: str) -> None:
     task = LanguageModeling(64)
-    library = corpus.corpus()
+    library = corpus.load_corpus()
     assert min(map(len, library.splits.values())) > 100_000
     assert b"def main(" in library.splits["train"].tobytes()
     assert task.facts() == {"text_sha256": library.sha256}
     assert len(library.sha256) == 64
-    assert library.sha256 != corpus.corpus(text).sha256
+    assert library.sha256 != corpus.load_corpus(text).sha256
 
 
 # --- bad options --------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ def test_a_data_set_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
         return {split: Rows(text=[f"{name} {split}"] * 50) for split in splits}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    corpus.corpus.cache_clear()
-    own = corpus.corpus(dataset="some", subset="part").splits
+    corpus.load_corpus.cache_clear()
+    own = corpus.load_corpus(dataset="some", subset="part").splits
     assert {bytes(text).split(b"\n")[7] for text in own.values()} == {b"some train", b"some validation", b"some test"}
-    cut = corpus.corpus(dataset="some").splits
+    cut = corpus.load_corpus(dataset="some").splits
     assert b"".join(cut[split].tobytes() for split in ("train", "validation", "test")) == b"\n".join([b"some train"] * 50)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"task.dataset needs Hugging Face datasets: pip install .*\[datasets\]"):
-        corpus.corpus(dataset="other")
+        corpus.load_corpus(dataset="other")

@@ -19,6 +19,7 @@ from evals.config import Comparison
 from evals.isolation.forkserver import launch
 from evals.paths import CONF
 from evals.training import checkpoint, trainer
+from evals.training.optimizer import learning_rate_at
 from evals.training.tasks.base import IGNORED, generator
 from evals.training.tasks.build import build_task
 
@@ -53,13 +54,13 @@ def numbers(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_rate_rises_in_a_line_and_falls_by_a_cosine_to_zero() -> None:
-    rates = [trainer.rate(2.0, step, 110, 1 / 11) for step in range(110)]
+    rates = [learning_rate_at(step, 110, 2.0, 1 / 11) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert max(rates) == 2.0
     assert rates[10] == 2.0
     assert rates[60] == pytest.approx(1.0)
     assert 0 < rates[-1] < 0.001
-    assert trainer.rate(1.0, 0, 5, 0.0) == 1.0
+    assert learning_rate_at(0, 5, 1.0, 0.0) == 1.0
 
 
 def test_matrices_decay_and_nothing_else_does() -> None:
@@ -74,12 +75,12 @@ def test_matrices_decay_and_nothing_else_does() -> None:
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
     asked = comparison("device.dtype=float64")
     torch.manual_seed(0)
-    answers = trainer.Answers(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
+    answers = trainer.PerTargetLoss(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
     batch = build_task(asked).batch(6, generator("batch"))
     found = []
     for count in (1, pieces):
         answers.zero_grad()
-        loss = trainer.gradients(answers, batch, asked.device, count)
+        loss = trainer.accumulate_gradients(answers, batch, asked.device, count)
         found.append([torch.tensor(loss), *(p.grad for p in answers.parameters() if p.grad is not None)])
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-9)
@@ -89,7 +90,7 @@ def test_the_loss_is_that_of_the_asked_targets() -> None:
     asked = comparison()
     model = build_module(asked, asked.candidates[0])
     batch = build_task(asked).batch(6, generator("batch"))
-    losses, right = trainer.Answers(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
+    losses, right = trainer.PerTargetLoss(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
     logits = model(batch.inputs)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
     torch.testing.assert_close(losses.mean(), expected)
@@ -115,13 +116,13 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
 
 def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[list[int]]] = []
-    original = trainer.gradients
+    original = trainer.accumulate_gradients
 
     def noted(answers: Any, batch: Any, *rest: Any) -> float:
         seen[-1].append(batch.inputs.flatten().tolist())
         return original(answers, batch, *rest)
 
-    monkeypatch.setattr(trainer, "gradients", noted)
+    monkeypatch.setattr(trainer, "accumulate_gradients", noted)
     other = comparison("+attention.bsbr.compression_factor=2")
     for index, (asked, rate, seed) in enumerate([(comparison(), 1e-2, 0), (other, 1e-3, 0), (comparison(), 1e-2, 1)]):
         seen.append([])
@@ -132,13 +133,13 @@ def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monk
 
 def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[tuple[int, int], int]] = []
-    original = trainer.gradients
+    original = trainer.accumulate_gradients
 
     def noted(answers: Any, batch: Any, *rest: Any) -> float:
         seen.append((tuple(batch.inputs.shape), int((batch.targets != IGNORED).sum())))
         return original(answers, batch, *rest)
 
-    monkeypatch.setattr(trainer, "gradients", noted)
+    monkeypatch.setattr(trainer, "accumulate_gradients", noted)
     made = run(comparison("training.curriculum=[4,2,1]", "task.num_pairs=4", "training.steps=6"), tmp_path / "run.safetensors")
     # As many tokens in every step, and as many targets, for the pairs grow with the length.
     assert seen == [((24, 4), 24), ((24, 4), 24), ((12, 8), 24), ((12, 8), 24), ((6, 16), 24), ((6, 16), 24)]
@@ -161,7 +162,7 @@ def test_a_curriculum_that_cannot_be(given: str, words: str) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "gradients", lambda *_: math.nan)
+    monkeypatch.setattr(trainer, "accumulate_gradients", lambda *_: math.nan)
     made = run(comparison(), tmp_path / "run.safetensors")
     assert (made["outcome"], made["detail"]) == ("diverged", "the loss was nan at step 1")
 
@@ -232,7 +233,7 @@ def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path
 
 
 def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.gradients
+    original = trainer.accumulate_gradients
 
     def spoiled(answers: Any, batch: Any, *rest: Any) -> float:
         loss = original(answers, batch, *rest)
@@ -240,6 +241,6 @@ def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeyp
             next(answers.parameters()).grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(trainer, "gradients", spoiled)
+    monkeypatch.setattr(trainer, "accumulate_gradients", spoiled)
     made = run(comparison(), tmp_path / "run.safetensors")
     assert (made["outcome"], made["detail"]) == ("diverged", "the loss after the last step is no number")
