@@ -1,4 +1,4 @@
-"""The gated attention unit with mixed-chunk attention (FLASH): one shared head, gated, exact nearby and linear far away.
+"""Gated attention unit with mixed-chunk attention (FLASH): one gated head, quadratic within a chunk and linear across chunks.
 
 Hua et al. 2022, "Transformer Quality in Linear Time", arXiv:2202.10447.
 """
@@ -13,15 +13,26 @@ from bsbr.interface import Attention, State, check_hidden_states, next_position,
 def gated_attention_unit(
     u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
 ) -> Tensor:
-    """o_t = u_t ⊙ (Σ_s relu(quad_q_t·quad_k_s / c)² v_s + (1/p) Σ_r (lin_q_t·lin_k_r) v_r).
+    """Mixed-chunk attention: o_t = u_t ⊙ (Σ_s relu(quad_q_t·quad_k_s / c)² v_s + (1/p) Σ_r (lin_q_t·lin_k_r) v_r).
 
-    s runs over the chunk of t up to t, r over the p tokens of all chunks before it (none: 0); c = chunk_size, also in a
-    chunk that is not full, or the past would change as it fills.
-    u, v: [batch, time, value_dim]; the others: [batch, time, key_dim]. Returns the shape and dtype of u; sums accumulate
-    in float32 or better. O(n·(chunk_size + key_dim)·(key_dim + value_dim)), no n×n tensor.
-    Raises ValueError if the shapes do not fit or chunk_size is no positive integer.
-    arXiv:2202.10447, section 3.2: the far term is the mean over the past, as in the causal branch of the paper's code,
-    so that it does not grow with n. Without its relative position bias: positions come from the decoder or rotary.
+    s runs over the chunk of t up to t, and r over the p tokens of all chunks before it; without any, their term is 0. c is
+    chunk_size, also in an incomplete chunk: otherwise the past would change as the chunk fills. This is arXiv:2202.10447, sec. 3.2.
+    The second term is the mean over the past, as in the causal branch of the paper's code, so it does not grow with n. The paper's
+    relative position bias is left out: positions come from the decoder or rotary.
+
+    Args:
+        u: [batch, time, value_dim], the gate.
+        v: [batch, time, value_dim].
+        quad_q, quad_k: [batch, time, key_dim], of the quadratic term.
+        lin_q, lin_k: [batch, time, key_dim], of the linear term.
+        chunk_size: tokens of a chunk; changes the result.
+
+    Returns:
+        [batch, time, value_dim] in the dtype of u; sums accumulate in float32 or better. Costs
+        O(n·(chunk_size + key_dim)·(key_dim + value_dim)); holds no n×n tensor.
+
+    Raises:
+        ValueError: if the shapes do not fit, or chunk_size is not a positive integer.
     """
     if u.dim() != 3 or u.shape != v.shape or u.shape[1] < 1:
         raise ValueError(f"u and v must both be [batch, time >= 1, value_dim], got u {list(u.shape)}, v {list(v.shape)}")
@@ -39,26 +50,26 @@ def gated_attention_unit(
 def gated_attention_unit_reference(
     u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
 ) -> Tensor:
-    """The equation of `gated_attention_unit` in float64, chunk after chunk with every pair's weight written out."""
+    """`gated_attention_unit` in float64, chunk by chunk, with every pair's weight written out."""
     u, v, quad_q, quad_k, lin_q, lin_k = (x.double() for x in (u, v, quad_q, quad_k, lin_q, lin_k))
     outputs = []
     for border in range(0, u.shape[1], chunk_size):
-        own = slice(border, border + chunk_size)
-        near = (torch.einsum("btd,bsd->bts", quad_q[:, own], quad_k[:, own]) / chunk_size).clamp(min=0) ** 2
+        chunk = slice(border, border + chunk_size)
+        near = (torch.einsum("btd,bsd->bts", quad_q[:, chunk], quad_k[:, chunk]) / chunk_size).clamp(min=0) ** 2
         t = torch.arange(near.shape[1], device=u.device)
         near = near.where(t[None, :] <= t[:, None], 0.0)
-        attended = torch.einsum("bts,bse->bte", near, v[:, own])
+        attended = torch.einsum("bts,bse->bte", near, v[:, chunk])
         if border:
-            far = torch.einsum("btd,bsd->bts", lin_q[:, own], lin_k[:, :border]) / border
+            far = torch.einsum("btd,bsd->bts", lin_q[:, chunk], lin_k[:, :border]) / border
             attended = attended + torch.einsum("bts,bse->bte", far, v[:, :border])
-        outputs.append(u[:, own] * attended)
+        outputs.append(u[:, chunk] * attended)
     return torch.cat(outputs, dim=1)
 
 
-def _near(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
-    """The sum over the own chunk: [..., new, key_dim], [..., seen, key_dim], [..., seen, value_dim] -> [..., new, value_dim].
+def _quadratic_term(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """Sum over a chunk: [..., new, key_dim], [..., all, key_dim], [..., all, value_dim] -> [..., new, value_dim].
 
-    The rows of quad_q are the last ones of quad_k.
+    The rows of quad_q are at the last positions of quad_k.
     """
     scores = (quad_q @ quad_k.mT).tril(quad_k.shape[-2] - quad_q.shape[-2])
     return (scores / chunk_size).relu().square() @ v
@@ -74,15 +85,22 @@ def _mixed_chunks(
     past: Tensor | None,
     chunks_before: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """What u gates, from the start of a chunk on, and Σ lin_k vᵀ over all chunks that are full by then.
+    """Mixed-chunk attention before the gate, of tokens that begin a chunk, and Σ lin_k vᵀ over all chunks complete after them.
 
-    `past` is that sum over the `chunks_before` chunks before, [batch, key_dim, value_dim]. From none, and where nobody
-    reads it because all is a single chunk, none comes back.
+    Args:
+        v: [batch, time, value_dim].
+        quad_q, quad_k, lin_q, lin_k: [batch, time, key_dim].
+        chunk_size: tokens of a chunk.
+        past: [batch, key_dim, value_dim], Σ lin_k vᵀ over the chunks before; None at the start of a sequence.
+        chunks_before: how many chunks are before.
+
+    Returns:
+        [batch, time, value_dim], and the new past; None if `past` is and all is a single chunk, which needs none.
     """
     time, size = v.shape[1], min(chunk_size, v.shape[1])
     dtype = torch.promote_types(v.dtype, torch.float32)
-    v, quad_q, quad_k, lin_q, lin_k = (_chunks(x.to(dtype), size) for x in (v, quad_q, quad_k, lin_q, lin_k))
-    attended = _near(quad_q, quad_k, v, chunk_size)
+    v, quad_q, quad_k, lin_q, lin_k = (_to_chunks(x.to(dtype), size) for x in (v, quad_q, quad_k, lin_q, lin_k))
+    attended = _quadratic_term(quad_q, quad_k, v, chunk_size)
     chunks = v.shape[1]
     if past is not None or chunks > 1:
         written = lin_k.mT @ v
@@ -91,28 +109,36 @@ def _mixed_chunks(
         before = F.pad(written.flatten(2), (0, 16, 1, -1)).cumsum(1)[..., :-16].view_as(written)
         if past is not None:
             before = before + past.unsqueeze(1)
-        seen = torch.arange(chunks_before, chunks_before + chunks, device=v.device, dtype=dtype) * chunk_size
-        attended = attended + (lin_q / seen.clamp(min=1).view(-1, 1, 1)) @ before
+        tokens_before = torch.arange(chunks_before, chunks_before + chunks, device=v.device, dtype=dtype) * chunk_size
+        attended = attended + (lin_q / tokens_before.clamp(min=1).view(-1, 1, 1)) @ before
         past = before[:, -1] + written[:, -1] if time % chunk_size == 0 else before[:, -1].clone()
     return attended.flatten(1, 2)[:, :time], past
 
 
-def _chunks(x: Tensor, size: int) -> Tensor:
-    """[batch, time, dim] -> [batch, chunks, size, dim], zeros behind the last token."""
+def _to_chunks(x: Tensor, size: int) -> Tensor:
+    """[batch, time, dim] -> [batch, chunks, size, dim], with zeros after the last token."""
     missing = -x.shape[1] % size
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
     return padded.reshape(x.shape[0], -1, size, x.shape[2])
 
 
 class GatedAttentionUnit(Attention):
-    """`gated_attention_unit` with projections: u, v, z = SiLU(x W), then four scales and offsets of z give queries and keys.
+    """Gated attention unit: u, v, z = SiLU(x W); four scales and offsets of z give the queries and keys of `gated_attention_unit`.
 
-    One head of `key_dim` is the layer's point, the gate making up for the others, so num_heads, which every attention is
-    given, changes nothing here. value_dim (the paper's e) is 2·hidden_dim unless said; the paper has this layer replace
-    both attention and feed-forward, hence its 3·hidden_dim·value_dim parameters.
+    The layer has a single head by design, for which the gate makes up. In the paper it replaces both attention and feed-forward,
+    hence its 3·hidden_dim·value_dim parameters. The decoding state is Σ lin_k vᵀ of the complete chunks, and the keys and values of
+    the incomplete one.
 
-    The state is Σ lin_k vᵀ of the full chunks and the keys and values of the open one.
-    rotary=True turns all queries and keys, as the paper does.
+    Args:
+        hidden_dim: width of the layer.
+        num_heads: every attention is given it; changes nothing here.
+        chunk_size: as in `gated_attention_unit`.
+        key_dim: width of queries and keys (the paper's s).
+        value_dim: width of values and gate (the paper's e); None for 2·hidden_dim.
+        rotary: turns all queries and keys, as the paper does.
+
+    Raises:
+        ValueError: if a size is not a positive integer, or key_dim is odd with rotary.
     """
 
     def __init__(
@@ -134,8 +160,8 @@ class GatedAttentionUnit(Attention):
         self.u_proj = nn.Linear(hidden_dim, value_dim, bias=False)
         self.v_proj = nn.Linear(hidden_dim, value_dim, bias=False)
         self.z_proj = nn.Linear(hidden_dim, key_dim, bias=False)
-        # Ones, where the paper draws from N(0, 0.02²): without its position bias such scores, squared, would stand at
-        # 1e-12 with no gradient to leave.
+        # Ones, where the paper draws from N(0, 0.02²): without its position bias such scores, squared, would be 1e-12, and their
+        # gradient too small to change that.
         self.scale = nn.Parameter(torch.ones(4, key_dim))
         self.offset = nn.Parameter(torch.zeros(4, key_dim))
         self.out_proj = nn.Linear(value_dim, hidden_dim, bias=False)
@@ -169,28 +195,31 @@ class GatedAttentionUnit(Attention):
         else:
             past = state["past"]
             v, quad_k, lin_k = (torch.cat([state[name], x], dim=1) for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k)))
-        # First what still falls into the open chunk, unpadded so that a single token stays cheap, then the chunks behind.
-        size, (chunks_before, opened) = self.chunk_size, divmod(position, self.chunk_size)
-        head = min(new, size - opened)
-        attended = _near(quad_q[:, :head].to(dtype), quad_k[:, :size].to(dtype), v[:, :size].to(dtype), size)
+        # First the tokens that complete the open chunk, unpadded so that a single token stays cheap, then the chunks after it.
+        size, (chunks_before, open_tokens) = self.chunk_size, divmod(position, self.chunk_size)
+        head = min(new, size - open_tokens)
+        attended = _quadratic_term(quad_q[:, :head].to(dtype), quad_k[:, :size].to(dtype), v[:, :size].to(dtype), size)
         attended = attended + lin_q[:, :head].to(dtype) @ past / max(chunks_before * size, 1)
-        if opened + head == size:
+        if open_tokens + head == size:
             past = past + lin_k[:, :size].to(dtype).mT @ v[:, :size].to(dtype)
         if head < new:
-            behind = (v[:, size:], quad_q[:, head:], quad_k[:, size:], lin_q[:, head:], lin_k[:, size:])
-            rest, final = _mixed_chunks(*behind, size, past, chunks_before + 1)
+            next_chunks = (v[:, size:], quad_q[:, head:], quad_k[:, size:], lin_q[:, head:], lin_k[:, size:])
+            rest, final = _mixed_chunks(*next_chunks, size, past, chunks_before + 1)
             assert final is not None
             attended, past = torch.cat([attended, rest], dim=1), final
-        closed = (opened + new) // size * size
-        kept = {"v": v, "quad_k": quad_k, "lin_k": lin_k}
-        if closed:
+        completed = (open_tokens + new) // size * size
+        open_chunk = {"v": v, "quad_k": quad_k, "lin_k": lin_k}
+        if completed:
             # Copies, so that a state holds no more than it needs.
-            kept = {name: x[:, closed:].clone() for name, x in kept.items()}
-        return self.output((u * attended).to(u.dtype)), {"past": past, **kept, "position": position_counter(position + new)}
+            open_chunk = {name: x[:, completed:].clone() for name, x in open_chunk.items()}
+        return self.output((u * attended).to(u.dtype)), {"past": past, **open_chunk, "position": position_counter(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """2(key_dim + value_dim) per causal pair within a chunk; 2·key_dim·value_dim per token of all chunks but the last for
-        writing Σ lin_k vᵀ, and of all but the first for reading it."""
+        """FLOPs of the products.
+
+        A causal pair of a chunk costs 2(key_dim + value_dim). Writing Σ lin_k vᵀ in each chunk but the last and reading it in each
+        chunk but the first cost 2·key_dim·value_dim per token.
+        """
         size = min(self.chunk_size, seq_len)
         full, rest = divmod(seq_len, size)
         pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
@@ -198,7 +227,7 @@ class GatedAttentionUnit(Attention):
         return batch_size * 2 * (pairs * (self.key_dim + self.value_dim) + (written + read) * self.key_dim * self.value_dim)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        """Σ lin_k vᵀ, in float32 or better whatever the parameters are in, and v, quad_k, lin_k of the open chunk."""
+        """Bytes of Σ lin_k vᵀ, in float32 or better whatever the parameters are in, and of the open chunk's v, quad_k and lin_k."""
         past = self.key_dim * self.value_dim * torch.promote_types(self.dtype, torch.float32).itemsize
-        opened = seq_len % self.chunk_size * (2 * self.key_dim + self.value_dim) * self.dtype.itemsize
-        return batch_size * (past + opened)
+        open_chunk = seq_len % self.chunk_size * (2 * self.key_dim + self.value_dim) * self.dtype.itemsize
+        return batch_size * (past + open_chunk)

@@ -1,28 +1,40 @@
-"""The modern Hopfield network (Ramsauer 2021): queries move towards stored keys before the read-out."""
+"""Modern Hopfield network: queries move towards stored keys before the read-out.
+
+Ramsauer et al. 2021, "Hopfield Networks is All You Need", arXiv:2008.02217.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.standard import mask_of_last, softmax_attention_over_pages
+from baselines.standard import softmax_attention_over_pages, suffix_mask
 from bsbr.interface import MultiHeadAttention, check_heads, require_positive
 
 
 def hopfield_attention(
     q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1, dropout_p: float = 0.0
 ) -> Tensor:
-    """ξ = q; num_steps − 1 times ξ ← softmax(β ξ kᵀ + causal) k; then softmax(β ξ kᵀ + causal) v.
+    """Hopfield read-out: from ξ = q, num_steps − 1 times ξ ← softmax(β ξ kᵀ + causal) k; then softmax(β ξ kᵀ + causal) v.
 
-    Ramsauer 2021, arXiv:2008.02217, eq. 3 and 10. With num_steps = 1 and β = 1/√head_dim, which is the default, it is
-    softmax attention. q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim], m <= n; the rows of q are
-    the last m positions. dropout_p acts on the weights of the read-out. Returns [batch, heads, m, head_dim].
-    Cost O(num_steps·m·n·head_dim), memory as softmax attention.
-    Raises ValueError if the shapes do not fit, num_steps < 1 or beta <= 0.
+    This is arXiv:2008.02217, eq. 3 and 10. With num_steps = 1 and the default β it is softmax attention.
+
+    Args:
+        q: [batch, heads, m, head_dim]; its rows are the last m positions.
+        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
+        beta: inverse temperature; None for 1/√head_dim.
+        num_steps: softmax products a query passes through, the read-out among them.
+        dropout_p: dropout on the weights of the read-out.
+
+    Returns:
+        [batch, heads, m, head_dim]. Costs O(num_steps·m·n·head_dim) per head; memory as `softmax_attention`.
+
+    Raises:
+        ValueError: if the shapes do not fit, num_steps < 1 or beta <= 0.
     """
     check_options(beta, num_steps)
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    mask = mask_of_last(m, n)
+    mask = suffix_mask(m, n)
     grouped = q.shape[1] != k.shape[1]
 
     def retrieve(state: Tensor, patterns: Tensor, dropout_p: float) -> Tensor:
@@ -37,7 +49,7 @@ def hopfield_attention(
 
 
 def hopfield_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1) -> Tensor:
-    """`hopfield_attention` in float64, query by query: each moves among its own past."""
+    """`hopfield_attention` in float64, query by query over its own past."""
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -55,8 +67,20 @@ def hopfield_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, beta: float
     return torch.stack(outputs, dim=2)
 
 
+def check_options(beta: float | None, num_steps: int) -> None:
+    """Raises ValueError unless num_steps is a positive integer and beta is positive or None."""
+    require_positive(num_steps=num_steps)
+    if beta is not None and not beta > 0:
+        raise ValueError(f"beta must be above 0, or None for 1/sqrt(head_dim), got {beta!r}")
+
+
 class HopfieldAttention(MultiHeadAttention):
-    """`hopfield_attention` between projections: num_steps − 1 updates of every query over its past, then the read-out."""
+    """Hopfield layer: `hopfield_attention` between projections.
+
+    Args:
+        hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
+        beta, num_steps: as in `hopfield_attention`.
+    """
 
     def __init__(
         self,
@@ -90,11 +114,6 @@ class HopfieldAttention(MultiHeadAttention):
         return hopfield_attention_reference(q, k, v, beta=self.beta, num_steps=self.num_steps)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        """4·head_dim per head, step and causal pair."""
         pairs = seq_len * (seq_len + 1) // 2
         return 4 * batch_size * self.num_heads * self.head_dim * pairs * self.num_steps
-
-
-def check_options(beta: float | None, num_steps: int) -> None:
-    require_positive(num_steps=num_steps)
-    if beta is not None and not beta > 0:
-        raise ValueError(f"beta must be above 0, or None for 1/sqrt(head_dim), got {beta!r}")

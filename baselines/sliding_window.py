@@ -1,4 +1,7 @@
-"""Sliding-window attention (Beltagy 2020): every token sees itself and the few before it."""
+"""Sliding-window attention: every token sees itself and the few before it.
+
+Beltagy et al. 2020, "Longformer: The Long-Document Transformer", arXiv:2004.05150.
+"""
 
 import math
 from functools import cache
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels import flex
+from baselines.kernels import check_impl, flex
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -20,17 +23,24 @@ from bsbr.interface import (
 
 
 def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, dropout_p: float = 0.0) -> Tensor:
-    """o_i = Σ_t softmax_t(q_i·k_t/√head_dim) v_t over t = i − window_size + 1 … i.   Beltagy 2020, arXiv:2004.05150, sec. 3.1.
+    """Sliding window: o_i = Σ_t softmax_t(q_i·k_t/√head_dim) v_t over t = i − window_size + 1 … i  (arXiv:2004.05150, sec. 3.1).
 
-    q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads;
-    the rows of q are the last m positions. dropout_p acts on the weights. Returns [batch, heads, m, head_dim].
-    Cost O(m·window_size·head_dim), memory linear in m and window_size; a window of n or more is softmax attention.
-    Raises ValueError if the shapes of q, k and v do not fit or window_size is no positive integer.
+    Args:
+        q: [batch, heads, m, head_dim]; its rows are the last m positions.
+        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
+        window_size: tokens that a token sees, itself included; n or more gives softmax attention.
+        dropout_p: dropout on the weights.
+
+    Returns:
+        [batch, heads, m, head_dim]. Costs O(m·window_size·head_dim) per head; memory is linear in m and window_size.
+
+    Raises:
+        ValueError: if the shapes do not fit, or window_size is not a positive integer.
     """
     require_positive(window_size=window_size)
     check_heads(q, k, v)
-    beyond = max(0, k.shape[2] - q.shape[2] - window_size + 1)
-    k, v = k[:, :, beyond:], v[:, :, beyond:]
+    out_of_reach = max(0, k.shape[2] - q.shape[2] - window_size + 1)
+    k, v = k[:, :, out_of_reach:], v[:, :, out_of_reach:]
     m, n = q.shape[2], k.shape[2]
 
     # The first w positions see all before them: plain causal attention. Every query after them has a full window, so
@@ -41,8 +51,8 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
     block = _query_block(window_size)
     body = (m - head) // block * block
     if body:
-        seen = slice(1, w + body)
-        pieces.append(_blocked(q[:, :, head : head + body], k[:, :, seen], v[:, :, seen], w, block, dropout_p))
+        visible = slice(1, w + body)
+        pieces.append(_blocked(q[:, :, head : head + body], k[:, :, visible], v[:, :, visible], w, block, dropout_p))
     if head + body < m:
         rest = slice(1 + body, None)
         pieces.append(_banded(q[:, :, head + body :], k[:, :, rest], v[:, :, rest], w, dropout_p))
@@ -51,7 +61,7 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Causal attention of the last positions; fewer queries than keys happen in streaming only, and are within one window."""
+    """Causal attention of the last positions. Fewer queries than keys occur in streaming only, within one window."""
     m, n = q.shape[2], k.shape[2]
     mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m) if 1 < m < n else None
     grouped = q.shape[1] != k.shape[1]
@@ -59,14 +69,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window_size: int, dropout_p: float) -> Tensor:
-    """Query i sees keys i … i + window_size − 1, of as many as the last query sees."""
+    """Attention in which query i sees keys i … i + window_size − 1; the keys end where the last query's window ends."""
     grouped = q.shape[1] != k.shape[1]
     mask = _band(q.shape[2], window_size, q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, enable_gqa=grouped)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, dropout_p: float) -> Tensor:
-    """`_banded` for whole blocks of queries, each against the block + window_size − 1 keys that it reaches."""
+    """`_banded` for complete blocks of queries, each against the block + window_size − 1 keys that it reaches."""
     batch, kv_heads = k.shape[:2]
     groups = q.shape[1] // kv_heads
     # Blocks are the batch of the kernel, batch · kv_heads its heads, and the queries that share keys its rows: the
@@ -80,27 +90,29 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, drop
 
 
 def _band(num_queries: int, window_size: int, device: torch.device) -> Tensor:
+    """Boolean mask of `_banded`: [num_queries, num_queries + window_size − 1]."""
     ones = torch.ones(num_queries, num_queries + window_size - 1, dtype=torch.bool, device=device)
     return ones.triu(0).tril(window_size - 1)
 
 
 def _query_block(window_size: int) -> int:
-    """The queries of a block. A block computes block + window_size − 1 columns of which window_size count, so small is
+    """Number of queries in a block.
 
-    less work; and it reads them once, and its backward pass holds gradients of them, so large is fewer bytes. Measured
-    on a CPU for windows 64 … 1024: a quarter of the window, and no fewer than fill the kernel.
+    A block computes block + window_size − 1 columns of which window_size count, so a small block is less work. It reads them once,
+    and its backward pass holds gradients of them, so a large block is fewer bytes. Best on a CPU for windows of 64 … 1024: a
+    quarter of the window, but enough queries to fill the kernel.
     """
     return min(512, max(32, min(64, window_size // 2), window_size // 4))
 
 
 @cache
-def within(window_size: int, ahead: int) -> flex.Sees:
-    """Query i, at position `ahead` + i, sees itself and the window_size − 1 keys before it."""
+def window_pattern(window_size: int, offset: int) -> flex.MaskFunction:
+    """Mask function of the window, for queries whose first stands at position `offset` of the keys."""
 
-    def sees(batch: Tensor, head: Tensor, i: Tensor, t: Tensor) -> Tensor:
-        return (t <= i + ahead) & (t > i + ahead - window_size)
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query + offset) & (key > query + offset - window_size)
 
-    return sees
+    return is_visible
 
 
 def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, window_size: int) -> Tensor:
@@ -117,10 +129,16 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, windo
 
 
 class SlidingWindowAttention(MultiHeadAttention):
-    """`sliding_window_attention` between projections. Decoding keeps the last window_size keys and values: one more than the next
-    token needs, so that what a token attends to is, as it stands, the state behind it.
+    """Sliding-window layer: `sliding_window_attention` between projections.
 
-    impl: "torch", or "flex" for torch's FlexAttention, which is made for CUDA; a single token needs no pattern, and does without.
+    Decoding keeps the last window_size keys and values. The next token needs one fewer, but so the keys that a token attends to are
+    the state after it, without a copy.
+
+    Args:
+        hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
+        window_size: as in `sliding_window_attention`.
+        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA. A single token takes the torch path with both: it
+            needs no pattern.
     """
 
     def __init__(
@@ -137,7 +155,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         require_positive(window_size=window_size)
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
         self.window_size = window_size
-        self.impl = flex.checked(impl)
+        self.impl = check_impl(impl, "torch", "flex")
 
     @property
     def block_length(self) -> int:
@@ -151,7 +169,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         if self.impl == "flex" and q.shape[2] > 1:
             if self.dropout_p:
                 raise NotImplementedError(f"impl=flex has no dropout, got dropout={self.dropout}: use impl=torch")
-            return flex.attention_where(within(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
+            return flex.masked_attention(window_pattern(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
         return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p)
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -169,14 +187,15 @@ class SlidingWindowAttention(MultiHeadAttention):
         if k.shape[2] > self.window_size:
             # Cloned: a view would keep all the keys alive.
             k, v = (x[:, :, -self.window_size :].clone(memory_format=torch.contiguous_format) for x in (k, v))
-        kept = {"keys": k.contiguous(), "values": v.contiguous()}
-        return output, {**kept, "position": position_counter(position + hidden_states.shape[1])}
+        new_position = position_counter(position + hidden_states.shape[1])
+        return output, {"keys": k.contiguous(), "values": v.contiguous(), "position": new_position}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        kept = min(seq_len, self.window_size)
-        return 2 * batch_size * self.num_kv_heads * kept * self.head_dim * self.dtype.itemsize
+        rows = min(seq_len, self.window_size)
+        return 2 * batch_size * self.num_kv_heads * rows * self.head_dim * self.dtype.itemsize
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        """4·head_dim per head for each pair of a query and a key in its window."""
         w = min(self.window_size, seq_len)
         pairs = w * (w + 1) // 2 + (seq_len - w) * w
         return 4 * batch_size * self.num_heads * self.head_dim * pairs

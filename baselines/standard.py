@@ -1,4 +1,7 @@
-"""Causal softmax attention (Vaswani 2017): the fused kernel that everybody has."""
+"""Standard attention: causal softmax attention by torch's fused kernels.
+
+Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
+"""
 
 import math
 import warnings
@@ -19,32 +22,39 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""The kernels behind torch's scaled_dot_product_attention; auto is torch's own choice."""
+"""Kernels behind torch's scaled_dot_product_attention, by name; auto is torch's own choice."""
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, backend: str | None = "auto") -> Tensor:
-    """softmax(q kᵀ/√head_dim + causal) v.   Vaswani 2017, arXiv:1706.03762, eq. 1.
+    """Causal softmax attention: softmax(q kᵀ/√head_dim + causal) v  (arXiv:1706.03762, eq. 1).
 
-    q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads;
-    the rows of q are the last m positions. dropout_p acts on the weights. Returns [batch, heads, m, head_dim].
-    Cost O(m·n·head_dim). With m = n or m = 1 no m×n tensor; with others, one mask for all heads unless the device has a
-    kernel for it (CUDA has). On the CPU, torch has no fused kernel with dropout, and there dropout costs m×n a head.
-    backend: one of BACKENDS; None is auto. Raises ValueError if the shapes of q, k and v do not fit, NotImplementedError
-    where the backend has no kernel for them.
+    Args:
+        q: [batch, heads, m, head_dim]; its rows are the last m positions.
+        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
+        dropout_p: dropout on the weights. Torch has no fused kernel with dropout on the CPU; there it costs m×n memory per head.
+        backend: one of `BACKENDS`; None is auto.
+
+    Returns:
+        [batch, heads, m, head_dim]. Costs O(m·n·head_dim) per head. Holds no m×n tensor if m = n or m = 1; otherwise one mask for
+        all heads, unless the device has a kernel for it, as CUDA has.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the backend is unknown.
+        NotImplementedError: if the backend has no kernel for these tensors.
     """
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    mask = mask_of_last(m, n)
+    mask = suffix_mask(m, n)
     grouped = q.shape[1] != k.shape[1]
     attend = partial(F.scaled_dot_product_attention, q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
-    kernel = BACKENDS[checked_backend(backend)]
+    kernel = BACKENDS[backend_name(backend)]
     if kernel is None:
         return attend()
-    what = f"{q.dtype} tensors of head_dim {q.shape[-1]} on {q.device.type}"
-    refused = f"backend={backend} has no kernel for {what}: use backend=auto, or a device that has one, such as CUDA"
-    # On a CPU torch takes these names, and goes on with another kernel.
+    tensors = f"{q.dtype} tensors of head_dim {q.shape[-1]} on {q.device.type}"
+    refusal = f"backend={backend} has no kernel for {tensors}: use backend=auto, or a device that has one, such as CUDA"
+    # On a CPU torch accepts these names and then runs another kernel.
     if q.device.type == "cpu" and backend in ("cudnn", "efficient"):
-        raise NotImplementedError(refused)
+        raise NotImplementedError(refusal)
     try:
         # torch warns of every reason why it refuses.
         with sdpa_kernel(kernel), warnings.catch_warnings(action="ignore"):
@@ -52,23 +62,24 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
-        raise NotImplementedError(refused) from error
+        raise NotImplementedError(refusal) from error
 
 
-def mask_of_last(m: int, n: int) -> Tensor | None:
-    """What the last m of n positions see, where is_causal, which aligns the first ones of both, does not say it.
+def suffix_mask(m: int, n: int) -> Tensor | None:
+    """Causal mask for queries at the last m of n positions, where torch's `is_causal`, which aligns the first ones, does not fit.
 
-    None where it does, and for a single query at the end, which sees everything and needs neither.
+    Returns:
+        None if is_causal fits (m = n), or if a single query at the end sees everything and needs no mask.
     """
     if not 1 < m < n:
         return None
-    from torch.nn.attention.bias import causal_lower_right  # not before: it loads torch's compiler, which takes seconds
+    from torch.nn.attention.bias import causal_lower_right  # imported late: it loads torch's compiler, which takes seconds
 
     return causal_lower_right(m, n)
 
 
-def checked_backend(backend: str | None) -> str:
-    """The name of a backend. Raises ValueError unless it is one of BACKENDS or None, which is auto."""
+def backend_name(backend: str | None) -> str:
+    """Name of a backend; None is auto. Raises ValueError if it is unknown."""
     name = "auto" if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend must be null or one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -78,12 +89,19 @@ def checked_backend(backend: str | None) -> str:
 def softmax_attention_over_pages(
     q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, scale: float | None = None
 ) -> Tensor:
-    """softmax(q [k_1 … k_p]ᵀ·scale) [v_1 … v_p] of one query that sees all keys, which are read where they lie.
+    """Softmax attention of one query that sees all keys, read page by page: softmax(q [k_1 … k_p]ᵀ·scale) [v_1 … v_p].
 
-    o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), with o_i the attention to page i and L_i the log of its sum of exponentials: what
-    the parts of one softmax say is weighed as in ring attention (Liu 2023, arXiv:2310.01889). scale is 1/√head_dim unless said.
-    q: [batch, heads, 1, head_dim]; k_i, v_i: [batch, kv_heads, any time, head_dim]. Returns the shape of q. On CUDA and
-    where a gradient is asked for the pages are joined: there is no kernel of torch that does better or is differentiable.
+    o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), with o_i the attention to page i and L_i its log-sum-exp, as ring attention merges them
+    (Liu 2023, arXiv:2310.01889). On CUDA, and where a gradient is required, the pages are concatenated: there torch has no kernel
+    that does better or is differentiable.
+
+    Args:
+        q: [batch, heads, 1, head_dim].
+        keys, values: pages, [batch, kv_heads, any time, head_dim] each.
+        scale: factor on the scores; None for 1/√head_dim.
+
+    Returns:
+        [batch, heads, 1, head_dim].
     """
     grouped = q.shape[1] != keys[0].shape[1]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
@@ -91,8 +109,8 @@ def softmax_attention_over_pages(
         k, v = (pages[0] if len(pages) == 1 else torch.cat(list(pages), dim=2) for pages in (keys, values))
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    outputs, logs = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
-    weights = torch.cat(logs, dim=2).softmax(dim=2).unsqueeze(3)
+    outputs, lses = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
+    weights = torch.cat(lses, dim=2).softmax(dim=2).unsqueeze(3)
     return (weights * torch.cat(outputs, dim=2)).sum(dim=2, keepdim=True).to(q.dtype)
 
 
@@ -109,9 +127,11 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class StandardAttention(MultiHeadAttention):
-    """softmax(q kᵀ/√d + causal) v for every head: `softmax_attention` between projections.
+    """Standard attention layer: `softmax_attention` between projections.
 
-    backend: which of torch's kernels runs, one of BACKENDS; where that one cannot, NotImplementedError says so.
+    Args:
+        hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
+        backend: which of torch's kernels runs, one of `BACKENDS`. A call that it cannot serve raises NotImplementedError.
     """
 
     def __init__(
@@ -125,7 +145,7 @@ class StandardAttention(MultiHeadAttention):
         backend: str | None = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        self.backend = checked_backend(backend)
+        self.backend = backend_name(backend)
 
     def implementation(self, *_: Tensor) -> str:
         return self.backend
@@ -143,5 +163,6 @@ class StandardAttention(MultiHeadAttention):
         return softmax_attention_reference(*tensors)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        """4·head_dim per head and causal pair."""
         pairs = seq_len * (seq_len + 1) // 2
         return 4 * batch_size * self.num_heads * self.head_dim * pairs

@@ -1,7 +1,7 @@
-"""The kernels of flash-linear-attention (Triton) as linear, delta_net and gated_delta_net call them: `impl: fla`.
+"""Adapters to the Triton kernels of flash-linear-attention: `impl: fla` of linear, delta_net and gated_delta_net.
 
-Yang & Zhang 2024, github.com/fla-org/flash-linear-attention: on a GPU the strongest rivals there are. They take
-[batch, time, heads, head_dim]; here, as everywhere, heads come before time. Not yet run on a GPU.
+Yang & Zhang 2024, github.com/fla-org/flash-linear-attention: the fastest kernels there are for these on a GPU. They take
+[batch, time, heads, head_dim]; everything here has heads before time. Not yet run on a GPU.
 """
 
 import importlib
@@ -11,18 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMPLEMENTATIONS = ("torch", "fla")
-
-
-def checked(impl: str) -> str:
-    """Raises ValueError unless `impl` is one of them."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return impl
-
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`baselines.linear.linear_attention` after a state [S | z], and the state after it. Raises NotImplementedError off CUDA."""
+    """`baselines.linear.linear_attention` after a state, and the state after it.
+
+    Args:
+        q: [batch, heads, time, head_dim].
+        k, v: [batch, kv_heads, time, head_dim].
+        epsilon: added to the normaliser.
+        initial: [batch, kv_heads, head_dim, head_dim + 1], S and z as its last column; None at the start of a sequence.
+
+    Returns:
+        The output, shaped as q, and the state after the last token, shaped as `initial`.
+
+    Raises:
+        NotImplementedError: if the tensors are not on a CUDA device, or fla is not installed.
+    """
     kernel, groups = _kernel("linear_attn", "chunk_linear_attn", q), q.shape[1] // k.shape[1]
     queries, keys, values = _time_first(groups, F.elu(q) + 1, F.elu(k) + 1, v)
     start = None if initial is None else initial.repeat_interleave(groups, dim=1)
@@ -38,9 +42,19 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: T
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`baselines.delta_net.delta_rule` after a state S, and the state after it.
+    """`baselines.delta_net.delta_rule` after a state, and the state after it.
 
-    Raises NotImplementedError off CUDA, and for float32 and float64, which its kernel does not take.
+    Args:
+        q: [batch, heads, time, head_dim].
+        k, v: [batch, kv_heads, time, head_dim].
+        beta: [batch, kv_heads, time].
+        initial: [batch, kv_heads, head_dim, head_dim]; None at the start of a sequence.
+
+    Returns:
+        The output, shaped as q, and the state after the last token, shaped as `initial`.
+
+    Raises:
+        NotImplementedError: if the tensors are not on a CUDA device or not of a half type, or fla is not installed.
     """
     kernel, groups = _kernel("delta_rule", "chunk_delta_rule", q), q.shape[1] // k.shape[1]
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -53,7 +67,20 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`baselines.gated_delta_net.gated_delta_rule` after a state S, and the state after it. NotImplementedError off CUDA."""
+    """`baselines.gated_delta_net.gated_delta_rule` after a state, and the state after it.
+
+    Args:
+        q: [batch, heads, time, head_dim].
+        k, v: [batch, kv_heads, time, head_dim].
+        beta, log_alpha: [batch, kv_heads, time].
+        initial: [batch, kv_heads, head_dim, head_dim]; None at the start of a sequence.
+
+    Returns:
+        The output, shaped as q, and the state after the last token, shaped as `initial`.
+
+    Raises:
+        NotImplementedError: if the tensors are not on a CUDA device, or fla is not installed.
+    """
     kernel, groups = _kernel("gated_delta_rule", "chunk_gated_delta_rule", q), q.shape[1] // k.shape[1]
     start = None if initial is None else initial.repeat_interleave(groups, dim=1)
     tensors = _time_first(groups, q, k, v, log_alpha, beta)
@@ -62,6 +89,7 @@ def gated_delta_rule(
 
 
 def _kernel(package: str, name: str, q: Tensor) -> Any:
+    """The function `name` of fla.ops.`package`. Raises NotImplementedError off CUDA and where fla is not installed."""
     if not q.is_cuda:
         raise NotImplementedError(f"impl=fla runs Triton kernels, which need CUDA, got tensors on {q.device.type}: use impl=torch")
     try:
@@ -71,6 +99,6 @@ def _kernel(package: str, name: str, q: Tensor) -> Any:
 
 
 def _time_first(groups: int, q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """[batch, heads, time, …] -> [batch, time, heads, …], contiguous; all but q repeated for the heads that share them."""
+    """[batch, heads, time, …] -> [batch, time, heads, …], contiguous; all but q are repeated for the heads that share them."""
     tensors = (q, *(x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in others))
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)

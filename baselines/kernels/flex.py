@@ -1,7 +1,8 @@
-"""FlexAttention (Dong 2024, arXiv:2412.05496): one kernel for any pattern of who sees whom, for `impl: flex`.
+"""Adapter to torch's FlexAttention, one kernel for any attention pattern: `impl: flex` of sliding_window and sparse.
 
-On CUDA it is compiled and skips blocks that nobody sees; not yet run there. On a CPU it runs uncompiled, for tests of the
-patterns: it then holds all n×n scores, and torch has no backward pass (NotImplementedError), so that it is never certified there.
+Dong et al. 2024, arXiv:2412.05496. On CUDA it is compiled and skips blocks that no query attends to; not yet run there. On a CPU
+it runs uncompiled, to test the patterns: it holds all n×n scores, and torch has no backward pass for it (NotImplementedError), so
+it is never certified there.
 """
 
 import warnings
@@ -16,27 +17,24 @@ if TYPE_CHECKING:
     # Imported where it is used: it loads torch's compiler, which takes seconds.
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLEMENTATIONS = ("torch", "flex")
-
-Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(batch, head, i, t) -> whether query i sees key t: all of them integer tensors, counted from the first query and key."""
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query index, key index) -> whether the query attends to the key; all are integer tensors, indices from 0."""
 
 
-def checked(impl: str) -> str:
-    """Raises ValueError unless `impl` is one of them."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return impl
+def masked_attention(mask_function: MaskFunction, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of each query over the keys that `mask_function` allows it.
 
+    Args:
+        mask_function: the pattern. Give the same function object for the same pattern: masks and compiled kernels are cached by it.
+        q: [batch, heads, m, head_dim].
+        k, v: [batch, kv_heads, n, head_dim].
 
-def attention_where(sees: Sees, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax over the keys that each query sees. q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim].
-
-    `sees` must be the same function for the same pattern: masks and compiled kernels are kept by it.
+    Returns:
+        [batch, heads, m, head_dim].
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _mask(sees, q.shape[2], k.shape[2], str(q.device))
+    mask = _block_mask(mask_function, q.shape[2], k.shape[2], str(q.device))
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda:
         return _compiled()(q, k, v, block_mask=mask, enable_gqa=grouped)
@@ -48,11 +46,12 @@ def attention_where(sees: Sees, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _mask(sees: Sees, queries: int, keys: int, device: str) -> "BlockMask":
+def _block_mask(mask_function: MaskFunction, num_queries: int, num_keys: int, device: str) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
     # Compiled, it never holds the mask of all pairs.
-    return create_block_mask(sees, None, None, queries, keys, device=device, _compile=device.startswith("cuda"))
+    compiled = device.startswith("cuda")
+    return create_block_mask(mask_function, None, None, num_queries, num_keys, device=device, _compile=compiled)
 
 
 @cache

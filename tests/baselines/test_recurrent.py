@@ -1,4 +1,4 @@
-"""linear, delta_net, gated_delta_net and gau against loops in numpy, cases worked by hand, and their own claims about cost."""
+"""Tests linear, delta_net, gated_delta_net and gau against loops in numpy, cases worked by hand, and their declared costs."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 7, 7 * CHUN
 Array = np.ndarray[Any, Any]
 
 
-# --- the truths: float64, loops over every index that the equations sum over ----------------------
+# --- oracles: float64, loops over every index that the equations sum over -------------------------
 
 
 def linear_oracle(q: Array, k: Array, v: Array) -> Array:
@@ -91,7 +91,7 @@ def delta_inputs(time: int, kv_heads: int = 2) -> list[Tensor]:
 
 
 def gated_delta_inputs(time: int, kv_heads: int = 2) -> list[Tensor]:
-    """Decays from almost none to e^-20 a token, which no product of plain α over a chunk survives."""
+    """Decays from almost none to e^-20 per token: a product of plain α over a chunk underflows."""
     generator = torch.Generator().manual_seed(time)
     spread = 10 ** (4 * torch.rand(2, kv_heads, time, generator=generator, dtype=torch.float64) - 3)
     return [*delta_inputs(time, kv_heads), -2 * spread]
@@ -131,9 +131,9 @@ def test_fast_and_reference_equal_the_oracle(
     inputs: Callable[..., list[Tensor]], fast: Callable[..., Tensor], reference: Callable[..., Tensor], oracle: Any, time: int
 ) -> None:
     tensors = inputs(time)
-    truth = torch.from_numpy(oracle(*(x.numpy() for x in tensors)))
-    torch.testing.assert_close(fast(*tensors, chunk_size=CHUNK), truth, rtol=0, atol=1e-11)
-    torch.testing.assert_close(reference(*tensors), truth, rtol=0, atol=1e-11)
+    expected = torch.from_numpy(oracle(*(x.numpy() for x in tensors)))
+    torch.testing.assert_close(fast(*tensors, chunk_size=CHUNK), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(reference(*tensors), expected, rtol=0, atol=1e-11)
 
 
 @FUNCTIONS
@@ -144,11 +144,13 @@ def test_gradients_equal_those_of_the_reference(
     tensors = [x.requires_grad_() for x in inputs(time)]
     out = fast(*tensors, chunk_size=CHUNK)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = torch.autograd.grad(out, tensors, upstream, allow_unused=True)
-    wanted = torch.autograd.grad(reference(*tensors), tensors, upstream, allow_unused=True)
-    for one, other, x in zip(got, wanted, tensors, strict=True):
+    gradients = torch.autograd.grad(out, tensors, upstream, allow_unused=True)
+    expected_gradients = torch.autograd.grad(reference(*tensors), tensors, upstream, allow_unused=True)
+    for gradient, expected, x in zip(gradients, expected_gradients, tensors, strict=True):
         zero = torch.zeros_like(x)
-        torch.testing.assert_close(zero if one is None else one, zero if other is None else other, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            zero if gradient is None else gradient, zero if expected is None else expected, rtol=1e-9, atol=1e-11
+        )
 
 
 @FUNCTIONS
@@ -258,7 +260,7 @@ def test_linear_attention_of_vanished_features_is_zero() -> None:
     assert q.grad.isfinite().all()
 
 
-def test_the_far_part_of_gau_does_not_grow_with_time() -> None:
+def test_the_linear_term_of_gau_does_not_grow_with_time() -> None:
     out = gated_attention_unit(*(torch.ones(1, 400, 3) for _ in range(6)), chunk_size=4)
     torch.testing.assert_close(out[:, -4:], out[:, 4:8])
 
@@ -285,21 +287,21 @@ def stream(attention: Attention, x: Tensor, cuts: list[int]) -> Iterator[tuple[i
     [[], list(range(1, 31)), [3], [CHUNK], [1, CHUNK], [CHUNK - 1, CHUNK], [3, 4, CHUNK + 1, 3 * CHUNK], [5, 2 * CHUNK + 5]],
     ids=str,
 )
-def test_any_split_gives_what_forward_gives(cls: Make, rotary: bool, cuts: list[int]) -> None:
+def test_extend_equals_forward_for_any_split(cls: Make, rotary: bool, cuts: list[int]) -> None:
     attention = build(cls, rotary=rotary)
     x = torch.randn(2, 31, 16, dtype=torch.float64)
     with torch.no_grad():
         parts = list(stream(attention, x, cuts))
         torch.testing.assert_close(torch.cat([out for _, out, _ in parts], dim=1), attention(x), rtol=0, atol=1e-12)
     for tokens, _, state in parts:
-        held = sum(tensor.nbytes for tensor in state.values())
+        state_bytes = sum(tensor.nbytes for tensor in state.values())
         declared = attention.state_bytes(tokens, batch_size=2)
-        assert declared <= held <= declared + 64
+        assert declared <= state_bytes <= declared + 64
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.values())
 
 
 @MODULES
-def test_extend_leaves_its_state_alone(cls: Make) -> None:
+def test_extend_does_not_change_the_state_it_is_given(cls: Make) -> None:
     attention = build(cls)
     x = torch.randn(1, 2 * CHUNK + 3, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -312,7 +314,7 @@ def test_extend_leaves_its_state_alone(cls: Make) -> None:
 
 
 @MODULES
-def test_a_state_of_low_precision_sums_in_float32(cls: Make) -> None:
+def test_the_state_of_a_half_precision_module_sums_in_float32(cls: Make) -> None:
     attention = build(cls).to(torch.bfloat16)
     with torch.no_grad():
         out, state = attention.extend(torch.randn(1, CHUNK + 3, 16, dtype=torch.bfloat16))
@@ -348,7 +350,7 @@ def test_declared_flops_stay_close_below_the_counted(cls: Make, time: int) -> No
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Records the elements of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -406,7 +408,7 @@ def test_a_module_checks_its_options(cls: Make) -> None:
         cls(hidden_dim=12, num_heads=4, rotary=True, **({"key_dim": 3} if cls is GatedAttentionUnit else {}))
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_errors_name_shapes_that_do_not_fit() -> None:
     q, k, v, beta = delta_inputs(5)
     with pytest.raises(ValueError, match="q must have as many positions"):
         linear_attention(q[:, :, :3], k, v)
@@ -427,7 +429,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def as_float32(tensors: list[Tensor]) -> list[Tensor]:
-    """Every head with its own key, as that library has it."""
+    """float32, with the shared keys repeated for every head, as fla takes them."""
     heads = tensors[0].shape[1]
     return [x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in tensors]
 
@@ -436,21 +438,21 @@ def time_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def test_linear_attention_is_that_of_fla() -> None:
+def test_linear_attention_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.linear_attn.naive")
     q, k, v = as_float32(linear_inputs(3 * CHUNK + 7))
     theirs, _ = naive.naive_recurrent_linear_attn(*time_first(F.elu(q) + 1, F.elu(k) + 1, v), scale=1.0, normalize=True)
     torch.testing.assert_close(linear_attention(q, k, v, chunk_size=CHUNK), theirs.transpose(1, 2), rtol=2e-6, atol=2e-6)
 
 
-def test_the_delta_rule_is_that_of_fla() -> None:
+def test_the_delta_rule_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.delta_rule.naive")
     q, k, v, beta = as_float32(delta_inputs(3 * CHUNK + 7))
     theirs, _ = naive.delta_rule_recurrence(q, k, v, beta)  # which scales by 1/√d
     torch.testing.assert_close(delta_rule(q, k, v, beta, chunk_size=CHUNK) / 6**0.5, theirs, rtol=2e-6, atol=2e-6)
 
 
-def test_the_gated_delta_rule_is_that_of_fla() -> None:
+def test_the_gated_delta_rule_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     q, k, v, beta, log_alpha = as_float32(gated_delta_inputs(3 * CHUNK + 7))
     theirs, _ = naive.naive_recurrent_gated_delta_rule(*time_first(q, k, v, beta, log_alpha), scale=1.0)
@@ -459,7 +461,7 @@ def test_the_gated_delta_rule_is_that_of_fla() -> None:
 
 
 @pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
-def test_kernels_of_fla_say_that_they_need_cuda(cls: Any) -> None:
+def test_fla_kernels_raise_without_cuda(cls: Any) -> None:
     attention = cls(16, 4, impl="fla")
     for call in (attention, attention.extend):
         with pytest.raises(NotImplementedError, match="impl=fla runs Triton kernels, which need CUDA, got tensors on cpu"):
@@ -469,7 +471,7 @@ def test_kernels_of_fla_say_that_they_need_cuda(cls: Any) -> None:
 
 
 def naive_kernel(name: str) -> Any:
-    """fla's naive function in the place of its kernel, with the kernel's arguments."""
+    """fla's naive function behind the arguments of its kernel."""
     package = name.removeprefix("chunk_")
     naive = importlib.import_module(f"fla.ops.{package}.naive")
 
@@ -489,8 +491,8 @@ def naive_kernel(name: str) -> Any:
 
 
 @pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
-def test_adapters_hand_the_kernels_of_fla_what_they_take(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layouts, scale, shared heads and states: all of an adapter but the kernel, which needs CUDA."""
+def test_fla_adapters_equal_the_torch_path_with_naive_kernels(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks layouts, scale, shared heads and states: all of an adapter but the kernel, which needs CUDA."""
     pytest.importorskip("fla.ops.linear_attn.naive")
     monkeypatch.setattr(fla, "_kernel", lambda package, name, q: naive_kernel(name))
     torch.manual_seed(0)
@@ -501,6 +503,8 @@ def test_adapters_hand_the_kernels_of_fla_what_they_take(cls: Any, monkeypatch: 
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), ours(x), rtol=3e-2, atol=1e-2)
         for cut in (1, CHUNK + 1):
-            (_, mine), (_, his) = ours.extend(x[:, :cut]), theirs.extend(x[:, :cut])
-            torch.testing.assert_close(his["total"], mine["total"], rtol=3e-2, atol=1e-2)
-            torch.testing.assert_close(theirs.extend(x[:, cut:], his)[0], ours.extend(x[:, cut:], mine)[0], rtol=3e-2, atol=1e-2)
+            (_, our_state), (_, their_state) = ours.extend(x[:, :cut]), theirs.extend(x[:, :cut])
+            torch.testing.assert_close(their_state["total"], our_state["total"], rtol=3e-2, atol=1e-2)
+            torch.testing.assert_close(
+                theirs.extend(x[:, cut:], their_state)[0], ours.extend(x[:, cut:], our_state)[0], rtol=3e-2, atol=1e-2
+            )

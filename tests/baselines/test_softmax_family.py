@@ -1,4 +1,4 @@
-"""standard, sliding_window, sparse and hopfield against the slow truths, by hand, in pieces, and in what they claim to cost."""
+"""Tests standard, sliding_window, sparse and hopfield against oracles and cases worked by hand, streaming and declared costs."""
 
 import math
 from collections.abc import Callable
@@ -10,22 +10,27 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tests.oracles as truth
 from baselines.hopfield import HopfieldAttention, hopfield_attention, hopfield_attention_reference
+from baselines.kernels.merged_softmax import attention_with_lse, attention_with_lse_backward
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention, sliding_window_attention_reference
-from baselines.sparse import SparseAttention, attention_part, attention_part_backward, sparse_attention, sparse_attention_reference
+from baselines.sparse import SparseAttention, sparse_attention, sparse_attention_reference
 from baselines.standard import StandardAttention, softmax_attention, softmax_attention_over_pages, softmax_attention_reference
 from bsbr.interface import MultiHeadAttention
 from evals.measure.memory import peak_allocated_bytes
+from tests import oracles
 
 Attend = Callable[..., Tensor]
 LENGTHS = (1, 2, 7, 8, 9, 16, 31, 65)
 
 CASES = [
-    pytest.param(softmax_attention, softmax_attention_reference, truth.standard, {}, id="standard"),
+    pytest.param(softmax_attention, softmax_attention_reference, oracles.standard, {}, id="standard"),
     *(
         pytest.param(
-            sliding_window_attention, sliding_window_attention_reference, truth.sliding_window, {"window_size": w}, id=f"window-{w}"
+            sliding_window_attention,
+            sliding_window_attention_reference,
+            oracles.sliding_window,
+            {"window_size": w},
+            id=f"window-{w}",
         )
         for w in (1, 2, 7, 8, 100)
     ),
@@ -33,7 +38,7 @@ CASES = [
         pytest.param(
             sparse_attention,
             sparse_attention_reference,
-            truth.sparse,
+            oracles.sparse,
             {"block_size": block, "summary_size": c},
             id=f"sparse-{block}-{c}",
         )
@@ -43,7 +48,7 @@ CASES = [
         pytest.param(
             hopfield_attention,
             hopfield_attention_reference,
-            truth.hopfield,
+            oracles.hopfield,
             {"beta": beta, "num_steps": t},
             id=f"hopfield-{beta}-{t}",
         )
@@ -65,7 +70,7 @@ MODULES = pytest.mark.parametrize(
 
 
 def inputs(time: int, queries: int | None = None, heads: int = 4, kv_heads: int = 2, dim: int = 6) -> list[Tensor]:
-    """q of the last `queries` positions, k and v: float64, lying in memory as projections leave them, [batch, time, heads, dim]."""
+    """q of the last `queries` positions, k and v, in float64; in memory [batch, time, heads, dim], as projections leave them."""
     generator = torch.Generator().manual_seed(time)
     sizes = ((queries or time, heads), (time, kv_heads), (time, kv_heads))
     return [torch.randn(2, n, h, dim, generator=generator, dtype=torch.float64).transpose(1, 2) for n, h in sizes]
@@ -76,7 +81,7 @@ def inputs(time: int, queries: int | None = None, heads: int = 4, kv_heads: int 
 
 @FUNCTIONS
 @pytest.mark.parametrize("time", LENGTHS)
-def test_fast_and_reference_equal_the_truth(fast: Attend, reference: Attend, oracle: Attend, options: Any, time: int) -> None:
+def test_fast_and_reference_equal_the_oracle(fast: Attend, reference: Attend, oracle: Attend, options: Any, time: int) -> None:
     for queries in sorted({1, time // 2 + 1, time}):
         q, k, v = inputs(time, queries)
         expected = oracle(q, k, v, **options)
@@ -87,15 +92,17 @@ def test_fast_and_reference_equal_the_truth(fast: Attend, reference: Attend, ora
 @FUNCTIONS
 @pytest.mark.parametrize("time", [1, 8, 31])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_gradients_equal_those_of_the_truth(
+def test_gradients_equal_those_of_the_oracle(
     fast: Attend, reference: Attend, oracle: Attend, options: Any, time: int, kv_heads: int
 ) -> None:
     tensors = [x.requires_grad_() for x in inputs(time, kv_heads=kv_heads)]
     upstream = inputs(time + 1)[0][:, :, :time]
     expected = torch.autograd.grad(oracle(*tensors, **options), tensors, upstream)
     for function in (fast, reference):
-        for got, wanted in zip(torch.autograd.grad(function(*tensors, **options), tensors, upstream), expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+        for gradient, expected_gradient in zip(
+            torch.autograd.grad(function(*tensors, **options), tensors, upstream), expected, strict=True
+        ):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9)
 
 
 @FUNCTIONS
@@ -140,7 +147,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("time", LENGTHS)
-def test_where_nothing_is_left_out_all_are_softmax_attention(time: int) -> None:
+def test_all_equal_softmax_attention_if_every_key_is_visible(time: int) -> None:
     q, k, v = inputs(time)
     expected = softmax_attention(q, k, v)
     for output in (
@@ -154,12 +161,12 @@ def test_where_nothing_is_left_out_all_are_softmax_attention(time: int) -> None:
 
 @pytest.mark.parametrize("backend", ["flash", "math", "auto", None])
 @pytest.mark.parametrize(("time", "queries"), [(1, 1), (31, 31), (31, 5), (31, 1)])
-def test_a_backend_changes_who_computes_and_nothing_else(backend: str | None, time: int, queries: int) -> None:
+def test_a_backend_does_not_change_the_result(backend: str | None, time: int, queries: int) -> None:
     q, k, v = inputs(time, queries)
-    torch.testing.assert_close(softmax_attention(q, k, v, backend=backend), truth.standard(q, k, v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(softmax_attention(q, k, v, backend=backend), oracles.standard(q, k, v), rtol=0, atol=1e-12)
 
 
-def test_a_backend_that_has_no_kernel_here_says_so() -> None:
+def test_a_backend_without_a_kernel_raises() -> None:
     for backend, dropout in (("cudnn", 0.0), ("efficient", 0.0), ("flash", 0.5)):
         sentence = f"backend={backend} has no kernel for torch.float32 tensors of head_dim 8 on cpu: use backend=auto, or a device"
         with pytest.raises(NotImplementedError, match=sentence):
@@ -178,7 +185,7 @@ def test_a_backend_that_has_no_kernel_here_says_so() -> None:
     ],
 )
 @torch.no_grad()
-def test_flex_attention_has_the_same_pattern(cls: Any, options: Any) -> None:
+def test_flex_attention_equals_the_reference(cls: Any, options: Any) -> None:
     flex = build(cls, options, impl="flex")
     for time in LENGTHS:
         for queries in {1, time // 2 + 1, time}:
@@ -189,7 +196,7 @@ def test_flex_attention_has_the_same_pattern(cls: Any, options: Any) -> None:
     torch.testing.assert_close(torch.cat([first, flex.extend(x[:, 13:], state)[0]], dim=1), flex(x), rtol=0, atol=1e-12)
 
 
-def test_flex_attention_says_what_it_has_not() -> None:
+def test_flex_attention_raises_for_what_it_lacks() -> None:
     x = torch.randn(1, 9, 24, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
         build(SparseAttention, {"impl": "flex"})(x).sum().backward()
@@ -211,22 +218,22 @@ def build(cls: type[MultiHeadAttention], options: Any, **more: Any) -> MultiHead
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("cuts", [[], list(range(1, 31)), [3], [8], [1, 8, 9], [7, 8, 24], [5, 21]], ids=str)
 @torch.no_grad()
-def test_any_split_gives_what_forward_gives(cls: type[MultiHeadAttention], options: Any, rotary: bool, cuts: list[int]) -> None:
+def test_extend_equals_forward_for_any_split(cls: type[MultiHeadAttention], options: Any, rotary: bool, cuts: list[int]) -> None:
     attention = build(cls, options, rotary=rotary)
     x = torch.randn(2, 31, 24, dtype=torch.float64)
     pieces, state = [], None
     for start, stop in pairwise([0, *cuts, 31]):
         output, state = attention.extend(x[:, start:stop], state)
         pieces.append(output)
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
-        assert 0 <= sum(held.values()) - attention.state_bytes(stop, batch_size=2) <= 64
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+        assert 0 <= sum(storages.values()) - attention.state_bytes(stop, batch_size=2) <= 64
         assert all(tensor.is_contiguous() for tensor in state.values())
     torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("cls", [StandardAttention, HopfieldAttention])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_a_token_behind_many_pages_gives_what_forward_gives(cls: Any, dtype: torch.dtype, allowed: float) -> None:
+def test_a_token_after_many_pages_equals_forward(cls: Any, dtype: torch.dtype, allowed: float) -> None:
     attention = build(cls, {}).to(dtype)
     x = (4 * torch.randn(2, 1800, 24, generator=torch.Generator().manual_seed(0))).to(dtype)
     with torch.no_grad():
@@ -251,16 +258,16 @@ def test_a_gradient_flows_through_pages() -> None:
 
 
 @torch.no_grad()
-def test_attention_over_pages_is_that_over_all_of_them() -> None:
+def test_attention_over_pages_equals_attention_over_their_concatenation() -> None:
     q, k, v = inputs(65, 1)
     lengths = [32, 1, 16, 16]
     out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
-    torch.testing.assert_close(out, truth.hopfield(q, k, v, beta=3.0, num_steps=1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, oracles.hopfield(q, k, v, beta=3.0, num_steps=1), rtol=0, atol=1e-12)
 
 
 @MODULES
 @pytest.mark.parametrize("time", [1, 7, 8, 9, 31, 64, 203])
-def test_declared_flops_count_the_pairs_that_see_each_other(cls: type[MultiHeadAttention], options: Any, time: int) -> None:
+def test_declared_flops_count_the_visible_pairs(cls: type[MultiHeadAttention], options: Any, time: int) -> None:
     window, block = options.get("window_size"), options.get("block_size")
 
     def sees(i: int, t: int) -> bool:
@@ -282,7 +289,7 @@ def test_declared_flops_count_the_pairs_that_see_each_other(cls: type[MultiHeadA
     "attention", [SlidingWindowAttention(64, 2), SparseAttention(64, 2), StandardAttention(64, 2)], ids=lambda a: type(a).__name__
 )
 @torch.no_grad()
-def test_memory_grows_with_time_alone(attention: MultiHeadAttention) -> None:
+def test_memory_is_linear_in_time(attention: MultiHeadAttention) -> None:
     peaks = [peak_allocated_bytes(lambda n=n: attention(torch.zeros(1, n, 64))) for n in (2048, 8192)]  # type: ignore[misc]
     assert peaks[1] <= 4.2 * peaks[0]
     # All n×n scores of both heads would take 512 MiB.
@@ -290,7 +297,7 @@ def test_memory_grows_with_time_alone(attention: MultiHeadAttention) -> None:
 
 
 @pytest.mark.parametrize("cls", [StandardAttention, SlidingWindowAttention, HopfieldAttention])
-def test_dropout_acts_in_training_only_and_leaves_the_mean(cls: Any) -> None:
+def test_dropout_acts_in_training_only_and_preserves_the_mean(cls: Any) -> None:
     attention = cls(24, 4, dropout=0.25).double()
     x = torch.randn(1, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(2)
@@ -308,18 +315,18 @@ def test_dropout_acts_in_training_only_and_leaves_the_mean(cls: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_cuda_kernels_take_and_give_these_shapes(dtype: torch.dtype, is_causal: bool) -> None:
-    """Arguments, shapes and types of the calls behind sparse attention on CUDA in half types, on tensors without a device.
+def test_cuda_kernels_accept_and_return_these_shapes(dtype: torch.dtype, is_causal: bool) -> None:
+    """Checks arguments, shapes and types of the CUDA calls behind sparse attention in half types, on fake tensors.
 
-    A CPU build of torch cannot go through those of float32 even so.
+    A CPU build of torch cannot trace those of float32 even so.
     """
     with FakeTensorMode():
         q = torch.empty(3, 4, 50, 16, dtype=dtype, device="cuda")
         k, v = (torch.empty(3, 2, 50 if is_causal else 20, 16, dtype=dtype, device="cuda") for _ in range(2))
-        out, lse = attention_part(q, k, v, is_causal=is_causal)
+        out, lse = attention_with_lse(q, k, v, is_causal=is_causal)
         assert (out.shape, out.dtype) == (q.shape, dtype)
         assert (lse.shape, lse.dtype) == ((3, 4, 50, 1), torch.float32)
-        for gradient, x in zip(attention_part_backward(k, v, q, out, lse, out, is_causal=is_causal), (q, k, v), strict=True):
+        for gradient, x in zip(attention_with_lse_backward(k, v, q, out, lse, out, is_causal=is_causal), (q, k, v), strict=True):
             assert gradient.shape == x.shape
 
 
@@ -344,7 +351,7 @@ def test_options_are_checked(make: Callable[[], object], sentence: str) -> None:
 
 
 @FUNCTIONS
-def test_shapes_that_do_not_fit_are_named(fast: Attend, reference: Attend, oracle: Attend, options: Any) -> None:
+def test_errors_name_shapes_that_do_not_fit(fast: Attend, reference: Attend, oracle: Attend, options: Any) -> None:
     q, k, v = inputs(9)
     for wrong in ((q, k[..., :3], v), (q, k, v[:, :, :5]), (q[:, :3], k, v), (q, k[:, :, :5], v[:, :, :5]), (q[0], k, v)):
         with pytest.raises(ValueError, match=r"got q \["):

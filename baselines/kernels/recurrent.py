@@ -1,0 +1,188 @@
+"""Building blocks of attentions whose past is one matrix: chunks, grouped queries, and the module that decodes with that matrix.
+
+`linear`, `delta_net` and `gated_delta_net` are made of them. They compute within a chunk as attention does, in parallel, and
+carry a state S [head_dim, value columns] per key head from chunk to chunk.
+"""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines.kernels import check_impl
+from bsbr.interface import (
+    MultiHeadAttention,
+    State,
+    check_heads,
+    check_hidden_states,
+    next_position,
+    position_counter,
+    require_positive,
+)
+
+# --- functions --------------------------------------------------------------------------------------
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, **per_token: Tensor) -> None:
+    """Checks the arguments of a recurrent attention.
+
+    Args:
+        q: [batch, heads, time, head_dim].
+        k, v: [batch, kv_heads, time, head_dim].
+        chunk_size: tokens computed together.
+        per_token: [batch, kv_heads, time] each, such as β; the keyword names it in the error.
+
+    Raises:
+        ValueError: if a shape does not fit, or chunk_size is not a positive integer.
+    """
+    check_heads(q, k, v)
+    require_positive(chunk_size=chunk_size)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q must have as many positions as k and v, got {q.shape[2]} and {k.shape[2]}: to go on from a prefix, use extend"
+        )
+    for name, x in per_token.items():
+        if x.shape != k.shape[:3]:
+            raise ValueError(f"{name} must be [batch, kv_heads, time] = {list(k.shape[:3])}, got {list(x.shape)}")
+
+
+def to_chunks(x: Tensor, size: int) -> Tensor:
+    """[batch, heads, time, dim] -> [batch, heads, chunks, size, dim], contiguous, with zeros after the last token."""
+    missing = -x.shape[2] % size
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return padded.reshape(*x.shape[:2], -1, size, x.shape[3]).contiguous()
+
+
+def group_queries(queries: Tensor, kv_heads: int) -> Tensor:
+    """[batch, heads, chunks, size, dim] -> [batch, kv_heads, chunks, group · size, dim], with group = heads / kv_heads.
+
+    The queries that share a key stand below each other, so one matrix product serves them all and no key is copied.
+    """
+    grouped: Tensor = queries.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
+    return grouped
+
+
+def ungroup_outputs(outputs: Tensor, group: int, time: int) -> Tensor:
+    """[batch, kv_heads, chunks, group · size, dim] -> [batch, heads, time, dim]: undoes `group_queries` and the padding."""
+    ungrouped: Tensor = outputs.unflatten(3, (group, -1)).transpose(2, 3)
+    return ungrouped.flatten(1, 2).flatten(2, 3)[:, :, :time]
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last dimension, and 0 where x is 0."""
+    # In float32 or better: the square of a float16 overflows at 256.
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6).to(x.dtype)
+
+
+def delta_rule_flops(seq_len: int, chunk_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """FLOPs of a chunkwise delta rule, with or without decay, for one sequence. Padding is not counted, a triangle once.
+
+    Symbols as in `baselines.delta_net._chunkwise`; d = head_dim; a chunk has c tokens.
+
+    - Key head, each chunk: K Kᵀ and T (V − K S) cost c² d each, and the inverse c³/3.
+    - Query head, each chunk: Q Kᵀ and its product with E cost c² d each.
+    - Key head, each chunk but the last: Kᵀ T costs c² d, M and N together 4 c d², and one step of the scan 2 d³. All but
+      popcount of these chunks also take part in a composition of two maps, 4 d³.
+    - Each chunk but the first: K S per key head and Q S per query head cost 2 c d² each.
+    """
+    size = min(chunk_size, seq_len)
+    full, rest = divmod(seq_len, size)
+    lengths = [size] * full + [rest] * bool(rest)
+    maps = len(lengths) - 1
+    causal_pairs = sum(c * (c + 1) // 2 for c in lengths)
+    strictly_causal_pairs = sum(c * (c - 1) // 2 for c in lengths)
+    inverses = sum(c**3 // 3 for c in lengths)
+    state_reads = 2 * (seq_len - size) * head_dim**2
+    per_map = size * (size + 1) * head_dim + 4 * size * head_dim**2 + 2 * head_dim**3
+    compositions = (maps - maps.bit_count()) * 4 * head_dim**3
+    pair_products = 2 * head_dim * (causal_pairs + strictly_causal_pairs)
+    per_kv_head = pair_products + inverses + maps * per_map + compositions + state_reads
+    per_query_head = 4 * head_dim * causal_pairs + state_reads
+    return num_heads * per_query_head + num_kv_heads * per_kv_head
+
+
+# --- the module -------------------------------------------------------------------------------------
+
+
+class RecurrentAttention(MultiHeadAttention):
+    """Multi-head attention whose decoding state is a matrix per key head, of the same size at any context length.
+
+    A subclass implements `attend_after` and `step`, and extends `project` where tokens have more than q, k and v. Decoding
+    costs O(head_dim²) a token and head.
+
+    Args:
+        hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
+        chunk_size: tokens computed together; changes the speed, not the result.
+        impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA. A single token takes the torch path
+            with both: its few operations need no kernel.
+
+    Raises:
+        ValueError: for a chunk_size that is not a positive integer, or an unknown impl.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        *,
+        chunk_size: int = 64,
+        num_kv_heads: int | None = None,
+        rotary: bool = False,
+        impl: str = "torch",
+    ) -> None:
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
+        require_positive(chunk_size=chunk_size)
+        self.chunk_size = chunk_size
+        self.impl = check_impl(impl, "torch", "fla")
+
+    @abstractmethod
+    def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention of a sequence that follows the state `total`, and the state after it.
+
+        Args:
+            total: [batch, num_kv_heads, head_dim, value_columns] in float32 or better, or None at the start of a sequence.
+            tensors: what `project` returns.
+
+        Returns:
+            The output, shaped as q, and the state after the last token. The state may be None if `total` is.
+        """
+
+    @abstractmethod
+    def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """`attend_after` for a single token, by the recurrence itself."""
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of the state matrix."""
+        return self.head_dim
+
+    @property
+    def block_length(self) -> int:
+        return self.chunk_size
+
+    def implementation(self, *_: Tensor) -> str:
+        return self.impl
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return self.attend_after(None, *tensors)[0]
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        check_hidden_states(hidden_states, self.hidden_dim)
+        position = next_position(state)
+        tensors = self.project(hidden_states, position)
+        if state is None:
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            sizes = (hidden_states.shape[0], self.num_kv_heads, self.head_dim, self.value_columns)
+            total = torch.zeros(sizes, dtype=dtype, device=hidden_states.device)
+        else:
+            total = state["total"]
+        new_tokens = hidden_states.shape[1]
+        attended, final = self.step(total, *tensors) if new_tokens == 1 else self.attend_after(total, *tensors)
+        assert final is not None
+        return self.output(attended), {"total": final, "position": position_counter(position + new_tokens)}
+
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        """Bytes of the state, which is in float32 or better whatever the parameters are in."""
+        itemsize = torch.promote_types(self.dtype, torch.float32).itemsize
+        return batch_size * self.num_kv_heads * self.head_dim * self.value_columns * itemsize
