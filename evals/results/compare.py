@@ -17,7 +17,8 @@ from evals.errors import UsageError, one_sentence
 from evals.results import schema
 from evals.results.formatting import WIDTH, align_columns
 from evals.results.ledger import Ledger, Record
-from evals.stats.intervals import CONFIDENCE, Speedup, holm, verdicts
+from evals.stats.intervals import CONFIDENCE, Speedup
+from evals.stats.verdicts import holm, verdicts
 
 MACHINE = ("processor", "torch")
 """Settings that say where a cell was measured, not what: they need not agree."""

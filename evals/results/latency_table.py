@@ -17,8 +17,9 @@ from evals.results.frames import swept_column
 from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.results.schema import columns, conform, schema
-from evals.stats.intervals import ONE_SIGMA, Speedup, noise_floor, verdicts
+from evals.stats.intervals import Speedup
 from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, impossible, merge_peaks, roofline
+from evals.stats.verdicts import ONE_SIGMA, noise_floor, verdicts
 
 SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),

@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""Statistics of measurements: pure functions of numbers, without a clock, a file or global state."""

@@ -1,28 +1,35 @@
-"""TODO: what lives here."""
+"""Sizes at which one variant overtakes another, with intervals (Fieller 1954)."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
-from evals.stats.intervals import CONFIDENCE, Interval, Rounds
-from evals.stats.sizes import Array, checked_sizes, moments, welch_half_width
+from evals.stats.intervals import CONFIDENCE, Array, Interval, Rounds
+from evals.stats.sizes import Moments, checked_sizes, moments, welch_half_width
 
-NONE_IN_RANGE = "none in range"  # how an empty list of crossings is said
+NONE_IN_RANGE = "none in range"
+"""How tables state that there is no crossover."""
 
+GRID = 65
+"""Points between two sizes at which it is tested whether the variants may be equally fast."""
 
-# --- where two variants cross ---------------------------------------------------------------------
+KNOWN_FREEDOM = 1e9
+"""Degrees of freedom of a variance that is taken as known: Student's t is the normal distribution there."""
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """Sizes at which two variants may take equally long. low = 0 or high = inf: the interval leaves the range on that side.
+    """Sizes at which two variants may take equally long.
 
-    at.value is NaN where the estimates do not cross, yet within their intervals might; bounds are NaN where no noise
-    is known. after: what the first variant is beyond it, `faster` or `slower` if both sides are beyond doubt, or `unclear`.
+    Attributes:
+        at: the size and its interval. `at.value` is NaN where the estimates do not cross but their intervals allow it. low = 0 or
+            high = inf: the interval leaves the measured range on that side. Both are NaN where no noise is known.
+        after: what the first variant is beyond it: `faster` or `slower` if it is certain on both sides, otherwise `unclear`.
     """
 
     at: Interval
@@ -32,64 +39,97 @@ class Crossover:
 def crossovers(
     sizes: Sequence[float], log_ratios: Rounds, *, exact: bool = False, confidence: float = CONFIDENCE
 ) -> list[Crossover]:
-    """Where log(t_first / t_second) changes its sign; an empty list is `NONE` in range.
+    """Where log(t_first / t_second) changes its sign.
 
-    log_ratios: per size one number a round, paired. Between two sizes the ratio is taken to be a power of n.
-    The interval is the set of all n where the mean ratio, so interpolated, is within Student's t of 1
-    (Fieller 1954, with Welch's degrees of freedom), which holds the true crossing with exactly that
-    confidence and knows one-sided and empty answers, where a bootstrap of 3 to 5 rounds is too narrow.
-    exact: as in `local_slopes`. Raises ValueError as `fit_scaling`, and for ratios that are not finite.
+    Between two sizes the ratio is taken to be a power of n. The interval is the set of all n where the mean log ratio, so
+    interpolated, is within Student's t of 0 (Fieller 1954, with Welch's degrees of freedom). It holds the true crossover with
+    exactly that confidence, and can be one-sided or empty, where a bootstrap of 3 to 5 rounds is too narrow.
+
+    Args:
+        sizes: positive and distinct.
+        log_ratios: by size, one number a round, paired.
+        exact: the numbers have no noise (memory, FLOPs), so that a single one determines the ratio.
+        confidence: of the intervals.
+
+    Returns:
+        The crossovers in ascending order; an empty list is reported as `NONE_IN_RANGE`.
+
+    Raises:
+        ValueError: as `fit_scaling`, and for ratios that are not finite.
     """
     n, ratios = checked_sizes(sizes, log_ratios, -math.inf)
-    return _crossings(n, *moments(ratios, exact), confidence)
+    return _RatioCurve(np.log(n), moments(ratios, exact), confidence).crossovers()
 
 
 def crossovers_from_intervals(
     sizes: Sequence[float], first: Sequence[Interval], second: Sequence[Interval], *, confidence: float = CONFIDENCE
 ) -> list[Crossover]:
-    """As `crossovers`, from two latencies that carry intervals of the same confidence and were not paired, hence wider."""
-    quantile = float(stdtrit(1e9, (1 + confidence) / 2))
+    """As `crossovers`, from latencies whose intervals have the same confidence; they are not paired, hence wider."""
+    quantile = float(stdtrit(KNOWN_FREEDOM, (1 + confidence) / 2))
     mean, variance = np.zeros(len(sizes)), np.zeros(len(sizes))
     for sign, intervals in ((1, first), (-1, second)):
-        n, bounds = checked_sizes(sizes, [[one.low, one.value, one.high] for one in intervals])
+        n, bounds = checked_sizes(sizes, [[interval.low, interval.value, interval.high] for interval in intervals])
         low, value, high = np.log(bounds).T
         mean, variance = mean + sign * value, variance + (np.maximum(high - value, value - low) / quantile) ** 2
-    return _crossings(n, mean, variance, np.full(len(n), 1e9), confidence)
+    return _RatioCurve(np.log(n), Moments(mean, variance, np.full(len(n), KNOWN_FREEDOM)), confidence).crossovers()
 
 
-def _crossings(n: Array, mean: Array, variance: Array, freedom: Array, confidence: float) -> list[Crossover]:
-    x = np.log(n)
-    # Exact answers are single points, which no grid would meet: the zeros of the estimate are among the nodes.
-    rising = np.flatnonzero(mean[:-1] * mean[1:] < 0)
-    zeros = np.concatenate([x[mean == 0], x[rising] + np.diff(x)[rising] * mean[rising] / (mean[rising] - mean[rising + 1])])
-    if np.isnan(variance).any():
-        return [Crossover(Interval(math.exp(zero), math.nan, math.nan), "unclear") for zero in np.sort(zeros)]
+@dataclass(frozen=True)
+class _RatioCurve:
+    """The mean log ratio over log n, linear between sizes, with its confidence band."""
 
-    def excess(at: Array) -> Array:
-        """How far the interpolated ratio is outside its own doubt; at most 0 where it may be 1."""
-        i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 1)
-        j = np.minimum(i + 1, len(x) - 1)
-        w = (at - x[i]) / np.where(j > i, x[j] - x[i], 1.0)
-        half = welch_half_width((1 - w) ** 2 * variance[i], w**2 * variance[j], freedom[i], freedom[j], confidence)
+    x: Array
+    ratio: Moments
+    confidence: float
+
+    def crossovers(self) -> list[Crossover]:
+        zeros = self._zeros()
+        if np.isnan(self.ratio.variance).any():
+            return [Crossover(Interval(math.exp(zero), math.nan, math.nan), "unclear") for zero in zeros]
+        # The band around an exact zero may be a single point, which no grid would meet: the zeros are among the nodes.
+        nodes = np.unique(np.concatenate([zeros, self.x, *(np.linspace(a, b, GRID) for a, b in pairwise(self.x))]))
+        may_be_equal = (self._distance(nodes) <= 0) | np.isin(nodes, zeros)
+        changes = np.diff(np.concatenate([[0], may_be_equal.astype(int), [0]]))
+        starts, ends = np.flatnonzero(changes > 0).tolist(), (np.flatnonzero(changes < 0) - 1).tolist()
+        return [self._crossover(zeros, nodes, start, end) for start, end in zip(starts, ends, strict=True)]
+
+    def _crossover(self, zeros: Array, nodes: Array, start: int, end: int) -> Crossover:
+        """The crossover within nodes[start] to nodes[end], at all of which the variants may be equally fast."""
+        inside = zeros[(zeros >= nodes[start]) & (zeros <= nodes[end])]
+        value = math.exp(inside[len(inside) // 2]) if len(inside) else math.nan
+        open_below, open_above = start == 0, end == len(nodes) - 1
+        low = 0.0 if open_below else self._edge(nodes[start - 1], nodes[start])
+        high = math.inf if open_above else self._edge(nodes[end + 1], nodes[end])
+        after = "unclear" if open_below or open_above else self._change(nodes[start - 1], nodes[end + 1])
+        return Crossover(Interval(value, low, high), after)
+
+    def _zeros(self) -> Array:
+        """Every log size at which the mean log ratio is 0, ascending."""
+        x, mean = self.x, self.ratio.mean
+        left = np.flatnonzero(mean[:-1] * mean[1:] < 0)
+        between = x[left] + np.diff(x)[left] * mean[left] / (mean[left] - mean[left + 1])
+        return np.sort(np.concatenate([x[mean == 0], between]))
+
+    def _distance(self, at: Array) -> Array:
+        """How far the mean log ratio is from 0 beyond its confidence band; at most 0 where the ratio may be 1."""
+        mean, variance, freedom = self.ratio
+        i = np.clip(np.searchsorted(self.x, at, side="right") - 1, 0, len(self.x) - 1)
+        j = np.minimum(i + 1, len(self.x) - 1)
+        w = (at - self.x[i]) / np.where(j > i, self.x[j] - self.x[i], 1.0)
+        half = welch_half_width((1 - w) ** 2 * variance[i], w**2 * variance[j], freedom[i], freedom[j], self.confidence)
         return np.asarray(np.abs((1 - w) * mean[i] + w * mean[j]) - half, dtype=np.float64)
 
-    def edge(outside: float, inside: float) -> float:
-        return math.exp(
-            inside if excess(np.array([inside]))[0] >= 0 else brentq(lambda at: excess(np.array([at]))[0], outside, inside)
-        )
+    def _edge(self, outside: float, inside: float) -> float:
+        """The size between two nodes at which the confidence band begins to hold 0."""
 
-    nodes = np.unique(np.concatenate([zeros, *(np.linspace(a, b, 65) for a, b in zip(x, [*x[1:], x[-1]], strict=True))]))
-    doubtful = (excess(nodes) <= 0) | np.isin(nodes, zeros)
-    changes = np.diff(np.concatenate([[0], doubtful.astype(int), [0]]))
-    found = []
-    for start, end in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0) - 1, strict=True):
-        inside = np.sort(zeros[(zeros >= nodes[start]) & (zeros <= nodes[end])])
-        value = math.exp(inside[len(inside) // 2]) if len(inside) else math.nan
-        low = 0.0 if start == 0 else edge(nodes[start - 1], nodes[start])
-        high = math.inf if end == len(nodes) - 1 else edge(nodes[end + 1], nodes[end])
-        after = "unclear"
-        if start > 0 and end < len(nodes) - 1:
-            before, beyond = (np.interp(nodes[at], x, mean) for at in (start - 1, end + 1))
-            after = "unclear" if before * beyond > 0 else "faster" if beyond < 0 else "slower"
-        found.append(Crossover(Interval(value, low, high), after))
-    return found
+        def distance(at: float) -> float:
+            return float(self._distance(np.array([at]))[0])
+
+        return math.exp(inside if distance(inside) >= 0 else brentq(distance, outside, inside))
+
+    def _change(self, before: float, after: float) -> str:
+        """What the first variant is at `after`, if it is the opposite of what it is at `before`."""
+        left, right = np.interp([before, after], self.x, self.ratio.mean)
+        if left * right > 0:
+            return "unclear"
+        return "faster" if right < 0 else "slower"

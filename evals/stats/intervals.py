@@ -1,9 +1,8 @@
-"""From raw samples to a number with an interval: pure functions of numpy arrays, no clock, no file, no global state.
+"""Medians, means and speed-ups with confidence intervals, from raw samples.
 
-Samples come in rounds: a round is one fresh process, whose samples share a memory layout, a clock
-frequency and a busy neighbour. They are therefore not independent, and an interval that forgets the
-rounds is too narrow by far. What is computed here works in logarithms: latency noise is
-multiplicative, bounds stay positive, and a change of units changes nothing but units.
+Samples come in rounds. A round is one fresh process, whose samples share a memory layout, a clock frequency and a busy
+neighbour. Samples of one round are therefore not independent, and an interval that ignores the rounds is far too narrow.
+All is computed in logarithms: latency noise is multiplicative, bounds stay positive, and a change of units changes only units.
 """
 
 import math
@@ -23,247 +22,215 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Interval:
-    """low <= value <= high; both bounds are NaN where the data say nothing of the spread."""
+    """An estimate with its bounds, low <= value <= high; both bounds are NaN where the spread is unknown."""
 
     value: float
     low: float
     high: float
 
 
+@dataclass(frozen=True)
+class Speedup(Interval):
+    """A ratio of two latencies, and the two-sided p-value of its difference from 1; NaN from a single round."""
+
+    p_value: float
+
+
 def median_interval(
     rounds: Rounds, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, generator: np.random.Generator
 ) -> Interval:
-    """Median of all samples, with a hierarchical bootstrap interval: rounds are resampled, then samples within each.
+    """Median of all samples with a hierarchical bootstrap interval: rounds are resampled, then samples within each.
 
-    rounds: positive samples in any unit, one sequence a round, of any lengths. The interval is that of
-    the percentiles (Davison & Hinkley 1997, sections 3.8 and 5.3), of log deviations that are first
-    widened for how few rounds there are (`_widening`): the plain percentiles of 3 rounds cannot reach
-    beyond the outermost of them, which covers 75 % at best where rounds differ. Measured coverage of the
-    95 % interval with 2 to 10 rounds of 30 samples, normal or skewed with outliers: 0.92 to 0.96 where
-    noise between rounds is 0.5 to 3 times that within (plain percentiles: 0.61 with 2 rounds, 0.74 with
-    3), 0.99 where there is none, because two rounds that agree may do so by chance.
+    The interval consists of the percentiles (Davison & Hinkley 1997, sections 3.8 and 5.3) of log deviations that are first
+    widened for how few rounds there are (Hesterberg 2015, arXiv:1411.5279): the plain percentiles of 3 rounds cannot reach
+    beyond the outermost of them, which covers 75 % at best where rounds differ. Measured coverage of the 95 % interval with 2
+    to 10 rounds of 30 samples, normal or skewed with outliers: 0.92 to 0.96 where noise between rounds is 0.5 to 3 times that
+    within (plain percentiles: 0.61 with 2 rounds, 0.74 with 3), and 0.99 where there is none, because two rounds that agree may
+    do so by chance. From a single round only samples are resampled, and the interval misses what differs between processes.
 
-    A single round: only its samples are resampled, and the interval cannot contain what differs from
-    process to process. A single sample in all: low and high are NaN, since nothing is known of its spread.
-    Raises ValueError if there is no round, an empty round, a sample that is not positive and finite, or a
-    confidence outside (0, 1).
+    Args:
+        rounds: positive samples in any unit, one sequence a round; their lengths may differ.
+        confidence: of the interval, in (0, 1).
+        resamples: how many bootstrap resamples to draw.
+        generator: the only source of randomness.
+
+    Returns:
+        The median with its interval, in the unit of the samples. The bounds of a single sample are NaN.
+
+    Raises:
+        ValueError: if there is no round, an empty round, a sample that is not positive and finite, or a bad option.
     """
-    return _estimate(_checked(rounds, "rounds"), confidence, resamples, generator)
+    return _bootstrap_median(_checked(rounds), confidence, resamples, generator)
+
+
+def speedup_interval(
+    reference: Sequence[Rounds],
+    candidate: Sequence[Rounds],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    generator: np.random.Generator,
+) -> Speedup:
+    """How many times faster the candidate is than the reference: the median ratio of paired time slices.
+
+    Time slice i of both ran within milliseconds of each other, so what slowed the machine at that moment cancels in
+    reference[r][i] / candidate[r][i], the ratio of their medians. The ratios are then treated as samples by `median_interval`.
+    The p-value is that of Student's t on the logarithms of the rounds' medians: a correction for many comparisons needs tails
+    that a few thousand resamples cannot hold.
+
+    Args:
+        reference: by round, the samples of each time slice.
+        candidate: the same, of the same rounds in the same order. Time slices that only one of the two has are ignored.
+        confidence: of the interval, in (0, 1).
+        resamples: how many bootstrap resamples to draw.
+        generator: the only source of randomness.
+
+    Raises:
+        ValueError: as `median_interval`, and if the numbers of rounds differ.
+    """
+    if len(reference) != len(candidate):
+        raise ValueError(
+            f"paired rounds must be equally many, got {len(reference)} of the reference and {len(candidate)} of the candidate: "
+            "give the rounds that both completed, in the same order"
+        )
+    ratios = [medians(slow[: len(fast)]) / medians(fast[: len(slow)]) for slow, fast in zip(reference, candidate, strict=True)]
+    estimate = _bootstrap_median(_checked([ratio.tolist() for ratio in ratios]), confidence, resamples, generator)
+    return Speedup(estimate.value, estimate.low, estimate.high, _p_value(np.log([np.median(ratio) for ratio in ratios])))
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Mean of independent values, such as one a seed, with the interval of Student's t; NaN bounds where there is only one.
+    """Mean of independent values, such as one a seed, with the interval of Student's t; the bounds of a single one are NaN.
 
-    Raises ValueError if there is none, or one is not finite.
+    Raises:
+        ValueError: if there is no value, or one is not finite.
     """
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"values must be finite and at least one, got {list(values)}")
     mean, count = math.fsum(values) / len(values), len(values)
     if count == 1:
         return Interval(mean, math.nan, math.nan)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * _standard_error(np.asarray(values))
     return Interval(mean, mean - half, mean + half)
 
 
-@dataclass(frozen=True)
-class Speedup(Interval):
-    """`p`: how probable so large a deviation from 1 is where there is none; NaN where nothing is known between rounds."""
-
-    p_value: float
-
-
-def speedup_interval(
-    reference: Sequence[Rounds],
-    ours: Sequence[Rounds],
-    *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    generator: np.random.Generator,
-) -> Speedup:
-    """How many times faster than the reference: median of the ratios of turns, with its interval and p.
-
-    reference, ours: one entry a round, in it one sequence of samples a turn. Turn i of both ran within milliseconds of
-    each other, so what slowed the machine at that moment cancels in reference[r][i] / ours[r][i], the ratio of their
-    medians. The ratios are then treated as `median_interval` treats samples; turns that only one of the two has count
-    for nothing. p is that of Student's t on the logarithms of the rounds' medians: the tails that a correction for many
-    comparisons needs are beyond what a few thousand resamples hold.
-    Raises ValueError as `median_interval` does, and if the two differ in their number of rounds.
-    """
-    if len(reference) != len(ours):
-        raise ValueError(
-            f"paired rounds must be equally many, got {len(reference)} of the reference and {len(ours)} of ours: "
-            "give the rounds that both completed, in the same order"
-        )
-    rounds = [medians(theirs[: len(mine)]) / medians(mine[: len(theirs)]) for theirs, mine in zip(reference, ours, strict=True)]
-    samples = _checked([ratios.tolist() for ratios in rounds], "rounds")
-    estimate = _estimate(samples, confidence, resamples, generator)
-    return Speedup(estimate.value, estimate.low, estimate.high, _p(np.log([np.median(ratios) for ratios in rounds])))
-
-
-def _p(logarithms: Array) -> float:
-    """How probable it is that normal numbers around 0 have a mean so far from it; NaN for a single one."""
-    degrees = len(logarithms) - 1
-    if degrees == 0:
-        return math.nan
-    distance, error = abs(float(np.mean(logarithms))), float(np.std(logarithms, ddof=1)) / math.sqrt(len(logarithms))
-    return 2 * float(stdtr(degrees, -distance / error)) if error > 0 else float(distance == 0)
-
-
-def medians(turns: Rounds) -> Array:
-    """The median of each turn's samples."""
-    return np.array([np.median(turn) for turn in turns], dtype=np.float64)
-
-
 def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
-    """Half of the interval's width relative to the value, by Student's t on the logarithms of the rounds' medians.
+    """Half of a median's interval relative to the median, by Student's t on the logarithms of the rounds' medians.
 
-    Costs microseconds, so that it can be asked after every round whether another is worth its time.
-    infinity where there are fewer than two rounds.
+    It takes microseconds, so that it can be evaluated after every round to decide whether another is needed.
+
+    Returns:
+        A fraction, 0.05 for ±5 %; infinity for fewer than two rounds.
     """
     if len(rounds) < 2:
         return math.inf
-    logarithms = np.log(medians(rounds))
-    error = float(np.std(logarithms, ddof=1)) / math.sqrt(len(rounds))
+    error = _standard_error(np.log(medians(rounds)))
     return math.expm1(float(stdtrit(len(rounds) - 1, (1 + confidence) / 2)) * error)
 
 
-# --- verdicts -----------------------------------------------------------------------------------
-
-SAME = 0.03
-"""Speeds that provably differ by less than this are called the same."""
-
-ALPHA = 0.02
-"""What a verdict may err by: a whole sweep, with this chance, anywhere."""
+def medians(groups: Rounds) -> Array:
+    """The median of each group of samples."""
+    return np.array([np.median(group) for group in groups], dtype=np.float64)
 
 
-def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: float = ALPHA) -> list[str]:
-    """faster | slower | same | ambiguous for each, with at most `alpha` of a chance that any `faster` or `slower` is wrong.
-
-    faster, slower: p holds after Holm's correction for all comparisons at hand (Holm 1979), the interval leaves 1 out,
-    and the difference is greater than the noise floor, which is how far the reference seemed to be from itself.
-    same: not so, and the whole interval lies within 3 % of 1. ambiguous: anything else.
-    """
-    adjusted = holm([speedup.p_value for speedup in speedups])
-    said = []
-    for speedup, p, floor in zip(speedups, adjusted, noise_floors, strict=True):
-        distance = math.expm1(abs(math.log(speedup.value)))
-        if p < alpha and distance > floor and not speedup.low <= 1 <= speedup.high:
-            said.append("faster" if speedup.value > 1 else "slower")
-        elif speedup.low >= 1 / (1 + SAME) and speedup.high <= 1 + SAME:
-            said.append("same")
-        else:
-            said.append("ambiguous")
-    return said
+def _standard_error(values: Array) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p values, each raised so that comparing them all with alpha errs anywhere with probability alpha. NaN counts as 1."""
-    p = np.nan_to_num(np.asarray(p_values, dtype=np.float64), nan=1.0)
-    order = np.argsort(p, kind="stable")
-    raised = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
-    adjusted = np.empty_like(p)
-    adjusted[order] = raised
-    return [float(value) for value in adjusted]
-
-
-def noise_floor(twin: Interval) -> float:
-    """How far from itself the reference seems to be: the farther end of its speed-up over itself, as a fraction.
-
-    twin: at a confidence of `ONE_SIGMA`. The doubt about a speed-up is in its own interval already; here it
-    is the machine that is asked whether things that are equal come out equal.
-    """
-    if math.isnan(twin.low):
-        return math.inf
-    return math.expm1(max(abs(math.log(twin.low)), abs(math.log(twin.high))))
-
-
-ONE_SIGMA = 0.68
+def _p_value(logarithms: Array) -> float:
+    """Two-sided p-value of Student's t for a mean of 0; NaN for a single number."""
+    if len(logarithms) == 1:
+        return math.nan
+    distance, error = abs(float(np.mean(logarithms))), _standard_error(logarithms)
+    return 2 * float(stdtr(len(logarithms) - 1, -distance / error)) if error > 0 else float(distance == 0)
 
 
 # --- the bootstrap ------------------------------------------------------------------------------
 
 
-def _estimate(samples: list[Array], confidence: float, resamples: int, generator: np.random.Generator) -> Interval:
-    """The median with its interval."""
-    _check_options(confidence, resamples)
-    value = _log_median(samples)
-    if len(samples) == 1 and len(samples[0]) == 1:
+def _bootstrap_median(rounds: list[Array], confidence: float, resamples: int, generator: np.random.Generator) -> Interval:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be a positive integer, got {resamples}")
+    value = _log_median(rounds)
+    if len(rounds) == 1 and len(rounds[0]) == 1:
         return Interval(math.exp(value), math.nan, math.nan)
-    choice = generator.integers(len(samples), size=(resamples, len(samples)))
-    between, within = _deviations(samples, choice, generator)
-    deviations = _widening(len(samples), resamples, generator) * between + within
+    choice = generator.integers(len(rounds), size=(resamples, len(rounds)))
+    between, within = _log_deviations(rounds, choice, generator)
+    deviations = _widening(len(rounds), resamples, generator) * between + within
     low, high = np.quantile(deviations, [(1 - confidence) / 2, (1 + confidence) / 2])
     # Skewed or tied samples can put both percentiles on one side of the estimate, which belongs to its interval.
     return Interval(math.exp(value), math.exp(value + min(low, 0.0)), math.exp(value + max(high, 0.0)))
 
 
-def _deviations(samples: list[Array], choice: NDArray[np.int64], generator: np.random.Generator) -> tuple[Array, Array]:
-    """Log deviations [resamples] of the resampled medians: the part due to the choice of rounds, and of samples in them.
+def _log_deviations(rounds: list[Array], choice: NDArray[np.int64], generator: np.random.Generator) -> tuple[Array, Array]:
+    """Deviations of the resampled log medians due to the choice of rounds, and due to the choice of samples within them.
 
-    choice: [resamples, rounds], the rounds that each resample consists of. Only the two parts apart can
-    each be widened by its own number of independent observations.
+    They are kept apart because each is widened by its own number of independent observations.
+
+    Args:
+        rounds: the samples.
+        choice: [resamples, rounds], the indices of the rounds that each resample consists of.
+        generator: draws the samples within rounds.
+
+    Returns:
+        Two arrays of shape [resamples]. The second is widened already.
     """
     resamples = len(choice)
-    lengths = np.array([len(one) for one in samples])
+    lengths = np.array([len(samples) for samples in rounds])
     # Rounds of different lengths fill one table; +inf sorts behind every sample and is never counted.
-    table = np.full((len(samples), lengths.max()), np.inf)
-    for row, one in zip(table, samples, strict=True):
-        row[: len(one)] = one
-    chosen = lengths[choice]
-    position = (generator.random((*choice.shape, table.shape[1])) * chosen[..., None]).astype(np.intp)
+    table = np.full((len(rounds), lengths.max()), np.inf)
+    for row, samples in zip(table, rounds, strict=True):
+        row[: len(samples)] = samples
+    chosen_lengths = lengths[choice]
+    position = (generator.random((*choice.shape, table.shape[1])) * chosen_lengths[..., None]).astype(np.intp)
     drawn = table[choice[..., None], position]
     if lengths.min() < lengths.max():
-        drawn[np.arange(table.shape[1]) >= chosen[..., None]] = np.inf
-    counts = chosen.sum(axis=1)
-    of_rounds = _row_medians(table[choice].reshape(resamples, -1), counts)
-    of_samples = _row_medians(drawn.reshape(resamples, -1), counts)
-    independent = int(lengths.sum()) - len(samples) + 1
-    within = (of_samples - of_rounds) * _widening(independent, resamples, generator)
-    return of_rounds - _log_median(samples), within
+        drawn[np.arange(table.shape[1]) >= chosen_lengths[..., None]] = np.inf
+    counts = chosen_lengths.sum(axis=1)
+    rounds_only = _row_log_medians(table[choice].reshape(resamples, -1), counts)
+    rounds_and_samples = _row_log_medians(drawn.reshape(resamples, -1), counts)
+    independent = int(lengths.sum()) - len(rounds) + 1
+    within = (rounds_and_samples - rounds_only) * _widening(independent, resamples, generator)
+    return rounds_only - _log_median(rounds), within
 
 
 def _widening(observations: int, resamples: int, generator: np.random.Generator) -> Array | float:
-    """sqrt(n/(n−1)) · sqrt((n−1)/χ²_{n−1}), one draw a resample, of n independent observations: what a bootstrap of few lacks.
+    """Random factors sqrt(n/(n−1)) · sqrt((n−1)/χ²_{n−1}), one a resample, that make up for few observations.
 
-    A bootstrap of n observations has (n−1)/n of the variance it estimates, and takes that estimate for
-    exact: the first factor mends the one, the second the other, turning normal deviations into
-    Student's t with n−1 degrees of freedom. With 3 rounds a deviation grows 2.7 times at 95 %, with 10
-    1.2 times. After the expanded percentiles of Hesterberg 2015, arXiv:1411.5279.
+    A bootstrap of n observations has (n−1)/n of the variance it estimates, and takes that estimate for exact. The first factor
+    corrects the one; the second corrects the other and turns normal deviations into Student's t with n−1 degrees of freedom.
+    With 3 rounds a deviation grows 2.7 times at 95 %, with 10 rounds 1.2 times. After the expanded percentiles of Hesterberg
+    2015, arXiv:1411.5279.
     """
     if observations < 2:
         return 1.0
     return np.sqrt(observations / generator.chisquare(observations - 1, resamples))
 
 
-def _row_medians(rows: Array, counts: NDArray[np.int64]) -> Array:
-    """Log of the median of the `counts` least entries of each row."""
+def _row_log_medians(rows: Array, counts: NDArray[np.int64]) -> Array:
+    """Logarithm of the median of the `counts` smallest entries of each row."""
     rows.sort(axis=1)
     at = np.arange(len(rows))
     return np.log((rows[at, (counts - 1) // 2] + rows[at, counts // 2]) / 2)
 
 
-def _log_median(samples: list[Array]) -> float:
-    return math.log(float(np.median(np.concatenate(samples))))
+def _log_median(rounds: list[Array]) -> float:
+    return math.log(float(np.median(np.concatenate(rounds))))
 
 
-def _checked(rounds: Rounds, name: str) -> list[Array]:
-    samples = [np.asarray(one, dtype=np.float64) for one in rounds]
-    if not samples:
-        raise ValueError(f"{name} must hold at least one round of samples, got none")
-    for index, one in enumerate(samples):
-        if one.ndim != 1 or one.size == 0:
+def _checked(rounds: Rounds) -> list[Array]:
+    arrays = [np.asarray(samples, dtype=np.float64) for samples in rounds]
+    if not arrays:
+        raise ValueError("rounds must hold at least one round of samples, got none")
+    for index, samples in enumerate(arrays):
+        if samples.ndim != 1 or samples.size == 0:
             raise ValueError(
-                f"every round must be a sequence of at least one sample, got shape {list(one.shape)} for {name}[{index}]"
+                f"every round must be a sequence of at least one sample, got shape {list(samples.shape)} for rounds[{index}]"
             )
-        if not np.all(np.isfinite(one) & (one > 0)):
-            wrong = one[~(np.isfinite(one) & (one > 0))][0]
-            raise ValueError(f"samples must be positive and finite, got {wrong} in {name}[{index}]: drop failed measurements first")
-    return samples
-
-
-def _check_options(confidence: float, resamples: int) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be a positive integer, got {resamples}")
+        valid = np.isfinite(samples) & (samples > 0)
+        if not np.all(valid):
+            raise ValueError(
+                f"samples must be positive and finite, got {samples[~valid][0]} in rounds[{index}]: drop failed measurements first"
+            )
+    return arrays

@@ -1,21 +1,26 @@
-"""TODO: what lives here."""
+"""The roofline: the least time that a call can take on this machine, and samples that cannot be true because they beat it.
+
+Work of F operations that must move B bytes takes at least max(F / peak FLOP/s, B / bandwidth) (Williams 2009,
+doi:10.1145/1498765.1498785). Both rates are measured (`evals.measure.peaks`), and so are lower bounds of what the machine can do.
+A sample is therefore called impossible only where it beats the roofline by more than such rates were seen to vary.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 TOLERANCE = {"cpu": 0.5, "cuda": 0.25}
-"""How much below the floor a sample must be to be called impossible, by kind of device.
+"""Fraction by which a sample must beat the roofline to be called impossible, by kind of device.
 
-CPU, measured on a virtual machine of 2 cores with up to 5 processes at work, whose neighbours on the host were too: what one
-thread alone reached at best in a second varied from 48 to 102 GFLOP/s in float32 (best of three such seconds: 69 to 102), as
-it must where a neighbour takes turns on the same core. So only what takes less than half of the floor is certain. CUDA, not
-measured by us: the power that a large product draws lowers the clocks that it is timed at, on an H200 to some 0.8 of its data
-sheet's rate, and work that draws less keeps them.
+CPU, measured on a virtual machine of 2 cores with up to 5 processes at work, whose neighbours on the host were at work too: the
+best that one thread alone reached in a second varied from 48 to 102 GFLOP/s in float32 (best of three such seconds: 69 to 102), as
+it must where a neighbour shares the core. So only a sample below half of the roofline is certainly wrong. CUDA, not measured by
+us: the power that a large product draws lowers the clocks that it is timed at, on an H200 to some 0.8 of its data sheet's rate,
+and work that draws less keeps them.
 """
 
 RESOLUTION_S = 1e-6
-"""Of a clock's reading: events of CUDA resolve 0.5 µs, at either end."""
+"""Resolution of a clock's reading in seconds: CUDA events resolve 0.5 µs at either end."""
 
 
 Ladder = tuple[tuple[int, float], ...]
@@ -24,11 +29,17 @@ Ladder = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Peaks:
-    """The highest rates seen, of one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
+    """The highest rates seen for one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
 
-    What all threads were seen to do is what a call can hope for. What bounds it is `threads` times one alone: threads that
-    wait for each other are slowed down by any other process for as long as it is there (seen: 2 threads on 2 busy cores at
-    1 of 187 GFLOP/s), while a short piece of work of one thread finds its moment.
+    A call can hope for what all threads were seen to reach. It is bounded by `threads` times one thread alone: threads that wait
+    for each other are slowed down by any other process for as long as it is there (seen: 2 threads on 2 busy cores at 1 of 187
+    GFLOP/s), while a short piece of work of one thread finds an undisturbed moment.
+
+    Attributes:
+        flops_per_s: of a matrix product, with all threads.
+        bytes_per_s: of a pass over each working set, with all threads.
+        threads: how many.
+        thread_flops_per_s, thread_bytes_per_s: the same of one thread.
     """
 
     flops_per_s: float
@@ -47,29 +58,36 @@ class Peaks:
             raise ValueError(f"rates and threads must be positive, got {self}")
 
     def as_record(self) -> dict[str, Any]:
+        """The peaks as a dict that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
-        """The inverse of `as_record`, also when JSON lay between."""
+        """The inverse of `as_record`, also after a round trip through JSON."""
         ladders = {key: tuple((int(size), float(rate)) for size, rate in value) for key, value in record.items() if "bytes" in key}
         return cls(**{**record, **ladders})
 
 
 def merge_peaks(*measured: Peaks) -> Peaks:
-    """What was seen at best. One measurement may fall into a busy second; the best of one each round seldom does."""
-    if len({ceilings.threads for ceilings in measured}) != 1:
-        raise ValueError(f"there must be ceilings, all of the same number of threads, got {[one.threads for one in measured]}")
+    """The best of several measurements of one machine: one may fall into a busy second, all of them seldom do.
+
+    Raises:
+        ValueError: if there is none, or their numbers of threads differ.
+    """
+    threads = [peaks.threads for peaks in measured]
+    if len(set(threads)) != 1:
+        raise ValueError(f"there must be peaks, all of the same number of threads, got {threads}")
     return Peaks(
-        max(ceilings.flops_per_s for ceilings in measured),
-        merge_ladders(ceilings.bytes_per_s for ceilings in measured),
-        measured[0].threads,
-        max(ceilings.thread_flops_per_s for ceilings in measured),
-        merge_ladders(ceilings.thread_bytes_per_s for ceilings in measured),
+        max(peaks.flops_per_s for peaks in measured),
+        merge_ladders(peaks.bytes_per_s for peaks in measured),
+        threads[0],
+        max(peaks.thread_flops_per_s for peaks in measured),
+        merge_ladders(peaks.thread_bytes_per_s for peaks in measured),
     )
 
 
 def merge_ladders(ladders: Iterable[Ladder]) -> Ladder:
+    """The highest rate of each working set."""
     rates: dict[int, float] = {}
     for ladder in ladders:
         for size, rate in ladder:
@@ -78,23 +96,23 @@ def merge_ladders(ladders: Iterable[Ladder]) -> Ladder:
 
 
 def bandwidth(min_bytes: float, ladder: Ladder) -> float:
-    """What touches `min_bytes` or more moves no more bytes per second than this.
+    """The highest rate in bytes/s at which work can move `min_bytes` or more.
 
-    It is the highest rate of any working set from the next smaller one on: what fits less well into the caches is not
-    faster. So it never rises with `min_bytes`, and errs to the fast side between two steps of the ladder.
+    It is the highest rate of any working set from the next smaller one on, since what fits less well into the caches is not faster.
+    So it never rises with `min_bytes`, and errs to the fast side between two steps of the ladder.
     """
     start = max((size for size, _ in ladder if size <= min_bytes), default=0)
     return max(rate for size, rate in ladder if size >= start)
 
 
-# --- what follows from them ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Roofline:
-    """The least seconds of a call by what all threads were seen to do, and which ceiling says so.
+    """The least time of a call at the peaks of all threads, and which of them bounds it.
 
-    provable_s: the least by what bounds them, never more than `seconds`.
+    Attributes:
+        seconds: the least time at the rates that all threads were seen to reach.
+        bound: the peak that decides it.
+        provable_s: the least time at `threads` times the rates of one thread, never more than `seconds`.
     """
 
     seconds: float
@@ -102,50 +120,62 @@ class Roofline:
     provable_s: float
 
     def fraction(self, latency_s: float) -> float | None:
-        """Which part of the ceiling a call reached, at most 1; None where it beat what was seen, so that this says nothing."""
+        """The fraction of the peak that a call reached, at most 1; None for a call that beat the peak and so proves it too low."""
         return self.seconds / latency_s if self.seconds <= latency_s else None
 
 
-def roofline(flops: float, min_bytes: float, ceilings: Peaks) -> Roofline:
-    """max(flops / peak, min_bytes / bandwidth).
+def roofline(flops: float, min_bytes: float, peaks: Peaks) -> Roofline:
+    """max(flops / peak FLOP/s, min_bytes / bandwidth).
 
-    flops: that the work needs, however it is done. min_bytes: that must be read or written at least once, such as
-    parameters, inputs and outputs.
+    Args:
+        flops: operations that the work needs, however it is done.
+        min_bytes: bytes that must be read or written at least once, such as parameters, inputs and outputs.
+        peaks: of the machine.
+
+    Raises:
+        ValueError: for negative amounts.
     """
     if not (flops >= 0 and min_bytes >= 0):
         raise ValueError(f"FLOPs and bytes must not be negative, got {flops} and {min_bytes}")
-    compute_s = flops / ceilings.flops_per_s
-    memory_s = min_bytes / bandwidth(min_bytes, ceilings.bytes_per_s)
-    # Each thread touches its share, which fits into a smaller cache, and that is its own.
-    share = 1 / ceilings.threads
+    compute_s = flops / peaks.flops_per_s
+    memory_s = min_bytes / bandwidth(min_bytes, peaks.bytes_per_s)
+    # Each thread touches its share, which fits into a smaller cache of its own.
+    share = 1 / peaks.threads
     provable_s = max(
-        share * flops / ceilings.thread_flops_per_s,
-        share * min_bytes / bandwidth(share * min_bytes, ceilings.thread_bytes_per_s),
+        share * flops / peaks.thread_flops_per_s,
+        share * min_bytes / bandwidth(share * min_bytes, peaks.thread_bytes_per_s),
     )
     seconds = max(compute_s, memory_s)
     return Roofline(seconds, "compute" if compute_s > memory_s else "memory", min(seconds, provable_s))
 
 
-def impossible(latency_s: float, least: Roofline, tolerance: float) -> str | None:
-    """Why a sample cannot be, in words that name both numbers; None if it can, or if that cannot be proven.
+def impossible(latency_s: float, limit: Roofline, tolerance: float) -> str | None:
+    """Why a sample cannot be true, with both numbers; None if it can be, or if the opposite cannot be proven.
 
-    tolerance: that of `TOLERANCE` for its device. Of floors from ceilings that were measured in several rounds (`highest`),
-    this judges far more reliably than of one.
+    Args:
+        latency_s: the fastest sample.
+        limit: from peaks that were measured in several rounds (`merge_peaks`): one measurement is far less reliable.
+        tolerance: a fraction, as `TOLERANCE` has it for the device.
+
+    Raises:
+        ValueError: if the tolerance is no fraction.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be a fraction from 0 to below 1, got {tolerance}")
-    if latency_s + RESOLUTION_S >= (1 - tolerance) * least.provable_s:
+    if latency_s + RESOLUTION_S >= (1 - tolerance) * limit.provable_s:
         return None
     return (
-        f"faster than physics: a call took {latency_s:.3g} s, but its FLOPs and bytes take at least {least.provable_s:.3g} s at "
+        f"faster than physics: a call took {latency_s:.3g} s, but its FLOPs and bytes take at least {limit.provable_s:.3g} s at "
         f"this machine's highest rates (tolerance {tolerance:.0%}): it does not do the work, is not waited for or declares too much"
     )
 
 
 def implausible_peak(peak_bytes: int, must_hold_bytes: int) -> str | None:
-    """Why a peak of memory cannot be, in words that name both numbers; None if it can. Without tolerance: bytes are counted.
+    """Why a memory peak cannot be true, with both numbers; None if it can be. Bytes are counted exactly, so there is no tolerance.
 
-    must_hold_bytes: that must exist at one moment of the call and did not before it, such as its output.
+    Args:
+        peak_bytes: measured during the call.
+        must_hold_bytes: bytes that must exist at one moment of the call and did not before it, such as its output.
     """
     if peak_bytes >= must_hold_bytes:
         return None

@@ -13,7 +13,8 @@ from evals.claim import main
 from evals.errors import UsageError
 from evals.results.claims import CODES, Claim, parse, weigh
 from evals.results.ledger import Ledger
-from evals.stats.intervals import Interval, median_interval, noise_floor, speedup_interval
+from evals.stats.intervals import Interval, median_interval, speedup_interval
+from evals.stats.verdicts import noise_floor
 
 Time = Callable[[float], float]
 SIZES = (128, 256, 512, 1024, 2048, 4096)

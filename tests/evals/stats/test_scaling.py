@@ -1,12 +1,12 @@
+"""Scaling fits: exact parameters, coverage of the intervals in simulations, and refusals."""
+
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from evals.stats.crossovers import Crossover, crossovers, crossovers_from_intervals
 from evals.stats.intervals import Interval
-from evals.stats.pareto import pareto_front
 from evals.stats.scaling import OVERHEAD, TOO_NOISY, TOO_SHORT, Scaling, agreement, fit_scaling, local_slopes
 
 Rounds = list[list[float]]
@@ -21,7 +21,7 @@ def noisy(
     rounds: int,
     noise: float,
 ) -> Rounds:
-    """Rounds of each size: the true time, off by what that size alone has (caches, the moment) and by what each round has."""
+    """Rounds by size: the true time with noise of each size (caches, the moment) and noise of each round."""
     size_noise = generator.normal(0, between, len(sizes))
     return [list(time(n) * np.exp(off + generator.normal(0, noise, rounds))) for n, off in zip(sizes, size_noise, strict=True)]
 
@@ -129,7 +129,7 @@ def test_a_flat_noisy_curve_has_no_exponent() -> None:
     assert notes.count(OVERHEAD) >= 190
 
 
-def test_scatter_that_leaves_every_exponent_open_is_refused() -> None:
+def test_scatter_that_excludes_no_exponent_is_refused() -> None:
     rounds = [[1.0], [30.0], [2.0], [90.0]]
     assert fit_scaling([1, 2, 4, 8], rounds).note == TOO_NOISY
 
@@ -150,7 +150,7 @@ def test_the_same_at_every_size_is_the_exponent_zero() -> None:
         ([1, 2], [[math.nan], [1.0]], r"got \[nan\] at 1"),
     ],
 )
-def test_what_is_no_measurement_is_named(sizes: list[float], rounds: Rounds, message: str) -> None:
+def test_bad_measurements_are_refused(sizes: list[float], rounds: Rounds, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_scaling(sizes, rounds)
     with pytest.raises(ValueError, match=message):
@@ -195,7 +195,7 @@ def test_agreement_is_by_interval(measured: tuple[float, float], declared: tuple
     assert agreement(one, other) == words
 
 
-def test_agreement_of_what_was_measured_with_what_a_formula_declares() -> None:
+def test_agreement_of_a_measured_curve_with_declared_formulas() -> None:
     rounds = noisy(np.random.default_rng(8), SIZES, lambda n: 1e-5 + 1e-9 * n**2, 0.02, 5, 0.02)
     measured = fit_scaling(SIZES, rounds)
     assert agreement(measured, fit_scaling(SIZES, [[4 * n**2] for n in SIZES])) == "agrees"
@@ -204,126 +204,3 @@ def test_agreement_of_what_was_measured_with_what_a_formula_declares() -> None:
     assert agreement(fit_scaling(SIZES, [[7.0]] * 6), fit_scaling(SIZES, [[7.0]] * 6)) == "agrees"
     assert agreement(Scaling(note=TOO_SHORT), measured) == "unknown: range too short"
     assert agreement(measured, Scaling(note=OVERHEAD)) == "unknown: declared overhead dominated"
-
-
-# --- crossovers -----------------------------------------------------------------------------------
-
-
-def ratios(generator: np.random.Generator, true: Callable[[float], float], rounds: int, noise: float) -> Rounds:
-    return [list(true(n) + generator.normal(0, noise, rounds)) for n in SIZES]
-
-
-@pytest.mark.parametrize(
-    ("rounds", "noise", "truth"), [(2, 0.05, 700.0), (3, 0.02, 300.0), (3, 0.2, 1500.0), (5, 0.1, 1024.0), (10, 0.3, 2000.0)]
-)
-def test_the_crossing_lies_in_its_interval_in_at_least_94_percent_of_1000_draws(rounds: int, noise: float, truth: float) -> None:
-    generator = np.random.default_rng(10 * rounds)
-    covered = 0
-    for _ in range(1000):
-        found = crossovers(SIZES, ratios(generator, lambda n: 0.8 * math.log(truth / n), rounds, noise))
-        covered += any(holds(one.at, truth) for one in found)
-    assert covered >= 940
-
-
-def test_the_crossing_of_more_rounds_is_narrower() -> None:
-    generator = np.random.default_rng(9)
-    few, many = (crossovers(SIZES, ratios(generator, lambda n: math.log(700 / n), rounds, 0.05))[0] for rounds in (3, 100))
-    assert few.after == many.after == "faster"
-    assert many.at.high / many.at.low < few.at.high / few.at.low < 2
-
-
-def test_both_of_two_crossings_are_found() -> None:
-    generator = np.random.default_rng(10)
-    found = crossovers(SIZES, ratios(generator, lambda n: abs(math.log(n / 724)) - 0.9, 5, 0.02))
-    assert [one.after for one in found] == ["faster", "slower"]
-    # Between the sizes 256 and 512, and 1024 and 2048, the true curve is straight in logarithms.
-    assert all(holds(one.at, 724 * math.exp(sign * 0.9)) for one, sign in zip(found, (-1, 1), strict=True))
-
-
-def test_crossings_by_hand() -> None:
-    # From +1 at 1 to −1 at 100: zero half way in logarithms, at 10.
-    (exact,) = crossovers([1, 100], [[1.0], [-1.0]], exact=True)
-    assert (exact.at.low, exact.at.value, exact.at.high, exact.after) == (*(pytest.approx(10),) * 3, "faster")
-    (lone,) = crossovers([1, 100], [[1.0], [-1.0]])
-    assert (lone.at.value, math.isnan(lone.at.low), lone.after) == (pytest.approx(10), True, "unclear")
-    (at_a_size,) = crossovers([1, 10, 100], [[-1.0], [0.0], [2.0]], exact=True)
-    assert (at_a_size.at.low, at_a_size.at.high, at_a_size.after) == (pytest.approx(10), pytest.approx(10), "slower")
-    assert crossovers([1, 10, 100], [[1.0], [2.0], [0.1]], exact=True) == []
-    assert crossovers([100, 1], [[-1.0], [1.0]], exact=True) == [exact]
-
-
-def test_a_crossing_at_the_end_of_the_range_has_one_bound() -> None:
-    scatter = (-0.1, 0.04, 0.06)
-    (late,) = crossovers(SIZES, [[math.log(4000 / n) + e for e in scatter] for n in SIZES])
-    assert (late.at.value, late.at.high, late.after) == (pytest.approx(4000), math.inf, "unclear")
-    assert 2048 < late.at.low < 4000
-    (early,) = crossovers(SIZES, [[math.log(130 / n) + e for e in scatter] for n in SIZES])
-    assert (early.at.value, early.at.low, early.after) == (pytest.approx(130), 0.0, "unclear")
-    # No estimate crosses, yet the last size is in doubt.
-    (maybe,) = crossovers([1, 10], [[1.0, 1.1], [0.1, 0.0]])
-    assert (math.isnan(maybe.at.value), maybe.at.high) == (True, math.inf)
-
-
-def test_two_that_never_meet_have_no_crossing_and_two_that_are_alike_meet_anywhere() -> None:
-    generator = np.random.default_rng(12)
-    assert crossovers(SIZES, ratios(generator, lambda n: 0.5 + 0.1 * math.log(n), 5, 0.05)) == []
-    (anywhere,) = crossovers(SIZES, [[-0.05, 0.01, 0.02], [0.03, -0.02, 0.0]] * 3)
-    assert (anywhere.at.low, anywhere.at.high, anywhere.after) == (0.0, math.inf, "unclear")
-
-
-def test_crossings_of_intervals() -> None:
-    generator = np.random.default_rng(13)
-    covered = 0
-    for _ in range(1000):
-        both = []
-        for exponent in (1.0, 2.0):
-            times = [(n / 700) ** exponent * math.exp(generator.normal(0, 0.05)) for n in SIZES]
-            both.append([Interval(t, t * math.exp(-1.96 * 0.05), t * math.exp(1.96 * 0.05)) for t in times])
-        found = crossovers_from_intervals(SIZES, *both)
-        covered += any(holds(one.at, 700) for one in found)
-    assert 940 <= covered <= 975
-    assert crossovers_from_intervals(SIZES, both[0], [Interval(9 * i.value, 9 * i.low, 9 * i.high) for i in both[0]]) == []
-    with pytest.raises(ValueError, match="rounds of 5"):
-        crossovers_from_intervals(SIZES, both[0], both[1][1:])
-
-
-def test_sizes_in_other_units_cross_at_the_same_place() -> None:
-    data = ratios(np.random.default_rng(14), lambda n: math.log(700 / n), 4, 0.1)
-    (tokens,), (kilo) = crossovers(SIZES, data), crossovers([n / 1024 for n in SIZES], data)
-    assert kilo == [
-        Crossover(
-            Interval(*(pytest.approx(one / 1024, rel=1e-6) for one in (tokens.at.value, tokens.at.low, tokens.at.high))),
-            tokens.after,
-        )
-    ]
-
-
-def test_ratios_that_are_none_are_named() -> None:
-    with pytest.raises(ValueError, match=r"got \[inf\] at 2"):
-        crossovers([1, 2], [[0.0], [math.inf]])
-
-
-# --- Pareto ---------------------------------------------------------------------------------------
-
-
-def test_pareto_front_by_hand() -> None:
-    nan = math.nan
-    points = [[1, 9], [2, 5], [2, 5], [3, 5], [9, 1], [9, 2], [0, nan], [nan, 0]]
-    assert pareto_front(points) == [True, True, True, False, True, False, False, False]
-    assert pareto_front(points, [False, True]) == [True, False, False, False, False, False, False, False]
-    assert pareto_front([[3.0]]) == [True]
-    assert pareto_front([]) == []
-
-
-def test_pareto_front_is_what_its_definition_says() -> None:
-    points = np.random.default_rng(15).integers(0, 5, (60, 3)).astype(float)
-    expected = [not any(all(q <= p) and any(q < p) for q in points) for p in points]
-    assert pareto_front(points.tolist()) == expected
-    assert 0 < sum(expected) < 60
-
-
-def test_rows_of_unlike_length_are_named() -> None:
-    with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):
-        pareto_front([[1, 2], [1]])
-    with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):
-        pareto_front([[1, 2]], [True])
