@@ -16,7 +16,6 @@ from evals.plots.layout import (
     NAME,
     SMALL,
     WIDTH,
-    Sweep,
     headed,
     key_room,
     keyed,
@@ -28,6 +27,7 @@ from evals.plots.layout import (
 )
 from evals.plots.style import GREY
 from evals.results.formatting import format_estimate
+from evals.results.frames import Sweep
 from evals.stats.intervals import CONFIDENCE
 
 SHADES = {"faster": "#e4ca6c", "slower": "#6a86b8", "unclear": "#f2f2f2"}

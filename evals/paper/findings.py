@@ -20,8 +20,9 @@ from evals.paper.sources import Source, found
 from evals.plots.accuracy import AccuracySweep
 from evals.plots.conversion import STAGES
 from evals.plots.heatmap import times
-from evals.plots.layout import Sweep, conditions
-from evals.results.formatting import BYTES, SECONDS, format_setting, scaled, setting_name
+from evals.results.formatting import BYTES, SECONDS, format_setting, scaled
+from evals.results.frames import Sweep
+from evals.results.settings import conditions, setting_name
 from evals.stats.intervals import mean_interval
 
 OURS = "bsbr"

@@ -12,11 +12,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from evals.plots.accuracy import AccuracySweep
-from evals.plots.layout import LEFT, LEGEND, NAME, SMALL, WIDTH, Sweep, headed, key_room, keyed, label, placed, subtitle, weight
+from evals.plots.layout import (
+    LEFT,
+    LEGEND,
+    NAME,
+    SMALL,
+    WIDTH,
+    headed,
+    key_room,
+    keyed,
+    label,
+    placed,
+    subtitle,
+    weight,
+)
 from evals.plots.lines import CEILING, LATENCY, MEMORY, SPEEDUP, Quantity, plot, scale_x, scale_y
 from evals.plots.memory import representatives
 from evals.plots.style import FAILURES, GREY
 from evals.results.formatting import format_bytes
+from evals.results.frames import Sweep
 
 STATE = Quantity("state", "State that decoding keeps, lower is better", "state_bytes", tick=format_bytes, base=2, optional=True)
 FOOT, ABOVE, GAP, RIGHT = 0.42, 0.2, 0.62, 0.15

@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from evals.plots.accuracy import AccuracySweep
-from evals.plots.layout import LEFT, LINE, NAME, SMALL, WIDTH, Sweep, headed, label, lined, subtitle, weight
+from evals.plots.layout import LEFT, LINE, NAME, SMALL, WIDTH, headed, label, lined, subtitle, weight
 from evals.plots.style import GREY
+from evals.results.frames import Sweep
 
 WORST = 5
 """The centre is 2^5 times worse than the best, or more."""

@@ -14,47 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from evals.plots.layout import (
-    AXIS_NAMES,
-    EDGE,
-    LEFT,
-    NAME,
-    WIDTH,
-    Numbers,
-    Sweep,
-    headed,
-    label,
-    lined,
-    placed,
-    spread,
-    weight,
-    wide,
-)
+from evals.plots.layout import EDGE, LEFT, NAME, WIDTH, Numbers, headed, label, lined, placed, spread, weight, wide
 from evals.plots.style import GREY, Style
-from evals.results.formatting import format_bytes, format_seconds, format_setting, setting_name
+from evals.results.formatting import format_bytes, format_seconds, format_setting
+from evals.results.frames import Sweep
+from evals.results.settings import AXIS_LABELS, TRAINING_SETTINGS, setting_name
 
 PLOT, FOOT = 2.6, 0.45  # heights in inches
-SAID = {
-    "task": "{}",
-    "seq_len": "trained at {} tokens",
-    "num_pairs": "{} pairs",
-    "items": "{} items",
-    "symbols": "{} symbols",
-    "vocabulary": "{} tokens in the vocabulary",
-    "steps": "{} steps",
-    "batch_size": "batch {}",
-    "num_layers": "{} layers",
-    "hidden_dim": "hidden {}",
-    "num_heads": "{} heads",
-    "conv_size": "convolution of {}",
-    "positions": "positions: {}",
-    "match": "matched: {}",
-    "device": "{}",
-    "dtype": "{}",
-    "processor": "{}",
-}
-"""What rows were learned under, and how a subtitle says it."""
-
 SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
 """Of these settings that make another model, and leave what is asked of it as it is."""
 
@@ -91,8 +57,8 @@ class AccuracySweep(NamedTuple):
 
     def words(self, rows: pd.DataFrame, *notes: str, left: float = LEFT) -> str:
         said = (
-            SAID[name].format(format_setting(rows[name].iloc[0]))
-            for name in SAID
+            TRAINING_SETTINGS[name].format(format_setting(rows[name].iloc[0]))
+            for name in TRAINING_SETTINGS
             if name in rows and rows[name].dropna().nunique() == 1
         )
         seeds = rows["seeds"].max() if "seeds" in rows else 0
@@ -113,13 +79,6 @@ def line(rows: pd.DataFrame, x: str, y: str, low: str, high: str) -> Line:
     return Line(*(rows[column].to_numpy(float) for column in (x, y, low, high)))
 
 
-NUMBERS = (
-    *("eval_seq_len", "depth", "position", "accuracy", "accuracy_low", "accuracy_high", "chance", "state_bytes"),
-    *("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "seeds", "seq_len"),
-)
-COLUMNS = ("swept", "attention", "outcome", "best", *NUMBERS)
-"""What figures need of the table."""
-
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 BITS = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")
 
@@ -132,7 +91,7 @@ def accuracy(learned: AccuracySweep) -> Figure | None:
     lines = {str(name): line(own, learned.swept, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     axes = _lines("Accuracy, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
     _of_accuracy(axes, rows, learned.swept)
-    _log_x(axes, rows[learned.swept].unique(), AXIS_NAMES.get(learned.swept, setting_name(learned.swept)))
+    _log_x(axes, rows[learned.swept].unique(), AXIS_LABELS.get(learned.swept, setting_name(learned.swept)))
     return _named(axes, lines, learned.looks)
 
 
@@ -144,7 +103,7 @@ def accuracy_by_length(learned: AccuracySweep) -> Figure | None:
     lines = {str(name): line(own, "eval_seq_len", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     axes = _lines("Accuracy at lengths not trained at, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
     _of_accuracy(axes, rows, "eval_seq_len")
-    _log_x(axes, rows["eval_seq_len"].unique(), AXIS_NAMES["seq_len"])
+    _log_x(axes, rows["eval_seq_len"].unique(), AXIS_LABELS["seq_len"])
     return _named(axes, lines, learned.looks)
 
 
@@ -222,7 +181,9 @@ def _front(
     lines = {str(name): line(own, column, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
     note = "grey: the front; nobody on it remembers more with less"
     places = [format_setting(one) for one in sorted(rows[learned.swept].unique())]
-    place = SAID.get(learned.swept, f"{learned.swept} {{}}").format(" to ".join(dict.fromkeys([places[0], places[-1]])))
+    place = TRAINING_SETTINGS.get(learned.swept, f"{learned.swept} {{}}").format(
+        " to ".join(dict.fromkeys([places[0], places[-1]]))
+    )
     axes = _lines(f"Accuracy against {cost}, {place}: upper left is better", learned.words(rows, note), lines, learned.looks)
     points = [(x, y) for one in lines.values() for x, y in zip(one.x.tolist(), one.y.tolist(), strict=True)]
     points.sort(key=lambda point: (point[0], -point[1]))  # of equal cost, the best first
@@ -258,7 +219,7 @@ def accuracy_sweeps(
     ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
     bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
     failed = ", ".join(f"{row['attention']} ({row['outcome']})" for _, row in bad.iterrows())
-    apart = [name for name in SAID if name != swept and name in ok and ok[name].nunique(dropna=False) > 1]
+    apart = [name for name in TRAINING_SETTINGS if name != swept and name in ok and ok[name].nunique(dropna=False) > 1]
     for values, rows in ok.groupby(apart, dropna=False, sort=True) if apart else [((), ok)]:
         if len(rows):
             yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, looks, failed)

@@ -21,7 +21,6 @@ STAGES: Mapping[str, Style] = {
 """In order; each drawn as the attention that it comes closest to."""
 
 AGREEMENTS = ("top_1", "top_5", "top_10")
-COLUMNS = ("model", "seed", "stage", "chunk_size", "chunk_overlap", "context", "perplexity", "gap_closed", *AGREEMENTS)
 FOOT, PLOT, GAP = 0.4, 1.7, 0.55  # inches
 
 

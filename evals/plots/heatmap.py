@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from evals.plots.layout import EDGE, LEFT, LEGEND, SMALL, WIDTH, Sweep, headed, key_room, keyed, placed, subtitle, wide
+from evals.plots.layout import EDGE, LEFT, LEGEND, SMALL, WIDTH, headed, key_room, keyed, placed, subtitle, wide
 from evals.plots.style import FAILURES, GREY, MARK, SLOWER_TO_FASTER
+from evals.results.frames import Sweep
 
 # --- who is faster where -------------------------------------------------------------------------------
 

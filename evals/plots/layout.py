@@ -3,12 +3,10 @@
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -16,8 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
-from evals.plots.style import FAILURES, GREY, Style
-from evals.results.formatting import BYTES, format_setting, scaled
+from evals.plots.style import GREY, Style
+from evals.results.formatting import BYTES, scaled
+from evals.results.frames import Sweep
+from evals.results.settings import conditions, format_range
 from evals.stats.intervals import CONFIDENCE
 
 Numbers = NDArray[np.float64]
@@ -26,102 +26,6 @@ WIDTH, EDGE = 7.0, 0.06  # of a page, the full width of a paper, and its margin;
 LEFT = 0.65  # of a plot whose y axis has ticks with units
 LINE, LEGEND = 0.12, 0.2  # heights of a line of the subtitle, and of a row of keys
 NAME, SMALL = 7.5, 6.5  # points: names of attentions, and the least size of any text
-
-
-# --- a sweep -----------------------------------------------------------------------------------------
-
-SETTINGS = {
-    "workload": "{}",
-    "scope": "one {}",
-    "num_layers": "{} layers",
-    "batch_size": "batch {}",
-    "seq_len": "{} tokens",
-    "hidden_dim": "hidden {}",
-    "num_heads": "{} heads",
-    "dtype": "{}",
-    "device": "{}",
-    "threads": "{} threads",
-    "processor": "{}",
-    "torch": "torch {}",
-}
-"""What else a comparison was measured under, and how a subtitle says it."""
-
-AXIS_NAMES = {
-    "seq_len": "sequence length in tokens (1k = 1024)",
-    "batch_size": "batch size",
-    "hidden_dim": "hidden size",
-    "head_dim": "head size",
-    "num_heads": "heads",
-    "num_layers": "layers",
-    "chunk_size": "chunk size in tokens (1k = 1024)",
-}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The rows of one set of figures, laid out along the swept setting; with them the fits and crossovers, where there are any."""
-
-    rows: pd.DataFrame
-    column: str
-    places: list[Any]
-    x: Numbers  # where the places stand
-    discrete: bool  # one place, or places without an order between them, make no line: points side by side instead
-    cells: dict[str, pd.DataFrame]  # one table an attention, a row a place
-    looks: Mapping[str, Style]
-    scaling: pd.DataFrame | None = None
-    crossovers: pd.DataFrame | None = None
-
-    @property
-    def axis(self) -> str:
-        return AXIS_NAMES.get(self.column, self.column.replace("_", " "))
-
-    @property
-    def ticks(self) -> list[str]:
-        return [format_setting(place) for place in self.places]
-
-    @property
-    def reference(self) -> str:
-        return ", ".join(sorted(set(self.rows["relative_to"].dropna().astype(str)))) or "the reference"
-
-    @property
-    def failed(self) -> dict[str, "pd.Series[str]"]:
-        """The outcomes of each attention that failed anywhere."""
-        return {name: rows["outcome"] for name, rows in self.cells.items() if rows["outcome"].isin(FAILURES).any()}
-
-    @property
-    def ordered(self) -> bool:
-        """Whether the places are numbers, of which one can be the least and one the greatest."""
-        return is_number(self.rows[self.column])
-
-    def at(self, index: int) -> str:
-        """One place in words: 8k tokens, batch 4, chunk size = 64."""
-        name = self.column.replace("_", " ")
-        words = SETTINGS.get(self.column, f"{name} = {{}}").format(self.ticks[index])
-        return words.removesuffix("s") if words.startswith("1 ") else words
-
-
-def is_number(values: "pd.Series[Any]") -> bool:
-    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-
-
-def laid_out(
-    rows: pd.DataFrame,
-    column: str,
-    looks: Mapping[str, Style],
-    scaling: pd.DataFrame | None = None,
-    crossovers: pd.DataFrame | None = None,
-) -> Sweep:
-    """The rows as a Sweep over `column`. Raises ValueError if one attention has two rows at one place."""
-    twice = rows[rows.duplicated(["attention", column])]
-    if len(twice):
-        row = twice.iloc[0]
-        raise ValueError(f"{row['attention']} has more than one row at {column} = {row[column]}: keep the one that counts")
-    numeric = is_number(rows[column])
-    places = sorted(rows[column].unique()) if numeric else list(rows[column].unique())
-    discrete = not numeric or len(places) == 1
-    x = np.arange(len(places), dtype=float) if discrete else np.asarray(places, dtype=float)
-    cells = {str(name): part.set_index(column).reindex(places) for name, part in rows.groupby("attention", sort=False)}
-    return Sweep(rows, column, places, x, discrete, cells, looks, scaling, crossovers)
 
 
 # --- words -------------------------------------------------------------------------------------------
@@ -170,7 +74,7 @@ def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEF
     """
     lines = [conditions(sweep.rows, sweep.column)]
     if sampled and sweep.rows["samples"].notna().any():
-        samples, rounds = (_range(sweep.rows[name].dropna()) for name in ("samples", "rounds"))
+        samples, rounds = (format_range(sweep.rows[name].dropna()) for name in ("samples", "rounds"))
         rounds += " round" if rounds == "1" else " rounds"
         lines.append(f"median of {samples} samples in {rounds}, with its {CONFIDENCE:.0%} interval")
     return lined([*lines, *notes, "; ".join(matching(sweep))], left)
@@ -179,23 +83,6 @@ def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEF
 def lined(lines: Iterable[str], left: float) -> str:
     """Lines of a subtitle, those that say something, as wide as the page is right of `left`."""
     return "\n".join(wrapped(line, 7, WIDTH - left - EDGE) for line in lines if line)
-
-
-def conditions(rows: pd.DataFrame, swept: str) -> str:
-    """Every setting but the swept one, in words."""
-    return ", ".join(filter(None, (_said(rows[name].dropna(), name) for name in SETTINGS if name != swept and name in rows)))
-
-
-def _said(values: "pd.Series[Any]", name: str) -> str:
-    if values.empty:
-        return ""
-    # What goes with the swept setting, such as hidden size with head size, has more than one value.
-    return SETTINGS[name].format(_range(values) if is_number(values) else format_setting(values.iloc[0]))
-
-
-def _range(numbers: pd.Series) -> str:
-    low, high = format_setting(numbers.min()), format_setting(numbers.max())
-    return low if low == high else f"{low} to {high}"
 
 
 def matching(sweep: Sweep) -> list[str]:

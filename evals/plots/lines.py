@@ -24,7 +24,6 @@ from evals.plots.layout import (
     SMALL,
     WIDTH,
     Numbers,
-    Sweep,
     headed,
     label,
     log_limits,
@@ -36,6 +35,7 @@ from evals.plots.layout import (
 )
 from evals.plots.style import FAILURES, GREY, MARK
 from evals.results.formatting import DECIMAL, format_bytes, format_estimate, format_seconds, scaled
+from evals.results.frames import Sweep
 from evals.stats.intervals import CONFIDENCE
 
 PLOT, FOOT, LANE, GAP = 2.9, 0.45, 0.15, 0.07  # heights in inches

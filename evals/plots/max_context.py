@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from evals.plots.layout import SMALL, WIDTH, conditions, headed, key_room, keyed, lined, placed, wide
+from evals.plots.layout import SMALL, WIDTH, headed, key_room, keyed, lined, placed, wide
 from evals.plots.style import GREY, Style
 from evals.results.formatting import BYTES, format_estimate, format_setting, scaled
+from evals.results.settings import conditions
 
 ROW, FOOT, RIGHT = 0.24, 0.45, 0.2  # inches
 

@@ -12,9 +12,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from evals.plots.heatmap import FOOT
-from evals.plots.layout import LEFT, LEGEND, SMALL, WIDTH, Sweep, headed, key_room, keyed, placed, subtitle, wide
+from evals.plots.layout import LEFT, LEGEND, SMALL, WIDTH, headed, key_room, keyed, placed, subtitle, wide
 from evals.plots.style import FAILURES, GREY, PARTS
 from evals.results.formatting import BYTES
+from evals.results.frames import Sweep
 
 # --- what memory is made of ----------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from evals.plots.accuracy import AccuracySweep, chance
-from evals.plots.layout import AXIS_NAMES, LEFT, NAME, SMALL, WIDTH, headed, label, placed, weight, wide
+from evals.plots.layout import LEFT, NAME, SMALL, WIDTH, headed, label, placed, weight, wide
 from evals.plots.style import SLOWER_TO_FASTER
 from evals.results.formatting import format_setting
+from evals.results.settings import AXIS_LABELS
 
 FOOT = 0.45  # inches
 SHADES = LinearSegmentedColormap.from_list("lost_to_found", SLOWER_TO_FASTER)
@@ -51,5 +52,5 @@ def needle_depth(learned: AccuracySweep) -> Figure | None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=7)
     middle = (LEFT + WIDTH - 0.75) / 2 / WIDTH
-    picture.text(middle, 0.06 / picture.get_figheight(), AXIS_NAMES["seq_len"], ha="center", va="bottom", size=8)
+    picture.text(middle, 0.06 / picture.get_figheight(), AXIS_LABELS["seq_len"], ha="center", va="bottom", size=8)
     return picture

@@ -19,7 +19,6 @@ from evals.plots.layout import (
     NAME,
     WIDTH,
     Numbers,
-    Sweep,
     headed,
     label,
     log_limits,
@@ -30,6 +29,7 @@ from evals.plots.layout import (
 )
 from evals.plots.style import FAILURES
 from evals.results.formatting import BYTES, format_bytes, format_seconds, scaled
+from evals.results.frames import Sweep
 from evals.stats.pareto import pareto_front
 
 

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from evals.plots import accuracy, conversion
 from evals.plots.heatmap import speedup_heatmap
-from evals.plots.layout import SETTINGS, Sweep
 from evals.plots.lines import QUANTITIES, line_plot, scaling_plot
 from evals.plots.max_context import max_context_plot
 from evals.plots.memory import memory_split
@@ -21,17 +20,14 @@ from evals.plots.style import RC, style_of
 from evals.results import schema
 from evals.results.formatting import format_setting
 from evals.results.frames import (
-    CONTEXT_COLUMNS,
-    CONTEXT_NUMBERS,
-    _demand,
-    _numbers,
-    check_fit,
+    Sweep,
     check_table,
     read_fits,
     read_table,
     sweeps,
     swept_column,
 )
+from evals.results.settings import SETTINGS
 
 FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
     **{quantity.name: partial(line_plot, quantity=quantity) for quantity in QUANTITIES},
@@ -67,11 +63,11 @@ def draw_sweep(
 
     Rows that differ in another setting than the swept one go to figures of their own, named after it
     (latency-decode.svg). Figures that need a table or a column which is not there are left out. Raises
-    ValueError as `check_table` and `check_fit`, and if one attention has two rows at one place.
+    ValueError as `check_table`, and if one attention has two rows at one place.
     """
     results = check_table(results)
     given = {"scaling": scaling, "crossovers": crossovers}
-    fits = {name: check_fit(name, table) for name, table in given.items() if table is not None}
+    fits = {name: check_table(table, name) for name, table in given.items() if table is not None}
     return _save(sweep_figures(results, fits), folder, FIGURES)
 
 
@@ -81,10 +77,7 @@ def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
     Rows that differ in a setting go to figures of their own, as those of `draw`. Raises ValueError if a column is missing,
     there is no row, a number is none, or one attention has two rows.
     """
-    _demand(results, CONTEXT_COLUMNS)
-    if results.empty:
-        raise ValueError("there is no row to draw")
-    results = results.assign(**{column: _numbers(results, column) for column in CONTEXT_NUMBERS})
+    results = check_table(results, "max_context")
     chosen = style_of(results["attention"].astype(str))
     apart = [name for name in (*SETTINGS, "limit_bytes") if name in results and results[name].nunique(dropna=False) > 1]
     groups = results.groupby(apart, dropna=False, sort=True) if apart else [((), results)]
@@ -103,8 +96,7 @@ def accuracy_figures_data(results: pd.DataFrame, curves: pd.DataFrame) -> Iterat
 
     Raises ValueError if a column is missing or a number is none.
     """
-    _demand(results, accuracy.COLUMNS)
-    results = results.assign(**{column: _numbers(results, column) for column in accuracy.NUMBERS})
+    results = check_table(results, "accuracy")
     yield from accuracy.accuracy_sweeps(results, curves, swept_column(results), style_of(results["attention"].astype(str)))
 
 
@@ -128,9 +120,7 @@ def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterato
 
     Raises ValueError if a column or every row is missing.
     """
-    _demand(results, conversion.COLUMNS)
-    if results.empty:
-        raise ValueError("there is no row to draw")
+    results = check_table(results, "conversion")
     for overlap, rows in results.groupby("chunk_overlap"):
         yield f"-overlap-{overlap}", (rows, positions[positions["chunk_overlap"] == overlap])
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evals.plots.layout import AXIS_NAMES, SETTINGS, is_number
 from evals.plots.style import Style, style_of
 from evals.report.sources import CONTEXT, LEARNED, Part
+from evals.results.settings import AXIS_LABELS, SETTINGS, is_number
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def charts(part: Part) -> list[dict[str, Any]]:
             x = "eval_seq_len"
         described = asdict(chart) | {
             "x": x,
-            "xTitle": AXIS_NAMES.get("seq_len" if x == "eval_seq_len" else x, x.replace("_", " ")),
+            "xTitle": AXIS_LABELS.get("seq_len" if x == "eval_seq_len" else x, x.replace("_", " ")),
             "place": placed(x),
             "title": chart.title.format(reference=reference),
             "ordered": is_number(table[x]) and table[x].nunique() > 1,

@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 
 from evals.errors import UsageError
-from evals.plots import accuracy
-from evals.plots.layout import SETTINGS
 from evals.results import frames, schema
 from evals.results.formatting import format_setting
 from evals.results.ledger import Ledger, Record
+from evals.results.settings import SETTINGS, TRAINING_SETTINGS
 
 SPEED, LEARNED, CONTEXT = "speed", "learned", "context"
 """What a table is of: timings, training, or the longest context that fits."""
@@ -81,25 +80,16 @@ def _read(folder: Path, label: str) -> Source:
     path = folder / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""
     if kind == "max_context":
-        return Source(folder, label, CONTEXT, _demanded(path, frames.CONTEXT_COLUMNS))
+        return Source(folder, label, CONTEXT, frames.read_table(folder))
     if kind == "accuracy":
         curves = folder / "curves.csv"
-        return Source(folder, label, LEARNED, _demanded(path, accuracy.COLUMNS), schema.read(curves) if curves.is_file() else None)
+        return Source(folder, label, LEARNED, frames.read_table(folder), schema.read(curves) if curves.is_file() else None)
     if kind == "conversion":
         raise ValueError(
             f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
             "draws them"
         )
     return Source(folder, label, SPEED, frames.read_table(folder), fits=frames.read_fits(folder))
-
-
-def _demanded(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    table = schema.read(path)
-    missing = [column for column in columns if column not in table]
-    if missing or table.empty:
-        what = f"lacks the column {', '.join(missing)}" if missing else "has no row"
-        raise ValueError(f"{path} {what}: run `python -m evals.run` again")
-    return table
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -123,7 +113,7 @@ class Part:
     def table(self) -> pd.DataFrame:
         """The rows of all sources, with `set`, their source, and `settings`, what else they differ in than the swept setting."""
         rows = pd.concat([one.table.assign(set=one.label) for one in self.sources], ignore_index=True)
-        named = {**SETTINGS, **accuracy.SAID}
+        named = {**SETTINGS, **TRAINING_SETTINGS}
         # A set is of a machine; what trained lengths and examples differ in goes with the swept setting.
         own = ("processor", "torch") if len(self.sources) > 1 else ()
         apart = [

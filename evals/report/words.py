@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from evals.plots.layout import SETTINGS, Sweep, conditions, is_number
 from evals.report.charts import named
 from evals.report.sources import CONTEXT, LEARNED, Source
 from evals.results import frames
 from evals.results.folder import ResultFolder
-from evals.results.formatting import format_bytes, format_estimate, format_seconds, format_setting, setting_name
+from evals.results.formatting import format_bytes, format_estimate, format_seconds, format_setting
+from evals.results.frames import Sweep
+from evals.results.settings import SETTINGS, conditions, is_number, setting_name
 
 Row = pd.Series
 Said = tuple[str, str]

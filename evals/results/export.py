@@ -9,12 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from evals.plots.accuracy import SAID
 from evals.plots.conversion import STAGES
-from evals.plots.layout import SETTINGS, conditions
 from evals.results import frames, schema
 from evals.results.formatting import QUANTITIES, format_bytes, format_mean, format_setting, format_value
 from evals.results.frames import swept_column
+from evals.results.settings import SETTINGS, TRAINING_SETTINGS, conditions
 
 TIMED, SEEDS = "±: half of the 95 % interval", "±: half of the 95 % interval over seeds"
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -160,11 +159,17 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
     """How well each attention learned, at its best learning rate, over the swept setting; and where it was asked for more."""
     swept = swept_column(results)
     whole = results[results["depth"].isna() & results["position"].isna()]
-    apart = [name for name in SAID if name not in (swept, "seq_len") and name in whole and whole[name].nunique(dropna=False) > 1]
+    apart = [
+        name
+        for name in TRAINING_SETTINGS
+        if name not in (swept, "seq_len") and name in whole and whole[name].nunique(dropna=False) > 1
+    ]
     for _, group in whole.groupby(apart, dropna=False, sort=False) if apart else [((), whole)]:
         ok = group[(group["outcome"] == "ok") & group["best"].astype(bool)]
         under = ", ".join(
-            SAID[name].format(format_setting(group[name].iloc[0])) for name in SAID if name in group and group[name].nunique() == 1
+            TRAINING_SETTINGS[name].format(format_setting(group[name].iloc[0]))
+            for name in TRAINING_SETTINGS
+            if name in group and group[name].nunique() == 1
         )
         bits = ok["bits_per_byte"].notna().any()
         quantity, title = (
@@ -178,7 +183,7 @@ def learned(results: pd.DataFrame) -> Iterator[Table]:
         )
         for place, rows in ok.groupby(swept):
             if rows["eval_seq_len"].nunique() > 1:
-                at = SAID.get(swept, f"{swept} {{}}").format(format_setting(place)).removeprefix("trained at ")
+                at = TRAINING_SETTINGS.get(swept, f"{swept} {{}}").format(format_setting(place)).removeprefix("trained at ")
                 of = f"{title}; trained at {at}, asked at other lengths"
                 yield _over(rows, failed[:0], "eval_seq_len", of, under, partial(_learned_cell, quantity=quantity))
 

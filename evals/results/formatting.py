@@ -118,11 +118,6 @@ def format_setting(value: object) -> str:
     return f"{value:g}" if value % 1 else f"{value:.0f}"
 
 
-def setting_name(setting: str) -> str:
-    """A setting's name as people say it: num_pairs -> pairs, hidden_dim -> hidden dim."""
-    return setting.replace("num_", "").replace("_", " ")
-
-
 def format_estimate(value: float) -> str:
     """An estimated setting in the two digits that it is worth: 1189 -> 1.2k."""
     for power, unit in ((2, "M"), (1, "k")):

@@ -1,160 +1,290 @@
-"""TODO: what lives here."""
+"""Reading and checking result tables, and `Sweep`: one table laid out along its swept setting.
+
+The types and the allowed words of columns come from the JSON Schemas in schemas/.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from evals.plots.layout import SETTINGS, Sweep, is_number, laid_out
-from evals.plots.style import FAILURES, style_of
 from evals.results import schema
 from evals.results.formatting import format_setting
+from evals.results.settings import SETTINGS, axis_label, group_by, is_number
 
-NUMBERS = (
-    *("latency_s", "latency_low_s", "latency_high_s", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
-    *("speedup", "speedup_low", "speedup_high", "peak_bytes", "samples", "rounds"),
-)
-COLUMNS = ("swept", "attention", "outcome", "relative_to", *SETTINGS, *NUMBERS)
-OPTIONAL_NUMBERS = ("parameter_bytes", "state_bytes", "roofline_fraction")
-OPTIONAL_WORDS = {"verdict": ("faster", "slower", "same", "ambiguous"), "bound": ("compute", "memory"), "match": ()}
-"""Columns of words, and which words there are (any, where none is named)."""
-FITS = {
+if TYPE_CHECKING:
+    from evals.plots.style import Style
+
+NEEDED = {
+    "latency": (
+        *("swept", "attention", "outcome", "relative_to", *SETTINGS, "latency_s", "latency_low_s", "latency_high_s"),
+        *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "speedup", "speedup_low", "speedup_high"),
+        *("peak_bytes", "samples", "rounds"),
+    ),
+    "accuracy": (
+        *("swept", "attention", "outcome", "best", "seeds", "seq_len", "eval_seq_len", "depth", "position", "state_bytes"),
+        *("accuracy", "accuracy_low", "accuracy_high", "chance", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"),
+    ),
+    "max_context": ("attention", "outcome", "max_context", "limit_bytes", "next_seq_len", "next_outcome"),
+    "conversion": (
+        *("model", "seed", "stage", "chunk_size", "chunk_overlap", "context", "perplexity", "gap_closed"),
+        *("top_1", "top_5", "top_10"),
+    ),
     "scaling": (
-        *("attention", "quantity", "exponent", "exponent_low", "exponent_high"),
-        *("overhead", "factor", "note", "declared_exponent"),
+        *("attention", "quantity", "exponent", "exponent_low", "exponent_high", "overhead", "factor", "note"),
+        "declared_exponent",
     ),
     "crossovers": ("first", "second", "at", "at_low", "at_high"),
 }
-"""The tables that may lie beside results.csv, and the columns that figures need of them."""
-FIT_WORDS = ("attention", "quantity", "note", "first", "second")
-OUTCOMES = ("ok", *FAILURES)
-CONTEXT_NUMBERS = ("max_context", "limit_bytes", "next_seq_len")
-CONTEXT_COLUMNS = ("attention", "outcome", "next_outcome", *CONTEXT_NUMBERS)
+"""Columns that figures and reports need of each kind of table."""
+OPTIONAL = {"latency": ("parameter_bytes", "state_bytes", "roofline_fraction", "verdict", "bound", "match")}
+"""Columns that they use if a table has them."""
+FITS = ("scaling", "crossovers")
+"""Tables of fits, which may lie beside the table of latencies."""
 
-# --- the tables -----------------------------------------------------------------------------------
+
+# --- reading and checking -------------------------------------------------------------------------
 
 
 def read_table(folder: Path) -> pd.DataFrame:
-    """The table in folder/results.csv. Raises ValueError, in one sentence, if there is none or it is no such table."""
+    """Reads and checks folder/results.csv.
+
+    Raises:
+        ValueError: in one sentence, if the file does not exist or is not a table of results.
+    """
     path = folder / "results.csv"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that `python -m evals.run` wrote, such as results/seq_len")
     try:
-        return check_table(schema.read(path))
-    except schema.SchemaVersionError:
-        raise
+        return _read(path, schema.kind_of(path), "results")
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path} is empty: run `python -m evals.run` again") from None
-    except (ValueError, OSError) as error:  # pandas' parser and decoder errors are ValueErrors
-        raise ValueError(f"{path} is no table of results: {' '.join(str(error).split())}") from error
 
 
 def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
-    """What was fitted to the results: the tables in folder/scaling.csv and folder/crossovers.csv, those that there are.
+    """Reads and checks folder/scaling.csv and folder/crossovers.csv, as far as they exist and are not empty.
 
-    Raises ValueError, in one sentence, if one is no such table.
+    Raises:
+        ValueError: in one sentence, if one is not such a table.
     """
     tables = {}
-    for name in FITS:
-        path = folder / f"{name}.csv"
-        if not path.is_file():
-            continue
-        try:
-            tables[name] = check_fit(name, schema.read(path))
-        except schema.SchemaVersionError:
-            raise
-        except pd.errors.EmptyDataError:
-            continue  # nothing was fitted
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is no table of {name}: {' '.join(str(error).split())}") from error
+    for kind in FITS:
+        path = folder / f"{kind}.csv"
+        if path.is_file():
+            try:
+                tables[kind] = _read(path, kind, kind)
+            except pd.errors.EmptyDataError:
+                continue  # nothing was fitted
     return tables
 
 
-def check_table(results: pd.DataFrame) -> pd.DataFrame:
-    """The table as the figures need it: only `ok` rows carry numbers, and no column that they know is missing.
+def _read(path: Path, kind: str, content: str) -> pd.DataFrame:
+    try:
+        return check_table(schema.read(path), kind)
+    except (schema.SchemaVersionError, pd.errors.EmptyDataError):
+        raise
+    except (ValueError, OSError) as error:  # pandas' parser and decoder errors are ValueErrors
+        raise ValueError(f"{path} is no table of {content}: {' '.join(str(error).split())}") from error
 
-    Raises ValueError if a column is missing that is not optional, there is no row, an outcome, a verdict or
-    a limit is unknown, a number is none, or an `ok` row has no latency.
+
+def check_table(table: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
+    """Checks a table and prepares it for figures: optional columns present, measured columns as floats, empty words as None.
+
+    Args:
+        table: rows of one kind, possibly with further columns.
+        kind: name of their schema; one of NEEDED.
+
+    Raises:
+        ValueError: if a column is missing, a number is not a number, a word is not among those of the schema, a table of
+            latencies or of longest contexts has no row, or an `ok` row has no latency.
     """
-    _demand(results, COLUMNS)
-    if results.empty:
-        raise ValueError("there is no row to draw")
-    results = results.reset_index(drop=True)
-    absent = [column for column in (*OPTIONAL_NUMBERS, *OPTIONAL_WORDS) if column not in results.columns]
-    results = results.assign(**dict.fromkeys(absent, math.nan))
-    for column, words in {"outcome": OUTCOMES, **OPTIONAL_WORDS}.items():
-        found = results[column] if column == "outcome" else results[column].replace("", None).dropna()
-        unknown = sorted({str(word) for word in found} - {*words})
-        if words and unknown:
-            raise ValueError(f"{column} must be one of {', '.join(words)}, got {', '.join(unknown)}")
-    ok = results["outcome"] == "ok"
-    for column in (*NUMBERS, *OPTIONAL_NUMBERS):
-        results[column] = _numbers(results, column).where(ok)
-    for column in OPTIONAL_WORDS:
-        results[column] = results[column].astype(object).replace("", None).where(ok)
-    unmeasured = results[ok & ~results["latency_s"].between(0, math.inf, inclusive="neither")]
-    if len(unmeasured):
-        row = unmeasured.iloc[0]
-        raise ValueError(f"an ok row needs a finite latency_s above 0, got {row['latency_s']} for {row['attention']}")
-    return results
-
-
-def check_fit(name: str, table: pd.DataFrame) -> pd.DataFrame:
-    """A table of fits as the figures need it. Raises ValueError if a column is missing or a number is none."""
-    _demand(table, FITS[name])
-    numbers = {column: _numbers(table, column) for column in FITS[name] if column not in FIT_WORDS}
-    return table.reset_index(drop=True).assign(**{column: values.to_numpy() for column, values in numbers.items()})
-
-
-def _demand(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table.columns]
+    missing = [column for column in NEEDED[kind] if column not in table.columns]
     if missing:
         raise ValueError(f"column {', '.join(missing)} missing, found {', '.join(map(str, table.columns))}")
+    if table.empty and kind in ("latency", "max_context", "conversion"):
+        raise ValueError("there is no row to draw")
+    table = table.reset_index(drop=True)
+    optional = OPTIONAL.get(kind, ())
+    table = table.assign(**{column: math.nan for column in optional if column not in table.columns})
+    ok = table["outcome"] == "ok" if kind == "latency" else pd.Series(True, index=table.index)  # only ok rows carry numbers
+    for column in (*NEEDED[kind], *optional):
+        if column in optional:
+            table[column] = table[column].replace("", None)
+        _check_words(table[column], kind)
+        if schema.dtype(kind, column) in ("Int64", "float64"):
+            if column in SETTINGS:
+                continue
+            numbers = _to_numbers(table[column])
+            if schema.is_nullable(kind, column):
+                table[column] = numbers.where(ok)
+        elif column in optional:
+            table[column] = table[column].astype(object).where(ok)
+    if kind == "latency":
+        unmeasured = table[ok & ~table["latency_s"].between(0, math.inf, inclusive="neither")]
+        if len(unmeasured):
+            row = unmeasured.iloc[0]
+            raise ValueError(f"an ok row needs a finite latency_s above 0, got {row['latency_s']} for {row['attention']}")
+    return table
 
 
-def _numbers(table: pd.DataFrame, column: str) -> "pd.Series[float]":
-    numbers = pd.to_numeric(table[column], errors="coerce")
-    words = table[column][numbers.isna() & table[column].notna()]
+def _check_words(column: "pd.Series[Any]", kind: str) -> None:
+    known = schema.words(kind, str(column.name))
+    found = column.dropna() if schema.is_nullable(kind, str(column.name)) else column
+    unknown = sorted(set(found.astype(str)) - set(known))
+    if known and unknown:
+        raise ValueError(f"{column.name} must be one of {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def _to_numbers(column: "pd.Series[Any]") -> "pd.Series[float]":
+    numbers = pd.to_numeric(column, errors="coerce")
+    words = column[numbers.isna() & column.notna()]
     if len(words):
-        raise ValueError(f"{column} must hold numbers, got {words.iloc[0]!r}")
+        raise ValueError(f"{column.name} must hold numbers, got {words.iloc[0]!r}")
     return numbers.astype(float)
 
 
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One table over one swept setting: rows that differ in that setting and in the attention, and in nothing else.
+
+    Attributes:
+        rows: the rows.
+        column: column of the swept setting.
+        values: its values, in ascending order if they are numbers.
+        x: [values], where the values stand on an axis.
+        discrete: whether there is no line to draw: one value, or values without an order.
+        by_attention: for each attention its rows, one a value, indexed by the value; NaN where a row is missing.
+        attentions: all attentions of the table that the sweep is a part of, so that each has one style in all figures.
+        scaling, crossovers: fits to these rows; None if there are none.
+    """
+
+    rows: pd.DataFrame
+    column: str
+    values: list[Any]
+    x: NDArray[np.float64]
+    discrete: bool
+    by_attention: dict[str, pd.DataFrame]
+    attentions: tuple[str, ...]
+    scaling: pd.DataFrame | None = None
+    crossovers: pd.DataFrame | None = None
+
+    @property
+    def axis(self) -> str:
+        """Label of the axis of the swept setting."""
+        return axis_label(self.column)
+
+    @property
+    def ticks(self) -> list[str]:
+        """The values as people write them: 8192 -> 8k."""
+        return [format_setting(value) for value in self.values]
+
+    @property
+    def reference(self) -> str:
+        """Name of the attention that speed-ups are relative to."""
+        return ", ".join(sorted(set(self.rows["relative_to"].dropna().astype(str)))) or "the reference"
+
+    @property
+    def failed(self) -> dict[str, "pd.Series[str]"]:
+        """For each attention with a failed row the outcomes of its rows."""
+        failures = set(schema.words("latency", "outcome")) - {"ok"}
+        return {name: rows["outcome"] for name, rows in self.by_attention.items() if rows["outcome"].isin(failures).any()}
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the values are numbers, so that one is the least and one the greatest."""
+        return is_number(self.rows[self.column])
+
+    def at(self, index: int) -> str:
+        """Writes one value of the swept setting: 8k tokens, batch 4, chunk size = 64."""
+        phrase = SETTINGS.get(self.column, f"{self.column.replace('_', ' ')} = {{}}").format(self.ticks[index])
+        return phrase.removesuffix("s") if phrase.startswith("1 ") else phrase
+
+    # Until the figures use the names above.
+    @property
+    def places(self) -> list[Any]:
+        return self.values
+
+    @property
+    def cells(self) -> dict[str, pd.DataFrame]:
+        return self.by_attention
+
+    @property
+    def looks(self) -> "Mapping[str, Style]":
+        from evals.plots.style import style_of
+
+        return style_of(self.attentions)
+
+
+def sweeps(results: pd.DataFrame, fits: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Sweep]]:
+    """Splits a table of latencies into sweeps.
+
+    Args:
+        results: a checked table.
+        fits: checked tables of fits by kind; a sweep gets the fits that belong to its rows.
+
+    Yields:
+        A suffix that tells the sweep from the others ("-decode"; empty if it is the only one), and the sweep.
+
+    Raises:
+        ValueError: if an attention has two rows at one value of the swept setting.
+    """
+    column = swept_column(results)
+    attentions = tuple(dict.fromkeys(results["attention"].astype(str)))
+    fixed = [name for name in SETTINGS if name != column and varies_independently(results, column, name)]
+    for key, rows in group_by(results, fixed):
+        own = {kind: _matching(fit, fixed, key) for kind, fit in fits.items() if set(fixed) <= set(fit.columns)}
+        yield "".join(f"-{format_setting(value)}" for value in key), _sweep(rows, column, attentions, **own)
+
+
+def _matching(fit: pd.DataFrame, settings: list[str], values: tuple[Any, ...]) -> pd.DataFrame:
+    for setting, value in zip(settings, values, strict=True):
+        fit = fit[fit[setting].isin([value])]
+    return fit
+
+
+def _sweep(rows: pd.DataFrame, column: str, attentions: tuple[str, ...], **fits: pd.DataFrame) -> Sweep:
+    twice = rows[rows.duplicated(["attention", column])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise ValueError(f"{row['attention']} has more than one row at {column} = {row[column]}: keep the one that counts")
+    numeric = is_number(rows[column])
+    values = sorted(rows[column].unique()) if numeric else list(rows[column].unique())
+    discrete = not numeric or len(values) == 1
+    x = np.arange(len(values), dtype=float) if discrete else np.asarray(values, dtype=float)
+    tables = {str(name): part.set_index(column).reindex(values) for name, part in rows.groupby("attention", sort=False)}
+    return Sweep(rows, column, values, x, discrete, tables, attentions, **fits)
+
+
 def swept_column(results: pd.DataFrame) -> str:
-    """The column of the swept config key (`shape.seq_len` -> seq_len); where none is named, the setting that varies most."""
+    """Column of the swept setting: the last part of the config key (shape.seq_len -> seq_len).
+
+    Where the table names no key it is the setting with most values, and seq_len if none varies.
+
+    Raises:
+        ValueError: if the table names two keys, or lacks the column.
+    """
     keys = results["swept"].dropna().unique()
     if len(keys) > 1:
         raise ValueError(f"one table holds one sweep, got swept = {', '.join(map(str, keys))}")
     if not len(keys):
         known = [name for name in ("seq_len", *SETTINGS) if name in results]
-        return max(known, key=lambda name: results[name].nunique())  # seq_len where nothing does
+        return max(known, key=lambda name: results[name].nunique())
     column = str(keys[0]).rsplit(".", 1)[-1]
     if column not in results.columns:
         raise ValueError(f"the swept key {keys[0]!r} needs a column {column!r}, found {', '.join(map(str, results.columns))}")
     return column
 
 
-def sweeps(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Sweep]]:
-    """The rows that belong in one figure, of tables that are checked, and what tells them from the others ("" if nothing does)."""
-    column = swept_column(results)
-    chosen = style_of(results["attention"].astype(str))  # of all, so that they are the same in every figure
-    apart = [name for name in SETTINGS if name != column and varies_independently(results, column, name)]
-    if not apart:
-        yield "", laid_out(results, column, chosen, **fits)
-        return
-    for values, rows in results.groupby(apart, dropna=False, sort=True):
-        own = {}
-        for kind, table in fits.items():
-            # A fit that does not say which of these rows it is of is of none.
-            if all(name in table.columns for name in apart):
-                same = [table[name].isin([value]) for name, value in zip(apart, values, strict=True)]
-                own[kind] = table[pd.concat(same, axis=1).all(axis=1)]
-        yield "".join(f"-{format_setting(value)}" for value in values), laid_out(rows, column, chosen, **own)
-
-
-def varies_independently(results: pd.DataFrame, column: str, name: str) -> bool:
-    """Whether rows differ in a setting; a number that goes with the swept one, as heads with their size, is no difference."""
-    if results[name].nunique(dropna=False) < 2:
+def varies_independently(results: pd.DataFrame, swept: str, setting: str) -> bool:
+    """Whether rows differ in a setting that does not follow the swept one, as the number of heads may follow their size."""
+    if results[setting].nunique(dropna=False) < 2:
         return False
-    return not is_number(results[name]) or bool(results.groupby(column)[name].nunique(dropna=False).gt(1).any())
+    return not is_number(results[setting]) or bool(results.groupby(swept)[setting].nunique(dropna=False).gt(1).any())

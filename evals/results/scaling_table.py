@@ -7,12 +7,12 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from evals.plots.layout import is_number
 from evals.results.frames import swept_column
 from evals.results.history import History, Process
 from evals.results.latency_table import SETTINGS
 from evals.results.ledger import Record
 from evals.results.schema import columns
+from evals.results.settings import is_number
 from evals.stats.crossovers import NONE_IN_RANGE, crossovers
 from evals.stats.scaling import agreement, fit_scaling
 

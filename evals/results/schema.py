@@ -4,10 +4,7 @@ The schemas are the one source: tables are made with their columns, in their ord
 what a table was written under stands in each of its rows, as `schema_version`.
 """
 
-import csv
 import json
-import math
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from evals.paths import SCHEMAS as FOLDER
 
 VERSION = "schema_version"
 DTYPES = {"string": "string", "integer": "Int64", "number": "float64", "boolean": "boolean"}
-Cell = str | int | float | bool | None
 
 
 @cache
@@ -38,19 +34,32 @@ def columns(table: str) -> tuple[str, ...]:
     return tuple(name for name in schema(table)["required"] if name != VERSION)
 
 
-def conform(table: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The table as it is written: of the schema's types also where a column is empty, no word as none, and with its version."""
-    known = schema(kind)["properties"]
-    typed = {name: DTYPES[_type(known[name])] for name in table if name in known}
-    words = {str(name): table[name].where(table[name] != "") for name, dtype in typed.items() if dtype == "string"}
-    return table.assign(**words).astype(typed).assign(**{VERSION: version(kind)})
+def dtype(table: str, column: str) -> str:
+    """pandas' type of a column: string, Int64, float64 or boolean."""
+    (name,) = (name for name in _types(table, column) if name != "null")
+    return DTYPES[name]
 
 
-def _type(column: dict[str, Any]) -> str:
-    """The one type that is not null."""
-    types = column["type"] if isinstance(column["type"], list) else [column["type"]]
-    (found,) = (name for name in types if name != "null")
-    return str(found)
+def is_nullable(table: str, column: str) -> bool:
+    """Whether a cell of the column may be empty."""
+    return "null" in _types(table, column)
+
+
+def words(table: str, column: str) -> tuple[str, ...]:
+    """The words that a column may hold; empty if it may hold any."""
+    return tuple(word for word in schema(table)["properties"][column].get("enum", ()) if word is not None)
+
+
+def _types(table: str, column: str) -> list[str]:
+    types = schema(table)["properties"][column]["type"]
+    return types if isinstance(types, list) else [types]
+
+
+def conform(rows: pd.DataFrame, table: str) -> pd.DataFrame:
+    """Prepares a table for writing: columns of the schema's types, an empty word as null, and the schema's version."""
+    dtypes = {str(name): dtype(table, str(name)) for name in rows if name in schema(table)["properties"]}
+    texts = {name: rows[name].where(rows[name] != "") for name, kind in dtypes.items() if kind == "string"}
+    return rows.assign(**texts).astype(dtypes).assign(**{VERSION: version(table)})
 
 
 class SchemaVersionError(ValueError):
@@ -86,32 +95,3 @@ def read(path: Path, **options: Any) -> pd.DataFrame:
             f"{version(kind)}: `python -m evals.tables {path.parent}` makes it again from the samples beside it"
         )
     return table.drop(columns=VERSION)
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Cell]]:
-    """The rows of a CSV file as JSON has them: numbers and booleans as such, null for an empty cell.
-
-    A cell that is not of its column's type stays text, for the schema to object to. Raises ValueError for a line with more or
-    fewer cells than the first.
-    """
-    known = schema(kind_of(path))["properties"]
-    with path.open(encoding="utf-8", newline="") as file:
-        names, *lines = csv.reader(file)
-    for line in lines:
-        yield {name: parse_cell(text, _type(known[name]) if name in known else "") for name, text in zip(names, line, strict=True)}
-
-
-def parse_cell(text: str, kind: str = "") -> Cell:
-    """A cell of CSV under its type; without one, as a number or boolean wherever it can be read as one."""
-    if text == "":
-        return None
-    if kind in ("", "boolean") and text in ("True", "False"):
-        return text == "True"
-    if kind in ("", "integer", "number"):
-        try:
-            number = float(text)
-        except ValueError:
-            return text
-        if not math.isnan(number):  # inf: an interval without an end
-            return int(number) if number.is_integer() and kind != "number" else number
-    return text

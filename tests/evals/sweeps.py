@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from evals.plots.registry import FIGURES
 from evals.plots.style import RC
-from evals.results.frames import check_fit, check_table, sweeps
+from evals.results.frames import check_table, sweeps
 
 LENGTHS = (1, 128, 1000, 8192)
 THREE = ("standard", "bsbr", "linear")
@@ -96,7 +96,7 @@ def attempted(
     results: pd.DataFrame, name: str, scaling: pd.DataFrame | None = None, crossovers: pd.DataFrame | None = None
 ) -> Figure | None:
     given = {"scaling": scaling, "crossovers": crossovers}
-    fits = {kind: check_fit(kind, fit) for kind, fit in given.items() if fit is not None}
+    fits = {kind: check_table(fit, kind) for kind, fit in given.items() if fit is not None}
     ((_, sweep),) = sweeps(check_table(results), fits)
     with style.context(["default", RC]):
         return FIGURES[name](sweep)

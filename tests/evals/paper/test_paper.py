@@ -25,11 +25,10 @@ from evals.paper.radar import WORST, radar, respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source
 from evals.paths import ROOT
-from evals.plots.layout import Sweep
 from evals.plots.pareto import pareto
 from evals.plots.save import FORMS, save
 from evals.plots.style import RC
-from evals.results.frames import check_fit, check_table, sweeps
+from evals.results.frames import Sweep, check_table, sweeps
 from tests.evals.learned import losses, recalled, sized
 from tests.evals.sweeps import crossing, data, failing, fitted, line, table, words
 
@@ -154,8 +153,8 @@ def test_one_datum_is_enough_to_draw_what_is_of_it(tmp_path: Path) -> None:
 
 
 def swept(results: pd.DataFrame, *crossed: tuple[str, str, float, float, float], fits: pd.DataFrame | None = None) -> Sweep:
-    tables = {"crossovers": check_fit("crossovers", crossing(*crossed))} if crossed else {}
-    tables |= {} if fits is None else {"scaling": check_fit("scaling", fits)}
+    tables = {"crossovers": check_table(crossing(*crossed), "crossovers")} if crossed else {}
+    tables |= {} if fits is None else {"scaling": check_table(fits, "scaling")}
     ((_, sweep),) = sweeps(check_table(results), tables)
     return sweep
 

@@ -19,7 +19,7 @@ from evals.paths import ROOT
 from evals.plots.registry import FIGURES, draw_sweep, sweep_figures
 from evals.plots.style import FAILURES, STYLES, style_of
 from evals.results.formatting import format_setting
-from evals.results.frames import check_fit, check_table, read_fits
+from evals.results.frames import check_table, read_fits
 from tests.evals.sweeps import NEW, attempted, crossing, drawn, failing, fitted, line, table, words
 
 
@@ -134,9 +134,9 @@ def svg(picture: Figure) -> bytes:
 def test_what_differs_in_another_setting_goes_to_its_own_figure(tmp_path: Path) -> None:
     results = pd.concat([table(), table().assign(workload="decode")])
     told = pd.concat([fitted().assign(workload=workload) for workload in ("decode", "prefill")])
-    plain_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_fit("scaling", fitted())})}
+    plain_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_table(fitted(), "scaling")})}
     assert plain_names == {f"{name}-{workload}" for name in ALL - FITTED for workload in ("decode", "prefill")}
-    fitted_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_fit("scaling", told)})}
+    fitted_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_table(told, "scaling")})}
     assert fitted_names == {f"{name}-{workload}" for name in ALL for workload in ("decode", "prefill")}
 
 

@@ -20,8 +20,9 @@ from evals.paths import ROOT
 from evals.plots.style import FAILURES
 from evals.results import compare, frames, latency_table
 from evals.results.folder import ResultFolder
-from evals.results.schema import FOLDER, VERSION, kind_of, parse_cell, read_rows, schema, version
+from evals.results.schema import FOLDER, VERSION, kind_of, schema, version
 from evals.tables import made, main
+from tests.evals.csv_rows import parse_cell, read_rows
 from tests.evals.results.test_latency_table import sweep as records_of_a_sweep
 
 PAPER = ROOT / "results" / "paper"
@@ -119,13 +120,13 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("folder", "change", "failure"),
+    ("folder", "change", "objection"),
     [
         ("seq_len", {"latency_s": "fast"}, "'fast' is not of type 'number', 'null'"),
         ("seq_len", {"seq_len": 12.5}, "12.5 is not of type 'integer'"),
         ("seq_len", {"latency_s": ...}, "'latency_s' is a required property"),
         ("seq_len", {VERSION: ...}, f"'{VERSION}' is a required property"),
-        ("seq_len", {VERSION: 0}, f"{version('measured')} was expected"),
+        ("seq_len", {VERSION: 0}, f"{version('latency')} was expected"),
         ("seq_len", {"latency_ms": 1.0}, "('latency_ms' was unexpected)"),
         ("seq_len", {"outcome": "slow"}, "'slow' is not one of"),
         ("seq_len", {"latency_s": None}, "None should not be valid under"),
@@ -175,7 +176,7 @@ def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
     path = tmp_path / "results.csv"
     pd.read_csv(path).assign(**{VERSION: 99}).to_csv(path, index=False)
     sentence = (
-        f"{path} was written under version 99 of measured.schema.json, and this checkout reads version {version('measured')}: "
+        f"{path} was written under version 99 of latency.schema.json, and this checkout reads version {version('latency')}: "
         f"`python -m evals.tables {tmp_path}` makes it again from the samples beside it"
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):

@@ -1,0 +1,107 @@
+"""The settings of a measurement and how they are written: in a caption ("8k tokens, batch 4"), on an axis, in prose."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from evals.results.formatting import format_setting
+
+SETTINGS = {
+    "workload": "{}",
+    "scope": "one {}",
+    "num_layers": "{} layers",
+    "batch_size": "batch {}",
+    "seq_len": "{} tokens",
+    "hidden_dim": "hidden {}",
+    "num_heads": "{} heads",
+    "dtype": "{}",
+    "device": "{}",
+    "threads": "{} threads",
+    "processor": "{}",
+    "torch": "torch {}",
+}
+"""Settings of a timing and the phrase that a caption writes for each, in its order."""
+
+TRAINING_SETTINGS = {
+    "task": "{}",
+    "seq_len": "trained at {} tokens",
+    "num_pairs": "{} pairs",
+    "items": "{} items",
+    "symbols": "{} symbols",
+    "vocabulary": "{} tokens in the vocabulary",
+    "steps": "{} steps",
+    "batch_size": "batch {}",
+    "num_layers": "{} layers",
+    "hidden_dim": "hidden {}",
+    "num_heads": "{} heads",
+    "conv_size": "convolution of {}",
+    "positions": "positions: {}",
+    "match": "matched: {}",
+    "device": "{}",
+    "dtype": "{}",
+    "processor": "{}",
+}
+"""Settings of a training run and the phrase that a caption writes for each, in its order."""
+
+AXIS_LABELS = {
+    "seq_len": "sequence length in tokens (1k = 1024)",
+    "eval_seq_len": "sequence length in tokens (1k = 1024)",
+    "batch_size": "batch size",
+    "hidden_dim": "hidden size",
+    "head_dim": "head size",
+    "num_heads": "heads",
+    "num_layers": "layers",
+    "chunk_size": "chunk size in tokens (1k = 1024)",
+}
+
+
+def setting_name(setting: str) -> str:
+    """Name of a setting in prose: num_pairs -> pairs, hidden_dim -> hidden dim."""
+    return setting.replace("num_", "").replace("_", " ")
+
+
+def axis_label(setting: str) -> str:
+    """Label of the axis of a setting."""
+    return AXIS_LABELS.get(setting, setting_name(setting))
+
+
+def is_number(values: "pd.Series[Any]") -> bool:
+    """Whether the values are numbers; booleans are not."""
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def conditions(rows: pd.DataFrame, swept: str) -> str:
+    """Caption of a timing: every setting but the swept one, a range where the rows differ in it."""
+    present = {name: rows[name].dropna() for name in SETTINGS if name != swept and name in rows}
+    return ", ".join(SETTINGS[name].format(format_range(values)) for name, values in present.items() if not values.empty)
+
+
+def training_conditions(rows: pd.DataFrame) -> str:
+    """Caption of a training: every setting that all rows share."""
+    return ", ".join(
+        TRAINING_SETTINGS[name].format(format_setting(rows[name].iloc[0]))
+        for name in TRAINING_SETTINGS
+        if name in rows and rows[name].dropna().nunique() == 1
+    )
+
+
+def training_phrase(setting: str, value: str) -> str:
+    """One setting of a training in words, e.g. '64 pairs'; of a setting without a phrase its name and value."""
+    return TRAINING_SETTINGS.get(setting, f"{setting} {{}}").format(value)
+
+
+def format_range(values: "pd.Series[Any]") -> str:
+    """The value of a setting, 'low to high' where numbers differ (hidden size may grow with the swept head size)."""
+    ends = (values.min(), values.max()) if is_number(values) else (values.iloc[0],)
+    return " to ".join(dict.fromkeys(map(format_setting, ends)))
+
+
+def varying(rows: pd.DataFrame, settings: Iterable[str]) -> list[str]:
+    """Those of `settings` that are columns of the table and have more than one value in it."""
+    return [name for name in settings if name in rows and rows[name].nunique(dropna=False) > 1]
+
+
+def group_by(rows: pd.DataFrame, settings: list[str], *, sort: bool = True) -> "Iterable[tuple[tuple[Any, ...], pd.DataFrame]]":
+    """Groups rows by the values of some settings; one group with an empty key where there is no setting."""
+    return rows.groupby(settings, dropna=False, sort=sort) if settings else [((), rows)]
