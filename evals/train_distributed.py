@@ -17,7 +17,7 @@ from evals.cli import hydra_app
 from evals.cli.command import RESUME, command
 from evals.cli.jobs import read_job
 from evals.isolation import forkserver
-from evals.training.distributed import work_off
+from evals.training.distributed import train_comparison
 
 
 @command(interrupted=RESUME)
@@ -36,7 +36,7 @@ def main() -> int:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         session = hydra_app.Session()
-        return hydra_app.run(lambda cfg: work_off(read_job(cfg, session.swept), Path(cfg.results_dir)), session=session)
+        return hydra_app.run(lambda cfg: train_comparison(read_job(cfg, session.swept), Path(cfg.results_dir)), session=session)
     finally:
         dist.destroy_process_group()
 

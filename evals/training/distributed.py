@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Trains a comparison with several processes that share every batch, under torch.distributed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from evals.config import Comparison
+from evals.config import Candidate, Comparison
 from evals.errors import UsageError
 from evals.isolation.worker import Result
 from evals.results.ledger import Ledger
@@ -16,31 +16,44 @@ from evals.training.trainer import TrainingProgress, is_first_rank, train
 T = TypeVar("T")
 
 
-def work_off(comparison: Comparison, results: Path) -> None:
-    """One Hydra job, on every rank."""
+def train_comparison(comparison: Comparison, results_dir: Path) -> None:
+    """Trains all candidates of a comparison in this process group; rank 0 writes the records to the ledger.
+
+    Args:
+        comparison: the same in every process.
+        results_dir: folder of all sweeps' results.
+
+    Raises:
+        UsageError: if the comparison has no task.
+    """
     if comparison.task is None:
         raise UsageError("only training is shared by ranks: name a sweep that trains, such as sweep=recall, or a task")
-    study = Study(comparison, Ledger(results / comparison.sweep / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
+    study = Study(comparison, Ledger(results_dir / comparison.sweep / "samples.jsonl"), Ledger(results_dir / "certificates.jsonl"))
     if is_first_rank():
-        study.ledger.append(study.description())
+        study.append(study.description())
     for candidate in comparison.candidates:
-        if _told(lambda: study.objection(candidate)) is not None:  # noqa: B023  it is called at once
+        if _from_first_rank(lambda: study.certificate_failure(candidate)) is not None:  # noqa: B023  called at once
             continue
-        while (wanted := _told(lambda: next_run(study.runs(candidate), comparison.training))) is not None:  # noqa: B023
-            saved = study.saved(candidate, *wanted)
-            for told in train(comparison, candidate, study.task, *wanted, saved):
-                if is_first_rank() and isinstance(told, TrainingProgress):
-                    print(
-                        f"{candidate.name}, rate {wanted[0]:g}, seed {wanted[1]}: step {told.step}, loss {told.loss:.3f}",
-                        flush=True,
-                    )
-            if is_first_rank():
-                study.ledger.append(study.run_record(candidate, *wanted, Result("ok", told)) | {"ranks": dist.get_world_size()})
-                saved.unlink(missing_ok=True)
+        while (planned := _from_first_rank(lambda: next_run(study.runs(candidate), comparison.training))) is not None:  # noqa: B023
+            _train_run(study, candidate, *planned)
 
 
-def _told(of_first: Callable[[], T]) -> T:
-    """What rank 0 finds: no other rank looks, since what it would see may have changed meanwhile."""
-    told = [of_first() if is_first_rank() else None]
-    dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[return-value]
+def _train_run(study: Study, candidate: Candidate, learning_rate: float, seed: int) -> None:
+    path = study.checkpoint_path(candidate, learning_rate, seed)
+    name = f"{candidate.name}, rate {learning_rate:g}, seed {seed}"
+    for event in train(study.comparison, candidate, study.task, learning_rate, seed, path):
+        if not is_first_rank():
+            continue
+        if isinstance(event, TrainingProgress):
+            print(f"{name}: step {event.step}, loss {event.loss:.3f}", flush=True)
+        else:
+            record = study.run_record(candidate, learning_rate, seed, Result("ok", event))
+            study.append(record | {"ranks": dist.get_world_size()})
+            path.unlink(missing_ok=True)
+
+
+def _from_first_rank(compute: Callable[[], T]) -> T:
+    """Computes a value on rank 0 alone and sends it to all ranks: files that each read itself could change in between."""
+    values = [compute() if is_first_rank() else None]
+    dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]

@@ -1,9 +1,10 @@
-"""Trains every candidate of a comparison on its task: at each learning rate, and at the best one with every seed."""
+"""Trains every candidate of a comparison on its task: once at each learning rate, then at the best one with the other seeds."""
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from evals.benchmark import code_hash
 from evals.benchmark.job import Job, ProgressCallback
@@ -18,74 +19,99 @@ from evals.training.tasks.base import Task
 from evals.training.tasks.build import build_task
 from evals.training.trainer import TrainingProgress, train
 
+TRAINER_MODULES = (
+    *("evals.training.trainer", "evals.training.loss", "evals.training.optimizer"),
+    *("evals.benchmark.workloads", "evals.training.tasks.base"),
+)
+"""Modules that decide what a training run comes to: a change of their code makes the run anew."""
+
 
 def next_run(runs: Sequence[Record], training: Training) -> tuple[float, int] | None:
-    """The learning rate and seed of the run that one candidate still lacks; None if there is no more to do.
+    """Learning rate and seed of the next run of one candidate; None if it has them all.
 
-    runs: its records so far. Every learning rate is tried with seed 0; the best of them then has the other seeds.
+    Every learning rate is tried with seed 0; the best of them is then trained with the other seeds.
+
+    Args:
+        runs: records of its runs so far.
+        training: the learning rates and the number of seeds.
     """
-    made = {(run["learning_rate"], run["seed"]) for run in runs}
-    for rate in training.learning_rates:
-        if (rate, 0) not in made:
-            return rate, 0
+    done = {(run["learning_rate"], run["seed"]) for run in runs}
     best = best_learning_rate(runs, training.learning_rates)
-    if best is None:
-        return None
-    return next(((best, seed) for seed in range(training.seeds) if (best, seed) not in made), None)
+    planned = [(rate, 0) for rate in training.learning_rates]
+    planned += [(best, seed) for seed in range(training.seeds)] if best is not None else []
+    return next((run for run in planned if run not in done), None)
+
+
+def run_key(candidate: Candidate, code: str, task: Task, settings: dict[str, Any], eval_length_multiples: Sequence[int]) -> str:
+    """Key of a candidate's training runs in the ledger, together with the learning rate and the seed.
+
+    Args:
+        candidate: its node and its own ff_dim count.
+        code: digest of the attention's source code.
+        task: its source code counts; its options are among the settings.
+        settings: conditions of the runs, as columns of the table.
+        eval_length_multiples: lengths of evaluation, as multiples of that of training.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    trainer = code_hash.modules_digest(*TRAINER_MODULES)
+    task_code = code_hash.modules_digest(type(task).__module__)
+    return digest([settings, eval_length_multiples, asdict(candidate), code, trainer, task_code])
 
 
 class Study(Job):
-    """Works off a comparison with a task. Runs that `ledger` holds are not made again, whichever command made them.
+    """Training of all candidates on the comparison's task.
 
-    A run that was killed goes on from its checkpoint. Raises UsageError if the ledger is of a sweep over something else.
+    Runs that the ledger holds are not made again, whichever command made them. A run that was killed continues from its checkpoint.
+
+    Attributes:
+        task: what is learned, at the length of training.
+        keys: for each candidate, the key of its runs in the ledger.
     """
 
     kind = "study"
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
         super().__init__(comparison, ledger, certificates)
-        self.task: Task = build_task(comparison)
-        self.settings = {**comparison.settings, **self.task.facts(), **self.machine}
-        trainer = code_hash.modules_digest(
-            "evals.training.trainer", "evals.training.optimizer", "evals.benchmark.workloads", "evals.training.tasks.base"
-        )
-        own = code_hash.modules_digest(type(self.task).__module__)
-        lengths = comparison.training.eval_length_multiples
+        training = comparison.training
+        self.task = build_task(comparison)
+        self.settings = {**comparison.settings, **self.task.extra_settings(), **self.machine}
         self.keys = {
-            one.name: digest([self.settings, lengths, asdict(one), self.code[one.name], trainer, own])
+            one.name: run_key(one, self.code[one.name], self.task, self.settings, training.eval_length_multiples)
             for one in comparison.candidates
         }
-        self.id = digest([self.keys, comparison.training.learning_rates, comparison.training.seeds])
+        self.id = digest([self.keys, training.learning_rates, training.seeds])
 
     def remaining(self) -> tuple[int, float | None]:
-        """How many runs there are already, and about how many seconds the others take; None where none was made yet."""
-        done = {one.name: self.runs(one) for one in self.comparison.candidates}
-        known = [float(run["train_s"]) for runs in done.values() for run in runs if run["outcome"] == "ok"]
-        made = sum(map(len, done.values()))
-        return made, sum(known) / len(known) * max(0, self._wanted() - made) if known else None
+        """Number of runs done, and estimated seconds of the others; None if none has ended well yet."""
+        done = [run for candidate in self.comparison.candidates for run in self.runs(candidate)]
+        seconds = [float(run["train_s"]) for run in done if run["outcome"] == "ok"]
+        left = max(0, self._num_planned() - len(done))
+        return len(done), sum(seconds) / len(seconds) * left if seconds else None
 
     def run(self, report: ProgressCallback) -> Iterator[Record]:
-        """Yields every record as soon as it is in the ledger. Of a main thread."""
+        """Trains what is left; yields each record once it is in the ledger. Must run in the main thread."""
         yield self.append(self.description())
         for candidate in self.comparison.candidates:
-            report(f"{candidate.name}: certificate", self._part())
-            objection = self.objection(candidate)
-            if objection is not None:
-                yield objection
+            report(f"{candidate.name}: certificate", self._share_done())
+            failure = self.certificate_failure(candidate)
+            if failure is not None:
+                yield failure
                 continue
-            for run in self.runs(candidate):  # one that was killed right after its record was kept
-                self.saved(candidate, run["learning_rate"], run["seed"]).unlink(missing_ok=True)
-            while (wanted := next_run(self.runs(candidate), self.comparison.training)) is not None:
-                yield self.append(self._trained(candidate, *wanted, report))
-                self.saved(candidate, *wanted).unlink(missing_ok=True)
+            for run in self.runs(candidate):  # a command may have been killed between the record and this
+                self.checkpoint_path(candidate, run["learning_rate"], run["seed"]).unlink(missing_ok=True)
+            while (planned := next_run(self.runs(candidate), self.comparison.training)) is not None:
+                yield self.append(self._train(candidate, *planned, report))
+                self.checkpoint_path(candidate, *planned).unlink(missing_ok=True)
 
     def runs(self, candidate: Candidate) -> list[Record]:
-        """What the ledger holds of a candidate's runs."""
+        """Records of a candidate's runs that the ledger holds."""
         key = self.keys[candidate.name]
         return [record for record in self.ledger.read()[0] if record.get("kind") == "run" and record["run"] == key]
 
-    def objection(self, candidate: Candidate) -> Record | None:
-        """The record that says why this candidate is not trained; None if it is certified."""
+    def certificate_failure(self, candidate: Candidate) -> Record | None:
+        """Record of why a candidate is not trained, which is also in the ledger; None if the candidate is certified."""
         certified = self.preflight.certified(candidate)
         if certified.outcome == "ok":
             return None
@@ -93,50 +119,24 @@ class Study(Job):
         return known[0] if known else self.append(self.run_record(candidate, None, 0, certified))
 
     def run_record(self, candidate: Candidate, learning_rate: float | None, seed: int, result: Result) -> Record:
-        """What the ledger keeps of a run."""
-        outcome = {"outcome": result.outcome, "detail": result.detail}
+        """Record of a run: the fields that `train` ended with, or why there are none."""
         return {
             "kind": "run",
             "run": self.keys[candidate.name],
             "attention": candidate.name,
             "learning_rate": learning_rate,
             "seed": seed,
-            **(result.value if result.outcome == "ok" else outcome),
+            **(result.value if result.outcome == "ok" else {"outcome": result.outcome, "detail": result.detail}),
             "time": now(),
         }
 
-    def saved(self, candidate: Candidate, learning_rate: float, seed: int) -> Path:
-        """Where the checkpoint of a run lies until its record is in the ledger."""
+    def checkpoint_path(self, candidate: Candidate, learning_rate: float, seed: int) -> Path:
+        """File of a run's checkpoint, which exists until the run's record is in the ledger."""
         name = f"{candidate.name}-{digest([self.keys[candidate.name], learning_rate, seed])}.safetensors"
         return self.ledger.path.parent / "checkpoints" / name.replace(os.sep, "_")
 
-    def _trained(self, candidate: Candidate, learning_rate: float, seed: int, report: ProgressCallback) -> Record:
-        limit_s, saved = self.comparison.sampling.timeout_s, self.saved(candidate, learning_rate, seed)
-        arguments = (self.comparison, candidate, self.task, learning_rate, seed, saved)
-        steps, done = self.comparison.training.steps, self._part()
-        with (
-            exclusive_lock(self.comparison.device.kind),
-            Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker,
-        ):
-            result = worker.result(limit_s)
-            while result.outcome == "ok" and isinstance(result.value, TrainingProgress):
-                step, loss, left_s = result.value
-                words = (
-                    f"{candidate.name}, rate {learning_rate:g}, seed {seed}: step {step}/{steps}, loss {loss:.3f}, {left_s:.0f} s"
-                )
-                report(words, done + step / steps / self._wanted())
-                result = worker.ask(None, limit_s)
-        return self.run_record(candidate, learning_rate, seed, result)
-
-    def _wanted(self) -> int:
-        """How many runs there are to be, if all goes well."""
-        training = self.comparison.training
-        return len(self.comparison.candidates) * (len(training.learning_rates) + training.seeds - 1)
-
-    def _part(self) -> float:
-        return min(1.0, sum(len(self.runs(one)) for one in self.comparison.candidates) / self._wanted())
-
     def description(self) -> Record:
+        """Record of what is compared and trained, under which settings, and on which machine."""
         return super().description() | {
             "candidates": {one.name: {"node": one.node, "ff_dim": one.ff_dim} for one in self.comparison.candidates},
             "runs": self.keys,
@@ -145,3 +145,30 @@ class Study(Job):
             "grouped_by": self.task.grouped_by,
             "unit": self.task.unit,
         }
+
+    def _train(self, candidate: Candidate, learning_rate: float, seed: int, report: ProgressCallback) -> Record:
+        """Trains one run in a worker process; returns its record."""
+        timeout_s, steps = self.comparison.sampling.timeout_s, self.comparison.training.steps
+        name, done, share = f"{candidate.name}, rate {learning_rate:g}, seed {seed}", self._share_done(), 1 / self._num_planned()
+        path = self.checkpoint_path(candidate, learning_rate, seed)
+        arguments = (self.comparison, candidate, self.task, learning_rate, seed, path)
+        with (
+            exclusive_lock(self.comparison.device.kind),
+            Worker(train, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker,
+        ):
+            result = worker.result(timeout_s)
+            while result.outcome == "ok" and isinstance(result.value, TrainingProgress):
+                step, loss, remaining_s = result.value
+                report(
+                    f"{name}: step {step}/{steps}, loss {loss:.3f}, {remaining_s:.0f} s", done + step / steps / self._num_planned()
+                )
+                result = worker.ask(None, timeout_s)
+        return self.run_record(candidate, learning_rate, seed, result)
+
+    def _num_planned(self) -> int:
+        """Number of runs, if all end well."""
+        training = self.comparison.training
+        return len(self.comparison.candidates) * (len(training.learning_rates) + training.seeds - 1)
+
+    def _share_done(self) -> float:
+        return min(1.0, sum(len(self.runs(one)) for one in self.comparison.candidates) / self._num_planned())

@@ -1,192 +1,226 @@
-"""One training run: a decoder over one attention learns one task, and is asked at every length. Plain: it serves a comparison.
+"""One training run: a decoder over one attention learns one task, and is then evaluated at every length.
 
-All randomness follows from the run's seed and the number of the step: whatever the attention and the learning rate, the
-batches are the same and come in the same order, and a run goes on from its checkpoint as if it had never stopped.
+All randomness follows from the run's seed and the number of the step. So the batches are the same, in the same order, for
+every attention and learning rate, and a run that continues from its checkpoint gives the same numbers as one that was not stopped.
 """
 
 import math
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bsbr.interface import Attention
 from bsbr.model import CausalLM
 from evals.benchmark.workloads import build_module
-from evals.config import Candidate, Comparison, Device
+from evals.config import Candidate, Comparison
 from evals.measure.clock import Stopwatch
+from evals.results.ledger import Record
 from evals.training import checkpoint
+from evals.training.loss import PerTargetLoss, accumulate_gradients, autocast
 from evals.training.optimizer import learning_rate_at, take_step
-from evals.training.tasks.base import IGNORED, Batch, Split, Task, generator
+from evals.training.tasks.base import Split, Task, generator
 
 LOSS_CURVE_POINTS = 200
-"""Of a loss curve: each is the mean since the one before. Checkpoints are made at points."""
+PROGRESS_S = 1.0
+"""Least seconds between two reports of a run's progress."""
+
+
+class Diverged(ArithmeticError):
+    """A loss is not finite."""
 
 
 class TrainingProgress(NamedTuple):
-    """What a run tells while it lasts. `loss`: nats a target, since the last point; left_s: an estimate."""
+    """State of a running training run.
+
+    Attributes:
+        step: optimizer steps taken.
+        loss: mean training loss in nats since the last point of the loss curve.
+        remaining_s: estimated seconds until the last step.
+    """
 
     step: int
     loss: float
-    left_s: float
-
-
-class PerTargetLoss(nn.Module):
-    """Of every target of a batch: its loss in nats, and whether it was the likeliest token. Logits are of targets alone."""
-
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs, targets: [batch, time]. Returns two of [targets that are not IGNORED], in float32 and bool."""
-        asked = targets != IGNORED
-        logits = self.model.head(self.model.model(inputs)[asked]).float()
-        wanted = targets[asked]
-        return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(dim=-1) == wanted
+    remaining_s: float
 
 
 def train(
-    comparison: Comparison, candidate: Candidate, task: Task, learning_rate: float, seed: int, saved: Path
-) -> Generator[TrainingProgress | dict[str, Any], None, None]:
-    """Yields `Progress` about once a second, and at last what the run came to, as the ledger keeps it.
+    comparison: Comparison, candidate: Candidate, task: Task, learning_rate: float, seed: int, checkpoint_path: Path
+) -> Iterator[TrainingProgress | Record]:
+    """Trains a candidate on a task and evaluates it.
 
-    saved: the checkpoint, from which it goes on where there is one. Under torch.distributed a batch is shared by the
-    ranks; each then has the same parameters, and yields the same.
+    Under torch.distributed the processes share every batch; all have the same parameters and yield the same.
+
+    Args:
+        comparison: the model, shape, device and training settings.
+        candidate: the attention.
+        task: what is learned, at the length of training.
+        learning_rate: the highest of the schedule.
+        seed: of the parameters, the dropout and the batches.
+        checkpoint_path: where the run continues from, if the file exists. The caller deletes it.
+
+    Yields:
+        TrainingProgress about once a second; last of all the fields of the run's record, with outcome `ok` or `diverged`.
     """
-    training, device = comparison.training, comparison.device
-    torch.set_num_threads(device.threads)
-    torch.manual_seed(seed)
-    model = build_module(comparison, candidate)
-    assert isinstance(model, CausalLM)
-    model = model.to(device.kind, torch.float64 if device.dtype == "float64" else torch.float32)
-    answers = PerTargetLoss(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=learning_rate)
-    progress = checkpoint.load(saved, model, optimizer) or {"step": 0, "curve": [], "train_s": 0.0}
-    shared: nn.Module = DistributedDataParallel(answers, find_unused_parameters=True) if dist.is_initialized() else answers
-
-    watch, before_s, kept_s, told_s = Stopwatch(), progress["train_s"], 0.0, -math.inf
-    every = max(1, training.steps // LOSS_CURVE_POINTS)
-    sum_, since, began = 0.0, 0, progress["step"]
-    for step in range(began, training.steps):
-        divisor = training.divisor(step)
-        batch = task.part(divisor).batch(divisor * comparison.shape.batch_size, generator("train", seed, step))
-        sum_ += accumulate_gradients(shared, batch, device, training.grad_accumulation_steps)
-        since += 1
-        step_rate = learning_rate_at(step, training.steps, learning_rate, training.warmup_fraction)
-        take_step(optimizer, list(model.parameters()), step_rate, training.grad_clip_norm)
-        now_s = watch.seconds()
-        if since == every or step + 1 == training.steps:
-            loss, sum_, since = sum_ / since, 0.0, 0
-            progress = {"step": step + 1, "curve": [*progress["curve"], [step + 1, loss]], "train_s": before_s + now_s}
-            if not math.isfinite(loss):
-                yield {"outcome": "diverged", "detail": f"the loss was {loss} at step {step + 1}", "curve": progress["curve"][:-1]}
-                return
-            if now_s - kept_s > training.checkpoint_s and is_first_rank():
-                checkpoint.save(saved, model, optimizer, progress)
-                kept_s = now_s
-        if now_s - told_s > 1:
-            told_s = now_s
-            lately = sum_ / since if since else progress["curve"][-1][1]
-            yield TrainingProgress(step + 1, lately, now_s / (step + 1 - began) * (training.steps - step - 1))
-    answers.eval()
-    validation = yield from evaluate(answers, task, comparison, "validation", progress)
-    evaluations = []
-    for times in training.eval_length_multiples:
-        longer = replace(task, seq_len=times * task.seq_len)
-        evaluations.append((yield from evaluate(answers, longer, comparison, "test", progress)))
-    if not all(math.isfinite(loss) for one in (validation, *evaluations) for loss in one["loss"]):
-        yield {"outcome": "diverged", "detail": "the loss after the last step is no number", "curve": progress["curve"]}
+    run = TrainingRun(comparison, candidate, task, learning_rate, seed, checkpoint_path)
+    try:
+        yield from run.optimize()
+        validation = yield from run.evaluate(task, "validation")
+        evaluations = []
+        for multiple in comparison.training.eval_length_multiples:
+            longer = replace(task, seq_len=multiple * task.seq_len)
+            evaluation = yield from run.evaluate(longer, "test")
+            evaluations.append(evaluation)
+    except Diverged as error:
+        yield {"outcome": "diverged", "detail": str(error), "curve": run.curve.points}
         return
     yield {
         "outcome": "ok",
         "detail": "",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": training.steps * comparison.shape.batch_size * task.seq_len,
-        **progress,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "tokens": comparison.training.steps * comparison.shape.batch_size * task.seq_len,
+        **run.state(),
         "validation_loss": sum(validation["loss"]) / sum(validation["targets"]),
         "evaluations": evaluations,
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, gains and norms do not."""
+class TrainingRun:
+    """A model in training: takes optimizer steps from the last checkpoint on, and evaluates the model after the last step."""
+
+    def __init__(
+        self, comparison: Comparison, candidate: Candidate, task: Task, learning_rate: float, seed: int, checkpoint_path: Path
+    ) -> None:
+        torch.set_num_threads(comparison.device.threads)
+        torch.manual_seed(seed)
+        self.comparison, self.task, self.learning_rate, self.seed = comparison, task, learning_rate, seed
+        training, device = comparison.training, comparison.device
+        dtype = torch.float64 if device.dtype == "float64" else torch.float32
+        self.model = cast(CausalLM, build_module(comparison, candidate).to(device.kind, dtype))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, training.weight_decay), lr=learning_rate)
+        self.checkpoint_path = checkpoint_path
+        state = checkpoint.load(checkpoint_path, self.model, self.optimizer) or {"step": 0, "curve": [], "train_s": 0.0}
+        self.first_step: int = state["step"]
+        self.train_s: float = state["train_s"]
+        self.curve = LossCurve(state["curve"], training.steps)
+        self.per_target_loss = PerTargetLoss(self.model)
+        self.shared_loss: nn.Module = self.per_target_loss
+        if dist.is_initialized():
+            self.shared_loss = DistributedDataParallel(self.per_target_loss, find_unused_parameters=True)
+
+    def optimize(self) -> Iterator[TrainingProgress]:
+        """Takes the remaining steps, saves checkpoints, and puts the model into eval mode. Raises Diverged."""
+        training = self.comparison.training
+        stopwatch, earlier_s, saved_s, reported_s = Stopwatch(), self.train_s, 0.0, -math.inf
+        for step in range(self.first_step, training.steps):
+            completes_point = self.curve.add(step + 1, self._take_step(step))
+            elapsed_s = stopwatch.seconds()
+            if completes_point:
+                self.train_s = earlier_s + elapsed_s
+                if elapsed_s - saved_s > training.checkpoint_s and is_first_rank():
+                    checkpoint.save(self.checkpoint_path, self.model, self.optimizer, self.state())
+                    saved_s = elapsed_s
+            if elapsed_s - reported_s > PROGRESS_S:
+                reported_s = elapsed_s
+                per_step_s = elapsed_s / (step + 1 - self.first_step)
+                yield TrainingProgress(step + 1, self.curve.latest, per_step_s * (training.steps - step - 1))
+        self.per_target_loss.eval()
+
+    def _take_step(self, step: int) -> float:
+        """Takes one optimizer step; returns the loss of its batch."""
+        training = self.comparison.training
+        divisor = training.divisor(step)
+        batch_size = divisor * self.comparison.shape.batch_size  # as many tokens at every length
+        batch = self.task.shortened(divisor).batch(batch_size, generator("train", self.seed, step))
+        loss = accumulate_gradients(self.shared_loss, batch, self.comparison.device, training.grad_accumulation_steps)
+        learning_rate = learning_rate_at(step, training.steps, self.learning_rate, training.warmup_fraction)
+        take_step(self.optimizer, list(self.model.parameters()), learning_rate, training.grad_clip_norm)
+        return loss
+
+    def evaluate(self, task: Task, split: Split) -> Generator[TrainingProgress, None, Record]:
+        """Evaluates the model on a task's examples, which are the same for every run.
+
+        Args:
+            task: the run's task, at any length.
+            split: where the examples come from.
+
+        Yields:
+            The progress of the finished training after each batch, which has as many tokens as in training, or one example.
+
+        Returns:
+            The length; per group of targets their number, the number of correct predictions and the sum of losses in nats;
+            and the bytes of the model's state for decoding at that length.
+
+        Raises:
+            Diverged: if a loss is not finite.
+        """
+        training, device, shape = self.comparison.training, self.comparison.device, self.comparison.shape
+        batch_size = max(1, shape.batch_size * shape.seq_len // task.seq_len)
+        sums = {name: torch.zeros(len(task.groups), dtype=torch.float64) for name in ("targets", "right", "loss")}
+        for start in range(0, training.num_eval_examples, batch_size):
+            size = min(batch_size, training.num_eval_examples - start)
+            batch = task.batch(size, generator(split, task.seq_len, start), split)
+            with torch.inference_mode(), autocast(device):
+                scores = self.per_target_loss(batch.inputs.to(device.kind), batch.targets.to(device.kind))
+            values = {"targets": torch.ones_like(scores.losses), "right": scores.correct, "loss": scores.losses}
+            for name, total in sums.items():
+                total.index_add_(0, batch.groups[batch.target_mask], values[name].cpu().double())
+            yield TrainingProgress(training.steps, self.curve.latest, remaining_s=0.0)
+        if not sums["loss"].isfinite().all():
+            raise Diverged("the loss after the last step is no number")
+        attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
+        return {
+            "seq_len": task.seq_len,
+            "groups": task.groups,
+            "state_bytes": sum(attention.state_bytes(task.seq_len) for attention in attentions),
+            **{name: total.tolist() for name, total in sums.items()},
+        }
+
+    def state(self) -> Record:
+        """What the run has come to at the last point of its loss curve; a checkpoint holds it, and so does the run's record."""
+        return {"step": self.curve.points[-1][0], "curve": self.curve.points, "train_s": self.train_s}
+
+
+class LossCurve:
+    """Training loss over steps: at most about `LOSS_CURVE_POINTS` points [step, mean loss of the steps since the point before]."""
+
+    def __init__(self, points: list[list[float]], steps: int) -> None:
+        self.points = points
+        self._steps = steps
+        self._sum, self._count = 0.0, 0
+
+    def add(self, step: int, loss: float) -> bool:
+        """Adds the loss of one step, counted from 1; returns whether that completes a point. Raises Diverged."""
+        self._sum += loss
+        self._count += 1
+        if self._count < max(1, self._steps // LOSS_CURVE_POINTS) and step < self._steps:
+            return False
+        if not math.isfinite(self.latest):
+            raise Diverged(f"the loss was {self.latest} at step {step}")
+        self.points.append([step, self.latest])
+        self._sum, self._count = 0.0, 0
+        return True
+
+    @property
+    def latest(self) -> float:
+        """Mean loss since the last point; where no step followed it, that of the point."""
+        return self._sum / self._count if self._count else self.points[-1][1]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Splits parameters into two groups for AdamW: matrices have weight decay; biases, gains and norms have none."""
     parameters = list(model.parameters())
     return [
-        {"params": [one for one in parameters if one.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [one for one in parameters if one.dim() < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-def accumulate_gradients(answers: nn.Module, batch: Batch, device: Device, accumulate: int) -> float:
-    """Adds the gradient of the mean loss over all targets of the batch, in `accumulate` pieces on every rank; returns that loss.
-
-    The gradient is that of the whole batch, however it is cut.
-    """
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    pieces = list(_pieces(batch, accumulate * ranks))[rank::ranks]
-    targets = int((batch.targets != IGNORED).sum())
-    total = torch.zeros((), device=device.kind)
-    for index, piece in enumerate(pieces):
-        # Ranks wait for each other once a step.
-        alone = isinstance(answers, DistributedDataParallel) and index + 1 < len(pieces)
-        with answers.no_sync() if alone else nullcontext():  # type: ignore[operator]
-            with _autocast(device):
-                losses, _ = answers(piece.inputs.to(device.kind), piece.targets.to(device.kind))
-            loss = losses.sum() / targets
-            (loss * ranks).backward()  # DistributedDataParallel takes the mean over ranks
-        total += loss.detach()
-    if ranks > 1:
-        dist.all_reduce(total)
-    return float(total)
-
-
-def evaluate(
-    answers: nn.Module, task: Task, comparison: Comparison, split: Split, progress: dict[str, Any]
-) -> Generator[TrainingProgress, None, dict[str, Any]]:
-    """How many targets there are in each group, how many were right, and their losses summed; and the bytes to decode with.
-
-    The examples are the same for every run. As many tokens go through at once as in training, or one example.
-    """
-    training, device = comparison.training, comparison.device
-    size = max(1, comparison.shape.batch_size * comparison.shape.seq_len // task.seq_len)
-    sums = torch.zeros(3, len(task.groups), dtype=torch.float64)
-    for start in range(0, training.num_eval_examples, size):
-        batch = task.batch(min(size, training.num_eval_examples - start), generator(split, task.seq_len, start), split)
-        with torch.inference_mode(), _autocast(device):
-            losses, right = answers(batch.inputs.to(device.kind), batch.targets.to(device.kind))
-        group = batch.groups[batch.targets != IGNORED]
-        for row, values in enumerate((torch.ones_like(right), right, losses)):
-            sums[row].index_add_(0, group, values.cpu().double())
-        step, loss = progress["curve"][-1]
-        yield TrainingProgress(step, loss, left_s=0.0)
-    attentions = [part for part in answers.modules() if isinstance(part, Attention)]
-    return {
-        "seq_len": task.seq_len,
-        "groups": task.groups,
-        "state_bytes": sum(one.state_bytes(task.seq_len) for one in attentions),
-        **dict(zip(("targets", "right", "loss"), sums.tolist(), strict=True)),
-    }
-
-
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the one that writes files and prints: rank 0 of several, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _pieces(batch: Batch, count: int) -> Iterator[Batch]:
-    for tensors in zip(*(tensor.tensor_split(count) for tensor in batch), strict=True):
-        yield Batch(*tensors)
-
-
-def _autocast(device: Device) -> Any:
-    """Matrix products in bfloat16 on CUDA, where that is asked for; parameters stay in float32."""
-    lower = device.kind == "cuda" and device.dtype == "bfloat16"
-    return torch.autocast("cuda", torch.bfloat16) if lower else nullcontext()

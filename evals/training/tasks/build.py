@@ -41,5 +41,5 @@ def adapt_to_task(comparison: Comparison) -> Comparison:
     for times in training.eval_length_multiples:
         replace(task, seq_len=times * task.seq_len)
     for divisor in training.curriculum:
-        task.part(divisor)
+        task.shortened(divisor)
     return replace(comparison, model=replace(model, vocab_size=task.vocab_size))

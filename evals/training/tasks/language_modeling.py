@@ -53,7 +53,7 @@ class LanguageModeling(Task):
     def _powers(self) -> int:
         return max(1, (self.seq_len - 1).bit_length())
 
-    def facts(self) -> dict[str, Any]:
+    def extra_settings(self) -> dict[str, Any]:
         return {"text_sha256": self._text.sha256}
 
     def batch(self, size: int, generator: torch.Generator, split: Split = "train") -> Batch:

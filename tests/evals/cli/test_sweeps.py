@@ -97,7 +97,7 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
 def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
     comparison = read(*jobs(name)[0])
     kind = "accuracy" if comparison.task else "max_context" if comparison.search else "latency"
-    told = {*comparison.settings} | ({*build_task(comparison).facts()} if comparison.task else set())
+    told = {*comparison.settings} | ({*build_task(comparison).extra_settings()} if comparison.task else set())
     assert told - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
 
 

@@ -217,7 +217,7 @@ def test_what_is_done_is_not_done_again_and_leaves_no_checkpoint(swept: tuple[Pa
     results = folder / "results"
     study = Study(asked, Ledger(results / "recall" / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
     before = runs(folder)
-    left = [study.saved(one, run["learning_rate"], run["seed"]) for one in asked.candidates for run in study.runs(one)]
+    left = [study.checkpoint_path(one, run["learning_rate"], run["seed"]) for one in asked.candidates for run in study.runs(one)]
     assert len(left) == 2 * 3
     for path in left:  # as of a command that was killed right after it kept the record
         path.parent.mkdir(exist_ok=True)

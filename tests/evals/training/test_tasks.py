@@ -197,7 +197,7 @@ def test_the_default_text_is_the_standard_library(text: str) -> None:
     library = corpus.load_corpus()
     assert min(map(len, library.splits.values())) > 100_000
     assert b"def main(" in library.splits["train"].tobytes()
-    assert task.facts() == {"text_sha256": library.sha256}
+    assert task.extra_settings() == {"text_sha256": library.sha256}
     assert len(library.sha256) == 64
     assert library.sha256 != corpus.load_corpus(text).sha256
 

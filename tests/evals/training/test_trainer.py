@@ -19,6 +19,7 @@ from evals.config import Comparison
 from evals.isolation.forkserver import launch
 from evals.paths import CONF
 from evals.training import checkpoint, trainer
+from evals.training.loss import PerTargetLoss, accumulate_gradients
 from evals.training.optimizer import learning_rate_at
 from evals.training.tasks.base import IGNORED, generator
 from evals.training.tasks.build import build_task
@@ -75,12 +76,12 @@ def test_matrices_decay_and_nothing_else_does() -> None:
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
     asked = comparison("device.dtype=float64")
     torch.manual_seed(0)
-    answers = trainer.PerTargetLoss(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
+    answers = PerTargetLoss(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
     batch = build_task(asked).batch(6, generator("batch"))
     found = []
     for count in (1, pieces):
         answers.zero_grad()
-        loss = trainer.accumulate_gradients(answers, batch, asked.device, count)
+        loss = accumulate_gradients(answers, batch, asked.device, count)
         found.append([torch.tensor(loss), *(p.grad for p in answers.parameters() if p.grad is not None)])
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-9)
@@ -90,7 +91,7 @@ def test_the_loss_is_that_of_the_asked_targets() -> None:
     asked = comparison()
     model = build_module(asked, asked.candidates[0])
     batch = build_task(asked).batch(6, generator("batch"))
-    losses, right = trainer.PerTargetLoss(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
+    losses, right = PerTargetLoss(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
     logits = model(batch.inputs)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
     torch.testing.assert_close(losses.mean(), expected)
@@ -116,7 +117,7 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
 
 def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[list[int]]] = []
-    original = trainer.accumulate_gradients
+    original = accumulate_gradients
 
     def noted(answers: Any, batch: Any, *rest: Any) -> float:
         seen[-1].append(batch.inputs.flatten().tolist())
@@ -133,7 +134,7 @@ def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monk
 
 def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[tuple[int, int], int]] = []
-    original = trainer.accumulate_gradients
+    original = accumulate_gradients
 
     def noted(answers: Any, batch: Any, *rest: Any) -> float:
         seen.append((tuple(batch.inputs.shape), int((batch.targets != IGNORED).sum())))
@@ -233,7 +234,7 @@ def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path
 
 
 def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.accumulate_gradients
+    original = accumulate_gradients
 
     def spoiled(answers: Any, batch: Any, *rest: Any) -> float:
         loss = original(answers, batch, *rest)
