@@ -159,9 +159,7 @@ class Study(Job):
             result = worker.result(timeout_s)
             while result.outcome == "ok" and isinstance(result.value, TrainingProgress):
                 step, loss, remaining_s = result.value
-                report(
-                    f"{name}: step {step}/{steps}, loss {loss:.3f}, {remaining_s:.0f} s", done + step / steps / self._num_planned()
-                )
+                report(f"{name}: step {step}/{steps}, loss {loss:.3f}, {remaining_s:.0f} s", done + share * step / steps)
                 result = worker.ask(None, timeout_s)
         return self.run_record(candidate, learning_rate, seed, result)
 
