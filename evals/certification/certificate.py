@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Runs all checks on an attention, here or in a child process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +7,23 @@ from typing import Any
 
 import torch
 
-from evals.certification.checks import CHECKS, NEEDS_GRAD
+from evals.certification.checks import CHECKS
 from evals.certification.subject import Build, Subject
 from evals.errors import one_sentence
 from evals.isolation.worker import Result, run_isolated
 
 TIMEOUT_S = 300.0
-"""A variant with the blocks that ship takes seconds; blocks of thousands of tokens, minutes."""
+"""A variant with the default block length takes seconds; blocks of thousands of tokens take minutes."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome: `detail` says what broke where, and is empty if nothing did."""
+    """The outcome of one check.
+
+    Attributes:
+        check: its name.
+        detail: what failed and where; empty if it passed.
+    """
 
     check: str
     detail: str
@@ -27,49 +32,64 @@ class Finding:
     def passed(self) -> bool:
         return not self.detail
 
+    def __str__(self) -> str:
+        return f"{self.check}: {self.detail}"
 
-def certify(build: Build, device: str = "cpu", finest: torch.dtype = torch.float64) -> Iterator[Finding]:
-    """Runs every check on what `build` makes, one finding after the other.
 
-    Without a `reference` no one can know which function was meant. What stays certain then: it is causal, deaf to
-    padding, the same streamed, batched and repeated, finite, its gradient is its slope, float32 keeps its precision, and
-    its claims about cost are true. So an off-by-one window would pass, or a state that is a scalar product k·v.
-    Raises NotImplementedError where a check does: what does not run here is neither right nor wrong.
+def certify(build: Build, device: str = "cpu", finest: torch.dtype = torch.float64) -> list[Finding]:
+    """Runs every check on the attention that `build` makes.
+
+    Without a `reference` the function that was meant is unknown. Then the attention is still checked to be causal,
+    padding-invariant, finite, the same when streamed, batched and repeated, precise in float32 and true in its costs, and its
+    gradient to be its slope. An off-by-one window would pass, or a state that is a scalar product k·v.
+
+    Args:
+        build: makes the attention; it is called several times.
+        device: cpu or cuda.
+        finest: the most precise dtype of the attention's kernels.
+
+    Returns:
+        One finding a check, in the order of `CHECKS`.
+
+    Raises:
+        NotImplementedError: if the attention does not run on this device or in this precision.
     """
     subject = Subject(build, device, finest)
+    findings = []
     for check in CHECKS:
-        with one_thread(), torch.set_grad_enabled(check in NEEDS_GRAD):
+        with _one_thread(), torch.set_grad_enabled(check.needs_grad):
             try:
-                detail = check(subject) or ""
+                detail = check.function(subject) or ""
             except NotImplementedError:
                 raise
-            except Exception as error:  # noqa: BLE001  the subject is anybody's code: whatever it raises is a finding
+            except Exception as error:  # noqa: BLE001  the attention may be anybody's code: whatever it raises is a finding
                 detail = f"raised {type(error).__name__}: {one_sentence(error)}"
-        yield Finding(check.__name__, detail)
+        findings.append(Finding(check.name, detail))
+    return findings
+
+
+def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result:
+    """Runs `certify` in a child process: what is not certified may hang, crash or take all memory.
+
+    It runs on the CPU in float64. If the kernels run only on the GPU, all checks run there in `dtype`, and see no error below its
+    rounding. Not yet run on a GPU.
+
+    Returns:
+        The findings as the value of a result whose outcome is ok; otherwise why there are none.
+    """
+    limits: dict[str, Any] = {"timeout_s": TIMEOUT_S, "memory_limit_bytes": memory_limit_bytes}
+    result = run_isolated(certify, build, **limits)
+    if result.outcome == "unsupported" and device != "cpu":
+        result = run_isolated(certify, build, device, dtype, **limits)
+    return result
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that share a small matrix product wait for each other far longer than it takes."""
+def _one_thread() -> Iterator[None]:
+    """Limits torch to one thread: on a busy machine threads that share a small product wait far longer than it takes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result:
-    """The findings, from a process apart: on the CPU in float64, or where its kernels run only on the comparison's GPU, there.
-
-    There all checks are made in the comparison's precision, and see no error below its rounding. Not yet run on a GPU.
-    """
-    limits: dict[str, Any] = {"timeout_s": TIMEOUT_S, "memory_limit_bytes": memory_limit_bytes}
-    result = run_isolated(findings, build, **limits)
-    if result.outcome == "unsupported" and device != "cpu":
-        result = run_isolated(findings, build, device, dtype, **limits)
-    return result
-
-
-def findings(build: Build, device: str = "cpu", finest: torch.dtype = torch.float64) -> list[Finding]:
-    return list(certify(build, device, finest))

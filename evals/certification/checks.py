@@ -1,10 +1,7 @@
-"""What the certificate checks. A check takes a `Subject` and returns what broke where, in words, or None.
-
-The checks know nothing of a variant but the contract in `bsbr.interface`. They look where blockwise code
-breaks: at one token, at a block and one token to either side, and at three blocks and an odd rest.
-"""
+"""The registry of all checks: the certificate, the help, the table and the report read it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from evals.certification.cost_checks import flops, memory, state_size
 from evals.certification.output_checks import batch, causality, contract, determinism, finite, padding
@@ -12,9 +9,35 @@ from evals.certification.parity_check import parity
 from evals.certification.streaming_check import streaming
 from evals.certification.subject import Subject
 
-CHECKS: tuple[Callable[[Subject], str | None], ...] = (
-    determinism, contract, causality, padding, streaming, parity, batch, finite, memory, flops, state_size,
-)  # fmt: skip
-"""Causes before their consequences: what draws random numbers is no function, and fails most of the others too."""
 
-NEEDS_GRAD = frozenset({causality, parity, finite, memory})
+@dataclass(frozen=True)
+class Check:
+    """One property that an attention must have.
+
+    Attributes:
+        name: as tables print it.
+        description: the property, in one sentence.
+        function: returns what failed and where, or None. It raises NotImplementedError where the attention cannot run.
+        needs_grad: whether it computes gradients.
+    """
+
+    name: str
+    description: str
+    function: Callable[[Subject], str | None]
+    needs_grad: bool = False
+
+
+CHECKS = (
+    Check("determinism", "In eval mode the same input gives the same bits.", determinism),
+    Check("contract", "Shapes and types are kept, and forward is output(attend(project(x))).", contract),
+    Check("causality", "Inputs after t change neither output t nor its gradient.", causality, needs_grad=True),
+    Check("padding", "Padding changes no other output, wherever it stands, and outputs at padding are 0.", padding),
+    Check("streaming", "extend over any split of a sequence gives what forward gives, and changes no state.", streaming),
+    Check("parity", "attend and its gradients equal those of the reference, in three precisions.", parity, needs_grad=True),
+    Check("batch", "A sequence gives the same alone as in a batch.", batch),
+    Check("finite", "Huge, tiny, zero and fully padded inputs give finite outputs and gradients.", finite, needs_grad=True),
+    Check("memory", "Peak memory grows as n^1.1 at most, forward and backward.", memory, needs_grad=True),
+    Check("flops", "The declared FLOPs match the matrix products that run.", flops),
+    Check("state_size", "state_bytes is what the state holds.", state_size),
+)
+"""Causes stand before their consequences: an attention that draws random numbers fails `determinism` and most others too."""

@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Checks of cost: peak memory, FLOPs and state size are what the attention declares."""
 
 from functools import partial
 
@@ -10,15 +10,13 @@ from evals.certification.subject import Subject
 from evals.measure.flops import count_flops
 from evals.measure.memory import peak_allocated_bytes
 
-# --- the truth about cost -----------------------------------------------------------------------
-
 
 def memory(subject: Subject) -> str | None:
-    """Over four times the tokens the peak, of a forward pass and with the backward pass, grows as n^1.1 at most: no n×n tensor."""
+    """With four times the tokens, peak memory grows as n^1.1 at most, forward and backward: there is no n×n tensor."""
     (dtype,) = subject.dtypes(torch.float32)
     attention = subject.in_dtype(dtype)
     lengths = max(1024, 4 * subject.block) * torch.tensor([1, 4])
-    for name, work in (("a forward pass", forward), ("a forward and backward pass", forward_backward)):
+    for name, work in (("a forward pass", _forward), ("a forward and backward pass", _forward_backward)):
         peaks = []
         for time in lengths.tolist():
             x = subject.inputs(time, dtype=dtype)
@@ -30,21 +28,11 @@ def memory(subject: Subject) -> str | None:
     return None
 
 
-def forward(attention: Attention, x: Tensor) -> None:
-    with torch.no_grad():
-        attention(x)
-
-
-def forward_backward(attention: Attention, x: Tensor) -> None:
-    x.requires_grad_()
-    torch.autograd.grad(attention(x).sum(), x)
-
-
 def flops(subject: Subject) -> str | None:
-    """The declared FLOPs are no more than those counted, no less than a fifth, and grow with length as those counted do.
+    """The declared FLOPs are between a fifth of the counted FLOPs and all of them, and grow with length as those do.
 
-    Counted are the matrix products that ran, masked halves included; declared is causal work only. What somebody's own kernel
-    multiplies on a GPU torch does not see: where it counts nothing there, nothing is said.
+    Counted are the matrix products that ran, masked halves included; declared is causal work only. Torch does not see the products
+    of somebody's own GPU kernel: where it counts nothing there, the check passes.
     """
     (dtype,) = subject.dtypes(torch.float32)
     attention = subject.in_dtype(dtype)
@@ -67,13 +55,23 @@ def flops(subject: Subject) -> str | None:
 
 
 def state_size(subject: Subject) -> str | None:
-    """`state_bytes` is what the state holds, up to 64 bytes of counters; a view holds all that it is a view of."""
+    """`state_bytes` is what the state holds, up to 64 bytes of counters; a view holds all of the tensor that it views."""
     for dtype in subject.dtypes(torch.float32, torch.bfloat16):
         attention = subject.in_dtype(dtype)
         for time in subject.lengths:
             _, state = attention.extend(subject.inputs(time, batch=2, dtype=dtype))
-            held = sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, state.values())}.values())
-            declared = attention.state_bytes(time, batch_size=2)
+            storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, state.values())}
+            held, declared = sum(storages.values()), attention.state_bytes(time, batch_size=2)
             if not declared <= held <= declared + 64:
                 return f"state_bytes({time}, batch_size=2) declares {declared:,} bytes, the state holds {held:,} ({dtype})"
     return None
+
+
+def _forward(attention: Attention, x: Tensor) -> None:
+    with torch.no_grad():
+        attention(x)
+
+
+def _forward_backward(attention: Attention, x: Tensor) -> None:
+    x.requires_grad_()
+    torch.autograd.grad(attention(x).sum(), x)

@@ -1,11 +1,12 @@
-"""TODO: what lives here."""
+"""Checks of outputs and their gradients: determinism, contract, causality, padding, batch, finite values."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bsbr.interface import Attention
 from evals.certification.subject import ROUNDING, Subject, first_difference
-
-# --- what comes out -----------------------------------------------------------------------------
 
 
 def determinism(subject: Subject) -> str | None:
@@ -17,7 +18,7 @@ def determinism(subject: Subject) -> str | None:
 
 
 def contract(subject: Subject) -> str | None:
-    """Shapes and types; forward is output(attend(project(x)))."""
+    """Shapes and types are kept; forward is output(attend(project(x)))."""
     for time in subject.lengths:
         x = subject.inputs(time, batch=2)
         output = subject.attention(x)
@@ -43,13 +44,13 @@ def causality(subject: Subject) -> str | None:
     for t in subject.boundaries:
         (gradient,) = torch.autograd.grad((output[:, t] * weights[:, t]).sum(), x, retain_graph=True)
         future = gradient[0, t + 1 :].abs().amax(dim=1)
-        if not future.max() <= ROUNDING[x.dtype] * gradient.abs().max():  # so that NaN is wrong
+        if not future.max() <= ROUNDING[x.dtype] * gradient.abs().max():  # negated, so that NaN is wrong
             return f"output {t} has a gradient of {future.max():.1e} at input {t + 1 + int(future.argmax())} (n={time})"
     return None
 
 
 def padding(subject: Subject) -> str | None:
-    """A padded sequence gives what it gives alone, wherever the padding is and whatever stands there; at padding stands 0."""
+    """A padded sequence gives what it gives alone, wherever the padding is and whatever it contains; outputs at padding are 0."""
     pads = subject.block // 2 + 1
     for time in subject.lengths:
         x = subject.inputs(time)
@@ -86,39 +87,56 @@ def finite(subject: Subject) -> str | None:
     """Huge, tiny, zero and constant inputs, and rows without any token, give finite outputs and gradients."""
     for dtype in subject.dtypes(torch.float32, torch.bfloat16):
         attention = subject.in_dtype(dtype)
-        # bfloat16 has the range of float32, so that what overflows at a length does so in both: its ends are enough, and
-        # without instructions for it a backward pass is 60 times as slow.
+        # bfloat16 has the range of float32, so that what overflows at a length does so in both: the shortest and the longest are
+        # enough. Without instructions for bfloat16 a backward pass is 60 times as slow.
         for time in subject.lengths if dtype == torch.float32 else sorted({1, subject.lengths[-1]}):
-            x = subject.inputs(time, batch=2, dtype=dtype)
-            one_empty = torch.stack([torch.zeros(time), torch.ones(time)]).to(x.device)
-            # 1e3 makes scores of a million; ten times that, and float32 holds a score no better than to a few units,
-            # so that a softmax's backward pass, which computes weights again, means nothing.
-            cases: list[tuple[str, Tensor, Tensor | None]] = [
-                ("inputs of size 1e3", 1e3 * x[:1], None),
-                ("inputs of size 1e-3", 1e-3 * x[:1], None),
-                ("inputs that are all 0", 0 * x[:1], None),
-                ("inputs that are all 1", torch.ones_like(x[:1]), None),
-                ("a row that is all padding", x, one_empty),
-            ]
-            for name, case, mask in cases:
-                leaf = case.clone().requires_grad_()
-                output = attention(leaf, mask)
-                leaves: dict[str, Tensor] = {"the inputs": leaf}
-                if mask is not None:  # what hides a NaN from the inputs does not hide it from the parameters
-                    leaves |= dict(attention.named_parameters())
-                gradients = torch.autograd.grad(output.sum(), list(leaves.values()), allow_unused=True)
-                found = {"an output": output} | {
-                    f"a gradient by {of}": g for of, g in zip(leaves, gradients, strict=True) if g is not None
-                }
-                for what, tensor in found.items():
-                    if not tensor.isfinite().all():
-                        value = "NaN" if tensor.isnan().any() else "infinity"
-                        return f"{name}: {what} with {value}{first_position(tensor)} (n={time}, {dtype})"
+            for case in _extreme_inputs(subject.inputs(time, batch=2, dtype=dtype)):
+                if failure := _not_finite(attention, case):
+                    return f"{case.name}: {failure} (n={time}, {dtype})"
     return None
 
 
-def first_position(values: Tensor) -> str:
-    """Where the first value that is not finite stands, if `values` are [batch, time, hidden_dim]."""
+class _Case(NamedTuple):
+    name: str
+    inputs: Tensor
+    attention_mask: Tensor | None = None
+
+
+def _extreme_inputs(x: Tensor) -> list[_Case]:
+    """Cases from two rows [2, time, hidden_dim] of normal inputs.
+
+    1e3 makes scores of a million. With ten times that float32 holds a score to a few units only, and the backward pass of a softmax,
+    which computes the weights again, has no meaning.
+    """
+    one_empty = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).to(x.device)
+    return [
+        _Case("inputs of size 1e3", 1e3 * x[:1]),
+        _Case("inputs of size 1e-3", 1e-3 * x[:1]),
+        _Case("inputs that are all 0", 0 * x[:1]),
+        _Case("inputs that are all 1", torch.ones_like(x[:1])),
+        _Case("a row that is all padding", x, one_empty),
+    ]
+
+
+def _not_finite(attention: Attention, case: _Case) -> str | None:
+    """The first output or gradient with NaN or infinity."""
+    leaf = case.inputs.clone().requires_grad_()
+    output = attention(leaf, case.attention_mask)
+    leaves: dict[str, Tensor] = {"the inputs": leaf}
+    if case.attention_mask is not None:  # a mask may hide a NaN from the inputs, but not from the parameters
+        leaves |= dict(attention.named_parameters())
+    gradients = torch.autograd.grad(output.sum(), list(leaves.values()), allow_unused=True)
+    tensors = {"an output": output} | {
+        f"a gradient by {name}": gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None
+    }
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            return f"{name} with {'NaN' if tensor.isnan().any() else 'infinity'}{_first_position(tensor)}"
+    return None
+
+
+def _first_position(values: Tensor) -> str:
+    """Position of the first value that is not finite, if `values` are [batch, time, hidden_dim]."""
     if values.dim() != 3:
         return ""
     return f", first at position {int((~values.isfinite()).any(dim=2).any(dim=0).nonzero()[0])}"

@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Check of parity: `attend` and its gradients against the reference, or against their own definition where there is none."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from evals.certification.subject import Subject, noise
+from evals.certification.subject import Subject
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest |fast − reference| / |reference| (norms), of outputs and of gradients."""
@@ -15,66 +15,69 @@ STEP, SLOPE_TOLERANCE = 1e-7, 1e-4
 """Small enough to step over few kinks, such as a ReLU's; the rounding of float64 divided by it stays below the tolerance."""
 
 
-# --- the same as its definition -----------------------------------------------------------------
-
-
 def parity(subject: Subject) -> str | None:
     """`attend` and its gradients equal the reference's, in float64, float32 and bfloat16.
 
-    A variant without a reference is held against itself in float64, where its gradient must be its slope:
-    that finds lost precision and lost gradients, but not a function other than the one that was meant.
+    A variant without a reference is compared with itself in float64, where its gradient must be its slope. That finds lost
+    precision and wrong gradients, but not a function other than the one that was meant.
     """
     attend, reference = subject.attention.attend, subject.attention.reference
-    taken = subject.dtypes(*TOLERANCE)
-    for time in subject.lengths if taken else []:
+    dtypes = subject.dtypes(*TOLERANCE)
+    for time in subject.lengths:
         with torch.no_grad():
             projected = subject.attention.project(subject.inputs(time, batch=2))
-        # Inputs that the coarsest type holds exactly spare the slow reference a run for each type.
+        # Inputs that the coarsest dtype holds exactly spare the slow reference a run for each dtype.
         inputs = [tensor.to(torch.bfloat16).double() for tensor in projected]
-        if reference is None and not (error := slope_error(attend, inputs)) <= SLOPE_TOLERANCE:
+        if reference is None and not (error := _slope_error(attend, inputs)) <= SLOPE_TOLERANCE:
             return f"the gradient of attend is off its slope by {error:.1e} (n={time}, allowed {SLOPE_TOLERANCE:.0e})"
-        truth, true_gradients = value_and_gradients(reference or attend, inputs)
+        truth, true_gradients = _value_and_gradients(reference or attend, inputs)
         # A gradient that is zero in truth (a query's, over one key) leaves rounding of the size of the others.
         floor = 0.1 * max(float(gradient.norm()) for gradient in true_gradients)
-        for dtype in taken:
-            value, gradients = value_and_gradients(subject.in_dtype(dtype).attend, [tensor.to(dtype) for tensor in inputs])
-            errors = {"attend": relative_error(value, truth)} | {
-                f"the gradient of attend by its tensor {index}": relative_error(mine, theirs, floor)
-                for index, (mine, theirs) in enumerate(zip(gradients, true_gradients, strict=True))
+        for dtype in dtypes:
+            value, gradients = _value_and_gradients(subject.in_dtype(dtype).attend, [tensor.to(dtype) for tensor in inputs])
+            errors = {"attend": _relative_error(value, truth)} | {
+                f"the gradient of attend by its tensor {index}": _relative_error(gradient, true_gradient, floor)
+                for index, (gradient, true_gradient) in enumerate(zip(gradients, true_gradients, strict=True))
             }
-            for what, error in errors.items():
+            for name, error in errors.items():
                 if not error <= TOLERANCE[dtype]:
                     against = "its reference" if reference else "itself in float64"
-                    return f"{what} is off {against} by {error:.1e} in {dtype} (n={time}, allowed {TOLERANCE[dtype]:.0e})"
+                    return f"{name} is off {against} by {error:.1e} in {dtype} (n={time}, allowed {TOLERANCE[dtype]:.0e})"
     return None
 
 
-def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """function(*inputs), and the gradients of its weighted sum by each of them."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     value = function(*leaves)
-    gradients = torch.autograd.grad((value * noise(value, 6)).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad((value * _noise(value, 6)).sum(), leaves, allow_unused=True)
     return value.detach(), [
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
 
 
-def slope_error(function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """|slope along a random direction − what the gradients say of it| / |gradients|, of the same weighted sum."""
-    _, gradients = value_and_gradients(function, inputs)
-    directions = [noise(tensor, 7) for tensor in inputs]
+def _slope_error(function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """|slope along a random direction − slope that the gradients imply| / |gradients|, of the same weighted sum."""
+    _, gradients = _value_and_gradients(function, inputs)
+    directions = [_noise(tensor, 7) for tensor in inputs]
     ahead, behind = (
         function(*(tensor + step * direction for tensor, direction in zip(inputs, directions, strict=True))).detach()
         for step in (STEP, -STEP)
     )
-    slope = float(((ahead - behind) * noise(ahead, 6)).sum()) / (2 * STEP)
-    told = sum(float((gradient * direction).sum()) for gradient, direction in zip(gradients, directions, strict=True))
+    slope = float(((ahead - behind) * _noise(ahead, 6)).sum()) / (2 * STEP)
+    implied = sum(float((gradient * direction).sum()) for gradient, direction in zip(gradients, directions, strict=True))
     size = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-    return abs(slope - told) / max(size, 1e-30)
+    return abs(slope - implied) / max(size, 1e-30)
 
 
-def relative_error(mine: Tensor, truth: Tensor, floor: float = 0.0) -> float:
-    """|mine − truth| / max(|truth|, floor); infinite if the shapes differ."""
-    if mine.shape != truth.shape:
+def _relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:
+    """|value − truth| / max(|truth|, floor); infinite if the shapes differ."""
+    if value.shape != truth.shape:
         return float("inf")
-    return float((mine.double() - truth.double()).norm()) / max(float(truth.norm()), floor, 1e-30)
+    return float((value.double() - truth.double()).norm()) / max(float(truth.norm()), floor, 1e-30)
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """Random numbers that every floating dtype holds exactly, in the shape and dtype of `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(torch.bfloat16).to(like)

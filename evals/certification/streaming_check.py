@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Check of streaming: `extend` over any split of a sequence equals `forward`, and a state is a value."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,32 +10,30 @@ from bsbr.interface import State
 from evals.certification.subject import Subject, first_difference
 from evals.errors import one_sentence
 
-# --- streaming ----------------------------------------------------------------------------------
-
 
 def streaming(subject: Subject) -> str | None:
-    """`extend` over any split of a sequence gives what `forward` gives, and leaves the state it is given alone."""
+    """`extend` over any split of a sequence gives what `forward` gives, and does not change the state it is given."""
     generator = torch.Generator().manual_seed(4)
     for time in subject.lengths:
         x = subject.inputs(time, batch=2)
         whole = subject.attention(x)
-        for split in splits(time, subject.block, generator):
-            pieces, state, position = [], None, 0
+        for split in _splits(time, subject.block, generator):
+            outputs, state, position = [], None, 0
             for piece in x.split(split, dim=1):
-                kept = copied(state)
+                before = _copy(state)
                 output, new_state = subject.attention.extend(piece, state)
-                if spoilt := [name for name in kept if state is not None and not torch.equal(kept[name], state[name])]:
-                    return f"extend by {piece.shape[1]} tokens after {position} changes the state it is given: {', '.join(spoilt)}"
-                pieces.append(output)
+                if changed := [name for name in before if state is not None and not torch.equal(before[name], state[name])]:
+                    return f"extend by {piece.shape[1]} tokens after {position} changes the state it is given: {', '.join(changed)}"
+                outputs.append(output)
                 state, position = new_state, position + piece.shape[1]
-            if where := first_difference(torch.cat(pieces, dim=1), whole):
-                shown = str(split) if len(split) <= 6 else f"[{', '.join(map(str, split[:4]))}, … {len(split)} pieces]"
-                return f"extend over {shown} tokens differs from forward in {where} (n={time})"
-    return continuation(subject)
+            if where := first_difference(torch.cat(outputs, dim=1), whole):
+                pieces = str(split) if len(split) <= 6 else f"[{', '.join(map(str, split[:4]))}, … {len(split)} pieces]"
+                return f"extend over {pieces} tokens differs from forward in {where} (n={time})"
+    return _continuation(subject)
 
 
-def continuation(subject: Subject) -> str | None:
-    """A state serves two continuations, also when others ran in between, and comes back from disk as it was."""
+def _continuation(subject: Subject) -> str | None:
+    """One state serves several continuations, also after it was saved and loaded."""
     prefix = subject.block + subject.block // 2 + 1
     x, y = subject.inputs(prefix, batch=2), subject.inputs(subject.block, batch=2, seed=5)
     whole = subject.attention(torch.cat([x, y], dim=1))[:, prefix:]
@@ -52,8 +50,8 @@ def continuation(subject: Subject) -> str | None:
     return None
 
 
-def splits(time: int, block: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Ways to cut a sequence: not, token by token, at block boundaries and beside them, at random."""
+def _splits(time: int, block: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Lengths of the pieces of a sequence: uncut, token by token, cut at and beside block boundaries, and cut at random."""
     yield [time]
     yield [1] * time
     for step in sorted({max(1, block - 1), block, block + 1}):
@@ -62,5 +60,5 @@ def splits(time: int, block: int, generator: torch.Generator) -> Iterator[list[i
     yield [stop - start for start, stop in pairwise([0, *sorted(cuts), time])]
 
 
-def copied(state: State | None) -> State:
+def _copy(state: State | None) -> State:
     return {} if state is None else {name: tensor.clone() for name, tensor in state.items()}

@@ -71,7 +71,7 @@ def render(sources: Sequence[Source]) -> str:
         data=[part["data"] for part in described],
         machines=machines(sources),
         certificates=[(source, certificates(source)) for source in sources],
-        checks=[(check.__name__, (check.__doc__ or "").partition("\n")[0]) for check in CHECKS],
+        checks=[(check.name, check.description) for check in CHECKS],
         scripts=[(script, digest(script)) for script in scripts],
         style=(HERE / "page.css").read_text(encoding="utf-8"),
     )
