@@ -30,7 +30,7 @@ class Check:
 CHECKS = (
     Check("determinism", "In eval mode the same input gives the same bits.", determinism),
     Check("contract", "Shapes and types are kept, and forward is output(attend(project(x))).", contract),
-    Check("causality", "Inputs after t change neither output t nor its gradient.", causality, needs_grad=True),
+    Check("causality", "Output t does not depend on inputs after t, in value or in gradient.", causality, needs_grad=True),
     Check("padding", "Padding changes no other output, wherever it stands, and outputs at padding are 0.", padding),
     Check("streaming", "extend over any split of a sequence gives what forward gives, and changes no state.", streaming),
     Check("parity", "attend and its gradients equal those of the reference, in three precisions.", parity, needs_grad=True),

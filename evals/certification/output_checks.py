@@ -105,8 +105,8 @@ class _Case(NamedTuple):
 def _extreme_inputs(x: Tensor) -> list[_Case]:
     """Cases from two rows [2, time, hidden_dim] of normal inputs.
 
-    1e3 makes scores of a million. With ten times that float32 holds a score to a few units only, and the backward pass of a softmax,
-    which computes the weights again, has no meaning.
+    1e3 makes scores of a million. With ten times that float32 holds a score to a few units only, and the backward pass of a
+    softmax, which computes the weights again, has no meaning.
     """
     one_empty = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).to(x.device)
     return [

@@ -1,64 +1,72 @@
-"""TODO: what lives here."""
+"""The table that `evals.certify` prints: one row an attention, one column a check, and below it what failed."""
 
 from functools import partial
 
 from omegaconf import DictConfig
 
-from evals.certification.certificate import certify_isolated
+from evals.certification.certificate import Finding, certify_isolated
 from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
+from evals.config import Candidate, Comparison
+from evals.errors import OK
+from evals.isolation.worker import Result
 from evals.measure.memory import available_bytes
 
-# --- the command --------------------------------------------------------------------------------
+COLUMN_WIDTH, HEADER_LINES = 5, 3
 
 
-class Report:
-    """Prints a row as soon as a variant is through; at the end, in words, what broke."""
+class CertificateView:
+    """Certifies the attentions of a Hydra job, prints a row as soon as each is done, and at the end what failed."""
 
     def __init__(self) -> None:
-        self.objections: list[str] = []
+        self.failures: list[str] = []
         self.unsupported: list[str] = []
 
     def certify(self, cfg: DictConfig) -> None:
-        """One Hydra job."""
+        """Certifies every attention of one Hydra job."""
         comparison = read_job(cfg)
         width = max(len(candidate.name) for candidate in comparison.candidates) + 2
         print(header(width))
         for candidate in comparison.candidates:
             print(f"{candidate.name:<{width}}", end="", flush=True)
-            # Apart, because what is not certified may hang, crash or take all memory.
-            result = certify_isolated(
-                partial(candidate.build, comparison.model),
-                comparison.device.kind,
-                comparison.device.torch_dtype,
-                int(0.8 * available_bytes()),
-            )
-            if result.outcome == "ok":
-                print("".join(f"{'✓' if finding.passed else '✗':<{COLUMN}}" for finding in result.value).rstrip())
-                red = [f"{finding.check}: {finding.detail}" for finding in result.value if not finding.passed]
-            else:
-                print(result.outcome)
-                red = [f"the certificate ended as {result.outcome}: {result.detail}"]
-            told = [f"{candidate.name}, {objection}" for objection in red]
-            if result.outcome == "unsupported":
-                self.unsupported += told
-            else:
-                self.objections += told
+            result = self._certify(comparison, candidate)
+            print(row(result.value) if result.outcome == "ok" else result.outcome)
+            messages = self.unsupported if result.outcome == "unsupported" else self.failures
+            messages += [f"{candidate.name}, {failure}" for failure in failures(result)]
 
     def conclude(self, _: DictConfig) -> int:
-        if self.objections or self.unsupported:
-            print("", *self.objections, *self.unsupported, sep="\n")
-        return 1 if self.objections else 0
+        """Prints all failures and returns the exit code; what this machine cannot run is not a failure."""
+        if self.failures or self.unsupported:
+            print("", *self.failures, *self.unsupported, sep="\n")
+        return 1 if self.failures else OK
+
+    def _certify(self, comparison: Comparison, candidate: Candidate) -> Result:
+        device = comparison.device
+        memory_limit_bytes = int(0.8 * available_bytes())
+        return certify_isolated(partial(candidate.build, comparison.model), device.kind, device.torch_dtype, memory_limit_bytes)
 
 
-COLUMN, LINES = 5, 3
+def failures(result: Result) -> list[str]:
+    """What a certificate says against an attention: its failed checks, or why there is no certificate."""
+    if result.outcome == "ok":
+        return [str(finding) for finding in result.value if not finding.passed]
+    return [f"the certificate ended as {result.outcome}: {result.detail}"]
 
 
 def header(width: int) -> str:
-    """The checks' names, each over its column: in turn on one of three lines, since they are wider than their columns."""
-    names = [check.__name__ for check in CHECKS]
+    """Names of the checks above their columns, spread over three lines because they are wider than the columns.
+
+    Args:
+        width: of the column that holds the attentions' names, in characters.
+    """
+    names = [check.name for check in CHECKS]
     lines = []
-    for line in range(LINES):
-        columns = "".join(f"{name:<{COLUMN * LINES}}" for name in names[line::LINES])
-        lines.append((" " * (width + COLUMN * line) + columns).rstrip())
+    for line in range(HEADER_LINES):
+        columns = "".join(f"{name:<{COLUMN_WIDTH * HEADER_LINES}}" for name in names[line::HEADER_LINES])
+        lines.append((" " * (width + COLUMN_WIDTH * line) + columns).rstrip())
     return "\n".join(lines)
+
+
+def row(findings: list[Finding]) -> str:
+    """One mark a check."""
+    return "".join(f"{'✓' if finding.passed else '✗':<{COLUMN_WIDTH}}" for finding in findings).rstrip()

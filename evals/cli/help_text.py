@@ -58,13 +58,14 @@ def text(about: str, own: Path | None = None) -> str:
     return "\n\n".join(blocks)
 
 
-def text_of_certify(about: str, own: Path | None = None) -> str:
-    """The same of `python -m evals.certify`."""
+def text_of_certify(about: str, checks: dict[str, str], own: Path | None = None) -> str:
+    """Help of `python -m evals.certify`. checks: descriptions of the certificate's checks by name; the others as in `text`."""
     folders = [CONF, *([] if own is None else [own])]
     named = {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}
     blocks = [
         "usage: python -m evals.certify [option …] ['attention=[…]'] [setting=value …]",
         *paragraphs(about),
+        listed("Checks", checks),
         listed("Attentions", {"attention=": ", ".join(files(folders, "attention"))}),
         listed("Options", named),
         "Settings are those of python -m evals.run --help.",

@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Tests of the instrument itself on this machine: A/A comparisons, a known slowdown, torch's own clock, and kill -9."""
 
 import math
 import random
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +29,53 @@ from evals.results import latency_table, schema
 from evals.results.ledger import Ledger
 
 NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
+CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
 
 
-# --- of things that are equal, none is faster -----------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
-def aa(numbers: range, *options: str) -> bool:
-    """Of comparisons of an attention with itself, 92.5 % hold 1 and at most 2 % are called faster or slower."""
+def aa(numbers: range, overrides: Sequence[str]) -> bool:
+    """Compares attentions with themselves: at least 92.5 % of intervals hold 1, at most 2 % are called faster or slower.
+
+    Args:
+        numbers: of the comparisons; each number is the seed that draws an attention and a length.
+        overrides: settings of the config, as `device.threads=1`.
+    """
     held = wrong = 0
     for number in tqdm(numbers, desc="aa", disable=None):
         chance = random.Random(number)
-        row = against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), number, *options, slower=1.0)
+        row = _against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), number, overrides, factor=1.0)
         held += row["speedup_low"] <= 1 <= row["speedup_high"]
         wrong += row["verdict"] in ("faster", "slower")
-        tqdm.write(f"aa {number}: {told(row)}")
+        tqdm.write(f"aa {number}: {_description(row)}")
     count = len(numbers)
     print(f"aa: {held} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
     print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
     return held >= 0.925 * count and wrong <= 0.02 * count
 
 
-def slowdown(numbers: range, *options: str, factor: float = 1.05) -> bool:
-    """Of comparisons with an attention that takes 5 % longer, 9 of 10 call it slower."""
+def slowdown(numbers: range, overrides: Sequence[str], factor: float = 1.05) -> bool:
+    """Compares attentions with themselves slowed down by `factor`: at least 9 of 10 are called slower. Arguments as of `aa`."""
     found = 0
     for number in tqdm(numbers, desc="slowdown", disable=None):
         chance = random.Random(number)
-        row = against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), number, *options, slower=factor)
+        row = _against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), number, overrides, factor=factor)
         found += row["verdict"] == "slower"
-        tqdm.write(f"slowdown {number}: {told(row)}")
+        tqdm.write(f"slowdown {number}: {_description(row)}")
     count = len(numbers)
     print(f"slowdown: {found} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
     return found >= 0.9 * count
 
 
-def against_itself(name: str, seq_len: int, seed: int, *options: str, slower: float) -> dict[str, Any]:
-    """The row of an attention that runs against itself, which takes `slower` times as long."""
-    node = f"{{_target_: evals.benchmark.slowed.slowed, _recursive_: false, factor: {slower}, of: ${{attention.{name}}}}}"
-    place = (f"shape.seq_len={seq_len}", f"sampling.seed={seed}", f"relative_to={name}")
-    comparison = composed(f"attention=[{name}]", f"+attention.again={node}", *place, *options)
+def _against_itself(name: str, seq_len: int, seed: int, overrides: Sequence[str], factor: float) -> dict[str, Any]:
+    """The result of an attention that takes `factor` times as long as the reference, which is the same attention."""
+    node = f"{{_target_: evals.benchmark.slowed.slowed, _recursive_: false, factor: {factor}, of: ${{attention.{name}}}}}"
+    settings = (f"shape.seq_len={seq_len}", f"sampling.seed={seed}", f"relative_to={name}")
+    comparison = compose_comparison(f"attention=[{name}]", f"+attention.again={node}", *settings, *overrides)
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "samples.jsonl")
-        for _ in Engine(comparison, ledger, CERTIFICATES).run(lambda _words, _part: None):
+        for _ in Engine(comparison, ledger, CERTIFICATES).run(lambda _message, _done: None):
             pass
         rows = latency_table.build(ledger.read()[0])
     row = {str(column): value for column, value in rows[rows["attention"] == "again"].iloc[0].items()}
@@ -76,23 +84,20 @@ def against_itself(name: str, seq_len: int, seed: int, *options: str, slower: fl
     return row
 
 
-def told(row: dict[str, Any]) -> str:
+def _description(row: dict[str, Any]) -> str:
     interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
     return f"{row['relative_to']} at {row['seq_len']}, {row['rounds']} rounds: {interval}, {row['verdict']}"
-
-
-CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
 
 
 # --- the clock ------------------------------------------------------------------------------------
 
 
-def clock_agrees(*options: str) -> bool:
-    """Latencies agree within 3 % with torch.utils.benchmark on five shapes."""
+def clock(_: range, overrides: Sequence[str]) -> bool:
+    """Compares latencies with torch.utils.benchmark on five shapes: they agree within 3 %."""
     agree = True
     for name, seq_len in (("standard", 512), ("bsbr", 1000), ("linear", 2048), ("delta_net", 300), ("gau", 4096)):
-        comparison = composed(f"attention=[{name}]", f"shape.seq_len={seq_len}", *options)
-        result = run_isolated(both_clocks, comparison, comparison.candidates[0], timeout_s=120.0)
+        comparison = compose_comparison(f"attention=[{name}]", f"shape.seq_len={seq_len}", *overrides)
+        result = run_isolated(_both_clocks, comparison, comparison.candidates[0], timeout_s=120.0)
         if result.outcome != "ok":
             raise UsageError(f"{name} ended as {result.outcome}: {result.detail}")
         seconds, ratio = result.value
@@ -101,8 +106,8 @@ def clock_agrees(*options: str) -> bool:
     return agree
 
 
-def both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, float]:
-    """Median seconds of a call by torch's clock, and our seconds over its: the two take turns."""
+def _both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, float]:
+    """Median seconds of a call by torch's clock, and the ratio of our median to it. Runs in a child process."""
     settle_allocator()
     call = prepare(comparison, candidate).call
     ours = make_clock(call, comparison.device.kind, comparison.device.mode)
@@ -110,16 +115,16 @@ def both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, fl
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)
     pairs = []
     for _ in within_budget(400, 12.0, Stopwatch()):
-        mine = statistics.median(ours.time_slice(0.01).samples_s)
-        # A median of calls, as ours is; each of them costs two more that warm up.
-        theirs = statistics.median(timer.timeit(1).median for _ in range(max(1, round(0.003 / mine))))
-        pairs.append((mine, theirs))
-    # What slowed the machine for longer than a turn slowed both.
-    ratio = statistics.median(a / b for a, b in pairs)
-    return statistics.median(b for _, b in pairs), ratio
+        our_s = statistics.median(ours.time_slice(0.01).samples_s)
+        # A median of calls, as ours is; each timeit(1) costs two more calls that warm up.
+        torch_s = statistics.median(timer.timeit(1).median for _ in range(max(1, round(0.003 / our_s))))
+        pairs.append((our_s, torch_s))
+    # A disturbance that lasts longer than a time slice slows both clocks of a pair.
+    ratio = statistics.median(our_s / torch_s for our_s, torch_s in pairs)
+    return statistics.median(torch_s for _, torch_s in pairs), ratio
 
 
-# --- nothing is lost ------------------------------------------------------------------------------
+# --- the ledger -----------------------------------------------------------------------------------
 
 SWEEP = (
     *("sweep=seq_len", "attention=[standard,linear,sliding_window]", "shape.seq_len=64,100,130,200,256,300,400,512,600,700"),
@@ -128,54 +133,75 @@ SWEEP = (
 )
 
 
-def kills(count: int) -> bool:
-    """After `count` times kill -9 and a restart, every line that was ever in the ledger is there, once, and the table is whole."""
+def kills(numbers: range, _: Sequence[str]) -> bool:
+    """Kills a sweep as often as there are numbers: all lines of the ledger stay, none is there twice, the table is complete."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "results" / "seq_len" / "samples.jsonl")
         command = [sys.executable, "-m", "evals.run", *SWEEP, f"results_dir={folder}/results", f"plots_dir={folder}/plots"]
         chance, kept = random.Random(0), b""
         killed = finished = 0
-        while killed < count:
-            before = _size(ledger.path)
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                # A few while it begins; most of them after it has come to measure something, however slow the machine is.
-                while chance.random() > 0.003 and process.poll() is None and _size(ledger.path) == before:
-                    time.sleep(0.1)
-                process.wait(chance.uniform(0, 4))
-                ledger.path.unlink()  # it was through: from the beginning, then
+        while killed < len(numbers):
+            if not _kill_while_running(command, ledger.path, chance):
+                ledger.path.unlink()  # the sweep is complete: start again
                 kept, finished = b"", finished + 1
                 continue
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             killed += 1
             content = ledger.path.read_bytes() if ledger.path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if not whole.startswith(kept):
+            complete_lines = content[: content.rfind(b"\n") + 1]
+            if not complete_lines.startswith(kept):
                 print(f"kills: after {killed}, lines that were in the ledger are gone")
                 return False
-            kept = whole
+            kept = complete_lines
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         records = [record for record in ledger.read()[0] if record["kind"] in ("preflight", "latency")]
-        places = [
-            tuple(record.get(key) for key in ("comparison", "attention", "kind", "round", "is_control")) for record in records
-        ]
         rows = schema.read(ledger.path.with_name("results.csv"))
+    identity = ("comparison", "attention", "kind", "round", "is_control")
+    duplicates = len(records) - len({tuple(record.get(key) for key in identity) for record in records})
     complete = len(rows) == 3 * 10 and (rows["outcome"] == "ok").all() and (rows["rounds"] >= 20).all()
-    twice = len(places) - len(set(places))
-    print(f"kills: {killed} in {finished + 1} sweeps; in the last {len(places)} records, {twice} of them twice")
+    print(f"kills: {killed} in {finished + 1} sweeps; in the last {len(records)} records, {duplicates} of them twice")
     print(f"kills: the table is {'' if complete else 'not '}complete")
-    return bool(complete) and not twice
+    return bool(complete) and not duplicates
+
+
+def _kill_while_running(command: Sequence[str], ledger: Path, chance: random.Random) -> bool:
+    """Starts a sweep and kills it at a random moment; False if it had ended by itself."""
+    before = _size(ledger)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A few are killed while they start, most of them only after the first new record, however slow the machine is.
+    while chance.random() > 0.003 and process.poll() is None and _size(ledger) == before:
+        time.sleep(0.1)
+    try:
+        process.wait(chance.uniform(0, 4))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    return False
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
-def composed(*overrides: str) -> Comparison:
+@dataclass(frozen=True)
+class SelfTest:
+    """A test of the instrument, and how many comparisons or kills it makes by default."""
+
+    function: Callable[[range, Sequence[str]], bool]
+    default_count: int = 1
+
+    def run(self, first: int, count: int | None, overrides: Sequence[str]) -> bool:
+        """Runs the test; returns whether it passed."""
+        return self.function(range(first, first + (count or self.default_count)), overrides)
+
+
+SELF_TESTS = {"aa": SelfTest(aa, 200), "slowdown": SelfTest(slowdown, 10), "clock": SelfTest(clock), "kills": SelfTest(kills, 100)}
+
+
+def compose_comparison(*overrides: str) -> Comparison:
+    """The comparison that a command with these overrides would measure."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return read_job(compose("config", list(overrides)))

@@ -1,7 +1,7 @@
-"""The wrong attentions that people really write: each a true one of ours with the one thing changed that they get wrong.
+"""Attentions with the mistakes that people really make: each is a correct one of ours with a single thing changed.
 
-They keep the reference of the true one, and all but the last few are right in everything else, so that the set of
-checks each must fail (see test_certify.py) tells whether a check is red for what is wrong or for something else.
+They keep the reference of the correct one, and all but the last few are right in everything else. The set of checks that each must
+fail (see test_certify.py) therefore shows whether a check fails for its own cause.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from bsbr.attention import BSBRAttention
 from bsbr.backends.pytorch import chunk_states, local_attention, read_out, retrieve
 from bsbr.interface import State, merge_heads
 
-# --- who sees the future ------------------------------------------------------------------------
+# --- mistakes of causality ------------------------------------------------------------------------
 
 
 class TriuForTril(StandardAttention):
-    """A token sees itself and what comes after it."""
+    """A token sees itself and all later tokens."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
@@ -32,7 +32,7 @@ class TriuForTril(StandardAttention):
 
 
 class ReshapedHeads(StandardAttention):
-    """[batch, time, heads · dim] is reshaped to [batch, heads, time, dim] at once, where it takes a transpose."""
+    """[batch, time, heads · dim] is reshaped to [batch, heads, time, dim] without the transpose."""
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         def split(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class ReshapedHeads(StandardAttention):
 
 
 class RetrievesOwnChunk(BSBRAttention):
-    """The mask over chunks is lower triangular, not strictly."""
+    """The mask over chunks is lower triangular instead of strictly lower triangular."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v, r, h, q_features, k_features, beta = tensors
@@ -52,7 +52,7 @@ class RetrievesOwnChunk(BSBRAttention):
 
 
 class MetaQueryFromLastToken(BSBRAttention):
-    """A chunk asks with what its last token knows."""
+    """The meta query of a chunk is projected from its last token."""
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         q, k, v, _, *rest = super().project(hidden_states, start)
@@ -62,13 +62,13 @@ class MetaQueryFromLastToken(BSBRAttention):
 
 
 class DividedByLength(LinearAttention):
-    """Every output is divided by the length of the whole sequence, which no single token knows."""
+    """Every output is divided by the length of the whole sequence, which depends on later tokens."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         return super().attend(*tensors) / tensors[0].shape[2]
 
 
-# --- padding and batch --------------------------------------------------------------------------
+# --- padding and batch ----------------------------------------------------------------------------
 
 
 class PaddingIgnored(StandardAttention):
@@ -77,7 +77,7 @@ class PaddingIgnored(StandardAttention):
 
 
 class PaddingZeroed(StandardAttention):
-    """Padded inputs are zero, but still are tokens: they take their share of every softmax."""
+    """Padded inputs are set to zero but remain tokens: they take their share of every softmax."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
@@ -87,7 +87,7 @@ class PaddingZeroed(StandardAttention):
 
 
 class EmptySoftmax(StandardAttention):
-    """Padded keys score −∞. A query that sees none is 0/0; hiding the NaN behind it hides none of its gradient."""
+    """Padded keys score −∞. A query without keys gives 0/0; masking its output does not mask the NaN in its gradient."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
@@ -107,11 +107,11 @@ class MixesBatch(StandardAttention):
         return q, k - 0.5 * k.mean(dim=0), v
 
 
-# --- another function than was meant ------------------------------------------------------------
+# --- mistakes of the function ---------------------------------------------------------------------
 
 
 class WindowOffByOne(SlidingWindowAttention):
-    """The window holds `window_size` tokens before a token, and the token."""
+    """The window holds `window_size` tokens before a token, and the token itself."""
 
     def __init__(self, hidden_dim: int, num_heads: int, *, window_size: int) -> None:
         super().__init__(hidden_dim, num_heads, window_size=window_size + 1)
@@ -122,7 +122,7 @@ class WindowOffByOne(SlidingWindowAttention):
 
 
 class CorrectsAfterWriting(DeltaNetAttention):
-    """First S' = S + β k vᵀ, then S' − β k (S'ᵀk)ᵀ: what is taken away is part of what was just written.
+    """First S' = S + β k vᵀ, then S' − β k (S'ᵀk)ᵀ: the correction removes part of what was just written.
 
     With k of unit norm that writes (1 − β) v for v.
     """
@@ -133,7 +133,7 @@ class CorrectsAfterWriting(DeltaNetAttention):
 
 
 class ScalarState(LinearAttention):
-    """The state is the sum of the scalars φ(k)·v, where it takes the matrices φ(k) vᵀ."""
+    """The state is the sum of the scalars φ(k)·v instead of the matrices φ(k) vᵀ."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = (F.elu(tensors[0]) + 1, F.elu(tensors[1]) + 1, tensors[2])
@@ -142,7 +142,7 @@ class ScalarState(LinearAttention):
 
 
 class DetachedKeys(StandardAttention):
-    """The values are right and the keys never learn."""
+    """Outputs are right, but keys get no gradient."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
@@ -157,18 +157,18 @@ class AccumulatesInBfloat16(LinearAttention):
 
 
 class DropoutInEval(StandardAttention):
-    """F.dropout takes training=True unless it is told otherwise."""
+    """F.dropout defaults to training=True."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
         return F.dropout(softmax_attention(q, k, v), 0.1)
 
 
-# --- extend -------------------------------------------------------------------------------------
+# --- mistakes of streaming ------------------------------------------------------------------------
 
 
 class ReadsBeforeWriting(LinearAttention):
-    """A decoded token reads the state before it is in it."""
+    """A decoded token reads the state before it is written to it."""
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         output, after = super().extend(hidden_states, state)
@@ -180,7 +180,7 @@ class ReadsBeforeWriting(LinearAttention):
 
 
 class StaleRetrieval(BSBRAttention):
-    """What a chunk retrieves is computed where it begins, and the next token finds the one before it in the state."""
+    """A new chunk's retrieval is not stored: later tokens read that of the chunk before."""
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         output, after = super().extend(hidden_states, state)
@@ -188,7 +188,7 @@ class StaleRetrieval(BSBRAttention):
 
 
 class RemembersOnModule(StandardAttention):
-    """The cache is an attribute, so all sequences share it; what is handed out only looks like a state."""
+    """The cache is an attribute of the module, so all sequences share it; the returned state is ignored."""
 
     cache: State
 
@@ -199,7 +199,7 @@ class RemembersOnModule(StandardAttention):
 
 
 class WritesIntoState(LinearAttention):
-    """The sums are updated in place, which spares memory and spoils every other continuation."""
+    """The sums are updated in place, which corrupts every other continuation of the same prefix."""
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         output, after = super().extend(hidden_states, state)
@@ -217,7 +217,7 @@ class PositionsRestart(SlidingWindowAttention):
 
 
 class ViewAsState(SlidingWindowAttention):
-    """The last keys are kept as a view, and with them all the others."""
+    """The last keys are a view, which keeps all other keys in memory."""
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         output, after = super().extend(hidden_states, state)
@@ -225,7 +225,7 @@ class ViewAsState(SlidingWindowAttention):
         return output, after | {"keys": everything[0][everything[1] :]}
 
 
-# --- numbers ------------------------------------------------------------------------------------
+# --- mistakes of numerics -------------------------------------------------------------------------
 
 
 class NormWithoutEpsilon(BSBRAttention):
@@ -237,7 +237,7 @@ class NormWithoutEpsilon(BSBRAttention):
 
 
 class SoftmaxWithoutShift(StandardAttention):
-    """exp(s) / Σ exp(s), which is ∞/∞ for large scores; written out with the n×n scores, as such code is."""
+    """exp(s) / Σ exp(s) without the maximum subtracted, which is ∞/∞ for large scores; it holds the n×n scores."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
@@ -246,11 +246,11 @@ class SoftmaxWithoutShift(StandardAttention):
         return weights @ v / weights.sum(dim=-1, keepdim=True)
 
 
-# --- untrue claims ------------------------------------------------------------------------------
+# --- wrong declarations ---------------------------------------------------------------------------
 
 
 class QuadraticUnderLinearLabel(LinearAttention):
-    """The right outputs, from all n×n scores; its FLOPs it declares as they are."""
+    """Right outputs from all n×n scores, with its true FLOPs declared."""
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
@@ -272,7 +272,7 @@ class FlopsByTen(LinearAttention):
 
 
 class FlopsOfQuadratic(StandardAttention):
-    """Claims to be linear."""
+    """Declares linear FLOPs for quadratic attention."""
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         return 4 * batch_size * self.num_heads * self.head_dim * seq_len * 128

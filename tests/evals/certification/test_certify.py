@@ -1,4 +1,4 @@
-"""Right attentions are green, wrong ones are red, and red for what is wrong with them."""
+"""The certificate passes correct attentions and fails wrong ones, each for what is wrong with it."""
 
 import inspect
 import re
@@ -27,20 +27,20 @@ NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_wind
 SHIPPED = sorted((ROOT / "conf" / "attention").glob("*.yaml"))
 
 
-def red(build: Any) -> dict[str, str]:
-    """The checks that fail, with what they say."""
+def failures(build: Any) -> dict[str, str]:
+    """Details of the checks that fail, by name."""
     return {finding.check: finding.detail for finding in certify(build) if not finding.passed}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -> None:
+def test_every_shipped_attention_passes_or_needs_cuda(path: Path) -> None:
     (node,) = yaml.safe_load(path.read_text()).values()
     build = partial(instantiate, node, hidden_dim=64, num_heads=2)
     if path.stem in NEED_CUDA:
         with pytest.raises(NotImplementedError, match=r"CUDA|does not support backward on CPU"):
-            red(build)
+            failures(build)
     else:
-        assert red(build) == {}
+        assert failures(build) == {}
 
 
 @pytest.mark.parametrize(
@@ -53,23 +53,23 @@ def test_every_attention_that_ships_is_green_or_says_what_it_needs(path: Path) -
     ],
     ids=str,
 )
-def test_bsbr_is_green_with_its_options(options: dict[str, Any]) -> None:
-    assert red(partial(BSBRAttention, 64, 4, chunk_size=24, **options)) == {}
+def test_bsbr_passes_with_its_options(options: dict[str, Any]) -> None:
+    assert failures(partial(BSBRAttention, 64, 4, chunk_size=24, **options)) == {}
 
 
-def test_bsbr_in_chunks_of_one_token_is_told_that_it_holds_n_by_n_weights() -> None:
-    # As a sum: of a single token the delta rule has nothing to correct, and its products are nothing but padding.
-    assert set(red(partial(BSBRAttention, 16, 2, chunk_size=1, chunk_states="sum"))) == {"memory"}
+def test_bsbr_in_chunks_of_one_token_fails_for_its_n_by_n_weights() -> None:
+    # With the sum: the delta rule has nothing to correct in a single token, and its products are padding only.
+    assert set(failures(partial(BSBRAttention, 16, 2, chunk_size=1, chunk_states="sum"))) == {"memory"}
 
 
 # --- the wrong ones -----------------------------------------------------------------------------
 
 BSBR, LINEAR, WINDOW = {"chunk_size": 64}, {"chunk_size": 16}, {"window_size": 16}
 FUTURE = {"causality", "padding", "streaming"}
-"""What sees the future also sees right padding, and cannot be streamed."""
+"""An attention that sees the future also sees padding on the right, and cannot be streamed."""
 
 WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
-    # the class, its options, all checks that must fail, the one that says what is wrong, and its words
+    # class, options, all checks that must fail, the check that names the cause, and its message
     (wrong.TriuForTril, {}, FUTURE | {"parity"}, "causality", "changing the inputs after 0 changes output 0 "),
     (wrong.ReshapedHeads, {}, FUTURE, "causality", "changing the inputs after 0 changes output 0 "),
     (wrong.RetrievesOwnChunk, BSBR, FUTURE | {"parity"}, "causality", "changing the inputs after 0 changes output 0 "),
@@ -116,27 +116,27 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
     (wrong.FlopsByTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
     (wrong.FlopsOfQuadratic, {}, {"flops"}, "flops", "declares .* counted"),
     (wrong.StateBytesOfOneHead, {}, {"state_size"}, "state_size", "declares 128 bytes, the state holds 264"),
-    (wrong.Raises, {}, {check.__name__ for check in CHECKS}, "contract", "raised RuntimeError: no kernel for this second line"),
+    (wrong.Raises, {}, {check.name for check in CHECKS}, "contract", "raised RuntimeError: no kernel for this second line"),
 ]
 
 
-@pytest.mark.parametrize(("cls", "options", "checks", "check", "words"), WRONG, ids=[one[0].__name__ for one in WRONG])
-def test_a_wrong_attention_is_red_for_what_is_wrong_with_it(
-    cls: type[Attention], options: dict[str, int], checks: set[str], check: str, words: str
+@pytest.mark.parametrize(("cls", "options", "checks", "check", "message"), WRONG, ids=[case[0].__name__ for case in WRONG])
+def test_a_wrong_attention_fails_for_what_is_wrong_with_it(
+    cls: type[Attention], options: dict[str, int], checks: set[str], check: str, message: str
 ) -> None:
-    found = red(partial(cls, 16, 2, **options))
-    assert set(found) == checks
-    assert re.search(words, found[check])
+    failed = failures(partial(cls, 16, 2, **options))
+    assert set(failed) == checks
+    assert re.search(message, failed[check])
 
 
-def test_a_wrong_shape_is_told_before_anything_else() -> None:
-    found = red(partial(wrong.WrongShape, 16, 2))
-    assert found["contract"] == "forward returns [2, 1, 15] torch.float64 for [2, 1, 16] torch.float64"
+def test_a_wrong_shape_is_reported_by_the_contract() -> None:
+    failed = failures(partial(wrong.WrongShape, 16, 2))
+    assert failed["contract"] == "forward returns [2, 1, 15] torch.float64 for [2, 1, 16] torch.float64"
 
 
 def test_every_wrong_attention_is_tried() -> None:
     written = {cls for _, cls in inspect.getmembers(wrong, inspect.isclass) if cls.__module__ == wrong.__name__}
-    assert written == {one[0] for one in WRONG} | {wrong.WrongShape}
+    assert written == {case[0] for case in WRONG} | {wrong.WrongShape}
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_every_wrong_attention_is_tried() -> None:
         (wrong.WindowOffByOne, WINDOW, None),
     ],
 )
-def test_what_is_found_without_a_reference(cls: type[Attention], options: dict[str, int], check: str | None) -> None:
+def test_failures_found_without_a_reference(cls: type[Attention], options: dict[str, int], check: str | None) -> None:
     unreferenced = type(cls.__name__, (cls,), {"reference": None})
-    assert (check in red(partial(unreferenced, 16, 2, **options))) == (check is not None)
+    assert (check in failures(partial(unreferenced, 16, 2, **options))) == (check is not None)
 
 
 @pytest.mark.parametrize("finest", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_of_coarse_types_are_certified_in_them(finest: torch.dtype) -> None:
-    """As on a GPU, though on the CPU: what is right is green, and what is wrong by more than rounding is red."""
+def test_kernels_without_float64_are_certified_in_their_finest_dtype(finest: torch.dtype) -> None:
+    """As on a GPU, but simulated on the CPU: errors larger than rounding are found."""
 
     def refuses_finer(cls: type[Attention]) -> type[Attention]:
         def attend(self: Any, *tensors: Tensor) -> Tensor:
@@ -165,22 +165,22 @@ def test_kernels_of_coarse_types_are_certified_in_them(finest: torch.dtype) -> N
 
         return type(cls.__name__, (cls,), {"attend": attend})
 
-    def found(cls: type[Attention], **options: Any) -> set[str]:
+    def failed(cls: type[Attention], **options: Any) -> set[str]:
         build = partial(refuses_finer(cls), 16, 2, **options)
         with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float64"):
-            red(build)
+            failures(build)
         return {finding.check for finding in certify(build, "cpu", finest) if not finding.passed}
 
-    assert found(DeltaNetAttention, chunk_size=16) == set()
-    assert found(StandardAttention) == set()
-    assert {"causality", "streaming"} <= found(wrong.TriuForTril)
-    assert "streaming" in found(wrong.StaleRetrieval, **BSBR)
-    assert "state_size" in found(wrong.StateBytesOfOneHead)
+    assert failed(DeltaNetAttention, chunk_size=16) == set()
+    assert failed(StandardAttention) == set()
+    assert {"causality", "streaming"} <= failed(wrong.TriuForTril)
+    assert "streaming" in failed(wrong.StaleRetrieval, **BSBR)
+    assert "state_size" in failed(wrong.StateBytesOfOneHead)
 
 
 def test_certifying_leaves_the_process_as_it_was() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    red(partial(wrong.Raises, 16, 2))
+    failures(partial(wrong.Raises, 16, 2))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
@@ -192,7 +192,7 @@ def test_certifying_leaves_the_process_as_it_was() -> None:
 SMALL = ("model.hidden_dim=32", "model.num_heads=2")
 
 
-def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_each_failure(tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "conf" / "attention"
     folder.mkdir(parents=True)
     (tmp_path / "mine" / "peeks.py").write_text(
@@ -214,7 +214,7 @@ def test_the_command_shows_a_table_and_says_what_broke_where(tmp_path: Path) -> 
     assert all(len(line) <= 80 for line in done.stdout.split("\n\n")[0].splitlines())
 
 
-def test_the_command_exits_with_0_where_all_is_green() -> None:
+def test_the_command_exits_with_0_if_all_pass() -> None:
     done = call(main, "attention=[standard]", *SMALL)
     assert (done.returncode, done.stderr) == (0, "")
 
