@@ -1,15 +1,38 @@
-"""Turns the arguments of a command into its sweeps, and the composed config of one Hydra job into a comparison to run."""
+"""From the arguments of a command to the jobs that it runs: its sweeps, the comparison of each config, and the job for each."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig
 
+from evals.benchmark.engine import Engine
+from evals.benchmark.job import Job
 from evals.benchmark.matching import match_parameters
+from evals.benchmark.max_context import ContextSearch
 from evals.benchmark.workloads import check_workload
+from evals.cli.hydra_app import add_import_paths
 from evals.config import Comparison, read_comparison
 from evals.paths import CONF
+from evals.results.ledger import Ledger
+from evals.training.study import Study
 from evals.training.tasks.build import adapt_to_task
+
+
+def expand_sweep_all(arguments: Sequence[str]) -> list[list[str]]:
+    """Repeats the command's arguments once for each sweep that `sweep=all` stands for, as conf/sweep/all.yaml lists them.
+
+    Args:
+        arguments: what the user gave the command.
+
+    Returns:
+        One list of arguments per sweep; only the given one if it has no `sweep=all`.
+    """
+    if "sweep=all" not in arguments:
+        return [list(arguments)]
+    names = yaml.safe_load((CONF / "sweep" / "all.yaml").read_text())["sweeps"]
+    return [[f"sweep={name}" if argument == "sweep=all" else argument for argument in arguments] for name in names]
 
 
 def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
@@ -33,16 +56,19 @@ def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
     return comparison if comparison.match is None else match_parameters(comparison)
 
 
-def expand_sweep_all(arguments: Sequence[str]) -> list[list[str]]:
-    """Repeats the command's arguments once for each sweep that `sweep=all` stands for, as conf/sweep/all.yaml lists them.
+def sweep_ledger(cfg: DictConfig) -> Ledger:
+    """The ledger of the config's sweep."""
+    return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
-    Args:
-        arguments: what the user gave the command.
 
-    Returns:
-        One list of arguments per sweep; only the given one if it has no `sweep=all`.
-    """
-    if "sweep=all" not in arguments:
-        return [list(arguments)]
-    names = yaml.safe_load((CONF / "sweep" / "all.yaml").read_text())["sweeps"]
-    return [[f"sweep={name}" if argument == "sweep=all" else argument for argument in arguments] for name in names]
+def make_job(comparison: Comparison, cfg: DictConfig, ledger: Ledger) -> Job:
+    """The job for a comparison: one that trains, one that searches the longest context, or one that times."""
+    kind: type[Job] = Study if comparison.task else ContextSearch if comparison.search else Engine
+    return kind(comparison, ledger, Ledger(Path(cfg.results_dir) / "certificates.jsonl", ledger.writer))
+
+
+def make_remote_job(cfg: DictConfig, swept: str | None, node: str) -> tuple[Job, Ledger]:
+    """The job of a config on a node of a cluster, and the ledger, in which the node has a file of its own."""
+    add_import_paths()
+    ledger = replace(sweep_ledger(cfg), writer=node)
+    return make_job(read_job(cfg, swept), cfg, ledger), ledger

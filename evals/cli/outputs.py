@@ -1,0 +1,86 @@
+"""The outputs of a sweep, all made from the records of its ledger: tables, figures, an HTML report, a tracker's copy."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from evals import report
+from evals.benchmark import max_context
+from evals.cli.jobs import sweep_ledger
+from evals.errors import INCOMPLETE, OK
+from evals.plots import registry
+from evals.results import accuracy_table, latency_table, scaling_table
+from evals.results.formatting import wrap
+from evals.results.ledger import Record
+
+
+def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+    """All tables of a sweep, by the name of their schema, the table of results first; empty if there is no result."""
+    kinds = {record.get("kind") for record in records}
+    if "study" in kinds:
+        results = accuracy_table.build(records)
+        return {} if results.empty else {"accuracy": results, "curves": accuracy_table.build_curves(records)}
+    if "search" in kinds:
+        return {"max_context": max_context.results(records)}
+    results = latency_table.build(records)
+    return {} if results.empty else {"latency": results, **scaling_table.build(results, records)}
+
+
+def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
+    """Writes all outputs of the sweep's folder, and prints the results of this command and the names of the files.
+
+    Args:
+        cfg: the config that the command's jobs share.
+        job_ids: the jobs of this command.
+
+    Returns:
+        The exit code: INCOMPLETE if an attention of this command has no number.
+    """
+    ledger = sweep_ledger(cfg)
+    tables = build_tables(ledger.intact())
+    if not tables:
+        return OK
+    kind, results = next(iter(tables.items()))
+    own = results
+    if kind == "accuracy":
+        own = results[results["study"].isin(job_ids)]
+        print(accuracy_table.render(own))
+    elif kind == "max_context":
+        print(max_context.shown(results))
+    else:
+        own = results[results["comparison"].isin(job_ids)]
+        print(latency_table.render(own))
+    folder = ledger.path.parent
+    paths = [latency_table.write(table, folder, name) for name, table in tables.items()]
+    print(f"\n{paths[0]}: {len(results)} rows")
+    print(report.write([folder], folder / "report.html"))
+    _print_figures(_draw(kind, tables, Path(cfg.plots_dir) / str(cfg.sweep_name)))
+    if cfg.tracker and kind != "max_context":
+        place = instantiate(cfg.tracker, results, tables.get("curves"), sweep=str(cfg.sweep_name), folder=folder)
+        print(f"{place}: the same results, for {cfg.tracker._target_.rpartition('.')[2]}")
+    return OK if _is_complete(kind, own) else INCOMPLETE
+
+
+def _draw(kind: str, tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
+    if kind == "accuracy":
+        return registry.draw_accuracy(tables["accuracy"], tables["curves"], folder)
+    if kind == "max_context":
+        return registry.draw_max_context(tables["max_context"], folder)
+    return registry.draw_sweep(tables["latency"], folder, scaling=tables.get("scaling"), crossovers=tables.get("crossovers"))
+
+
+def _print_figures(paths: Sequence[Path]) -> None:
+    if paths:
+        formats = " and ".join(sorted({path.suffix[1:].upper() for path in paths}))
+        print(wrap(f"{paths[0].parent}/, as {formats}: {', '.join(sorted({path.stem for path in paths}))}"))
+
+
+def _is_complete(kind: str, results: pd.DataFrame) -> bool:
+    """Whether each attention has a number in each job; of a training, at some learning rate."""
+    if kind == "accuracy":
+        trained = results["best"] & (results["outcome"] == "ok")
+        return bool(trained.groupby([results["study"], results["attention"]]).any().all())
+    return bool((results["outcome"] == "ok").all())
