@@ -1,236 +1,172 @@
-"""What `python -m evals.run` does: works off every comparison that it is asked for, and shows what came out."""
+"""`python -m evals.run`: runs every comparison of a sweep, shows it while it runs, and writes what came out."""
 
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from evals.benchmark import max_context
-from evals.benchmark.engine import Engine
 from evals.benchmark.job import Job
 from evals.cli import hydra_app
 from evals.cli.cluster import RemoteLaunch
-from evals.cli.display import Display, Outlook, Quiet, display
-from evals.cli.jobs import expand_sweep_all, read_job
-from evals.cli.progress import board
+from evals.cli.display import Display, make_display
+from evals.cli.jobs import expand_sweep_all, make_job, make_remote_job, read_job, sweep_ledger
+from evals.cli.progress import make_table
 from evals.config import Comparison
-from evals.errors import INCOMPLETE
+from evals.errors import INCOMPLETE, OK
 from evals.isolation.affinity import core_count
 from evals.measure.clock import now, process_age_s
-from evals.plots import registry
-from evals.results import accuracy_table, latency_table
-from evals.results.formatting import wrap
-from evals.results.ledger import Ledger, Record
-from evals.training.study import Study
+from evals.results.ledger import Ledger
+
+SETTING_NAMES = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
+"""Words that follow the value of a setting in the title of a comparison; other values stand alone."""
 
 
-class Run:
-    """What the jobs of one command share: what shows them, and which comparisons were made."""
+def main() -> int:
+    """Runs the sweeps that sys.argv asks for. Returns the exit code."""
+    program, *arguments = sys.argv
+    is_dry_run = "--dry-run" in arguments
+    worst = OK
+    for sweep_arguments in expand_sweep_all([argument for argument in arguments if argument != "--dry-run"]):
+        sys.argv = [program, *sweep_arguments, *(["launcher=local"] if is_dry_run else [])]
+        worst = max(worst, _dry_run() if is_dry_run else SweepRun(sweep_arguments).run())
+    return worst
 
-    def __init__(self, arguments: Sequence[str], *, dry: bool) -> None:
+
+def _dry_run() -> int:
+    """Prints what is left to do in each comparison, and about how long it takes."""
+    session = hydra_app.Session()
+    seconds_left: list[float] = []
+
+    def show(cfg: DictConfig) -> None:
+        comparison = read_job(cfg, session.swept)
+        done, left_s = make_job(comparison, cfg, sweep_ledger(cfg)).remaining()
+        seconds_left.append(left_s or 0.0)
+        print(f"[{len(seconds_left)}/{session.jobs}] {swept_setting(comparison)}: {conditions(comparison)}")
+        names = ", ".join(candidate.name for candidate in comparison.candidates)
+        unit = "training runs" if comparison.task else "lengths" if comparison.search else "rounds"
+        left = "the time left is not known" if left_s is None else f"about {left_s:.0f} s left"
+        print(f"  {names}: {done} {unit} are done, {left}")
+
+    code = hydra_app.run(show, session=session)
+    print(f"about {sum(seconds_left) / 60:.1f} min in all; nothing was measured")
+    return code
+
+
+class SweepRun:
+    """One sweep of the command: runs its jobs, handles Ctrl-C, and writes the outputs.
+
+    Args:
+        arguments: the user's arguments, for the ledger.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
         self.command = shlex.join(["python", "-m", "evals.run", *arguments])
-        self.dry = dry
-        self.seconds_left = 0.0
-        self.called_s = 0.0
-        self.interrupted = False
-        self.stops = "after this round"
-        self.outlook = Outlook()
-        self.display: Display | None = None
-        self.comparisons: list[str] = []
         self.session = hydra_app.Session()
-        self.remote = RemoteLaunch(prepare, ledger)
+        self.remote = RemoteLaunch(make_remote_job, sweep_ledger)
+        self.display = Display()
+        self.job_ids: list[str] = []
+        self.has_measured = False
+        self.called_s = 0.0
+        self.is_interrupted = False
+        self.when_it_stops = "after this round"
 
-    def compare(self, cfg: DictConfig) -> None:
-        """One Hydra job."""
+    def run(self) -> int:
+        signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            return hydra_app.run(self._run_job, self._finish, session=self.session, remote=self.remote)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _run_job(self, cfg: DictConfig) -> None:
         comparison = read_job(cfg, self.session.swept)
-        samples = ledger(cfg)
-        certificates = Ledger(Path(cfg.results_dir) / "certificates.jsonl")
-        job = kind_of(comparison)(comparison, samples, certificates)
-        behind = len(self.comparisons)
-        self.comparisons.append(job.id)
-        place = f"[{behind + 1}/{self.session.jobs}] {swept(comparison)}"
-        if self.dry:
-            print(f"{place}: {conditions(comparison)}")
-            made, seconds = job.remaining()
-            self.seconds_left += seconds or 0.0
-            names = ", ".join(candidate.name for candidate in comparison.candidates)
-            left = "how long the others take is not known" if seconds is None else f"about {seconds:.0f} s to go"
-            print(f"  {names}: {made} {'runs' if comparison.task else 'rounds'} are made, {left}")
-            return
-        torn = samples.mend()
+        ledger = sweep_ledger(cfg)
+        job = make_job(comparison, cfg, ledger)
+        self.job_ids.append(job.id)
+        torn = ledger.mend()
         if torn:
             print(f"warning: {torn}", file=sys.stderr)
-        self.note_command(samples)
-        shown = self.display = self.display or display(quiet=cfg.quiet)
-
-        def watch(words: str, part: float) -> None:
-            if self.interrupted:  # a round is over, and a training run goes on from its checkpoint
-                raise KeyboardInterrupt
-            done = behind + part
-            shown.watch(words, done / self.session.jobs, self.outlook.left(done, self.session.jobs))
-
+        self._record_command(ledger)
+        if job.is_complete():
+            return
+        if not self.has_measured:
+            self.display = make_display(self.session.jobs, quiet=cfg.quiet)
+            self.has_measured = True
         if comparison.task:
-            self.stops = "within seconds, and goes on from the last checkpoint"
-        shown.begin(place, conditions(comparison), board(job, comparison, samples.read()[0]))
-        to_go = None
+            self.when_it_stops = "within seconds, and continues from the last checkpoint"
+        title = f"[{len(self.job_ids)}/{self.session.jobs}] {swept_setting(comparison)}"
+        self.display.begin(title, conditions(comparison), make_table(job))
+        finished = False
         try:
-            for record in job.run(watch):
-                # As many trials at once as there are cores; of all else, one thing at a time.
-                self.called_s += record.get("called_s", 0.0) / (core_count() if record["kind"] == "preflight" else 1)
-                shown.add(record)
-                if self.interrupted and record["kind"] != "latency":  # of which a round has several
-                    raise KeyboardInterrupt
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.outlook.found += not shown.begun
-            to_go = self.outlook.left(behind + 1, self.session.jobs)
+            self._work_off(job)
+            finished = True
         finally:
-            shown.end(to_go)
+            self.display.end(finished=finished)
 
-    def note_command(self, samples: Ledger) -> None:
-        """Has the ledger hold the command that adds to it, once."""
-        if all(record.get("command") != self.command for record in samples.read()[0]):
-            samples.append({"kind": "command", "command": self.command, "time": now()})
+    def _work_off(self, job: Job) -> None:
+        """Runs a job. Raises KeyboardInterrupt after Ctrl-C, as soon as what is measured together is in the ledger."""
+        done = len(self.job_ids) - 1
 
-    def interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        """What Ctrl-C does: once, it lets the running round end."""
-        if self.remote.has_launched:  # what runs on other nodes goes on, and this only waits for it
+        def report(message: str, share: float) -> None:
+            self._stop_if_interrupted()  # a round has ended; a training run continues from its checkpoint
+            self.display.report(message, (done + share) / self.session.jobs)
+
+        for record in job.run(report):
+            # Preflights run side by side, one per core; everything else runs alone.
+            self.called_s += record.get("called_s", 0.0) / (core_count() if record["kind"] == "preflight" else 1)
+            self.display.add(record)
+            if record["kind"] != "latency":  # a round is several records
+                self._stop_if_interrupted()
+        self._stop_if_interrupted()
+
+    def _record_command(self, ledger: Ledger) -> None:
+        """Records in the ledger that this command has added to it, once."""
+        if all(record.get("command") != self.command for record in ledger.read()[0]):
+            ledger.append({"kind": "command", "command": self.command, "time": now()})
+
+    def _stop_if_interrupted(self) -> None:
+        if self.is_interrupted:
             raise KeyboardInterrupt
-        if self.interrupted:
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """Handles Ctrl-C: the first lets the running round end, the second ends the command."""
+        if self.remote.has_launched:  # this process only waits; jobs on other nodes continue
+            raise KeyboardInterrupt
+        if self.is_interrupted:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise hydra_app.ForceQuit
-        self.interrupted = True
-        (self.display or Quiet()).say(f"stops {self.stops}; Ctrl-C again stops at once")
+        self.is_interrupted = True
+        self.display.notify(f"stops {self.when_it_stops}; Ctrl-C again stops at once")
 
-    def report(self, cfg: DictConfig) -> int:
-        """Writes the table and the plots of all that the sweep's folder holds; shows what this command was about."""
-        # Not before: they take two seconds to import, for which a comparison would have to wait.
-        from evals.results.scaling_table import build
+    def _finish(self, cfg: DictConfig) -> int:
+        """Writes the outputs of the sweep's folder, and shows those of this command."""
+        self.job_ids += self.remote.started_ids()
+        if self.job_ids and not self.has_measured and not self.remote.has_launched and not self.is_interrupted:
+            folder = sweep_ledger(cfg).path.parent
+            count = len(self.job_ids)
+            held = f"all {count} comparisons" if count > 1 else "this comparison"
+            print(f"Nothing is left to measure: {folder} holds {held}.\n", flush=True)
+        # Only now: pandas and matplotlib take seconds to import, which would delay the first measurement.
+        from evals.cli.outputs import write_outputs
 
-        self.comparisons += self.remote.started_ids()
-        if self.dry:
-            print(f"in all about {self.seconds_left / 60:.1f} min; nothing was measured")
-            return 0
-        records = ledger(cfg).intact()
-        if cfg.search:
-            return self.report_search(cfg, max_context.results(records))
-        if cfg.task:
-            return self.report_study(cfg, records)
-        results = latency_table.build(records)
-        if results.empty:
-            return 0
-        folder = ledger(cfg).path.parent
-        path = latency_table.write(results, folder, "latency")
-        fits = build(results, records)
-        for name, fitted in fits.items():
-            latency_table.write(fitted, folder, name)
-        plots = registry.draw_sweep(results, Path(cfg.plots_dir) / str(cfg.sweep_name), **fits)
-        track(cfg, results)
-        own = results[results["comparison"].isin(self.comparisons)]
-        print(latency_table.render(own))
-        print(f"\n{written(path, results, plots)}")
+        code = write_outputs(cfg, self.job_ids)
         if self.called_s:
             seconds = process_age_s()
-            print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into calls that were measured, or warmed up for that")
-        return 0 if (own["outcome"] == "ok").all() else INCOMPLETE
-
-    def report_search(self, cfg: DictConfig, results: "pd.DataFrame") -> int:
-
-        path = latency_table.write(results, ledger(cfg).path.parent, "max_context")
-        plots = registry.draw_max_context(results, Path(cfg.plots_dir) / str(cfg.sweep_name))
-        print(max_context.shown(results))
-        print(f"\n{written(path, results, plots)}")
-        return 0 if (results["outcome"] == "ok").all() else INCOMPLETE
-
-    def report_study(self, cfg: DictConfig, records: list[Record]) -> int:
-
-        results, curves = accuracy_table.build(records), accuracy_table.build_curves(records)
-        if results.empty:
-            return 0
-        path = latency_table.write(results, ledger(cfg).path.parent, "accuracy")
-        latency_table.write(curves, ledger(cfg).path.parent, "curves")
-        track(cfg, results, curves)
-        plots = registry.draw_accuracy(results, curves, Path(cfg.plots_dir) / str(cfg.sweep_name))
-        own = results[results["study"].isin(self.comparisons)]
-        print(accuracy_table.render(own))
-        print(f"\n{written(path, results, plots)}")
-        learned = own["best"] & (own["outcome"] == "ok")  # at some rate, which is what counts
-        return 0 if learned.groupby([own["study"], own["attention"]]).any().all() else INCOMPLETE
+            print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into measured calls and their warm-up")
+        return code
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-def track(cfg: DictConfig, results: "pd.DataFrame", curves: "pd.DataFrame | None" = None) -> None:
-    """Writes the tables for a tracker, where one is asked for."""
-    if cfg.tracker:
-        place = instantiate(cfg.tracker, results, curves, sweep=str(cfg.sweep_name), folder=ledger(cfg).path.parent)
-        print(f"{place}: the same for {cfg.tracker._target_.rpartition('.')[2]}")
-
-
-def written(path: Path, results: "pd.DataFrame", plots: Sequence[Path]) -> str:
-    """Writes the report of a table that was written to `path`; says which files there are now."""
-    from evals import report
-
-    lines = [f"{path}: {len(results)} rows", str(report.write([path.parent], path.with_name("report.html")))]
-    if plots:
-        kinds = " and ".join(sorted({plot.suffix[1:].upper() for plot in plots}))
-        lines.append(wrap(f"{plots[0].parent}/, as {kinds}: {', '.join(sorted({plot.stem for plot in plots}))}"))
-    return "\n".join(lines)
-
-
-def ledger(cfg: DictConfig) -> Ledger:
-    return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
-
-
-def prepare(cfg: DictConfig, swept: str | None, node: str) -> tuple[Job, Ledger]:
-    """What works a job off on a node, and where its records go."""
-    hydra_app.add_import_paths()
-    comparison = read_job(cfg, swept)
-    samples = replace(ledger(cfg), writer=node)
-    return kind_of(comparison)(comparison, samples, Ledger(Path(cfg.results_dir) / "certificates.jsonl", node)), samples
-
-
-def kind_of(comparison: Comparison) -> type[Job]:
-    """What works it off: one that trains, one that looks for the longest sequence, or one that times."""
-    return Study if comparison.task else max_context.ContextSearch if comparison.search else Engine
-
-
-def swept(comparison: Comparison) -> str:
-    """Where in the sweep this comparison stands, as `seq_len=512`."""
+def swept_setting(comparison: Comparison) -> str:
+    """The place of a comparison in its sweep, such as `seq_len=512`."""
     key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
     return f"{key}={comparison.settings[key]}"
 
 
 def conditions(comparison: Comparison) -> str:
-    told = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
+    """The settings of a comparison that the sweep does not vary, on one line."""
     settings = {key: value for key, value in comparison.settings.items() if key not in comparison.option and value is not None}
     if comparison.task:
         return ", ".join(str(value) if key == "task" else f"{key} {value}" for key, value in settings.items())
-    return ", ".join(f"{value} {told[key]}" if key in told else str(value) for key, value in settings.items())
-
-
-def main() -> int:
-    program, *words = sys.argv
-    dry, worst = "--dry-run" in words, 0
-    for arguments in expand_sweep_all([word for word in words if word != "--dry-run"]):
-        here = ["launcher=local"] if dry else []
-        sys.argv = [program, *arguments, *here]
-        run = Run(arguments, dry=dry)
-        signal.signal(signal.SIGINT, run.interrupt)
-        try:
-            code = hydra_app.run(run.compare, run.report, session=run.session, remote=run.remote)
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if code not in (0, INCOMPLETE):
-            return code
-        worst = max(worst, code)
-    return worst
+    return ", ".join(f"{value} {SETTING_NAMES[key]}" if key in SETTING_NAMES else str(value) for key, value in settings.items())
