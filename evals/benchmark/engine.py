@@ -49,13 +49,13 @@ class Engine(Job):
         with exclusive_lock(self.comparison.device.kind):
             history = self._history()
             if not (stop_reason(self.comparison, history) and self._is_latest()):
-                report("how fast is this machine", 0.0)
+                report("measuring the peak rates of this machine", 0.0)
                 if history.rounds and self._last_host() not in (None, platform.node()):
                     yield self._add(history, self.record("restart", host=platform.node()))
                 self._add(history, self.description() | {"peaks": self._measured_peaks()})
             pending = self._pending(history)
             if pending:
-                report("certifies, and looks at memory", 0.0)
+                report("certifying, and measuring memory", 0.0)
             for preflight in self.preflight.run(pending):
                 yield self._add(history, self.record("preflight", **preflight))
             yield from self._rounds(history, report)
@@ -77,6 +77,11 @@ class Engine(Job):
         history = self._history()
         left_s = 0.0 if stop_reason(self.comparison, history) else max(self.comparison.sampling.budget_s - history.spent_s, 0.0)
         return history.rounds, left_s + self.preflight.seconds(self._pending(history))
+
+    def is_complete(self) -> bool:
+        history = self._history()
+        reason = stop_reason(self.comparison, history)
+        return bool(reason) and reason == history.stop_reason and not self._pending(history) and self._is_latest()
 
     def description(self) -> Record:
         """Record of what is compared and where; in a ledger it also carries the machine's peaks."""

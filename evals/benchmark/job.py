@@ -70,6 +70,10 @@ class Job(ABC):
     def remaining(self) -> tuple[int, float | None]:
         """Number of units (rounds, probes or training runs) done, and estimated seconds left; None if unknown."""
 
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the ledger holds everything that `run` would add."""
+
     def description(self) -> Record:
         """Record of what is compared, under which settings, and on which machine."""
         comparison = self.comparison

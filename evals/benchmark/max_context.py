@@ -3,6 +3,7 @@
 What has to fit is everything: weights, inputs, whatever the workload prepares (a state, an optimizer), and its call.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,6 +87,21 @@ class ContextSearch(Job):
     def remaining(self) -> tuple[int, None]:
         return len(self.records("probe")), None
 
+    def is_complete(self) -> bool:
+        return bool(self.records("search")) and all(self._is_found(candidate) for candidate in self.comparison.candidates)
+
+    def _known_probes(self, candidate: Candidate) -> dict[int, Record]:
+        """The probes of a candidate in the ledger, by length; length 0 says that it was not certified."""
+        return {record["seq_len"]: record for record in self.records("probe") if record["attention"] == candidate.name}
+
+    def _is_found(self, candidate: Candidate) -> bool:
+        known = self._known_probes(candidate)
+        with contextlib.suppress(KeyError):  # a length that the search needs and no probe has tried
+            if 0 not in known:
+                longest_fitting(lambda seq_len: bool(known[seq_len]["outcome"] == "ok"), self.comparison.shape.seq_len)
+            return True
+        return False
+
     def description(self) -> Record:
         return super().description() | {
             "limit_bytes": self.limit_bytes,
@@ -97,7 +113,7 @@ class ContextSearch(Job):
 
     def _search(self, candidate: Candidate, report: Callable[[str], None]) -> list[Record]:
         """Probes one candidate where the ledger does not know the result; returns the new records."""
-        known = {record["seq_len"]: record for record in self.records("probe") if record["attention"] == candidate.name}
+        known = self._known_probes(candidate)
         made: list[Record] = []
 
         def add(record: Record) -> None:

@@ -15,7 +15,7 @@ from evals.cli.display import Display, make_display
 from evals.cli.jobs import expand_sweep_all, make_job, make_remote_job, read_job, sweep_ledger
 from evals.cli.progress import make_table
 from evals.config import Comparison
-from evals.errors import INCOMPLETE, OK
+from evals.errors import OK
 from evals.isolation.affinity import core_count
 from evals.measure.clock import now, process_age_s
 from evals.results.ledger import Ledger

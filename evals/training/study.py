@@ -90,6 +90,10 @@ class Study(Job):
         left = max(0, self._num_planned() - len(done))
         return len(done), sum(seconds) / len(seconds) * left if seconds else None
 
+    def is_complete(self) -> bool:
+        training = self.comparison.training
+        return bool(self.records("study")) and all(next_run(self.runs(one), training) is None for one in self.comparison.candidates)
+
     def run(self, report: ProgressCallback) -> Iterator[Record]:
         """Trains what is left; yields each record once it is in the ledger. Must run in the main thread."""
         yield self.append(self.description())

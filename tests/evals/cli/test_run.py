@@ -165,7 +165,7 @@ def test_the_same_command_again_measures_nothing_and_says_the_same(swept: tuple[
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
     *tables, share = said[said.index("latency in ms") :].splitlines()
     assert again.stdout[again.stdout.index("latency in ms") :].splitlines() == tables
-    assert re.fullmatch(r"\d+% of \d+ s went into calls that were measured, or warmed up for that", share)
+    assert re.fullmatch(r"\d+% of \d+ s went into measured calls and their warm-up", share)
 
 
 def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept: tuple[Path, str]) -> None:
@@ -206,8 +206,8 @@ def test_a_dry_run_tells_what_is_left_and_leaves_nothing_behind(certified: Path)
     arguments = ("sweep=seq_len", "attention=[standard,linear]", "shape.seq_len=50,60", "sampling.budget_s=30")
     done = called(certified, *arguments, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("standard, linear: 0 rounds are made, about 30 s to go") == 2
-    assert "in all about 1.0 min; nothing was measured" in done.stdout
+    assert done.stdout.count("standard, linear: 0 rounds are done, about 30 s left") == 2
+    assert "about 1.0 min in all; nothing was measured" in done.stdout
     assert measurements(certified, "seq_len") == []
     assert not (certified / "plots").exists()
 

@@ -19,8 +19,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from evals import run
+from evals.benchmark import engine
+from evals.benchmark.preflight import Preflight
 from evals.cli import sweep
-from evals.cli.display import Outlook, span
 from evals.cli.jobs import read_job
 from evals.errors import EXIT_CODES, INTERRUPTED, USAGE, UsageError
 from evals.paths import CONF, ROOT
@@ -112,9 +113,9 @@ def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
     plain = ESCAPE.sub("", said).replace("\r\n", "\n").replace("\r", "\n")  # a drawing begins where the one before began
     assert "stops after this round; Ctrl-C again stops at once" in plain
     assert "interrupted; what was measured is kept" in plain
-    assert "[1/2] certifies, and looks at memory" in plain
+    assert "[1/2] certifying, and measuring memory" in plain
     first, second = plain[plain.index("[1/2] round 3") : plain.index("latency in ms")].split("[2/2] seq_len=60: prefill")
-    assert re.search(r"\[2/2\] round 2 ━.* about \d+ (s|min) left", second)
+    assert re.search(r"\[2/2\] round 2 +━.* \d:\d\d:\d\d", second)
     rows = pd.read_csv(folder / "results" / "seq_len" / "results.csv").set_index(["attention", "seq_len"])
     for length, part, note in ((40, first, "3 rounds, ended by rounds"), (60, second, "2 rounds")):
         frame = part[part.rindex("attention ") :].splitlines()
@@ -143,27 +144,19 @@ def test_quiet_it_says_what_came_out_alone(
     assert "\r" not in said
 
 
-def test_what_was_measured_before_is_one_line_in_a_log(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_sweep_with_nothing_left_says_so_and_shows_its_table(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    one = [word.replace("=40,60", "=40") for word in words]
-    monkeypatch.setattr(sys, "argv", [*one, "sampling.max_rounds=3"])
+    monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3"])
     assert run.main() == 0
-    capfd.readouterr()
+    first = capfd.readouterr().out
+    monkeypatch.setattr(Preflight, "run", lambda *_: pytest.fail("it certifies again"))
+    monkeypatch.setattr(engine, "run_isolated", lambda *_, **__: pytest.fail("it measures the machine again"))
     assert run.main() == 0
-    place, told, *_ = capfd.readouterr().out.splitlines()
-    assert place.startswith("[1/1] seq_len=40: prefill, cpu")
-    assert re.fullmatch(r"  was measured before; 3 rounds, ended by rounds; noise: standard over itself [\d.]+±>?\d+%", told)
-
-
-def test_time_left_is_what_was_done_before_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    outlook = Outlook()
-    monkeypatch.setattr(outlook, "watch", type("Watch", (), {"seconds": lambda _: 60.0})())
-    assert outlook.left(2.0, 4) == "about 60 s left"
-    outlook.found = 1  # so that a minute went into one
-    assert outlook.left(2.0, 4) == "about 2 min left"
-    assert outlook.left(1.0, 4) == outlook.left(4.0, 4) == ""
-    assert [span(seconds) for seconds in (89, 91, 5399, 9000)] == ["89 s", "2 min", "90 min", "2.5 h"]
+    sentence, empty, *rest = capfd.readouterr().out.splitlines()
+    assert sentence == f"Nothing is left to measure: {folder / 'results' / 'seq_len'} holds all 2 comparisons."
+    assert empty == ""
+    assert first[first.index("latency in ms") :].splitlines()[: len(rest)] == rest
 
 
 # --- the summary ----------------------------------------------------------------------------------
