@@ -1,4 +1,7 @@
-"""Which models can be converted, and the classes that they become: the library's own, with a `Retrieval` in every attention."""
+"""Conversion of pretrained models: the supported architectures, and the classes of converted models.
+
+A converted class is the library's own, with a `Retrieval` in every self-attention.
+"""
 
 import inspect
 import sys
@@ -12,56 +15,42 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from bsbr.convert import registered
+from bsbr.convert import attention_interface
 from bsbr.convert.retrieval import Retrieval
 
 
-class Family(NamedTuple):
-    """An architecture: its self-attentions by class and, where cross-attentions share the class, the name that these do not have.
+class Architecture(NamedTuple):
+    """How to find and convert the self-attentions of an architecture.
 
-    width: the attribute of an attention that is its head_dim. causal: whether tokens see the past alone in all of them.
+    Attributes:
+        attention: class name of its attention modules.
+        head_dim: attribute of such a module that is its head_dim.
+        cross_attention: part of the name of cross-attentions, where they share the class; None if there are none.
+        is_causal: whether all self-attentions see the past alone.
     """
 
     attention: str
-    width: str = "head_dim"
-    cross: str | None = None
-    causal: bool = True
+    head_dim: str = "head_dim"
+    cross_attention: str | None = None
+    is_causal: bool = True
 
 
-FAMILIES = {
-    "gpt2": Family("GPT2Attention", cross="crossattention"),
-    "llama": Family("LlamaAttention"),
-    "mistral": Family("MistralAttention"),
-    "qwen2": Family("Qwen2Attention"),
-    "qwen3": Family("Qwen3Attention"),
-    "bert": Family("BertSelfAttention", width="attention_head_size", causal=False),
-    "t5": Family("T5Attention", width="key_value_proj_dim", cross="EncDecAttention", causal=False),
+ARCHITECTURES = {
+    "gpt2": Architecture("GPT2Attention", cross_attention="crossattention"),
+    "llama": Architecture("LlamaAttention"),
+    "mistral": Architecture("MistralAttention"),
+    "qwen2": Architecture("Qwen2Attention"),
+    "qwen3": Architecture("Qwen3Attention"),
+    "bert": Architecture("BertSelfAttention", head_dim="attention_head_size", is_causal=False),
+    "t5": Architecture("T5Attention", head_dim="key_value_proj_dim", cross_attention="EncDecAttention", is_causal=False),
 }
-"""By model_type."""
+"""Supported architectures by model_type."""
 
 AUTO_CLASSES = (
     *("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"),
 )
-
-
-class Converted:
-    """Mixed into a model class of the library: what its `config.bsbr` says of retrieval, each self-attention has."""
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        config._attn_implementation = registered.NAME
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        family = FAMILIES[config.model_type.removeprefix("bsbr_")]
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        for attention in self_attentions(cast(nn.Module, self), family):
-            width = getattr(attention, family.width)
-            attention.retrieval = Retrieval(config.num_attention_heads, kv_heads, width, **config.bsbr)
-            attention.register_forward_pre_hook(registered.bring_cache, with_kwargs=True)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """As the library's, from safetensors."""
-        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})  # type: ignore[misc]
+"""Auto classes that load converted models, once `register` ran."""
 
 
 def convert_to_bsbr(
@@ -72,31 +61,42 @@ def convert_to_bsbr(
     retrieval_top_k: int | None = None,
     compression_factor: int = 1,
 ) -> PreTrainedModel:
-    """A pretrained model whose self-attention is BSBR, all else as it was; what is given is left as it is.
+    """Converts a pretrained model: its self-attention becomes BSBR, everything else stays. The original is not changed.
 
-    model_or_name: a model of GPT-2, Llama, Mistral, Qwen 2 or 3, BERT or T5, or the name or folder of one, whose weights
-    are read from safetensors. It keeps its dtype, device, `generate`, `save_pretrained` and `from_pretrained`; after
-    `import bsbr.convert`, `AutoModelForCausalLM.from_pretrained` and its like read what it saved. Tokenizers do not change.
+    The converted model keeps its dtype, device, tokenizer, `generate`, `save_pretrained` and `from_pretrained`. After
+    `import bsbr.convert`, `AutoModelForCausalLM.from_pretrained` and the other auto classes load what it saved.
 
-    What retrieval learns stands behind gates at 0: until it is trained, a token sees its chunk and the `chunk_overlap`
-    tokens before that, and the logits of a sequence of at most one chunk are the original's. BERT and T5's encoder
-    retrieve from the chunks on both sides. Attention of T5's decoder to its encoder stays whole. A sliding window, as
-    Mistral has, must be no shorter than chunk_size + chunk_overlap: the local part then lies inside it, and retrieval takes
-    the place of all beyond. Options: see `bsbr.BSBRAttention`; chunk_overlap needs a model of one direction alone, and no bias.
+    Retrieval begins behind gates at 0. Until it is trained, a token sees its chunk and the `chunk_overlap` tokens before the chunk,
+    and a sequence of at most one chunk has the logits of the original model. BERT and T5's encoder retrieve from the chunks on both
+    sides. T5's cross-attention stays softmax attention. In a model with a sliding window, as Mistral, retrieval takes the place of
+    everything outside the local part.
 
-    Raises ValueError for another architecture, or options that it cannot have.
+    Args:
+        model_or_name: a GPT-2, Llama, Mistral, Qwen 2, Qwen 3, BERT or T5 model, or the name or folder of one, whose weights are
+            read from safetensors.
+        chunk_size: tokens of a chunk.
+        chunk_overlap: tokens before its chunk that a token sees, too. For causal models without position bias.
+        retrieval_top_k: chunks that are mixed, the most similar ones; None for all.
+        compression_factor: head_dim / d_r, a divisor of the model's head_dim.
+
+    Returns:
+        The converted model, in the mode (train or eval) of the original.
+
+    Raises:
+        ValueError: for another architecture, or options that do not fit the model, such as chunk_size + chunk_overlap above its
+            sliding window.
     """
     if not isinstance(model_or_name, PreTrainedModel):
         return convert_to_bsbr(
-            load(str(model_or_name)),
+            load_model(str(model_or_name)),
             chunk_size,
             chunk_overlap=chunk_overlap,
             retrieval_top_k=retrieval_top_k,
             compression_factor=compression_factor,
         )
     model = model_or_name
-    family = family_of(model.config)
-    if chunk_overlap and not family.causal:
+    architecture = architecture_of(model.config)
+    if chunk_overlap and not architecture.is_causal:
         raise ValueError(f"chunk_overlap is for models that see the past alone, and {model.config.model_type} is none: leave it 0")
     config = converted_config(model.config, chunk_size + chunk_overlap)
     config.bsbr = {
@@ -105,29 +105,38 @@ def convert_to_bsbr(
         "retrieval_top_k": retrieval_top_k,
         "compression_factor": compression_factor,
     }
-    converted = converted_class(type(model))(config)  # type: ignore[arg-type]  # of what is Any here
-    # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)
-    strange = [name for name in [*missing, *unexpected] if ".retrieval." not in name]
-    if strange:
-        raise ValueError(f"a model of {type(model).__name__} has its own weights alone, and this one does not fit: {strange[0]}")
-    converted.tie_weights()
-    buffers = dict(converted.named_buffers())
-    for name, buffer in model.named_buffers():
-        buffers[name].data = buffer.clone()
-    for attention in self_attentions(converted, family):
-        like = next(attention.parameters(recurse=True))
-        attention.retrieval.to(like.device, like.dtype)
+    converted = converted_class(type(model))(config)  # type: ignore[arg-type]  # transformers is Any to mypy
+    _copy_weights(model, converted, architecture)
     if model.can_generate():
         converted.generation_config = deepcopy(model.generation_config)
     return converted.train(model.training)
 
 
-def load(name: str) -> PreTrainedModel:
-    """The model that `name` has, from safetensors, as the class that it was saved as. Raises ValueError for one not supported."""
+def _copy_weights(model: PreTrainedModel, converted: PreTrainedModel, architecture: Architecture) -> None:
+    """Copies all parameters and buffers of a model into its conversion, and retrieval to their device and dtype."""
+    # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)
+    unmatched = [name for name in [*missing, *unexpected] if ".retrieval." not in name]
+    if unmatched:
+        raise ValueError(f"a model of {type(model).__name__} has its own weights alone, and this one does not fit: {unmatched[0]}")
+    converted.tie_weights()
+    buffers = dict(converted.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffers[name].data = buffer.clone()
+    for attention in self_attentions(converted, architecture):
+        weight = next(attention.parameters(recurse=True))
+        attention.retrieval.to(weight.device, weight.dtype)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Loads a pretrained model from safetensors, as the class that it was saved as.
+
+    Raises:
+        ValueError: if the architecture is not supported, the class is unknown, or there are no safetensors.
+    """
     config = AutoConfig.from_pretrained(name)
-    family_of(config)
+    architecture_of(config)
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise ValueError(f"{name} does not say of which class its model is: load it yourself, and convert the model")
@@ -139,49 +148,79 @@ def load(name: str) -> PreTrainedModel:
         raise
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """Raises ValueError unless the architecture is one of `FAMILIES`."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"a model to convert must be one of {', '.join(FAMILIES)}, got model_type={config.model_type!r}")
-    return FAMILIES[config.model_type]
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Architecture of a model. Raises ValueError unless it is in `ARCHITECTURES`."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"a model to convert must be one of {', '.join(ARCHITECTURES)}, got model_type={config.model_type!r}")
+    return ARCHITECTURES[config.model_type]
 
 
-def self_attentions(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+def self_attentions(model: nn.Module, architecture: Architecture) -> Iterator[nn.Module]:
+    """The self-attention modules of a model."""
     for name, module in model.named_modules():
-        if type(module).__name__ == family.attention and not (family.cross and family.cross in name):
+        is_cross_attention = architecture.cross_attention is not None and architecture.cross_attention in name
+        if type(module).__name__ == architecture.attention and not is_cross_attention:
             yield module
 
 
 # --- classes ------------------------------------------------------------------------------------
 
 
+class ConvertedModel:
+    """Mixin of a library's model class: adds to each self-attention a `Retrieval` with the options in `config.bsbr`."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        config._attn_implementation = attention_interface.ATTENTION_NAME
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        architecture = ARCHITECTURES[config.model_type.removeprefix("bsbr_")]
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        for attention in self_attentions(cast(nn.Module, self), architecture):
+            head_dim = getattr(attention, architecture.head_dim)
+            attention.retrieval = Retrieval(config.num_attention_heads, kv_heads, head_dim, **config.bsbr)
+            attention.register_forward_pre_hook(attention_interface.pass_cache_layer, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Loads as the library's class does, from safetensors only."""
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})  # type: ignore[misc]
+
+
 @cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The library's config under a model_type of its own, so that nothing loads a converted model as what it was."""
+    """The library's config class under its own model_type, so that no converted model is loaded as an original one."""
     base = type(AutoConfig.for_model(model_type))
-    made = type(f"BSBR{base.__name__}", (base,), {"model_type": f"bsbr_{model_type}", "__module__": __name__})
-    setattr(sys.modules[__name__], made.__name__, made)
-    return made
+    cls = type(f"BSBR{base.__name__}", (base,), {"model_type": f"bsbr_{model_type}", "__module__": __name__})
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
 
 
 @cache
-def converted_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    config = config_class(cls.config_class.model_type)
-    body = {"config_class": config, "__module__": __name__, "__doc__": f"`{cls.__name__}` whose attention is BSBR."}
-    body["__signature__"] = inspect.signature(cls.__init__)
-    made = type(f"BSBR{cls.__name__}", (Converted, cls), body)
-    setattr(sys.modules[__name__], made.__name__, made)
-    return made
+def converted_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a converted model: the library's class with `ConvertedModel` mixed in."""
+    name, config = model_class.__name__, config_class(model_class.config_class.model_type)
+    body = {"config_class": config, "__module__": __name__, "__doc__": f"`{name}` whose attention is BSBR."}
+    body["__signature__"] = inspect.signature(model_class.__init__)
+    cls = type(f"BSBR{name}", (ConvertedModel, model_class), body)
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
 
 
-def converted_config(config: PreTrainedConfig, reach: int) -> PreTrainedConfig:
-    """A copy under its new type, without sliding windows. reach: tokens that the local part sees at most."""
+def converted_config(config: PreTrainedConfig, num_local_tokens: int) -> PreTrainedConfig:
+    """Copies a config as its converted class, without sliding windows.
+
+    Args:
+        config: of the original model.
+        num_local_tokens: the most tokens that the local part sees.
+
+    Raises:
+        ValueError: if these are more than the model's sliding window.
+    """
     values = deepcopy(config.to_dict())
     window = values.get("sliding_window")
     if window is not None:
-        if reach > window:
+        if num_local_tokens > window:
             raise ValueError(
-                f"chunk_size + chunk_overlap must be at most the model's sliding window of {window} tokens, got {reach}"
+                f"chunk_size + chunk_overlap must be at most the model's sliding window of {window} tokens, got {num_local_tokens}"
             )
         values |= {"sliding_window": None}
         values |= {"use_sliding_window": False} if "use_sliding_window" in values else {}
@@ -192,8 +231,8 @@ def converted_config(config: PreTrainedConfig, reach: int) -> PreTrainedConfig:
 
 
 def register() -> None:
-    """Lets AutoConfig and AutoModel… read what converted models save."""
-    for model_type in FAMILIES:
+    """Registers the converted classes with transformers' auto classes, so that these load what converted models save."""
+    for model_type in ARCHITECTURES:
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config)
         for name in AUTO_CLASSES:

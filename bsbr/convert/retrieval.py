@@ -1,11 +1,12 @@
-"""What a converted attention has beside its own weights, and BSBR from the queries, keys and values that it hands over. Torch only.
+"""Retrieval of a converted attention: its learned parts, and BSBR from the queries, keys and values of a pretrained attention.
 
-Notation as in `bsbr.bsbr_attention`. A pretrained attention shows heads and no hidden states, so here all that retrieval
-needs is projected from them, a matrix a head: r_t from a query, h_s from the mean of a chunk's keys, φ from both.
+Notation as in `bsbr.bsbr_attention`. A pretrained attention exposes heads and no hidden states, so everything that retrieval needs
+is projected from heads, by one matrix per head: the meta query r_t from a query, the meta key h_s from the mean of a chunk's keys,
+the features φ from both. Imports torch only.
 """
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +19,60 @@ from bsbr.interface import require_positive
 from bsbr.validation import check_options
 
 
-class Retrieval(nn.Module):
-    """The learned parts of one converted attention: (2·head_dim + 2·d_r + 1)·head_dim numbers a head at most, and two more.
+class Projections(NamedTuple):
+    """Inputs of `bsbr_attention` that retrieval projects from queries and keys.
 
-    φ(k) = softmax(P k): positive and able to be sharp, as the attention that it stands in for (arXiv:2402.04347).
-    φ(q) = a softmax(P' q), a = 2 σ(w·q + b) · the number of chunks that are mixed: a sum of near and far
-    needs a token's own word on how much it asks of the latter. One softmax over both takes from the near what it gives to the
-    far, so the sum is divided by all that it weighs, as linear attention is (arXiv:2006.16236, eq. 5):
+    Attributes:
+        meta_queries: r, [batch, heads, chunks, head_dim], one per chunk.
+        meta_keys: h, [batch, kv_heads, chunks − 1, head_dim], one per chunk that a later one can retrieve.
+        q_features: φ(Q), [batch, heads, time, d_r].
+        k_features: φ(K), [batch, kv_heads, time, d_r].
+    """
+
+    meta_queries: Tensor
+    meta_keys: Tensor
+    q_features: Tensor
+    k_features: Tensor
+
+
+class ChunkSummaries(NamedTuple):
+    """What complete chunks keep for retrieval.
+
+    Attributes:
+        meta_keys: h, [batch, kv_heads, chunks, head_dim].
+        states: F and, as the last column, F', [batch, kv_heads, chunks, d_r, head_dim + 1].
+    """
+
+    meta_keys: Tensor
+    states: Tensor
+
+
+class Retrieval(nn.Module):
+    """Learned parts of one converted attention: at most (2·head_dim + 2·d_r + 1)·head_dim + 2 numbers per head.
+
+    φ(k) = softmax(P k): positive and able to be sharp, as the softmax attention that it replaces (arXiv:2402.04347).
+    φ(q) = a softmax(P' q), where the per-query gate a = 2 σ(w·q + b) · (number of chunks mixed) scales what the query retrieves.
+    One softmax over local and retrieved tokens would take from the former what it gives to the latter. So the sum of both terms is
+    divided by its total weight, as in linear attention (arXiv:2006.16236, eq. 5):
 
         (softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄) / (1 + |g φ(Q) F̄'|),
 
-    F̄' being F̄ of values that are 1. Projections begin as the identity, but that of r_t at 0, as w and b do: the query of a
-    chunk's first token is no guess at what the others look for, and as a first guess it misleads them. The gate begins at 0, so
-    that a converted model begins as its own chunks alone; g = gate · d_r / chunk_size, with which flat features and a gate of 1
-    weigh a chunk as much as all that is near.
+    where F̄' is F̄ for values that are 1, and g = gate · d_r / chunk_size: with flat features and a gate of 1, a retrieved chunk
+    weighs as much as all local tokens.
 
-    chunk_size, chunk_overlap, top_k: see `bsbr_attention`; d_r = head_dim / compression_factor, which must divide.
-    Raises ValueError for options that cannot be.
+    The gate begins at 0, so a converted model begins as its own chunks alone. The projections begin as the identity, except that of
+    r_t, which begins at 0, as w and b do: the query of a chunk's first token does not tell what the other tokens look for, and
+    misleads them as a first guess.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads.
+        head_dim: width of a head.
+        chunk_size, chunk_overlap, retrieval_top_k: as in `bsbr_attention`.
+        compression_factor: head_dim / d_r, a divisor of head_dim.
+
+    Raises:
+        ValueError: for invalid options.
     """
 
     def __init__(
@@ -66,102 +104,140 @@ class Retrieval(nn.Module):
         self.query_bias = nn.Parameter(torch.zeros(num_heads, 1, 1))
         self.gate = nn.Parameter(torch.zeros(num_heads))
 
+    # --- projections ------------------------------------------------------------------------------
+
     @property
     def gain(self) -> Tensor:
-        """g, one factor a head."""
+        """g, one factor per head."""
         return self.gate * (self.query_features.shape[-1] / self.chunk_size)
 
-    def phi_q(self, q: Tensor, chunks: Tensor | None = None) -> Tensor:
-        """chunks: how many a token can retrieve, like [batch, 1, time, 1], of which top_k are mixed; None: those before its own."""
-        if chunks is None:
-            chunks = torch.arange(q.shape[2], device=q.device).div(self.chunk_size, rounding_mode="floor").unsqueeze(-1)
-        mixed = chunks if self.top_k is None else chunks.clamp(max=self.top_k)
-        asked = 2 * torch.sigmoid(q @ self.query_weight + self.query_bias) * mixed
-        return torch.softmax(q @ self.query_features, dim=-1) * asked
+    def map_queries(self, q: Tensor, visible_chunks: Tensor | None = None) -> Tensor:
+        """Query features φ(q), scaled by the per-query gate.
 
-    def phi_k(self, k: Tensor) -> Tensor:
+        Args:
+            q: [batch, heads, time, head_dim].
+            visible_chunks: number of chunks that a token can retrieve, broadcastable to [batch, 1, time, 1]; of them top_k are
+                mixed. None: the chunks before its own.
+
+        Returns:
+            [batch, heads, time, d_r].
+        """
+        if visible_chunks is None:
+            positions = torch.arange(q.shape[2], device=q.device)
+            visible_chunks = positions.div(self.chunk_size, rounding_mode="floor").unsqueeze(-1)
+        mixed_chunks = visible_chunks if self.top_k is None else visible_chunks.clamp(max=self.top_k)
+        query_gate = 2 * torch.sigmoid(q @ self.query_weight + self.query_bias) * mixed_chunks
+        return torch.softmax(q @ self.query_features, dim=-1) * query_gate
+
+    def map_keys(self, k: Tensor) -> Tensor:
+        """Key features φ(k): [batch, kv_heads, time, head_dim] -> [batch, kv_heads, time, d_r]."""
         return torch.softmax(k @ self.key_features, dim=-1)
 
-    def summaries(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-        """h [batch, kv_heads, chunks, head_dim] and F, F' [batch, kv_heads, chunks, d_r, head_dim + 1] of the first chunks."""
-        tokens = chunks * self.chunk_size
-        means = k[:, :, :tokens].unflatten(2, (chunks, self.chunk_size)).mean(dim=3)
-        states = pytorch.chunk_states(self.phi_k(k[:, :, :tokens]), weighed(v[:, :, :tokens]), self.chunk_size, chunks)
-        return means @ self.meta_key, states
+    def project(self, q: Tensor, k: Tensor) -> Projections:
+        """Inputs of `bsbr_attention` for a whole causal sequence.
 
-    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """r, h, φ(q) and φ(k), as `bsbr_attention` takes them, of a whole sequence."""
-        size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
-        means = k[:, :, : before * size].unflatten(2, (before, size)).mean(dim=3)
-        return q[:, :, ::size] @ self.meta_query, means @ self.meta_key, self.phi_q(q), self.phi_k(k)
-
-    def mass(self, r: Tensor, h: Tensor, q_features: Tensor, k_features: Tensor) -> Tensor:
-        """g φ(Q) F̄' [batch, heads, time, 1], from what `projected` gave."""
-        size, before = self.chunk_size, h.shape[2]
-        sums = k_features[:, :, : before * size].unflatten(2, (before, size)).sum(dim=3).unsqueeze(-1)
-        return pytorch.read_out(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
-
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-        """BSBR of a whole sequence, softmax scores q·k/√d plus, inside a chunk, `bias` [1, heads, chunk_size, chunk_size].
-
-        q: [batch, heads, time, head_dim]; k, v: [batch, kv_heads, time, head_dim]. Returns the shape of q.
+        Args:
+            q: [batch, heads, time, head_dim].
+            k: [batch, kv_heads, time, head_dim].
         """
-        size, before = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
+        size, earlier_chunks = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
+        means = k[:, :, : earlier_chunks * size].unflatten(2, (earlier_chunks, size)).mean(dim=3)
+        return Projections(q[:, :, ::size] @ self.meta_query, means @ self.meta_key, self.map_queries(q), self.map_keys(k))
+
+    def summarize_chunks(self, k: Tensor, v: Tensor, num_chunks: int) -> ChunkSummaries:
+        """Meta keys and states of the first `num_chunks` chunks of k and v, [batch, kv_heads, time, head_dim] each."""
+        tokens = num_chunks * self.chunk_size
+        means = k[:, :, :tokens].unflatten(2, (num_chunks, self.chunk_size)).mean(dim=3)
+        states = pytorch.chunk_states(self.map_keys(k[:, :, :tokens]), append_one(v[:, :, :tokens]), self.chunk_size, num_chunks)
+        return ChunkSummaries(means @ self.meta_key, states)
+
+    # --- attention --------------------------------------------------------------------------------
+
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        """BSBR of a whole causal sequence.
+
+        Args:
+            q: [batch, heads, time, head_dim].
+            k, v: [batch, kv_heads, time, head_dim].
+            bias: [1, heads, chunk_size, chunk_size], added to the scores q·k/√d within each chunk; None for 0.
+            dropout_p: dropout, as in `bsbr_attention`.
+
+        Returns:
+            [batch, heads, time, head_dim].
+        """
+        size, earlier_chunks = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         if bias is None:
-            r, h, q_features, k_features = self.projected(q, k)
+            projections = self.project(q, k)
             attended = bsbr_attention(
-                *(q, k, v, r, h),
+                *(q, k, v, projections.meta_queries, projections.meta_keys),
                 chunk_size=size,
-                q_features=q_features,
-                k_features=k_features,
+                q_features=projections.q_features,
+                k_features=projections.k_features,
                 gain=self.gain,
                 chunk_overlap=self.chunk_overlap,
                 top_k=self.top_k,
                 dropout_p=dropout_p,
             )
-            return attended / (1 + self.mass(r, h, q_features, k_features).abs())
+            return attended / (1 + self._retrieved_weight(projections).abs())
         visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
         attended = self._within_chunks(q, k, v, bias.masked_fill(~visible, -torch.inf), dropout_p)
-        if not before:
+        if not earlier_chunks:
             return attended
-        h, states = self.summaries(k, v, before)
+        summaries = self.summarize_chunks(k, v, earlier_chunks)
         r = q[:, :, ::size] @ self.meta_query
-        retrieved = pytorch.retrieve(r, [h], [states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
-        return joined(attended, pytorch.read_out(self.phi_q(q), retrieved, size))
+        retrieved = pytorch.retrieve(
+            r, [summaries.meta_keys], [summaries.states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p
+        )
+        return normalized_sum(attended, pytorch.read_out(self.map_queries(q), retrieved, size))
 
-    def bidirectional(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
+    def bidirectional_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, bias: Tensor | None = None, dropout_p: float = 0.0
     ) -> Tensor:
-        """The same where tokens see what follows too: all of their chunk, and M_out every chunk but the own one.
+        """BSBR of an encoder: a token sees its whole chunk, and retrieves from every other chunk, on both sides.
 
-        r_t is projected from the mean of a chunk's queries: nothing about it need be known early. real: [batch, time],
-        True for the tokens, which stand in front; None: all are. An incomplete last chunk is retrieved as the others are.
+        r_t is projected from the mean of a chunk's queries, since all of them are known. An incomplete last chunk is retrieved as
+        the others are.
+
+        Args:
+            q, k, v, bias, dropout_p: as in `causal_attention`.
+            token_mask: [batch, time], True for tokens, which come before the padding of their row; None if all are tokens.
+
+        Returns:
+            [batch, heads, time, head_dim].
         """
         batch, _, time, _ = q.shape
         size, chunks = self.chunk_size, -(-time // self.chunk_size)
-        real = torch.ones(batch, time, dtype=torch.bool, device=q.device) if real is None else real
-        real = F.pad(real, (0, chunks * size - time)).view(batch, 1, chunks, size)
+        is_token = torch.ones(batch, time, dtype=torch.bool, device=q.device) if token_mask is None else token_mask
+        is_token = F.pad(is_token, (0, chunks * size - time)).view(batch, 1, chunks, size)
         # Padding sees itself, so that no row of the softmax is empty.
-        visible = real.unsqueeze(3) | torch.eye(size, dtype=torch.bool, device=q.device)
+        visible = is_token.unsqueeze(3) | torch.eye(size, dtype=torch.bool, device=q.device)
         zero = torch.zeros(1, dtype=q.dtype, device=q.device)
         scores = (zero if bias is None else bias.unsqueeze(2)).where(visible, -torch.inf)
         attended = self._within_chunks(q, k, v, scores, dropout_p)
         if chunks == 1:
             return attended
-        weight = real.unsqueeze(-1).to(q.dtype)
+        weight = is_token.unsqueeze(-1).to(q.dtype)
         counts = weight.sum(dim=3).clamp(min=1)
-        r = (self._chunked(q, chunks) * weight).sum(dim=3) / counts @ self.meta_query
-        h = (self._chunked(k, chunks) * weight).sum(dim=3) / counts @ self.meta_key
-        states = (self._chunked(self.phi_k(k), chunks) * weight).mT @ self._chunked(weighed(v), chunks)
-        others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & real.any(dim=3).unsqueeze(2)
+        r = (self._to_chunks(q, chunks) * weight).sum(dim=3) / counts @ self.meta_query
+        h = (self._to_chunks(k, chunks) * weight).sum(dim=3) / counts @ self.meta_key
+        states = (self._to_chunks(self.map_keys(k), chunks) * weight).mT @ self._to_chunks(append_one(v), chunks)
+        others = ~torch.eye(chunks, dtype=torch.bool, device=q.device) & is_token.any(dim=3).unsqueeze(2)
         retrieved = self.retrieve(r, h, states, others)
-        q_features = self.phi_q(q, others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1))
-        return joined(attended, pytorch.read_out(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
+        visible_chunks = others.sum(dim=-1).repeat_interleave(size, dim=2)[:, :, :time].unsqueeze(-1)
+        q_features = self.map_queries(q, visible_chunks)
+        return normalized_sum(attended, pytorch.read_out(q_features, retrieved * self.gain.view(-1, 1, 1, 1), size))
 
     def retrieve(self, r: Tensor, h: Tensor, states: Tensor, visible: Tensor) -> Tensor:
-        """F̄, F̄' where M_out is `visible`, which broadcasts to [batch, 1, rows, chunks]: [batch, heads, rows, d_r, head_dim + 1].
+        """Mixes the states of the visible chunks: F̄ and, as the last column, F̄'.
 
-        r: [batch, heads, rows, head_dim]; h, states: of kv_heads and all chunks. A row that sees no chunk retrieves zero.
+        Args:
+            r: [batch, heads, rows, head_dim], meta queries.
+            h: [batch, kv_heads, chunks, head_dim], meta keys.
+            states: [batch, kv_heads, chunks, d_r, head_dim + 1].
+            visible: M_out, boolean, broadcastable to [batch, 1, rows, chunks].
+
+        Returns:
+            [batch, heads, rows, d_r, head_dim + 1]; zero for a row that sees no chunk.
         """
         batch, heads, rows, head_dim = r.shape
         kv_heads, chunks = h.shape[1:3]
@@ -176,10 +252,34 @@ class Retrieval(nn.Module):
         mixed = weights.reshape(batch, kv_heads, heads // kv_heads * rows, chunks) @ states.flatten(3)
         return mixed.view(batch, heads, rows, *states.shape[3:])
 
-    # --- what it costs and keeps ---
+    def _retrieved_weight(self, projections: Projections) -> Tensor:
+        """Weight of what each token retrieves, g φ(Q) F̄': [batch, heads, time, 1]."""
+        r, h, q_features, k_features = projections
+        size, earlier_chunks = self.chunk_size, h.shape[2]
+        sums = k_features[:, :, : earlier_chunks * size].unflatten(2, (earlier_chunks, size)).sum(dim=3).unsqueeze(-1)
+        return pytorch.read_out(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
+
+    def _within_chunks(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout_p: float) -> Tensor:
+        """softmax(qkᵀ/√d + scores) v inside each chunk; scores broadcasts to [batch, heads, (chunks,) chunk_size, chunk_size]."""
+        batch, heads, time, head_dim = q.shape
+        chunks, group = -(-time // self.chunk_size), heads // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        if scores.dim() == 4:
+            scores = scores.unsqueeze(2)
+        q, k, v = (self._to_chunks(x, chunks).flatten(1, 2) for x in (q, k, v))
+        mask = scores.expand(batch, heads, chunks, self.chunk_size, self.chunk_size).flatten(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return attended.view(batch, heads, -1, head_dim)[:, :, :time]
+
+    def _to_chunks(self, x: Tensor, chunks: int) -> Tensor:
+        """[batch, heads, time, dim] -> [batch, heads, chunks, chunk_size, dim], with zeros at the end."""
+        padded = F.pad(x, (0, 0, 0, chunks * self.chunk_size - x.shape[2]))
+        return cast(Tensor, padded.unflatten(2, (chunks, self.chunk_size)))
+
+    # --- cost -------------------------------------------------------------------------------------
 
     def flops(self, seq_len: int) -> int:
-        """Of `causal` for one sequence without bias: matrix products only, multiply-add = 2."""
+        """FLOPs of `causal_attention` for one sequence without bias: matrix products only, multiply-add = 2."""
         heads, head_dim, feature_dim = self.query_features.shape
         kv_heads, chunks = self.meta_key.shape[0], -(-seq_len // self.chunk_size)
         meta = 2 * head_dim * head_dim * (heads * chunks + kv_heads * (chunks - 1))
@@ -189,14 +289,14 @@ class Retrieval(nn.Module):
             chunk_overlap=self.chunk_overlap,
             top_k=self.top_k,
         )
-        before = chunks - 1
-        mixed = chunks * before // 2 if self.top_k is None else sum(min(chunk, self.top_k) for chunk in range(chunks))
+        earlier_chunks = chunks - 1
+        mixed = sum(chunk if self.top_k is None else min(chunk, self.top_k) for chunk in range(chunks))
         read = max(0, seq_len - self.chunk_size)
-        mass = 2 * heads * (feature_dim * (mixed + read) + head_dim * chunks * before // 2)
-        return meta + features + attended + mass
+        retrieved_weight = 2 * heads * (feature_dim * (mixed + read) + head_dim * chunks * earlier_chunks // 2)
+        return meta + features + attended + retrieved_weight
 
-    def state_numbers(self, seq_len: int) -> int:
-        """How many numbers decoding keeps of one sequence; see `bsbr.convert.streaming`."""
+    def state_elements(self, seq_len: int) -> int:
+        """Numbers that decoding keeps of one sequence after `seq_len` tokens; see `bsbr.convert.streaming`."""
         heads, head_dim, feature_dim = self.query_features.shape
         kv_heads = self.meta_key.shape[0]
         local = 2 * kv_heads * min(seq_len, self.chunk_size + self.chunk_overlap) * head_dim
@@ -204,37 +304,23 @@ class Retrieval(nn.Module):
         return local + chunks + heads * feature_dim * (head_dim + 1)
 
     def implementation(self) -> str:
-        """Which implementation `causal` runs, where no bias is given, for tensors of the parameters' device and type."""
+        """Backend that `causal_attention` runs on without bias, for tensors of the parameters' device and dtype."""
         heads, head_dim, _ = self.query_features.shape
-        q, k = (self.gate.new_zeros(1, one, self.chunk_size + 1, head_dim) for one in (heads, self.meta_key.shape[0]))
-        r, h, q_features, k_features = self.projected(q, k)
-        return dispatch.select_backend("auto", q, k, k, r, h, q_features, k_features, gain=self.gain)
-
-    # --- parts ---
-
-    def _chunked(self, x: Tensor, chunks: int) -> Tensor:
-        """[batch, heads, time, dim] -> [batch, heads, chunks, chunk_size, dim], zeros at the end."""
-        padded = F.pad(x, (0, 0, 0, chunks * self.chunk_size - x.shape[2]))
-        return cast(Tensor, padded.unflatten(2, (chunks, self.chunk_size)))
-
-    def _within_chunks(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout_p: float) -> Tensor:
-        """softmax(qkᵀ/√d + scores) v inside each chunk; scores broadcasts to [batch, heads, (chunks,) chunk_size, chunk_size]."""
-        batch, heads, time, head_dim = q.shape
-        chunks, group = -(-time // self.chunk_size), heads // k.shape[1]
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        if scores.dim() == 4:
-            scores = scores.unsqueeze(2)
-        q, k, v = (self._chunked(x, chunks).flatten(1, 2) for x in (q, k, v))
-        mask = scores.expand(batch, heads, chunks, self.chunk_size, self.chunk_size).flatten(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-        return attended.view(batch, heads, -1, head_dim)[:, :, :time]
+        shapes = ((1, num, self.chunk_size + 1, head_dim) for num in (heads, self.meta_key.shape[0]))
+        q, k = (self.gate.new_zeros(shape) for shape in shapes)
+        return dispatch.select_backend("auto", q, k, k, *self.project(q, k), gain=self.gain)
 
 
-def weighed(v: Tensor) -> Tensor:
-    """Values with a 1 behind each: [batch, kv_heads, time, head_dim + 1]."""
+def append_one(v: Tensor) -> Tensor:
+    """Values with a 1 after each, which sums to their total weight: [batch, kv_heads, time, head_dim + 1]."""
     return F.pad(v, (0, 1), value=1.0)
 
 
-def joined(near: Tensor, far: Tensor) -> Tensor:
-    """What is near and what is retrieved, by what both weigh; far: of `weighed` values."""
-    return (near + far[..., :-1]) / (1 + far[..., -1:].abs())
+def normalized_sum(local: Tensor, retrieved: Tensor) -> Tensor:
+    """Sum of the local and the retrieved term over their total weight, where the local one weighs 1.
+
+    Args:
+        local: [..., head_dim].
+        retrieved: [..., head_dim + 1], its weight as the last column, as `append_one` lets it accumulate.
+    """
+    return (local + retrieved[..., :-1]) / (1 + retrieved[..., -1:].abs())

@@ -1,8 +1,8 @@
-"""The decoders of Hugging Face's models as candidates: original and converted, of random weights, built from a config.
+"""Decoders of Hugging Face models as candidates: an original and its conversion, built from a config with random weights.
 
-A decoder without its embeddings and head is what an `Attention` is to the harness: hidden states in, hidden states out, causal,
-with a state. So it is certified, timed and bounded as attentions are, and layers, feed-forward parts and the library's own overhead
-are timed with it. In a sweep, model.scope is `attention`: there is nothing of ours around it.
+A decoder without its embeddings and head is what an `Attention` is to the harness: a causal map of hidden states with a state. So
+it is certified and timed as attentions are, with its feed-forward parts and the library's own overhead. In a sweep, model.scope is
+`attention`: nothing of the harness is around it.
 """
 
 from collections.abc import Iterator
@@ -14,47 +14,50 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from bsbr import reference
-from bsbr.convert import Retrieval, convert_to_bsbr
-from bsbr.convert import registered as converted_attention
+from bsbr.convert import Retrieval, attention_interface, convert_to_bsbr
 from bsbr.convert.streaming import StreamingLayer
 from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter
 from evals.conversion.distill import converted_attention_names, weight_matrices
 
 UNPADDED = "bsbr_unpadded"
-"""A conversion's attention without a mask function. Padding is taken out before (`Attention.forward`), and what the library looks
-up in data to make a mask would keep `evals.benchmark.cost`, which has none, from counting."""
+"""Name of a conversion's attention without a mask function. `Attention.forward` has removed the padding, and to build a mask the
+library would read data, which `evals.benchmark.cost` does not have when it counts."""
 
 
 class PretrainedDecoder(Attention):
     """The layers of a GPT-2, Llama, Mistral or Qwen, with the library's own attention: torch's SDPA.
 
-    model_type: as the library names it. max_length: positions that it has room for; longer sequences are not supported.
-    options: of the library's config, such as num_key_value_heads. Raises ValueError for a model that is no decoder.
+    Args:
+        hidden_dim, num_heads: as in `Attention`.
+        model_type: the library's name of the architecture.
+        num_layers: number of layers.
+        max_length: positions of the model; longer sequences raise NotImplementedError.
+        options: other options of the library's config, such as num_key_value_heads.
+
+    Raises:
+        ValueError: for a model that is not a decoder.
     """
 
-    slow = "reference_softmax"
-    """The attention that the certificate holds this against, as it is registered below."""
+    reference_attention = "reference_softmax"
+    """Registered name of the attention that `reference` uses."""
 
     def __init__(
         self, hidden_dim: int, num_heads: int, *, model_type: str, num_layers: int = 2, max_length: int = 32768, **options: Any
     ) -> None:
         super().__init__(hidden_dim, num_heads)
-        # Sizes by names that all configs know. One token: embeddings and head have no part in this.
+        # Sizes under names that all configs know. A vocabulary of one token: embeddings and head are not used.
         sizes = {"hidden_size": hidden_dim, "num_attention_heads": num_heads, "num_hidden_layers": num_layers, "vocab_size": 1}
         special = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": max_length}
-        config = AutoConfig.for_model(model_type, **sizes, **special, **self.config_of(model_type, hidden_dim), **options)
+        # GPT-2 takes a feed-forward width of 4 · hidden_dim by itself, and has dropout.
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        by_type = no_dropout if model_type == "gpt2" else {"intermediate_size": 4 * hidden_dim}
+        config = AutoConfig.for_model(model_type, **sizes, **special, **by_type, **options)
         self.max_length = max_length
-        self.decoder = self.decoder_of(AutoModel.from_config(config, attn_implementation="sdpa"))
+        self.decoder = self.prepare(AutoModel.from_config(config, attn_implementation="sdpa"))
         self.out_proj = nn.Identity()
 
-    @staticmethod
-    def config_of(model_type: str, hidden_dim: int) -> dict[str, Any]:
-        """What of a config does not follow from the sizes: GPT-2 takes 4 · hidden_dim by itself, and dropout."""
-        if model_type == "gpt2":
-            return {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return {"intermediate_size": 4 * hidden_dim}
-
-    def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The decoder to measure, from one with random weights."""
         return model
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
@@ -66,7 +69,7 @@ class PretrainedDecoder(Attention):
         return cast(Tensor, self.decoder(inputs_embeds=hidden_states, use_cache=False).last_hidden_state)
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        with _attention(self.decoder, self.slow):
+        with _attention_implementation(self.decoder, self.reference_attention):
             return self.attend(*tensors)
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -75,25 +78,28 @@ class PretrainedDecoder(Attention):
         self._check_length(position + hidden_states.shape[1])
         cache = DynamicCache(config=self.decoder.config)
         if state is not None:
-            self.restore(cache, state)
+            self.load_cache(cache, state)
         output = self.decoder(inputs_embeds=hidden_states, cache=cache, use_cache=True).last_hidden_state
-        return output, {**self.kept(cache), "position": position_counter(position + hidden_states.shape[1])}
+        return output, {**self.cache_tensors(cache), "position": position_counter(position + hidden_states.shape[1])}
 
-    def restore(self, cache: DynamicCache, state: State) -> None:
+    def load_cache(self, cache: DynamicCache, state: State) -> None:
+        """Fills an empty cache with the tensors of a state."""
         for index, layer in enumerate(cache.layers):
             keys, values = state[f"{index}.keys"], state[f"{index}.values"]
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
 
-    def kept(self, cache: DynamicCache) -> State:
+    def cache_tensors(self, cache: DynamicCache) -> State:
+        """Tensors of a cache, as a state without a position."""
         return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(cache.layers) for name in ("keys", "values")}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """Of all layers: every matrix once a token, and their attentions."""
+        """FLOPs of all layers: every weight matrix once per token, and the attentions."""
         dense = 2 * seq_len * sum(weight.numel() for _, weight in weight_matrices(self.decoder))
         return batch_size * (dense + self.num_layers * self.attention_flops(seq_len))
 
     def attention_flops(self, seq_len: int) -> int:
+        """FLOPs of one layer's attention for one sequence."""
         return 4 * self.num_heads * self.head_dim * (seq_len * (seq_len + 1) // 2)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
@@ -120,12 +126,14 @@ class PretrainedDecoder(Attention):
 
 
 class ConvertedDecoder(PretrainedDecoder):
-    """`PretrainedDecoder` of the same seed, converted by `convert_to_bsbr`, with its gates at 1, as healing opens them.
+    """`PretrainedDecoder` of the same seed, converted by `convert_to_bsbr`, its gates at 1 as if distillation had opened them.
 
-    chunk_size, chunk_overlap, retrieval_top_k, compression_factor: see there.
+    Args:
+        hidden_dim, num_heads, options: as in `PretrainedDecoder`.
+        chunk_size, chunk_overlap, retrieval_top_k, compression_factor: as in `convert_to_bsbr`.
     """
 
-    slow = "reference_bsbr"
+    reference_attention = "reference_bsbr"
 
     def __init__(
         self,
@@ -146,10 +154,10 @@ class ConvertedDecoder(PretrainedDecoder):
         }
         super().__init__(hidden_dim, num_heads, **options)
 
-    def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         converted = convert_to_bsbr(model, **self.conversion)  # type: ignore[arg-type]  # of whole numbers and None
-        for part in retrievals(converted):
-            nn.init.ones_(part.gate)
+        for retrieval in retrievals(converted):
+            nn.init.ones_(retrieval.gate)
         converted.config._attn_implementation = UNPADDED
         return converted
 
@@ -157,18 +165,18 @@ class ConvertedDecoder(PretrainedDecoder):
     def block_length(self) -> int:
         return int(cast(int, self.conversion["chunk_size"]))
 
-    def restore(self, cache: DynamicCache, state: State) -> None:
+    def load_cache(self, cache: DynamicCache, state: State) -> None:
         for index in range(self.num_layers):
             layer = StreamingLayer()
             prefix = f"{index}."
             layer.state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            layer.seen, layer.is_initialized = next_position(state), True
+            layer.num_tokens, layer.is_initialized = next_position(state), True
             cache.layers[index] = layer
 
-    def kept(self, cache: DynamicCache) -> State:
+    def cache_tensors(self, cache: DynamicCache) -> State:
         state: State = {}
         for index, (layer, retrieval) in enumerate(zip(cache.layers, retrievals(self.decoder), strict=True)):
-            layer.condense(retrieval)
+            layer.summarize_prompt(retrieval)
             state |= {f"{index}.{name}": tensor for name, tensor in layer.state.items()}
         return state
 
@@ -176,20 +184,24 @@ class ConvertedDecoder(PretrainedDecoder):
         return retrievals(self.decoder)[0].flops(seq_len)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        numbers = retrievals(self.decoder)[0].state_numbers(seq_len)
-        return batch_size * self.num_layers * self.dtype.itemsize * numbers
+        elements = retrievals(self.decoder)[0].state_elements(seq_len)
+        return batch_size * self.num_layers * self.dtype.itemsize * elements
 
     def implementation(self, *tensors: Tensor) -> str:
         return f"bsbr, {retrievals(self.decoder)[0].implementation()}"
 
 
 def retrievals(converted: nn.Module) -> list[Retrieval]:
+    """The `Retrieval` of every converted attention, in order."""
     return [cast(Retrieval, converted.get_submodule(f"{name}.retrieval")) for name in converted_attention_names(converted)]
 
 
+# --- reference attentions -----------------------------------------------------------------------
+
+
 @contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """While it lasts, the model's attention is the one that is registered under this name."""
+def _attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Runs the model with the attention registered as `name` while the context is open."""
     before = model.config._attn_implementation
     model.config._attn_implementation = name
     try:
@@ -198,39 +210,42 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _softmax(
+def _reference_softmax(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """softmax(scaling · QKᵀ + causal) V. Not the library's own plain form, whose softmax is of float32."""
+    """softmax(scaling · QKᵀ + causal) V in the precision of the inputs; the library's own eager form computes it in float32."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
     scores = (scaling * query @ key.mT).masked_fill(future, -torch.inf)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
 
 
-def _bsbr(
+def _reference_bsbr(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     """A converted attention by `bsbr.reference`, for whole sequences without padding."""
     retrieval = cast(Retrieval, module.retrieval)
-    r, h, q_features, k_features = retrieval.projected(query, key)
+    projections = retrieval.project(query, key)
 
-    def of(values: Tensor) -> Tensor:
+    def bsbr(values: Tensor) -> Tensor:
         return reference.bsbr_attention(
-            *(query, key, values, r, h),
+            *(query, key, values, projections.meta_queries, projections.meta_keys),
             chunk_size=retrieval.chunk_size,
-            q_features=q_features,
-            k_features=k_features,
+            q_features=projections.q_features,
+            k_features=projections.k_features,
             gain=retrieval.gain,
             chunk_overlap=retrieval.chunk_overlap,
             top_k=retrieval.top_k,
         )
 
-    far = of(torch.ones_like(value)) - 1  # what is near weighs 1
-    return (of(value) / (1 + far.abs())).transpose(1, 2), None
+    retrieved_weight = bsbr(torch.ones_like(value)) - 1  # local tokens weigh 1
+    return (bsbr(value) / (1 + retrieved_weight.abs())).transpose(1, 2), None
 
 
-AttentionInterface.register(UNPADDED, converted_attention.attention)
-for name, plain in ((PretrainedDecoder.slow, _softmax), (ConvertedDecoder.slow, _bsbr)):
-    AttentionInterface.register(name, plain)
-    AttentionMaskInterface.register(name, converted_attention.mask)  # none, where there is no padding
+AttentionInterface.register(UNPADDED, attention_interface.attention)
+for name, function in (
+    (PretrainedDecoder.reference_attention, _reference_softmax),
+    (ConvertedDecoder.reference_attention, _reference_bsbr),
+):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, attention_interface.padding_mask)  # none, where there is no padding

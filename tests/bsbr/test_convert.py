@@ -239,7 +239,7 @@ def test_the_causal_form_is_the_definition() -> None:
         )
 
     weighed = 1 + (of(torch.ones_like(v)) - 1).abs()  # a softmax of ones is 1
-    assert (part.causal(q, k, v) - of(v) / weighed).abs().max() < 1e-10
+    assert (part.causal_attention(q, k, v) - of(v) / weighed).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -252,7 +252,7 @@ def test_near_and_far_are_one_mean(biased: bool) -> None:
     part.gate.data.abs_()
     q, k = (torch.randn(2, heads, 3 * B + 2, 8, dtype=torch.float64) for heads in (4, 2))
     value = torch.randn(8, dtype=torch.float64)  # of all tokens
-    for attended in (part.causal(q, k, value.expand_as(k), bias), part.bidirectional(q, k, value.expand_as(k), None, bias)):
+    for attended in (part.causal_attention(q, k, value.expand_as(k), bias), part.bidirectional_attention(q, k, value.expand_as(k), None, bias)):
         assert (attended - value).abs().max() < 1e-12
 
 
@@ -263,7 +263,7 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
     for parameter in part.parameters():
         torch.nn.init.normal_(parameter)
     q, k, v = (torch.randn(1, 2, time, 4, dtype=torch.float64) for _ in range(3))
-    got = part.bidirectional(q, k, v, None)
+    got = part.bidirectional_attention(q, k, v, None)
     spans = [slice(0, 3), slice(3, 6), slice(6, 8)]
     for head in range(2):
         phi_q, phi_k = ((x[0, head] @ w[head]).softmax(dim=-1) for x, w in ((q, part.query_features), (k, part.key_features)))
