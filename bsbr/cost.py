@@ -1,38 +1,71 @@
-"""TODO: what lives here."""
+"""What BSBR costs by its definition: floating point operations of the attention, and bytes of the decoding state."""
+
+from dataclasses import dataclass
+
+from bsbr.inputs import BSBROptions
 
 
-def attention_flops(
-    seq_len: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    feature_dim: int,
-    chunk_size: int,
-    chunk_overlap: int = 0,
-    top_k: int | None = None,
-    delta: bool = False,
-) -> int:
-    """What `bsbr_attention` of one sequence costs at least, in matrix products, multiply-add = 2. delta: with β.
+@dataclass(frozen=True)
+class HeadSizes:
+    """Sizes of the heads of a BSBR attention; feature_dim is d_r."""
 
-    A head: 4·d per visible pair, 2·d_r·d per token read and per chunk mixed, 2·d per chunk scored; a kv head: 2·d_r·d per token
-    stored, and with β 2·(d_r + d) per pair of those of a chunk.
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    feature_dim: int
+
+
+def attention_flops(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, delta_rule: bool = False) -> int:
+    """Matrix-product FLOPs of `bsbr_attention` on one sequence, a multiply-add counted as 2, causal work only.
+
+    Per head: 4·d for each visible pair of tokens, 2·d for each score of two chunks, 2·d_r·d for each state that is mixed and
+    for each token that reads out. Per kv head: 2·d_r·d for each token of a chunk that can be retrieved, and with the delta rule
+    2·(d_r + d) for each pair of tokens of such a chunk.
+
+    Args:
+        seq_len: n, tokens.
+        sizes: of the heads.
+        options: chunk_size, chunk_overlap and top_k count.
+        delta_rule: whether states are made by the delta rule, with β, instead of the sum.
     """
-    size = chunk_size
-    full, rest = divmod(seq_len, size)
-    chunks = -(-seq_len // size)
-    pairs = full * size * (size + 1) // 2 + rest * (rest + 1) // 2
-    pairs += sum(
-        min(chunk_overlap, start) * min(size, seq_len - start) for start in range(0, min(seq_len, chunk_overlap + size), size)
-    )
-    whole_overlap_from = -(-min(seq_len, chunk_overlap + size) // size) * size
-    pairs += chunk_overlap * max(0, seq_len - whole_overlap_from)
+    chunk_size, overlap = options.chunk_size, options.chunk_overlap
+    chunks = options.num_chunks(seq_len)
     scored = chunks * (chunks - 1) // 2
-    mixed = scored if top_k is None else sum(min(chunk, top_k) for chunk in range(chunks))
-    state = feature_dim * head_dim
-    stored = (chunks - 1) * size
-    read_out = seq_len - min(seq_len, size)
-    per_head = 4 * head_dim * pairs + 2 * head_dim * scored + 2 * state * (mixed + read_out)
-    per_kv_head = 2 * state * stored
-    if delta:
-        per_kv_head += (chunks - 1) * size * (size - 1) * (feature_dim + head_dim)
-    return num_heads * per_head + num_kv_heads * per_kv_head
+    mixed = scored if options.top_k is None else sum(min(chunk, options.top_k) for chunk in range(chunks))
+    state = sizes.feature_dim * sizes.head_dim
+    read_out = seq_len - min(seq_len, chunk_size)
+    per_head = 4 * sizes.head_dim * _visible_pairs(seq_len, chunk_size, overlap)
+    per_head += 2 * sizes.head_dim * scored + 2 * state * (mixed + read_out)
+    per_kv_head = 2 * state * (chunks - 1) * chunk_size
+    if delta_rule:
+        per_kv_head += (chunks - 1) * chunk_size * (chunk_size - 1) * (sizes.feature_dim + sizes.head_dim)
+    return sizes.num_heads * per_head + sizes.num_kv_heads * per_kv_head
+
+
+def state_bytes(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, hidden_dim: int, itemsize: int) -> int:
+    """Bytes of the decoding state of one sequence after `seq_len` tokens; see `bsbr.streaming.StreamingState`.
+
+    Args:
+        seq_len: n, tokens.
+        sizes: of the heads.
+        options: chunk_size and chunk_overlap count.
+        hidden_dim: numbers of a hidden state, whose sum over the open chunk is kept.
+        itemsize: bytes of a number; sums are kept in at least 4.
+    """
+    state = sizes.feature_dim * sizes.head_dim
+    cached = 2 * sizes.num_kv_heads * options.cached_tokens(seq_len) * sizes.head_dim
+    memory = seq_len // options.chunk_size * sizes.num_kv_heads * (sizes.head_dim + state)
+    retrieved = sizes.num_heads * state
+    sums = sizes.num_kv_heads * state + hidden_dim
+    return itemsize * (cached + memory + retrieved) + max(4, itemsize) * sums
+
+
+def _visible_pairs(seq_len: int, chunk_size: int, overlap: int) -> int:
+    """Pairs of a token and a token that it attends to, itself included."""
+    full, rest = divmod(seq_len, chunk_size)
+    inside = full * chunk_size * (chunk_size + 1) // 2 + rest * (rest + 1) // 2
+    # Chunks that begin before token `overlap` see less than a whole overlap: they are counted one by one.
+    bounded = min(seq_len, overlap + chunk_size)
+    cut_off = sum(min(overlap, start) * min(chunk_size, seq_len - start) for start in range(0, bounded, chunk_size))
+    whole_from = -(-bounded // chunk_size) * chunk_size
+    return inside + cut_off + overlap * max(0, seq_len - whole_from)

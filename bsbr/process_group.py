@@ -1,4 +1,4 @@
-"""The wire between ranks that share one sequence: who holds which stretch of it, and messages that are counted."""
+"""The process group of one sequence that is cut into shards, one a rank: who holds which shard, and counted messages."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -8,18 +8,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:  # builds of torch without ranks have no such name, and every attention names `Ranks`
+if TYPE_CHECKING:  # builds of torch without distributed support lack the name, and every attention imports this module
     from torch.distributed import ProcessGroup
 
 
 class SequenceGroup:
-    """The ranks that share a sequence, in the order of their stretches, seen from one of them.
+    """The ranks that share a sequence, seen from one of them; rank i holds the i-th shard.
 
-    group: a process group of torch.distributed (gloo, NCCL); None is the default one. lengths: how many tokens each
-    rank holds, where that is known; otherwise the ranks tell each other in every call, 8 bytes to each.
+    Args:
+        group: a process group of torch.distributed (gloo or NCCL); None is the default one.
+        lengths: tokens of each rank's shard, if known; otherwise the ranks exchange them in every call, 8 bytes to each other.
 
-    sent_bytes: of all tensors that this rank has handed to torch.distributed, once for every rank that they went to.
-    Raises RuntimeError if there is no process group, or this process is not in it.
+    Attributes:
+        rank, size: of this process in the group, and of the group.
+        sent_bytes: bytes of all tensors that this rank has sent, counted once for each receiver.
+
+    Raises:
+        RuntimeError: if there is no process group, or this process is not in it.
+        ValueError: if the number of lengths is not that of the ranks.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None, lengths: Sequence[int] | None = None) -> None:
@@ -39,42 +45,51 @@ class SequenceGroup:
         self.sent_bytes = 0
 
     def shard_lengths(self, time: int, device: torch.device, block: int = 1, lengths: Sequence[int] | None = None) -> list[int]:
-        """How many tokens each rank holds, this one `time`: multiples of `block` on all ranks but the last, nowhere none.
+        """Tokens of each rank's shard, exchanged between the ranks if they are not known.
 
-        lengths: what they are, if that is known here. Raises ValueError, on all ranks alike, if they are not as said.
+        Args:
+            time: tokens of this rank's shard.
+            device: of the tensors that the group exchanges.
+            block: every shard but the last must be a multiple of it.
+            lengths: the result, if the caller knows it.
+
+        Raises:
+            ValueError: on all ranks alike, if a shard is empty, is not a multiple of `block`, or is not as long as known.
         """
         known = self.lengths if lengths is None else list(lengths)
-        lengths = self._ask(time, device) if known is None else known
+        lengths = self._exchange_lengths(time, device) if known is None else known
         if lengths[self.rank] != time:
             raise ValueError(f"rank {self.rank} was to hold {lengths[self.rank]} tokens by its lengths, got {time}")
         if min(lengths) < 1:
-            raise ValueError(f"every rank must hold at least one token, got stretches of {lengths}; use fewer ranks")
+            raise ValueError(f"every rank must hold at least one token, got shards of {lengths}; use fewer ranks")
         if any(length % block for length in lengths[:-1]):
             raise ValueError(
-                f"all stretches but the last must be whole chunks, multiples of {block} tokens, got {lengths}; "
+                f"all shards but the last must be whole chunks, multiples of {block} tokens, got {lengths}; "
                 "cut the sequence where a chunk ends"
             )
         return lengths
 
-    def _ask(self, time: int, device: torch.device) -> list[int]:
-        mine = torch.tensor([time], device=device)
+    def _exchange_lengths(self, time: int, device: torch.device) -> list[int]:
+        own = torch.tensor([time], device=device)
         others = [rank for rank in range(self.size) if rank != self.rank]
-        theirs = {rank: [torch.empty_like(mine)] for rank in others}
-        self.exchange({rank: [mine] for rank in others}, theirs)
-        return [time if rank == self.rank else int(theirs[rank][0]) for rank in range(self.size)]
+        received = {rank: [torch.empty_like(own)] for rank in others}
+        self.exchange({rank: [own] for rank in others}, received)
+        return [time if rank == self.rank else int(received[rank][0]) for rank in range(self.size)]
 
     def exchange(self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]]) -> None:
-        """Sends to each rank its tensors, and fills those that come from each; both sides name as many, of the same shapes.
+        """Sends tensors to other ranks and receives theirs, all at once, so that no cycle of ranks can deadlock.
 
-        Everything is under way at once, so that no order of ranks can make them wait for each other in a circle.
+        Args:
+            outgoing: the tensors for each receiving rank.
+            incoming: tensors to fill for each sending rank, as many and of the same shapes as that rank sends.
         """
         messages: list[dist.P2POp] = []
         for direction, peers in ((dist.irecv, incoming), (dist.isend, outgoing)):
             for peer, tensors in peers.items():
                 peer = peer if self.group is None else dist.get_global_rank(self.group, peer)
-                # An empty tensor is not sent: both sides know that there is none.
-                numbered = [(tag, tensor) for tag, tensor in enumerate(tensors) if tensor.numel()]
-                messages += [dist.P2POp(direction, tensor, peer, self.group, tag) for tag, tensor in numbered]
+                # Empty tensors are not sent: both sides know that they are empty.
+                tagged = [(tag, tensor) for tag, tensor in enumerate(tensors) if tensor.numel()]
+                messages += [dist.P2POp(direction, tensor, peer, self.group, tag) for tag, tensor in tagged]
         self.sent_bytes += sum(tensor.nbytes for tensors in outgoing.values() for tensor in tensors)
         if messages:
             for request in dist.batch_isend_irecv(messages):
@@ -82,7 +97,11 @@ class SequenceGroup:
 
 
 def split_evenly(seq_len: int, ranks: int, block: int) -> list[int]:
-    """Lengths of the stretches that share a sequence's blocks as evenly as whole blocks can be, the larger ones first."""
+    """Lengths of shards of whole blocks, as equal as possible, the longer ones first; the last block may be incomplete.
+
+    Raises:
+        ValueError: if there are fewer blocks than ranks.
+    """
     blocks = -(-seq_len // block)
     if blocks < ranks:
         raise ValueError(f"{seq_len} tokens are {blocks} chunks of {block}, too few for {ranks} ranks")
@@ -91,9 +110,9 @@ def split_evenly(seq_len: int, ranks: int, block: int) -> list[int]:
 
 
 def ring_sent_bytes(lengths: Sequence[int], rank: int, *, kv_heads: int, head_dim: int, itemsize: int, batch_size: int = 1) -> int:
-    """Bytes that `rank` sends forward in ring attention: every stretch of K and V passes it, but for the next rank's own.
+    """Bytes that `rank` sends in a forward pass of ring attention: it passes on every shard of K and V but the next rank's own.
 
-    2·(P − 1)·(n/P)·kv_heads·head_dim numbers where all stretches are alike. Liu 2023, arXiv:2310.01889, section 3.
+    With equal shards that is 2·(P − 1)·(n/P)·kv_heads·head_dim numbers (arXiv:2310.01889, section 3).
     """
-    passing = sum(lengths) - lengths[(rank + 1) % len(lengths)]
-    return 2 * passing * batch_size * kv_heads * head_dim * itemsize
+    passed_on = sum(lengths) - lengths[(rank + 1) % len(lengths)]
+    return 2 * passed_on * batch_size * kv_heads * head_dim * itemsize

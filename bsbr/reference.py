@@ -13,8 +13,8 @@ def bsbr_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    r: Tensor,
-    h: Tensor,
+    meta_query: Tensor,
+    meta_key: Tensor,
     *,
     chunk_size: int,
     q_features: Tensor | None = None,
@@ -30,7 +30,7 @@ def bsbr_attention(
     With β, F_s grows by β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ from token to token; with `normalise`, F̄_t has the norm √head_dim.
     Arguments, shapes and result as `bsbr.bsbr_attention`, in float64 whatever comes in; differentiable.
     """
-    q, k, v, r, h = (tensor.double() for tensor in (q, k, v, r, h))
+    q, k, v, r, h = (tensor.double() for tensor in (q, k, v, meta_query, meta_key))
     phi_q = unit_norm(q) if q_features is None else q_features.double()
     phi_k = unit_norm(k) if k_features is None else k_features.double()
     heads, time, head_dim = q.shape[1:]

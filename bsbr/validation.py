@@ -1,51 +1,37 @@
-"""TODO: what lives here."""
+"""Shape checks of the arguments of BSBR."""
 
-from torch import Tensor
-
-from bsbr.interface import (
-    require_positive,
-)
+from bsbr.inputs import BSBRInputs, BSBROptions
+from bsbr.interface import check_heads
 
 
-def check_options(chunk_size: int, chunk_overlap: int, top_k: int | None) -> None:
-    require_positive(chunk_size=chunk_size)
-    if top_k is not None:
-        require_positive(retrieval_top_k=top_k)
-    if isinstance(chunk_overlap, bool) or not isinstance(chunk_overlap, int) or chunk_overlap < 0:
-        raise ValueError(f"chunk_overlap must be an integer of at least 0, got {chunk_overlap!r}")
+def check_inputs(inputs: BSBRInputs, options: BSBROptions, *, retrievable: int) -> None:
+    """Checks that the tensors of a whole sequence, or of a whole shard, fit each other.
 
+    Args:
+        inputs: the tensors.
+        options: the settings, which give the number of chunks.
+        retrievable: how many meta keys there must be at least.
 
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    h: Tensor,
-    q_features: Tensor | None,
-    k_features: Tensor | None,
-    beta: Tensor | None,
-    gain: Tensor | None,
-    *,
-    chunk_size: int,
-    retrievable: int,
-) -> None:
-    """Raises ValueError unless k and v have q's time and the rest its shape; q, k and v are checked heads.
-
-    retrievable: how many meta keys h must hold at least.
+    Raises:
+        ValueError: if a shape does not fit; the message names the tensor, its shape and the expected one.
     """
+    q, k, v, meta_query, meta_key, q_features, k_features, beta, gain = inputs
+    check_heads(q, k, v)
     time = q.shape[2]
     if k.shape[2] != time:
         raise ValueError(
             f"q and k must have the same time, got {time} and {k.shape[2]}; to continue a sequence use BSBRAttention.extend"
         )
-    chunks = -(-time // chunk_size)
-    if r.shape != (*q.shape[:2], chunks, q.shape[3]):
+    expected = [*q.shape[:2], options.num_chunks(time), q.shape[3]]
+    if list(meta_query.shape) != expected:
         raise ValueError(
-            f"r must be [batch, heads, {chunks} chunks, head_dim] = {[*q.shape[:2], chunks, q.shape[3]]}, got {list(r.shape)}"
+            f"meta_query must be [batch, heads, {expected[2]} chunks, head_dim] = {expected}, got {list(meta_query.shape)}"
         )
-    if h.dim() != 4 or h.shape[:2] != k.shape[:2] or h.shape[2] < retrievable or h.shape[3] != q.shape[3]:
+    keys_fit = meta_key.dim() == 4 and meta_key.shape[:2] == k.shape[:2] and meta_key.shape[3] == q.shape[3]
+    if not keys_fit or meta_key.shape[2] < retrievable:
         raise ValueError(
-            f"h must be [batch, kv_heads, {retrievable} chunks or more, head_dim], got {list(h.shape)} beside k {list(k.shape)}"
+            f"meta_key must be [batch, kv_heads, {retrievable} chunks or more, head_dim], "
+            f"got {list(meta_key.shape)} beside k {list(k.shape)}"
         )
     if q_features is not None or k_features is not None:
         if q_features is None or k_features is None:

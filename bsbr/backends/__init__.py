@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""Implementations of BSBR on tensors: torch operations, C++ for CPUs, Triton kernels for GPUs; `dispatch` selects one."""

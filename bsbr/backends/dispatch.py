@@ -1,46 +1,69 @@
-"""Which implementation runs: the fastest that can take the input, or the one that was asked for and no other."""
+"""Selects the backend: the fastest one that can take the inputs, or the one that `impl` names and no other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from bsbr.backends import triton
-from bsbr.backends.cpp import operators
+from bsbr.backends import pytorch, triton
+from bsbr.backends.cpp import segment as cpp
+from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
 Impl = Literal["auto", "torch", "cpp", "triton"]
+"""What a user can ask for: a backend by its name, or the fastest one."""
 
-
-def select_backend(impl: Impl, *tensors: Tensor, gain: Tensor | None = None, dropout_p: float = 0.0) -> Impl:
-    """torch (`bsbr.backends.pytorch`), native (`bsbr.backends.cpp.operators`, on a CPU) or triton (`bsbr.backends.triton`, on a GPU).
-
-    tensors: q, k, v, r, h and, where they are given, φ(q), φ(k), as `bsbr_attention` takes them.
-    Raises ValueError if there is no such implementation, NotImplementedError if it cannot take these tensors.
-    """
-    check_impl(impl)
-    obstacles: dict[Impl, Callable[[Sequence[Tensor], Tensor | None, float], str | None]] = {
-        "triton": _not_triton,
-        "cpp": _not_native,
-    }
-    if impl == "auto":
-        return next((one for one, obstacle in obstacles.items() if not obstacle(tensors, gain, dropout_p)), "torch")
-    obstacle = obstacles[impl](tensors, gain, dropout_p) if impl in obstacles else None
-    if obstacle:
-        raise NotImplementedError(f"impl='{impl}' was asked for: {obstacle}; impl='torch' takes every input")
-    return impl
+_UNSUPPORTED: dict[Impl, Callable[[BSBRInputs, BSBROptions], str | None]] = {
+    "triton": triton.unsupported,
+    "cpp": cpp.unsupported,
+}
+"""Backends that do not take every input, the fastest first, each with the function that says why not."""
 
 
 def check_impl(impl: str) -> None:
-    """Raises ValueError unless there is such an implementation."""
+    """Raises ValueError unless `impl` is one of `Impl`."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
 
 
-def _not_triton(tensors: Sequence[Tensor], gain: Tensor | None, dropout_p: float) -> str | None:
-    q_features, k_features = tensors[5:] or (None, None)
-    q, k, v, r, h = tensors[:5]
-    return triton.unsupported(q, k, v, r, h, q_features=q_features, k_features=k_features, gain=gain, dropout_p=dropout_p)
+def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl:
+    """Name of the backend that runs: "torch", "cpp" (CPUs) or "triton" (GPUs).
+
+    Args:
+        impl: a backend, or "auto" for the fastest that supports the inputs.
+        inputs: the tensors, of which dtypes, devices and sizes count.
+        options: see `BSBROptions`.
+
+    Raises:
+        ValueError: if there is no such backend.
+        NotImplementedError: if `impl` names a backend that does not support the inputs.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        return next((name for name, unsupported in _UNSUPPORTED.items() if not unsupported(inputs, options)), "torch")
+    reason = _UNSUPPORTED[impl](inputs, options) if impl in _UNSUPPORTED else None
+    if reason:
+        raise NotImplementedError(f"impl='{impl}' was asked for: {reason}; impl='torch' takes every input")
+    return impl
 
 
-def _not_native(tensors: Sequence[Tensor], gain: Tensor | None, dropout_p: float) -> str | None:
-    return operators.unsupported(*tensors, *([] if gain is None else [gain]), dropout_p=dropout_p)
+def attend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
+    """BSBR of a whole sequence on the selected backend: [batch, heads, time, head_dim]. Arguments as `select_backend`."""
+    backend = select_backend(impl, inputs, options)
+    if backend == "triton":
+        return triton.attend(inputs, options)
+    retrievable = options.num_chunks(inputs.q.shape[2]) - 1
+    inputs = inputs._replace(meta_key=inputs.meta_key[:, :, :retrievable])
+    return _segment(backend, inputs, options, EMPTY_MEMORY).output
+
+
+def attend_segment(impl: Impl, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+    """BSBR of a segment after the chunks of `past`, see `bsbr.backends.pytorch.segment`, on the selected backend.
+
+    Where Triton would be selected the torch backend runs: the kernels take no earlier chunks.
+    """
+    return _segment(select_backend(impl, inputs, options), inputs, options, past)
+
+
+def _segment(backend: Impl, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+    run = cpp.segment if backend == "cpp" else pytorch.segment
+    return run(inputs, options, past)

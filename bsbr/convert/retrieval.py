@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bsbr.attention import bsbr_attention
 from bsbr.backends import dispatch, pytorch
-from bsbr.cost import attention_flops
+from bsbr.backends.retrieval import retrieve
+from bsbr.cost import HeadSizes, attention_flops
+from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory
 from bsbr.interface import require_positive
-from bsbr.validation import check_options
 
 
 class Projections(NamedTuple):
@@ -87,7 +88,7 @@ class Retrieval(nn.Module):
         compression_factor: int = 1,
     ) -> None:
         super().__init__()
-        check_options(chunk_size, chunk_overlap, retrieval_top_k)
+        self.options = BSBROptions(chunk_size, chunk_overlap, retrieval_top_k)
         require_positive(compression_factor=compression_factor)
         if head_dim % compression_factor:
             raise ValueError(f"compression_factor must divide the model's head_dim = {head_dim}, got {compression_factor}")
@@ -185,9 +186,8 @@ class Retrieval(nn.Module):
             return attended
         summaries = self.summarize_chunks(k, v, earlier_chunks)
         r = q[:, :, ::size] @ self.meta_query
-        retrieved = pytorch.retrieve(
-            r, [summaries.meta_keys], [summaries.states], top_k=self.top_k, gain=self.gain, dropout_p=dropout_p
-        )
+        memory = ChunkMemory([summaries.meta_keys], [summaries.states])
+        retrieved = retrieve(r, memory, top_k=self.top_k, gain=self.gain, dropout_p=dropout_p)
         return normalized_sum(attended, pytorch.read_out(self.map_queries(q), retrieved, size))
 
     def bidirectional_attention(
@@ -257,7 +257,7 @@ class Retrieval(nn.Module):
         r, h, q_features, k_features = projections
         size, earlier_chunks = self.chunk_size, h.shape[2]
         sums = k_features[:, :, : earlier_chunks * size].unflatten(2, (earlier_chunks, size)).sum(dim=3).unsqueeze(-1)
-        return pytorch.read_out(q_features, pytorch.retrieve(r, [h], [sums], top_k=self.top_k, gain=self.gain), size)
+        return pytorch.read_out(q_features, retrieve(r, ChunkMemory([h], [sums]), top_k=self.top_k, gain=self.gain), size)
 
     def _within_chunks(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout_p: float) -> Tensor:
         """softmax(qkᵀ/√d + scores) v inside each chunk; scores broadcasts to [batch, heads, (chunks,) chunk_size, chunk_size]."""
@@ -284,11 +284,7 @@ class Retrieval(nn.Module):
         kv_heads, chunks = self.meta_key.shape[0], -(-seq_len // self.chunk_size)
         meta = 2 * head_dim * head_dim * (heads * chunks + kv_heads * (chunks - 1))
         features = 2 * seq_len * head_dim * ((heads + kv_heads) * feature_dim + heads)
-        attended = attention_flops(
-            *(seq_len, heads, kv_heads, head_dim, feature_dim, self.chunk_size),
-            chunk_overlap=self.chunk_overlap,
-            top_k=self.top_k,
-        )
+        attended = attention_flops(seq_len, HeadSizes(heads, kv_heads, head_dim, feature_dim), self.options)
         earlier_chunks = chunks - 1
         mixed = sum(chunk if self.top_k is None else min(chunk, self.top_k) for chunk in range(chunks))
         read = max(0, seq_len - self.chunk_size)
@@ -308,7 +304,8 @@ class Retrieval(nn.Module):
         heads, head_dim, _ = self.query_features.shape
         shapes = ((1, num, self.chunk_size + 1, head_dim) for num in (heads, self.meta_key.shape[0]))
         q, k = (self.gate.new_zeros(shape) for shape in shapes)
-        return dispatch.select_backend("auto", q, k, k, *self.project(q, k), gain=self.gain)
+        inputs = BSBRInputs(q, k, k, *self.project(q, k), gain=self.gain)
+        return dispatch.select_backend("auto", inputs, self.options)
 
 
 def append_one(v: Tensor) -> Tensor:

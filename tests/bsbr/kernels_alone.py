@@ -14,9 +14,9 @@ from torch import Tensor
 from bsbr import reference
 from bsbr.backends import triton
 from bsbr.backends.triton import top_k, tuning
+from bsbr.inputs import BSBRInputs, BSBROptions
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "gain")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -71,8 +71,8 @@ def inputs(
         "q": (heads, time, head_dim),
         "k": (kv_heads, time, head_dim),
         "v": (kv_heads, time, head_dim),
-        "r": (heads, chunks, head_dim),
-        "h": (kv_heads, chunks - 1 + spare_keys, head_dim),
+        "meta_query": (heads, chunks, head_dim),
+        "meta_key": (kv_heads, chunks - 1 + spare_keys, head_dim),
     }
     if d_r is not None:
         shapes |= {"q_features": (heads, time, d_r), "k_features": (kv_heads, time, d_r)}
@@ -85,11 +85,18 @@ def inputs(
     return {name: x.to(DEVICE, dtype) for name, x in made.items()}
 
 
+def triton_attention(
+    *, chunk_size: int, chunk_overlap: int = 0, top_k: int | None = None, normalise: bool = False, **tensors: Tensor
+) -> Tensor:
+    """The kernels by the arguments of `reference.bsbr_attention`."""
+    return triton.attend(BSBRInputs(**tensors), BSBROptions(chunk_size, chunk_overlap, top_k, normalise))
+
+
 def hold(tensors: dict[str, Tensor], **options: Any) -> None:
     """Values and all gradients are the reference's, by relative norm."""
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     dtype = tensors["q"].dtype
-    got, expected = triton.bsbr_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
+    got, expected = triton_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
     assert got.dtype == dtype
     assert got.shape == expected.shape
     assert_close("o", got, expected, TOLERANCE[dtype], 0)
@@ -104,7 +111,7 @@ def hold(tensors: dict[str, Tensor], **options: Any) -> None:
     for name, a, b in zip(names, *gradients, strict=True):
         assert a.dtype == tensors[name].dtype
         # That of a score is a difference of sums over d_r·head_dim: in float32 up to 1.4e-5 at d_r·head_dim = 25600.
-        loose = 2 if name in ("r", "h") else 1
+        loose = 2 if name in ("meta_query", "meta_key") else 1
         assert_close(f"the gradient of {name}", a, b, loose * TOLERANCE[dtype], 1e-2 * TOLERANCE[dtype] * largest)
 
 
@@ -185,12 +192,12 @@ def test_without_a_gain_it_is_one() -> None:
 @pytest.mark.parametrize(("d_r", "options"), [(None, {}), (8, {"top_k": 1})], ids=str)
 def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
     tensors = inputs(37, 16, d_r=d_r, batch=2)
-    expected = triton.bsbr_attention(**tensors, chunk_size=16, **options)
+    expected = triton_attention(**tensors, chunk_size=16, **options)
     views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for name, x in tensors.items()}
     assert not views["q"].is_contiguous()
-    assert torch.equal(triton.bsbr_attention(**views, chunk_size=16, **options), expected)
+    assert torch.equal(triton_attention(**views, chunk_size=16, **options), expected)
     columns = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
-    assert torch.equal(triton.bsbr_attention(**columns, chunk_size=16, **options), expected)
+    assert torch.equal(triton_attention(**columns, chunk_size=16, **options), expected)
     every_other = {name: x.repeat_interleave(2, dim=-2)[..., ::2, :] if x.dim() == 4 else x for name, x in tensors.items()}
     hold(every_other, chunk_size=16, **options)
 
@@ -199,7 +206,7 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(40, 16).items()}
     got, expected = (
         torch.autograd.grad(function(**tensors, chunk_size=16).sum(), list(tensors.values()))
-        for function in (triton.bsbr_attention, reference.bsbr_attention)
+        for function in (triton_attention, reference.bsbr_attention)
     )
     for name, a, b in zip(tensors, got, expected, strict=True):
         assert_close(name, a, b, 1e-5, 1e-4)
@@ -211,32 +218,32 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "chunk_overlap": 20}], ids=str)
 def test_the_future_changes_no_bit(options: dict[str, int]) -> None:
     tensors = inputs(70, 16)
-    whole = triton.bsbr_attention(**tensors, chunk_size=16, **options)
+    whole = triton_attention(**tensors, chunk_size=16, **options)
     for cut in (32, 47):
         spoilt = {name: x.clone() for name, x in tensors.items()}
         for name in ("q", "k", "v"):
             spoilt[name][:, :, cut:] = 1e3
-        spoilt["r"][:, :, -(-cut // 16) :] = 1e3
-        spoilt["h"][:, :, cut // 16 :] = 1e3
-        part = triton.bsbr_attention(**spoilt, chunk_size=16, **options)
+        spoilt["meta_query"][:, :, -(-cut // 16) :] = 1e3
+        spoilt["meta_key"][:, :, cut // 16 :] = 1e3
+        part = triton_attention(**spoilt, chunk_size=16, **options)
         assert torch.equal(part[:, :, :cut], whole[:, :, :cut])
         alone = {name: x[:, :, :cut] if name in ("q", "k", "v") else x for name, x in tensors.items()}
-        alone |= {"r": tensors["r"][:, :, : -(-cut // 16)], "h": tensors["h"][:, :, : cut // 16]}
-        torch.testing.assert_close(triton.bsbr_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
+        alone |= {"meta_query": tensors["meta_query"][:, :, : -(-cut // 16)], "meta_key": tensors["meta_key"][:, :, : cut // 16]}
+        torch.testing.assert_close(triton_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
 
 
 def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow() -> None:
     tensors = inputs(24, 2)
-    tensors["r"] = torch.zeros_like(tensors["r"])
+    tensors["meta_query"] = torch.zeros_like(tensors["meta_query"])
     hold(tensors, chunk_size=2, top_k=3)
-    _, chosen = top_k.select(tensors["r"], tensors["h"], 11, 3)
+    _, chosen = top_k.select(tensors["meta_query"], tensors["meta_key"], 11, 3)
     assert chosen[0, :, 2:].unique(dim=1).tolist() == [[[0, 1, 2]]] * 2
 
 
 def test_it_is_the_same_bits_every_time() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(70, 16).items()}
     first, second = (
-        torch.autograd.grad(triton.bsbr_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
+        torch.autograd.grad(triton_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -244,8 +251,8 @@ def test_it_is_the_same_bits_every_time() -> None:
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     tensors = inputs(50, 16)
-    tensors |= {name: 30 * tensors[name] for name in ("q", "k", "r", "h")}
-    out = triton.bsbr_attention(**tensors, chunk_size=16)
+    tensors |= {name: 30 * tensors[name] for name in ("q", "k", "meta_query", "meta_key")}
+    out = triton_attention(**tensors, chunk_size=16)
     assert_close("o", out, reference.bsbr_attention(**tensors, chunk_size=16), 1e-4, 0)
 
 
@@ -257,7 +264,7 @@ def test_long_sequences_as_the_plain_path_has_them(head_dim: int) -> None:
     tensors = inputs(8192 + 77, 128, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16)
     tensors = {name: x.requires_grad_() for name, x in tensors.items()}
     wide = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
-    got = triton.bsbr_attention(**tensors, chunk_size=128, chunk_overlap=32)
+    got = triton_attention(**tensors, chunk_size=128, chunk_overlap=32)
     expected = bsbr_attention(**wide, chunk_size=128, chunk_overlap=32)
     assert_close("o", got, expected, 2e-2, 0)
     upstream = torch.randn_like(got)

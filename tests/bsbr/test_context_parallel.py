@@ -18,6 +18,7 @@ from baselines.ring import RingAttention
 from bsbr import BSBRAttention, bsbr_attention, reference
 from bsbr.backends.pytorch import unit_norm
 from bsbr.context_parallel import ContextParallel, context_parallel_bsbr_attention, sent_bytes
+from bsbr.inputs import BSBRInputs, BSBROptions
 from bsbr.interface import Attention
 from bsbr.process_group import SequenceGroup, ring_sent_bytes, split_evenly
 from evals.certification.subject import randomize_zero_parameters
@@ -26,14 +27,14 @@ from evals.isolation import forkserver
 pytestmark = pytest.mark.xdist_group("parallel")
 CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
 
-# Name -> lengths of stretches, sizes and options.
+# Name -> lengths of shards, sizes and options.
 FUNCTIONS: dict[str, tuple[list[int], dict[str, int], dict[str, int]]] = {
     "two whole": ([8, 4], {}, {"normalise": True}),
     "two, an incomplete last chunk": ([8, 7], {}, {}),
     "two, one chunk and one token": ([4, 1], {}, {}),
     "two, a first rank that retrieves nothing": ([4, 14], {"kv_heads": 1}, {"chunk_overlap": 3}),
-    "two, overlap longer than a stretch": ([4, 12], {}, {"chunk_overlap": 6}),
-    "two, a last stretch shorter than the overlap": ([12, 3], {"kv_heads": 2}, {"chunk_overlap": 5}),
+    "two, overlap longer than a shard": ([4, 12], {}, {"chunk_overlap": 6}),
+    "two, a last shard shorter than the overlap": ([12, 3], {"kv_heads": 2}, {"chunk_overlap": 5}),
     "two, top_k": ([8, 10], {"feature_dim": 2}, {"top_k": 2, "normalise": True}),
     "four whole": ([4, 4, 4, 4], {"kv_heads": 1, "feature_dim": 3}, {}),
     "four unequal": ([4, 12, 4, 3], {"kv_heads": 2, "feature_dim": 2}, {"chunk_overlap": 9}),
@@ -54,7 +55,7 @@ RINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "ring of four alike": ([4, 4, 4, 4], {}),
 }
 BAD = {"a boundary inside a chunk": [6, 6], "an empty rank": [0, 8], "an empty last rank": [8, 0]}
-NAMES = ("q", "k", "v", "r", "h", "q_features", "k_features", "beta", "gain")
+NAMES = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features", "beta", "gain")
 
 
 def whole(lengths: Sequence[int], kv_heads: int = HEADS, feature_dim: int = HEAD_DIM) -> dict[str, Tensor]:
@@ -74,9 +75,11 @@ def whole(lengths: Sequence[int], kv_heads: int = HEADS, feature_dim: int = HEAD
 
 
 def cut(tensors: dict[str, Tensor], lengths: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """This rank's stretch of them."""
+    """This rank's shard of them."""
     start, stop = sum(lengths[:rank]), sum(lengths[: rank + 1])
-    part = {name: slice(start, stop) for name in NAMES} | {name: slice(start // CHUNK, -(-stop // CHUNK)) for name in ("r", "h")}
+    part = {name: slice(start, stop) for name in NAMES} | {
+        name: slice(start // CHUNK, -(-stop // CHUNK)) for name in ("meta_query", "meta_key")
+    }
     return {name: tensor if name == "gain" else tensor[:, :, part[name]] for name, tensor in tensors.items()}
 
 
@@ -123,26 +126,26 @@ def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
 
 
 def _function(rank: int, lengths: list[int], sizes: dict[str, int], options: dict[str, int]) -> dict[str, Any]:
-    tensors, ranks = whole(lengths, **sizes), SequenceGroup(lengths=lengths)
-    out = context_parallel_bsbr_attention(**cut(tensors, lengths, rank), chunk_size=CHUNK, group=ranks, **options)
-    forward = ranks.sent_bytes
+    tensors, group = whole(lengths, **sizes), SequenceGroup(lengths=lengths)
+    out = context_parallel_bsbr_attention(BSBRInputs(**cut(tensors, lengths, rank)), BSBROptions(CHUNK, **options), group)
+    forward = group.sent_bytes
     every = weights(torch.empty(BATCH, HEADS, sum(lengths), HEAD_DIM))
     start = sum(lengths[:rank])
     (out * every[:, :, start : start + lengths[rank]]).sum().backward()
     gradients = {name: tensor.grad for name, tensor in tensors.items()}
-    return {"out": out.detach(), "gradients": gradients, "sent": (forward, ranks.sent_bytes - forward)}
+    return {"out": out.detach(), "gradients": gradients, "sent": (forward, group.sent_bytes - forward)}
 
 
 def _module(rank: int, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
     attention, states = module(options), hidden(sum(lengths))
     parallel = ContextParallel(attention)
     start = sum(lengths[:rank])
-    stretch = slice(start, start + lengths[rank])
-    out = parallel(states[:, stretch])
-    forward = parallel.ranks.sent_bytes
-    (out * weights(states.detach())[:, stretch]).sum().backward()
+    shard = slice(start, start + lengths[rank])
+    out = parallel(states[:, shard])
+    forward = parallel.group.sent_bytes
+    (out * weights(states.detach())[:, shard]).sum().backward()
     gradients = {name: parameter.grad for name, parameter in attention.named_parameters()} | {"x": states.grad}
-    return {"out": out.detach(), "gradients": gradients, "sent": (forward, parallel.ranks.sent_bytes - forward)}
+    return {"out": out.detach(), "gradients": gradients, "sent": (forward, parallel.group.sent_bytes - forward)}
 
 
 def ring(options: dict[str, Any]) -> RingAttention:
@@ -152,15 +155,15 @@ def ring(options: dict[str, Any]) -> RingAttention:
 
 def _ring(rank: int, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
     parallel = ContextParallel(ring(options), SequenceGroup(lengths=lengths))
-    stretch = hidden(sum(lengths))[:, sum(lengths[:rank]) : sum(lengths[: rank + 1])]
+    shard = hidden(sum(lengths))[:, sum(lengths[:rank]) : sum(lengths[: rank + 1])]
     with pytest.raises(NotImplementedError, match="forward pass only"):
-        parallel(stretch)
+        parallel(shard)
     with torch.no_grad():
-        return {"out": parallel(stretch), "sent": parallel.ranks.sent_bytes}
+        return {"out": parallel(shard), "sent": parallel.group.sent_bytes}
 
 
 def _refused(rank: int, lengths: list[int]) -> str:
-    with pytest.raises(ValueError, match="stretches") as refusal:
+    with pytest.raises(ValueError, match="shards") as refusal:
         ContextParallel(module({}))(hidden(8)[:, : lengths[rank]])
     return str(refusal.value)
 
@@ -169,7 +172,7 @@ def _in(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     attention, states = module({"chunk_overlap": 2}).to(dtype), hidden(16).detach().to(dtype)
     parallel = ContextParallel(attention, SequenceGroup(lengths=[8, 8]))
     out = parallel(states[:, 8 * rank : 8 * rank + 8])
-    sent = parallel.ranks.sent_bytes
+    sent = parallel.group.sent_bytes
     out.sum().backward()
     return {"out": out.detach(), "whole": attention(states).detach(), "sent": sent}
 
@@ -187,8 +190,8 @@ def _data_parallel(rank: int) -> dict[str, Tensor | None]:
     attention = module(MODULES["two ranks, all options"][2])
     wrapped = DistributedDataParallel(ContextParallel(attention), process_group=dist.new_group())
     states = hidden(20).detach()
-    stretch = slice(0, 12) if rank == 0 else slice(12, 20)
-    (2 * wrapped(states[:, stretch]) * weights(states)[:, stretch]).sum().backward()
+    shard = slice(0, 12) if rank == 0 else slice(12, 20)
+    (2 * wrapped(states[:, shard]) * weights(states)[:, shard]).sum().backward()
     return {name: parameter.grad for name, parameter in attention.named_parameters()}
 
 
@@ -333,13 +336,11 @@ def test_ranks_of_a_group(found: dict[str, list[Any]]) -> None:
 # --- bad use --------------------------------------------------------------------------------------
 
 
-def test_bad_stretches_are_the_same_sentence_on_every_rank(found: dict[str, list[Any]]) -> None:
-    inside = (
-        "all stretches but the last must be whole chunks, multiples of 4 tokens, got [6, 6]; cut the sequence where a chunk ends"
-    )
+def test_bad_shards_are_the_same_sentence_on_every_rank(found: dict[str, list[Any]]) -> None:
+    inside = "all shards but the last must be whole chunks, multiples of 4 tokens, got [6, 6]; cut the sequence where a chunk ends"
     assert found["a boundary inside a chunk"] == [inside] * 2
     for case in ("an empty rank", "an empty last rank"):
-        sentence = f"every rank must hold at least one token, got stretches of {BAD[case]}; use fewer ranks"
+        sentence = f"every rank must hold at least one token, got shards of {BAD[case]}; use fewer ranks"
         assert found[case] == [sentence] * 2
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bsbr import BSBRAttention, attention, bsbr_attention, reference
+from bsbr import BSBRAttention, bsbr_attention, reference, streaming
 from bsbr.backends import dispatch, pytorch
-from bsbr.backends.cpp import build, operators
+from bsbr.backends.cpp import build, segment
+from bsbr.inputs import BSBRInputs, BSBROptions
 from evals.certification.subject import randomize_zero_parameters
 
 CHUNK = 6
@@ -35,8 +36,8 @@ def inputs(
     chunks = -(-time // chunk)
     tensors = {"q": heads(4, time, dim), "k": heads(2, time, dim), "v": heads(2, time, dim)}
     tensors |= {
-        "r": heads(4, chunks, dim),
-        "h": heads(2, chunks - 1, dim),
+        "meta_query": heads(4, chunks, dim),
+        "meta_key": heads(2, chunks - 1, dim),
         "gain": torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype),
     }
     if features:
@@ -78,13 +79,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("features", [None, 3])
 @pytest.mark.parametrize("beta", [False, True])
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 2])
-@pytest.mark.parametrize(("stretch", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
+@pytest.mark.parametrize(("group", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
 @pytest.mark.usefixtures("threads")
 def test_values_and_gradients_are_those_of_the_reference(
-    monkeypatch: pytest.MonkeyPatch, stretch: int, time: int, features: int | None, beta: bool, options: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, group: int, time: int, features: int | None, beta: bool, options: dict[str, int]
 ) -> None:
-    monkeypatch.setattr(operators, "STRETCH", stretch)
-    monkeypatch.setattr(operators, "FEW", stretch)
+    monkeypatch.setattr(segment, "GROUP", group)
+    monkeypatch.setattr(segment, "FEW_ROWS", group)
     check(inputs(time, features=features, beta=beta), 1e-10, chunk_size=CHUNK, normalise=beta, **options)
 
 
@@ -133,8 +134,8 @@ def test_scores_of_any_size_give_the_softmax_that_torch_gives() -> None:
 def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_same(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(attention, "PAGE", 3)
-    monkeypatch.setattr(operators, "FEW", 1)
+    monkeypatch.setattr(streaming, "PAGE", 3)
+    monkeypatch.setattr(segment, "FEW_ROWS", 1)
     torch.manual_seed(0)
     module = randomize_zero_parameters(BSBRAttention(16, 4, chunk_size=CHUNK, num_kv_heads=2, **options)).double()
     x = torch.randn(2, 11 * CHUNK + 2, 16, dtype=torch.float64)
@@ -156,16 +157,18 @@ def test_a_future_that_overflows_does_not_reach_the_past() -> None:
 
 def test_the_choice_of_implementation() -> None:
     tensors = inputs(CHUNK + 1, dtype=torch.float32)
-    order = [tensors[name] for name in ("q", "k", "v", "r", "h")]
-    assert dispatch.select_backend("auto", *order) == "cpp"
-    assert dispatch.select_backend("torch", *order) == "torch"
-    assert dispatch.select_backend("auto", *order, dropout_p=0.1) == "torch"
-    assert dispatch.select_backend("auto", *(x.bfloat16() for x in order)) == "torch"
-    with pytest.raises(NotImplementedError, match=r"impl='cpp' was asked for: native code has no dropout; impl='torch' takes"):
-        dispatch.select_backend("cpp", *order, dropout_p=0.1)
+    made, options, dropping = BSBRInputs(**tensors), BSBROptions(CHUNK), BSBROptions(CHUNK, dropout_p=0.1)
+    assert dispatch.select_backend("auto", made, options) == "cpp"
+    assert dispatch.select_backend("torch", made, options) == "torch"
+    assert dispatch.select_backend("auto", made, dropping) == "torch"
+    assert dispatch.select_backend("auto", BSBRInputs(**{name: x.bfloat16() for name, x in tensors.items()}), options) == "torch"
+    with pytest.raises(
+        NotImplementedError, match=r"impl='cpp' was asked for: the C\+\+ backend has no dropout; impl='torch' takes"
+    ):
+        dispatch.select_backend("cpp", made, dropping)
     with pytest.raises(NotImplementedError, match=r"impl='triton' was asked for: the kernels "):
-        dispatch.select_backend("triton", *order)
-    with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, native, triton, got 'cuda'$"):
+        dispatch.select_backend("triton", made, options)
+    with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, cpp, triton, got 'cuda'$"):
         BSBRAttention(16, 4, impl="cuda")  # type: ignore[arg-type]
 
 
@@ -179,7 +182,7 @@ def fresh_library() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_library")
 @pytest.mark.parametrize(
-    ("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it said nothing")]
+    ("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it printed nothing")]
 )
 def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, problem: str
@@ -187,9 +190,9 @@ def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tensors = inputs(CHUNK + 1)
-    with pytest.warns(RuntimeWarning, match=rf"runs in plain torch, several times slower: .*{problem}.*CXX names one"):
+    with pytest.warns(RuntimeWarning, match=rf"runs on the torch backend, several times slower: .*{problem}.*which CXX names"):
         bsbr_attention(**tensors, chunk_size=CHUNK)
-    with pytest.raises(NotImplementedError, match=rf"impl='cpp' was asked for: there is no native code .*{problem}"):
+    with pytest.raises(NotImplementedError, match=rf"impl='cpp' was asked for: the C\+\+ backend is not available .*{problem}"):
         bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     assert not list(tmp_path.rglob("*.so"))
 

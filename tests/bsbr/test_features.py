@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bsbr.backends.cpp import operators
+from bsbr.backends.cpp import functions
 from bsbr.features import num_factors, pairwise_products, quadratic_features
 
 
@@ -41,7 +41,7 @@ def test_native_code_makes_the_same_features_and_gradients(factors: int, size: i
     x[:, :, 7] = 0
     x.requires_grad_()
     for_out = torch.randn(2, 3, 131, size, dtype=torch.float64, generator=generator)
-    made = [make(x, size) for make in (quadratic_features, operators.quadratic)]
+    made = [make(x, size) for make in (quadratic_features, functions.quadratic_features)]
     gradients = [torch.autograd.grad((out * for_out).sum(), x)[0] for out in made]
     for plain, fast in (made, gradients):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)

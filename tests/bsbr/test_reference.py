@@ -242,7 +242,7 @@ def test_the_gain_scales_what_each_head_retrieves() -> None:
 
 def with_beta(time: int, **sizes: Any) -> dict[str, Tensor]:
     """The named inputs, φ of unit norm, and β from 0 to 1."""
-    names = ("q", "k", "v", "r", "h", "q_features", "k_features")
+    names = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features")
     named = dict(zip(names, inputs(time, **sizes), strict=True))
     named |= {name: named[name] / named[name].norm(dim=-1, keepdim=True) for name in ("q_features", "k_features")}
     return named | {"beta": torch.linspace(0, 1, named["k"].shape[:3].numel(), dtype=torch.float64).view(named["k"].shape[:3])}
@@ -434,10 +434,13 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
             {"q": torch.zeros(2, 4, 8, 6)},
             "q and k must have the same time, got 8 and 9; to continue a sequence use BSBRAttention.extend",
         ),
-        ({"r": torch.zeros(2, 4, 1, 6)}, "r must be [batch, heads, 2 chunks, head_dim] = [2, 4, 2, 6], got [2, 4, 1, 6]"),
         (
-            {"h": torch.zeros(2, 2, 0, 6)},
-            "h must be [batch, kv_heads, 1 chunks or more, head_dim], got [2, 2, 0, 6] beside k [2, 2, 9, 6]",
+            {"meta_query": torch.zeros(2, 4, 1, 6)},
+            "meta_query must be [batch, heads, 2 chunks, head_dim] = [2, 4, 2, 6], got [2, 4, 1, 6]",
+        ),
+        (
+            {"meta_key": torch.zeros(2, 2, 0, 6)},
+            "meta_key must be [batch, kv_heads, 1 chunks or more, head_dim], got [2, 2, 0, 6] beside k [2, 2, 9, 6]",
         ),
         ({"gain": torch.ones(2)}, "gain must be [heads = 4], got [2]"),
         ({"beta": torch.ones(2, 4, 9)}, "beta must be [batch, kv_heads, time] = [2, 2, 9], got [2, 4, 9]"),
@@ -451,7 +454,7 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], sentence: str) -> None:
-    names = ("q", "k", "v", "r", "h", "q_features", "k_features")
+    names = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features")
     arguments: dict[str, Any] = dict(zip(names, inputs(9), strict=True)) | {"chunk_size": CHUNK} | change
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         bsbr_attention(**arguments)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bsbr.backends import triton
+from bsbr.inputs import BSBRInputs, BSBROptions
 from evals.paths import ROOT
 
 pytest.importorskip("triton")
@@ -49,13 +50,15 @@ def test_importing_bsbr_and_its_kernels_does_not_import_triton() -> None:
 def test_what_they_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     q = torch.zeros(1, 1, 4, 8)
-    five = (q, q, q, q[:, :, :1], q[:, :, :0])
-    assert "run on a CUDA GPU, got cpu" in str(triton.unsupported(*five))
-    assert "no dropout, got dropout_p = 0.5" in str(triton.unsupported(*five, dropout_p=0.5))
+    inputs, options = BSBRInputs(q, q, q, q[:, :, :1], q[:, :, :0]), BSBROptions(chunk_size=4)
+    with_dropout = BSBROptions(chunk_size=4, dropout_p=0.5)
+    assert "run on a CUDA GPU, got cpu" in str(triton.unsupported(inputs, options))
+    assert "no dropout, got dropout_p = 0.5" in str(triton.unsupported(inputs, with_dropout))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.unsupported(*five) is None
-    assert "torch.float64" in str(triton.unsupported(*(x.double() for x in five)))
-    assert "at most 256, got 257" in str(triton.unsupported(*(x.new_zeros(*x.shape[:3], 257) for x in five)))
-    assert "together or not at all" in str(triton.unsupported(*five, q_features=q))
+    assert triton.unsupported(inputs, options) is None
+    assert "torch.float64" in str(triton.unsupported(BSBRInputs(*(x.double() for x in inputs.tensors())), options))
+    wide = BSBRInputs(*(x.new_zeros(*x.shape[:3], 257) for x in inputs.tensors()))
+    assert "at most 256, got 257" in str(triton.unsupported(wide, options))
+    assert "together or not at all" in str(triton.unsupported(inputs._replace(q_features=q), options))
     with pytest.raises(NotImplementedError, match="no dropout"):
-        triton.bsbr_attention(*five, chunk_size=4, dropout_p=0.1)
+        triton.attend(inputs, with_dropout)

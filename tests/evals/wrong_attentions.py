@@ -15,7 +15,9 @@ from baselines.linear import LinearAttention
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention_reference
 from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
-from bsbr.backends.pytorch import chunk_states, local_attention, read_out, retrieve
+from bsbr.backends.pytorch import chunk_states, local_attention, read_out
+from bsbr.backends.retrieval import retrieve
+from bsbr.inputs import ChunkMemory
 from bsbr.interface import State, merge_heads
 
 # --- mistakes of causality ------------------------------------------------------------------------
@@ -48,7 +50,7 @@ class RetrievesOwnChunk(BSBRAttention):
         q, k, v, r, h, q_features, k_features, beta = tensors
         local = local_attention(q, k, v, chunk_size=self.chunk_size)
         states = chunk_states(k_features, v, self.chunk_size, h.shape[2], beta)
-        return local + read_out(q_features, retrieve(r, [h], [states], first=1, normalise=True), self.chunk_size)
+        return local + read_out(q_features, retrieve(r, ChunkMemory([h], [states]), first=1, normalise=True), self.chunk_size)
 
 
 class MetaQueryFromLastToken(BSBRAttention):
@@ -231,9 +233,9 @@ class ViewAsState(SlidingWindowAttention):
 class NormWithoutEpsilon(BSBRAttention):
     """x / |x|, which is 0/0 at zero."""
 
-    def _project_tokens(self, hidden_states: Tensor, start: int) -> tuple[Tensor, ...]:
+    def _project_tokens(self, hidden_states: Tensor, start: int) -> TokenInputs:
         q, k, v, *_ = super()._project_tokens(hidden_states, start)
-        return q, k, v, q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        return TokenInputs(q, k, v, q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True))
 
 
 class SoftmaxWithoutShift(StandardAttention):

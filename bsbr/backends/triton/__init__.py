@@ -1,6 +1,6 @@
-"""`bsbr.bsbr_attention` in Triton kernels, forward and backward, for CUDA GPUs of compute capability 8.0 and above.
+"""BSBR in Triton kernels, forward and backward, for CUDA GPUs of compute capability 8.0 and above.
 
-Importing this does not import triton; calling does. See `bsbr.backends.triton.tuning` for the tiles and whether they were measured.
+Importing this package does not import triton; calling `attend` does. `tuning` has the tile sizes of the kernels.
 """
 
 import importlib.util
@@ -9,77 +9,50 @@ import os
 import torch
 from torch import Tensor
 
+from bsbr.inputs import BSBRInputs, BSBROptions
+
 MAX_HEAD_DIM = 256
 
 
-def bsbr_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    h: Tensor,
-    *,
-    chunk_size: int,
-    q_features: Tensor | None = None,
-    k_features: Tensor | None = None,
-    beta: Tensor | None = None,
-    gain: Tensor | None = None,
-    chunk_overlap: int = 0,
-    top_k: int | None = None,
-    normalise: bool = False,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄, as `bsbr.bsbr_attention`, whose checks of shapes must have passed.
+def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:
+    """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄ of a whole sequence; see `bsbr.bsbr_attention`.
 
-    Arguments and result as there, in float16, bfloat16 or float32, sums in float32; differentiable once in all tensors. Inputs
-    may be views with any strides between rows. q_features and k_features come together or not at all: without them φ is
-    `unit_norm`, made inside the kernels, or before them where there is a β. What β makes of V, and the norms of `normalise`, are
-    torch's work, on tensors of chunks. Of a top_k, which chunks are kept is chosen by torch's stable sort.
+    Sums are taken in float32. The default φ, the unit norm, is made inside the kernels, or before them if there is a β.
+    Pseudo-values (from β) and the normalisation of F̄ are torch operations on tensors of chunks, and so is the selection of the
+    top_k chunks, by a stable sort.
 
-    Forward traffic a head and token, in elements: K and V twice, Q once, o once, and F, F̄ written and read once each, 4·d_r·d /
-    chunk_size. At d = d_r = 64 and chunk 128 that is 512 elements: 16 heads, n = 65536 and bfloat16 move 1.07 GB, of which 0.54
-    are q, k, v and o themselves.
+    Forward memory traffic of a head and token, in elements: K and V twice, Q once, o once, F and F̄ written and read once each,
+    which is 4·d_r·d / chunk_size. With d = d_r = 64 and chunk_size = 128 that is 512 elements: 16 heads and n = 65536 in
+    bfloat16 move 1.07 GB, of which q, k, v and o are 0.54.
 
-    Raises NotImplementedError with the sentence of `unsupported`.
+    Args:
+        inputs: float16, bfloat16 or float32 tensors whose shapes were checked; they may be views with any strides between rows.
+        options: see `BSBROptions`; dropout_p must be 0.
+
+    Returns:
+        [batch, heads, time, head_dim], differentiable once in all tensors.
+
+    Raises:
+        NotImplementedError: with the sentence of `unsupported`.
     """
-    reason = unsupported(q, k, v, r, h, q_features=q_features, k_features=k_features, gain=gain, dropout_p=dropout_p)
+    reason = unsupported(inputs, options)
     if reason is not None:
         raise NotImplementedError(reason)
-    from bsbr.backends.triton import function
+    from bsbr.backends.triton import function  # late, because it imports triton
 
-    return function.bsbr(
-        *(q, k, v, r, h),
-        chunk_size=chunk_size,
-        q_features=q_features,
-        k_features=k_features,
-        beta=beta,
-        gain=gain,
-        chunk_overlap=chunk_overlap,
-        kept=top_k,
-        normalise=normalise,
-    )
+    return function.attend(inputs, options)
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    h: Tensor,
-    *,
-    q_features: Tensor | None = None,
-    k_features: Tensor | None = None,
-    gain: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> str | None:
-    """Why the kernels cannot take these inputs, in a sentence; None if they can. Cheap: no triton is imported."""
+def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
+    """Why the kernels cannot take these inputs, as a sentence; None if they can. Does not import triton."""
     if importlib.util.find_spec("triton") is None:
         return "the kernels need triton, which is not installed: pip install 'bsbr[kernels]'"
-    if dropout_p:
-        return f"the kernels have no dropout, got dropout_p = {dropout_p}: use the plain path for training with it"
-    if (q_features is None) != (k_features is None):
+    if options.dropout_p:
+        return f"the kernels have no dropout, got dropout_p = {options.dropout_p}: use the torch backend for training with it"
+    if (inputs.q_features is None) != (inputs.k_features is None):
         return "the kernels take q_features and k_features together or not at all, got one of them"
-    tensors = [x for x in (q, k, v, r, h, q_features, k_features) if x is not None]
+    q, gain = inputs.q, inputs.gain
+    tensors = inputs._replace(beta=None, gain=None).tensors()
     if {x.dtype for x in tensors} - {q.dtype} or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 or float32, the same for all but gain, got {[str(x.dtype) for x in tensors]}"
     devices = {x.device for x in tensors} | ({q.device} if gain is None else {gain.device})
@@ -90,7 +63,7 @@ def unsupported(
             return f"the kernels run on a CUDA GPU, got {q.device}; on a CPU only to check them, under TRITON_INTERPRET=1"
         if torch.cuda.get_device_capability(q.device) < (8, 0):
             return f"the kernels need compute capability 8.0 or above, {q.device} has {torch.cuda.get_device_capability(q.device)}"
-    d_r = 0 if q_features is None else q_features.shape[-1]
+    d_r = 0 if inputs.q_features is None else inputs.q_features.shape[-1]
     if max(q.shape[-1], d_r) > MAX_HEAD_DIM:
         return f"the kernels take a head_dim and d_r of at most {MAX_HEAD_DIM}, got {q.shape[-1]} and {d_r or q.shape[-1]}"
     return None

@@ -1,7 +1,10 @@
-"""python -m bsbr.backends.triton.tune: forward and backward with each candidate tile of each step, on the GPU that is here.
+"""Times forward and backward with each candidate tile of each kernel on the GPU of this machine.
 
-Prints lines for the table of `bsbr.backends.triton.tuning`, with the milliseconds of the whole under the best candidate. One step
-changes at a time, the others stay at the best so far; a candidate that does not fit the GPU says so and is passed over.
+    python -m bsbr.backends.triton.tune
+
+Prints lines for the table of `bsbr.backends.triton.tuning`, with the milliseconds of forward and backward under the best
+candidate. One kernel changes at a time, the others keep their best tile so far. A candidate that does not fit the GPU is
+reported and skipped.
 """
 
 import itertools
@@ -11,7 +14,8 @@ from unittest import mock
 import torch
 import triton
 
-from bsbr.backends.triton import bsbr_attention, tuning
+from bsbr.backends.triton import attend, tuning
+from bsbr.inputs import BSBRInputs, BSBROptions
 
 HEADS, CHUNK, TIME = 16, 128, 65536
 
@@ -27,10 +31,10 @@ def main() -> None:
         upstream = torch.randn_like(tensors[0])
         best = {step: tuning.tile(step, tensors[0], head_dim=head_dim, chunk_size=CHUNK) for step in tuning.STEPS}
         for step in tuning.STEPS:
-            top_k = 8 if step == "gather" else None  # the one step that only a top_k has
-            taken = {tile: _milliseconds(tensors, upstream, {**best, step: tile}, top_k) for tile in _candidates(step)}
-            best[step] = min(taken, key=lambda tile: taken[tile])
-            print(f'    ("{step}", 2, 512, {head_dim}): {best[step]},  # {taken[best[step]]:.3f}', flush=True)
+            top_k = 8 if step == "gather" else None  # the one kernel that runs only with a top_k
+            milliseconds = {tile: _milliseconds(tensors, upstream, {**best, step: tile}, top_k) for tile in _candidates(step)}
+            best[step] = min(milliseconds, key=lambda tile: milliseconds[tile])
+            print(f'    ("{step}", 2, 512, {head_dim}): {best[step]},  # {milliseconds[best[step]]:.3f}', flush=True)
 
 
 def _candidates(step: str) -> list[tuning.Tile]:
@@ -41,17 +45,17 @@ def _candidates(step: str) -> list[tuning.Tile]:
 
 
 def _milliseconds(tensors: list[torch.Tensor], upstream: torch.Tensor, tiles: dict[str, tuning.Tile], top_k: int | None) -> float:
-    def both() -> None:
-        torch.autograd.grad(bsbr_attention(*tensors, chunk_size=CHUNK, top_k=top_k), tensors, upstream)
+    def forward_and_backward() -> None:
+        torch.autograd.grad(attend(BSBRInputs(*tensors), BSBROptions(CHUNK, top_k=top_k)), tensors, upstream)
 
-    def chosen(step: str, like: torch.Tensor, *, head_dim: int, chunk_size: int) -> tuning.Tile:
+    def fixed_tile(step: str, like: torch.Tensor, *, head_dim: int, chunk_size: int) -> tuning.Tile:
         return tiles[step]
 
-    with mock.patch.object(tuning, "tile", chosen):
+    with mock.patch.object(tuning, "tile", fixed_tile):
         try:
-            return float(triton.testing.do_bench(both, return_mode="median"))
+            return float(triton.testing.do_bench(forward_and_backward, return_mode="median"))
         except triton.runtime.errors.OutOfResources as error:
-            print(f"# passed over: {error}")
+            print(f"# skipped: {error}")
             return float("inf")
 
 

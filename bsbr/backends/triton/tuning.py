@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages of each kernel: a table, because @triton.autotune would time inside a user's first call.
 
 THE TABLE IS A PREDICTION. No GPU has run it: its entries were chosen so that they compile for sm_90 without spilling
-registers in bfloat16 (`python -m bsbr.backends.triton.compiled`) and fit shared memory. `python -m bsbr.backends.triton.tune` measures
-candidates on a GPU and prints the table to put here.
+registers in bfloat16 (`python -m bsbr.backends.triton.compiled`) and fit shared memory.
+`python -m bsbr.backends.triton.tune` measures candidates on a GPU and prints the table to put here.
 """
 
 from dataclasses import dataclass, replace

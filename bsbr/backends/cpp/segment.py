@@ -1,0 +1,116 @@
+"""BSBR of a segment by the C++ operators."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bsbr.backends.cpp import calls, operators
+from bsbr.backends.cpp.functions import ChunkStates, Output, PseudoValues, empty_like_heads, pseudo_values
+from bsbr.backends.pytorch import unit_norm
+from bsbr.backends.retrieval import mix_states, retrieve
+from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
+
+GROUP = 64
+"""Chunks that are stored, mixed and read out together where no gradients are kept. With fewer, all earlier states would be read
+more often; with more, less of what was just stored would still be in the cache."""
+
+FEW_ROWS = 24
+"""Fewer rows than this are mixed by the BLAS, as in decoding: packing their states takes longer than it saves."""
+
+
+def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
+    """Why the C++ backend cannot take these inputs, as a sentence; None if it can. May compile the library."""
+    reason = calls.unsupported(*inputs.typed_tensors(), dropout_p=options.dropout_p)
+    if reason is None:
+        operators.register_flop_formulas()
+    return reason
+
+
+def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_MEMORY) -> Segment:
+    """`bsbr.backends.pytorch.segment` of inputs that are supported; differentiable once."""
+    before = inputs.k.shape[2] - inputs.q.shape[2]
+    if inputs.beta is not None and inputs.k_features is None:
+        inputs = inputs._replace(k_features=unit_norm(inputs.k[:, :, before:]))
+    if torch.is_grad_enabled() and inputs.require_grad():
+        return _differentiable_segment(inputs, options, past)
+    return _segment_in_groups(inputs, options, past)
+
+
+def _differentiable_segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+    keys, values = _stored(inputs)
+    size, chunks = options.chunk_size, inputs.meta_key.shape[2]
+    if inputs.beta is not None:
+        values = PseudoValues.apply(keys, values, inputs.beta, size, chunks)  # type: ignore[no-untyped-call]
+    states: Tensor = ChunkStates.apply(keys, values, size, chunks, inputs.k_features is None)  # type: ignore[no-untyped-call]
+    retrieved = retrieve(
+        inputs.meta_query,
+        past.followed_by(inputs.meta_key, states),
+        first=past.num_chunks,
+        top_k=options.top_k,
+        gain=inputs.gain,
+        normalise=options.normalise,
+        select=_select_top_k,
+    )
+    attended = inputs.q, inputs.k, inputs.v, inputs.q_features, retrieved
+    output: Tensor = Output.apply(*attended, size, options.chunk_overlap)  # type: ignore[no-untyped-call]
+    return Segment(output, states, retrieved[:, :, -1])
+
+
+def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+    """Stores, mixes and reads out `GROUP` chunks before it begins with the next ones, without gradients."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    keys, values = _stored(inputs)
+    size, time, before = options.chunk_size, q.shape[2], k.shape[2] - q.shape[2]
+    rows, chunks = inputs.meta_query.shape[2], inputs.meta_key.shape[2]
+    states = v.new_empty(*v.shape[:2], chunks, keys.shape[3], v.shape[3])
+    output = empty_like_heads(q)
+    for start in range(0, rows, GROUP):
+        stop = min(rows, start + GROUP)
+        stored = min(stop, chunks)  # chunks that have a state when this group is done
+        tokens = slice(start * size, min(time, stop * size))
+        complete = slice(tokens.start, stored * size)
+        new_keys, new_values = keys[:, :, complete], values[:, :, complete]
+        if inputs.beta is not None:
+            new_values = pseudo_values(new_keys, new_values, inputs.beta[:, :, complete], size)
+        torch.ops.bsbr.chunk_states(new_keys, new_values, states[:, :, start:stored], size, inputs.k_features is None)
+        retrieved = retrieve(
+            inputs.meta_query[:, :, start:stop],
+            past.followed_by(inputs.meta_key[:, :, :stored], states),
+            first=past.num_chunks + start,
+            top_k=options.top_k,
+            gain=inputs.gain,
+            normalise=options.normalise,
+            select=_select_top_k,
+            mix=_mix_states,
+        )
+        features = None if inputs.q_features is None else inputs.q_features[:, :, tokens]
+        visible = slice(max(0, before + tokens.start - options.chunk_overlap), before + tokens.stop)
+        attended = q[:, :, tokens], k[:, :, visible], v[:, :, visible], features, retrieved
+        torch.ops.bsbr.attend(*attended, output[:, :, tokens], size, options.chunk_overlap)
+    return Segment(output, states, retrieved[:, :, -1])
+
+
+def _stored(inputs: BSBRInputs) -> tuple[Tensor, Tensor]:
+    """Keys and values of the segment's own tokens, as its states take them; keys are φ(k) where that is given."""
+    before = inputs.k.shape[2] - inputs.q.shape[2]
+    return inputs.k[:, :, before:] if inputs.k_features is None else inputs.k_features, inputs.v[:, :, before:]
+
+
+def _select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
+    """`bsbr.backends.retrieval.select_top_k` in one pass over the chunks that a row sees."""
+    selected = torch.empty(*scores.shape[:3], top_k, dtype=torch.int64)
+    torch.ops.bsbr.select_top_k(scores, selected, first)
+    return selected
+
+
+def _mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
+    """`bsbr.backends.retrieval.mix_states` of only the chunks that a row sees."""
+    if weights.shape[2] < FEW_ROWS:
+        return mix_states(weights, sizes, states, first)
+    mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
+    start = 0
+    for part, chunks, page in zip(weights.split([*sizes], dim=-1), sizes, states, strict=True):
+        torch.ops.bsbr.mix_states(part, page[:, :, :chunks], mixed, first - start, start > 0)
+        start += chunks
+    return mixed

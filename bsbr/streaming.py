@@ -1,0 +1,187 @@
+"""Streaming BSBR: the state after the tokens so far, and the output of tokens that follow them.
+
+A state keeps the keys and values of the open chunk, that is the chunk that is not complete yet, and of the overlap before it;
+the meta keys and states of all complete chunks; what the open chunk retrieved; and running sums over the open chunk.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsbr.backends.dispatch import Impl, attend_segment
+from bsbr.backends.pytorch import pseudo_values, sdpa
+from bsbr.cost import HeadSizes
+from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
+from bsbr.interface import State, next_position, position_counter, state_pages
+
+PAGE = 64
+"""Chunks whose meta keys and states are in one tensor of a state. A new chunk copies the last page; full pages are shared."""
+
+
+class StreamingState(NamedTuple):
+    """What decoding keeps between calls. Sums are in float32 or wider, the rest in the dtype of the parameters.
+
+    Attributes:
+        keys, values: of the open chunk and the overlap before it [batch, kv_heads, tokens, head_dim].
+        retrieved: g F̄ of the open chunk [batch, heads, d_r, head_dim].
+        open_state: F of the open chunk so far [batch, kv_heads, d_r, head_dim].
+        open_hidden: sum of the hidden states of the open chunk so far [batch, hidden_dim].
+        memory: meta keys and states of the complete chunks, in pages of `PAGE` chunks.
+        position: tokens so far.
+    """
+
+    keys: Tensor
+    values: Tensor
+    retrieved: Tensor
+    open_state: Tensor
+    open_hidden: Tensor
+    memory: ChunkMemory
+    position: int
+
+    @classmethod
+    def empty(cls, hidden_states: Tensor, sizes: HeadSizes) -> "StreamingState":
+        """The state before the first token of hidden_states [batch, time, hidden_dim]."""
+        batch, _, hidden_dim = hidden_states.shape
+        zeros, wide = hidden_states.new_zeros, torch.promote_types(hidden_states.dtype, torch.float32)
+        return cls(
+            keys=zeros(batch, sizes.num_kv_heads, 0, sizes.head_dim),
+            values=zeros(batch, sizes.num_kv_heads, 0, sizes.head_dim),
+            retrieved=zeros(batch, sizes.num_heads, sizes.feature_dim, sizes.head_dim),
+            open_state=zeros(batch, sizes.num_kv_heads, sizes.feature_dim, sizes.head_dim, dtype=wide),
+            open_hidden=zeros(batch, hidden_dim, dtype=wide),
+            memory=ChunkMemory(),
+            position=0,
+        )
+
+    @classmethod
+    def from_state(cls, state: State) -> "StreamingState":
+        """Reads the dictionary that `to_state` makes."""
+        memory = ChunkMemory(state_pages(state, "meta_keys"), state_pages(state, "states"))
+        tensors = {name: state[name] for name in ("keys", "values", "retrieved", "open_state", "open_hidden")}
+        return cls(**tensors, memory=memory, position=next_position(state))
+
+    def to_state(self) -> State:
+        """The state as `Attention.extend` returns it: a flat dictionary of tensors, one entry a page."""
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "retrieved": self.retrieved,
+            "open_state": self.open_state,
+            "open_hidden": self.open_hidden,
+            **{f"meta_keys.{index}": page for index, page in enumerate(self.memory.meta_keys)},
+            **{f"states.{index}": page for index, page in enumerate(self.memory.states)},
+            "position": position_counter(self.position),
+        }
+
+
+def open_chunks(
+    inputs: BSBRInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions, impl: Impl
+) -> tuple[Tensor, StreamingState]:
+    """Tokens that begin at a chunk boundary: the parallel form, with the earlier chunks in the retrieval.
+
+    Args:
+        inputs: of the new tokens, with a meta query for each of their chunks and a meta key for each complete one.
+        hidden_states: of the new tokens [batch, time, hidden_dim].
+        state: before them, with no open chunk.
+        options, impl: see `bsbr_attention`.
+
+    Returns:
+        [batch, heads, time, head_dim], and the state after the tokens.
+    """
+    tokens = inputs.q.shape[2]
+    keys, values = _joined(state.keys, inputs.k), _joined(state.values, inputs.v)
+    segment = attend_segment(impl, inputs._replace(k=keys, v=values), options, state.memory)
+    assert inputs.k_features is not None  # a module always gives the features
+    rest = tokens // options.chunk_size * options.chunk_size  # the first token of the incomplete last chunk
+    beta = None if inputs.beta is None else inputs.beta[:, :, rest:]
+    empty = torch.zeros_like(state.open_state)
+    after = StreamingState(
+        keys=keys,
+        values=values,
+        retrieved=segment.retrieved.clone(),  # a view would keep what every chunk retrieved alive
+        open_state=_updated(empty, inputs.k_features[:, :, rest:], inputs.v[:, :, rest:], beta),
+        open_hidden=hidden_states[:, rest:].to(state.open_hidden.dtype).sum(dim=1),
+        memory=_with_chunks(state.memory, inputs.meta_key, segment.states),
+        position=state.position + tokens,
+    )
+    return segment.output, _with_visible_tokens(after, options)
+
+
+def continue_chunk(
+    tokens: TokenInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions
+) -> tuple[Tensor, StreamingState]:
+    """Tokens of the open chunk, its last one perhaps included; then `close_chunk` must follow.
+
+    A token costs O((chunk_size + chunk_overlap + d_r)·head_dim) a head; no other chunk is touched.
+
+    Args:
+        tokens: the new tokens.
+        hidden_states: theirs [batch, time, hidden_dim].
+        state: before them, with an open chunk that has room for all of them.
+        options: see `BSBROptions`.
+
+    Returns:
+        [batch, heads, time, head_dim], and the state after the tokens.
+    """
+    keys, values = torch.cat([state.keys, tokens.k], dim=2), torch.cat([state.values, tokens.v], dim=2)
+    time, visible = tokens.q.shape[2], None
+    if time > 1:  # all cached keys are visible: they are those of the open chunk and its overlap
+        visible = torch.ones(time, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - time)
+    local = sdpa(tokens.q, keys, values, visible, options.dropout_p, is_causal=False)
+    after = state._replace(
+        keys=keys,
+        values=values,
+        open_state=_updated(state.open_state, tokens.k_features, tokens.v, tokens.beta),
+        open_hidden=state.open_hidden + hidden_states.to(state.open_hidden.dtype).sum(dim=1),
+        position=state.position + time,
+    )
+    return local + tokens.q_features @ state.retrieved, _with_visible_tokens(after, options)
+
+
+def close_chunk(state: StreamingState, meta_key: Tensor) -> StreamingState:
+    """Moves the open chunk, which is complete, into the memory under its meta key [batch, kv_heads, 1, head_dim]."""
+    return state._replace(
+        memory=_with_chunks(state.memory, meta_key, state.open_state.to(state.values.dtype).unsqueeze(2)),
+        open_state=torch.zeros_like(state.open_state),
+        open_hidden=torch.zeros_like(state.open_hidden),
+    )
+
+
+def _updated(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
+    """The state of an open chunk after more of its tokens, in the dtype of `state`."""
+    k_features, v = k_features.to(state.dtype), v.to(state.dtype)
+    return state + k_features.mT @ (v if beta is None else pseudo_values(k_features, v, beta, state))
+
+
+def _with_visible_tokens(state: StreamingState, options: BSBROptions) -> StreamingState:
+    """The state with only those keys and values that its next token attends to."""
+    start = state.keys.shape[2] - options.cached_tokens(state.position)
+    keys, values = state.keys, state.values
+    if start:  # cloned: a view would keep all keys alive, and could not be saved
+        keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
+    return state._replace(keys=keys.contiguous(), values=values.contiguous())
+
+
+def _with_chunks(memory: ChunkMemory, meta_key: Tensor, states: Tensor) -> ChunkMemory:
+    """The memory with the meta keys and states of more chunks."""
+    return ChunkMemory(_with_rows(memory.meta_keys, meta_key), _with_rows(memory.states, states))
+
+
+def _with_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
+    """Pages of at most `PAGE` rows along dimension 2, with `new` after the last row."""
+    if not new.shape[2]:
+        return [*pages]
+    if pages and pages[-1].shape[2] < PAGE:
+        *pages, open_page = pages
+        new = torch.cat([open_page, new], dim=2)
+    if new.shape[2] <= PAGE:
+        return [*pages, new.contiguous()]
+    # Cloned: a page that is a view would keep all of `new` alive.
+    return [*pages, *(page.clone(memory_format=torch.contiguous_format) for page in new.split(PAGE, dim=2))]
+
+
+def _joined(before: Tensor, after: Tensor) -> Tensor:
+    """Both along time; `after` itself, without a copy, if nothing is before it."""
+    return torch.cat([before, after], dim=2) if before.shape[2] else after
