@@ -1,0 +1,29 @@
+"""The settings of a comparison as frozen dataclasses, and their reading from a composed Hydra config."""
+
+from evals.config.reading import read_comparison
+from evals.config.settings import (
+    DTYPES,
+    MATCHED_WITHIN,
+    SCOPES,
+    Candidate,
+    Comparison,
+    Device,
+    Model,
+    Sampling,
+    Shape,
+    Training,
+)
+
+__all__ = [
+    "DTYPES",
+    "MATCHED_WITHIN",
+    "SCOPES",
+    "Candidate",
+    "Comparison",
+    "Device",
+    "Model",
+    "Sampling",
+    "Shape",
+    "Training",
+    "read_comparison",
+]

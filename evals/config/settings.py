@@ -1,0 +1,200 @@
+"""`Comparison`, the unit of work, and the settings it consists of."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from bsbr.interface import Attention
+from evals.errors import UsageError, not_found, one_sentence
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Scope = Literal["attention", "layer", "model"]
+Positions = Literal["sinusoidal", "rotary", "none"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+MATCHED_WITHIN = 0.01
+"""Largest relative difference between numbers of parameters that count as the same."""
+
+NEUTRAL = {"conv_size": None, "positions": "sinusoidal", "mode": "eager", "match": None, "curriculum": "1"}
+"""Values at which a setting is left out of tables and keys: results from before there was such a setting stay comparable."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the input, [batch_size, seq_len] tokens."""
+
+    batch_size: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """Size of the attention, and what is built around it; conf/model/base.yaml explains each setting."""
+
+    scope: Scope
+    hidden_dim: int
+    num_heads: int
+    ff_dim: int
+    num_layers: int
+    vocab_size: int
+    conv_size: int | None = None
+    positions: Positions = "sinusoidal"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how a comparison is computed; conf/device/cuda.yaml explains each setting."""
+
+    kind: Literal["cpu", "cuda"]
+    dtype: str
+    threads: int
+    mode: Literal["eager", "graph"] = "eager"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How long a comparison is timed, and the limits of its processes; conf/sampling/default.yaml explains each setting."""
+
+    budget_s: float
+    target_rel_interval: float
+    min_rounds: int
+    max_rounds: int | None
+    time_slices: int
+    time_slice_s: float
+    timeout_s: float
+    memory_limit_gib: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every candidate is trained on a task; conf/training/default.yaml explains each setting."""
+
+    steps: int
+    learning_rates: tuple[float, ...]
+    seeds: int
+    warmup_fraction: float
+    weight_decay: float
+    grad_clip_norm: float
+    grad_accumulation_steps: int
+    num_eval_examples: int
+    curriculum: tuple[int, ...]
+    eval_length_multiples: tuple[int, ...]
+    checkpoint_s: float
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """What the trained model and its evaluation depend on, and all runs of a study share."""
+        shared = ("steps", "warmup_fraction", "weight_decay", "grad_clip_norm", "grad_accumulation_steps", "num_eval_examples")
+        return {**{key: getattr(self, key) for key in shared}, "curriculum": ",".join(map(str, self.curriculum))}
+
+    def divisor(self, step: int) -> int:
+        """The curriculum's divisor of seq_len at a step of 0 … steps − 1."""
+        return self.curriculum[step * len(self.curriculum) // self.steps]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One attention of a comparison.
+
+    Attributes:
+        name: as in `conf/attention/` and in the tables.
+        node: the mapping with `_target_` and options that builds it.
+        ff_dim: hidden size of its feed-forward part, where parameters are matched; None for the model's.
+    """
+
+    name: str
+    node: dict[str, Any]
+    ff_dim: int | None = None
+
+    def build(self, model: Model) -> Attention:
+        """Builds the attention, on torch's default device.
+
+        Raises:
+            UsageError: if the node cannot be instantiated, or is not an `Attention`.
+        """
+        try:
+            attention = instantiate(self.node, hidden_dim=model.hidden_dim, num_heads=model.num_heads)
+        except InstantiationException as error:
+            cause = error.__cause__ or error  # Hydra wraps the message that says what is wrong
+            message = not_found(self.node["_target_"]) if "Error loading" in str(cause) else one_sentence(cause)
+            if model.positions == "rotary" and "unexpected keyword argument 'rotary'" in message:
+                message = (
+                    "it has no option rotary, which model.positions=rotary sets for all; give it one, as bsbr.MultiHeadAttention "
+                    "has, or take model.positions=sinusoidal or none"
+                )
+            raise UsageError(f"attention '{self.name}' cannot be built: {message}") from error
+        if not isinstance(attention, Attention):
+            raise UsageError(
+                f"attention '{self.name}': _target_ {self.node['_target_']} is {type(attention).__name__}, "
+                "not a subclass of bsbr.Attention"
+            )
+        return attention
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several attentions, one shape, one workload, one machine: the unit of work.
+
+    Attributes:
+        sweep: name of the sweep, and of its folder of results.
+        swept: full name of the setting that the sweep varies; None if there is none.
+        option: the last part of that name and its value here, so that an option of one attention can be swept like a setting.
+        candidates: the attentions, in the order in which they were given.
+        relative_to: name of the candidate to which speed-ups are relative.
+        match: what is equalised between the candidates: `params`, or None.
+        search: what is searched for, instead of timing at this shape: `max_context`, or None.
+        task: the mapping that builds what is learned, instead of timing; None to time.
+        training: how a task is learned.
+        workload: the mapping that builds what is timed.
+        shape: size of the input.
+        model: size of the attention, and what is built around it.
+        device: where and how it is computed.
+        sampling: how long it is timed.
+    """
+
+    sweep: str
+    swept: str | None
+    option: dict[str, Any]
+    candidates: tuple[Candidate, ...]
+    relative_to: str
+    match: str | None
+    search: str | None
+    task: dict[str, Any] | None
+    training: Training
+    workload: dict[str, Any]
+    shape: Shape
+    model: Model
+    device: Device
+    sampling: Sampling
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """Conditions that all candidates share, as columns of the table."""
+        kind, node = ("workload", self.workload) if self.task is None else ("task", self.task)
+        model = asdict(self.model)
+        # A smaller scope builds less of the decoder.
+        unused = {"attention": ("ff_dim", "conv_size", "num_layers", "vocab_size"), "layer": ("num_layers", "vocab_size")}
+        for key in unused.get(self.model.scope, ()):
+            del model[key]
+        shared = {
+            **({} if self.task is None else self.training.settings),
+            "device": self.device.kind,
+            **{key: value for key, value in asdict(self.device).items() if key != "kind"},
+            **asdict(self.shape),
+            **model,
+            "match": self.match,
+        }
+        return {
+            **self.option,
+            kind: str(node["_target_"]).rpartition(".")[2],
+            **{option: value for option, value in node.items() if option != "_target_"},
+            **{key: value for key, value in shared.items() if key not in NEUTRAL or value != NEUTRAL[key]},
+        }
