@@ -1,1 +1,6 @@
-"""TODO: what lives here."""
+"""Measuring: time, memory, FLOPs and the machine. Only these modules read a clock or a memory counter."""
+
+from collections.abc import Callable
+
+Work = Callable[[], object]
+"""One call of what is measured."""

@@ -1,31 +1,35 @@
-"""The only file that holds a clock or a memory counter."""
+"""Clocks: the seconds of each call of some work, on CPU or GPU; and wall time for budgets and timestamps."""
 
 import ctypes
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 import psutil
 
-from evals.measure import cuda_clock, cuda_state
+from evals.measure import Work
+from evals.measure.cuda_clock import CudaClock
+from evals.measure.cuda_state import DeviceState, read_state, throttle_reason
 
-Work = Callable[[], object]
-
-# --- time ---------------------------------------------------------------------------------------
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Parameters of mallopt(3)."""
 
 
 @dataclass(frozen=True)
 class TimeSlice:
-    """The samples of one turn, in seconds a call, and what a device tells besides.
+    """The samples of one time slice, and what the device reports besides.
 
-    called_s: all that went into calls, those included that warm up and are no samples.
-    host_s: what the host took to queue a call. exposed: how many samples contain waiting for the host. throttled: why
-    the device may have been slower than it can, in words.
+    Attributes:
+        samples_s: seconds of each call.
+        called_s: seconds spent in all calls, including those that warm up and give no sample.
+        host_s: median seconds that the host took to queue a call; None on a CPU.
+        exposed: how many samples contain waiting for the host.
+        throttled: why the device may have been slower than it can be, in words.
+        device: state of the device after the slice.
     """
 
     samples_s: list[float]
@@ -37,74 +41,86 @@ class TimeSlice:
 
 
 class Clock(Protocol):
-    """How the calls of one piece of work are timed."""
+    """Times the calls of one piece of work."""
 
     def first_call(self) -> float:
-        """Seconds of the first call, with all that is done once."""
+        """Seconds of the first call, including everything that is done only once."""
 
     def time_slice(self, seconds: float) -> TimeSlice:
-        """Calls the work for about so long, at least once."""
+        """Calls the work for about `seconds`, at least once."""
+
+
+def make_clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
+    """The clock of a device, which takes over this process.
+
+    Args:
+        work: what to time.
+        device: cpu or cuda.
+        mode: eager, or graph for CUDA graphs.
+    """
+    return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
 
 
 class CpuClock:
-    """Wall time of each call. Garbage is collected between turns, and not within one: it belongs to no one's call."""
+    """Wall time of each call. Garbage is collected between time slices and not within, where it would be charged to a call."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._typical_s = 0.0
-        # What is imported stays: to search it for garbage would take longer than a turn.
+        # Imported modules stay: to search them for garbage would take longer than a time slice.
         gc.freeze()
         gc.disable()
 
     def first_call(self) -> float:
-        self._typical_s = self._once()
+        self._typical_s = self._call()
         return self._typical_s
 
     def time_slice(self, seconds: float) -> TimeSlice:
         gc.collect()
-        # Others had the caches, and the threads sleep: the first tenth of a turn does not count, where a call is that short.
+        # Other processes had the caches, and the threads sleep: the first tenth of the slice gives no samples if calls are that
+        # short.
         called_s = 0.0
         start = time.perf_counter()
         while time.perf_counter() - start + self._typical_s < seconds / 10:
-            called_s += self._once()
+            called_s += self._call()
         samples: list[float] = []
         start = time.perf_counter()
         while not samples or time.perf_counter() - start < seconds:
-            samples.append(self._once())
+            samples.append(self._call())
         self._typical_s = statistics.median(samples)
         return TimeSlice(samples, called_s + sum(samples))
 
-    def _once(self) -> float:
+    def _call(self) -> float:
         start = time.perf_counter()
         self._work()
         return time.perf_counter() - start
 
 
 class DeviceClock:
-    """Device time of each call, and the state of the device. Not yet run on one."""
+    """Device time of each call, and the state of the device. Not yet run on a GPU."""
 
     def __init__(self, work: Work, mode: Literal["eager", "graph"]) -> None:
-        self._clock = cuda_clock.CudaClock(work, mode)
-        self._before: cuda_state.DeviceState | None = None
+        self._clock = CudaClock(work, mode)
+        self._before: DeviceState | None = None
         self._settled = False
 
     def first_call(self) -> float:
         seconds = self._clock.first_call()
         self._settled = self._clock.warm()
-        self._before = cuda_state.read_state()
+        self._before = read_state()
         return seconds
 
     def time_slice(self, seconds: float) -> TimeSlice:
         start = time.perf_counter()
         burst = self._clock.burst(seconds=seconds)
         called_s = time.perf_counter() - start
-        after = cuda_state.read_state()
+        after = read_state()
         return TimeSlice(
             burst.device_s,
             called_s,
             host_s=statistics.median(burst.host_s),
             exposed=len(burst.exposed),
-            throttled=cuda_state.throttle_reason(self._before, after),
+            throttled=throttle_reason(self._before, after),
             device={
                 **({} if after is None else asdict(after)),
                 "clocks_settled": self._settled,
@@ -113,17 +129,12 @@ class DeviceClock:
         )
 
 
-def make_clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
-    """The clock of `device`, cpu or cuda. It takes over this process. mode: eager or graph (CUDA graphs)."""
-    return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
-
-
 def settle_allocator() -> None:
-    """Makes malloc keep what it has, in this process: blocks of any size come from a heap that never shrinks.
+    """Makes malloc keep all memory in this process: blocks of any size come from a heap that never shrinks.
 
-    By itself glibc learns from the blocks that happen to be released first, imports included, which sizes it hands back to
-    the kernel. Whether a call then pays for its pages anew depended on what else its process had imported: one
-    attention under two names differed by 5 %. Elsewhere than on Linux nothing is done.
+    By default glibc adapts which sizes it returns to the kernel to the blocks that are released first, imports included. Whether a
+    call then paid for its pages anew depended on what its process had imported: one attention under two names differed by 5 %.
+    Does nothing outside Linux.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -132,7 +143,7 @@ def settle_allocator() -> None:
 
 
 class Stopwatch:
-    """Wall time since it was made, for budgets: nothing that is published comes from it."""
+    """Wall time since its creation, for budgets only: no published number comes from it."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -141,7 +152,7 @@ class Stopwatch:
         return time.monotonic() - self._start
 
     def exclude(self, seconds: float) -> None:
-        """Of the time until now."""
+        """Subtracts seconds that have passed already."""
         self._start += seconds
 
 
@@ -150,19 +161,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def pause(seconds: float) -> None:
-    """Lets time go by, where something else is waited for that cannot call back."""
-    time.sleep(seconds)
-
-
 def seconds_since(time: str) -> float:
-    """Of the time of day, since what `now` said then."""
+    """Seconds between a time of day that `now` returned and the present."""
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
 
 
 def process_age_s() -> float:
-    """Wall time since this process began, imports included."""
+    """Wall seconds since this process began, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+def pause(seconds: float) -> None:
+    """Sleeps, where something must be polled because it cannot call back."""
+    time.sleep(seconds)

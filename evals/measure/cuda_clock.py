@@ -1,70 +1,74 @@
-"""Time, memory and health of a CUDA device. Imports without one.
+"""Device time of single calls on a CUDA device. Imports without one.
 
-How a sample is made, and after whom: events bracket the call (triton.testing.do_bench); the L2 cache is flushed before it
-by its real size (nvbench); the device is kept busy until all of it is queued, so that no gap between launches is timed
-(nvbench's blocking kernel, here a spin that ends by itself, since work that waits for the device would wait for ever).
-Other than those, a sample knows whether that succeeded: if the device had begun before the host was done, it says so.
+Events bracket each call, as in triton.testing.do_bench. Before it the L2 cache is flushed by its real size, as in nvbench. The
+device is kept busy until the whole call is queued, so that no gap between launches is timed. nvbench does this with a blocking
+kernel; here it is a sleep that ends by itself, since work that waits for the device would otherwise wait forever. Unlike in
+those tools, a sample records whether this succeeded: it is marked as exposed if the device began the call before the host had
+queued all of it.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
 import torch
 
+from evals.measure import Work
 from evals.measure.cuda_state import read_state
-
-Work = Callable[[], object]
-
-# --- time ---------------------------------------------------------------------------------------
 
 
 class Mark(Protocol):
     """A point in the device's queue."""
 
     def passed(self) -> bool:
-        """The device has come this far. Does not wait."""
+        """Whether the device has reached the mark. Does not wait."""
 
     def seconds_since(self, earlier: Self) -> float:
-        """Device time between two marks that are both passed."""
+        """Device time between two marks that both are passed."""
 
 
 class Device(Protocol):
-    """What a clock needs of a device: it works off, in order, what the host queues."""
+    """A device that executes in order what the host queues: what `CudaClock` needs of it."""
 
     def now(self) -> float:
-        """The host's clock, in seconds."""
+        """Time of the host's clock, in seconds."""
 
     def mark(self) -> Mark:
         """Queues a mark."""
 
     def sleep(self, cycles: int) -> None:
-        """Queues doing nothing for so many cycles of the device."""
+        """Queues idling for a number of the device's clock cycles."""
 
     def flush(self) -> None:
-        """Queues evicting all of the cache."""
+        """Queues the eviction of the whole L2 cache."""
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits until the queue is empty."""
 
     def capture(self, work: Work) -> Work:
-        """What replays all that `work` queues at the cost of one launch. Raises CannotCapture."""
+        """Returns a call that replays everything `work` queues at the cost of one launch.
+
+        Raises:
+            CannotCapture: if the work cannot become a CUDA graph.
+        """
 
     def clock_mhz(self) -> float | None:
-        """The clock of the device's processors; None if it cannot be read."""
+        """Clock rate of the device's processors; None if it cannot be read."""
 
 
 class CannotCapture(NotImplementedError):
-    """The work cannot become a CUDA graph: with graphs it is `unsupported`."""
+    """The work cannot become a CUDA graph; its outcome in mode graph is `unsupported`."""
 
 
 @dataclass(frozen=True)
 class Burst:
-    """Samples of one call each, in order: seconds that the device worked, and that the host took to queue it.
+    """Samples of one call each, in order.
 
-    exposed: positions of samples whose device time contains waiting for the host, because not all of the call was queued
-    when the device began it.
+    Attributes:
+        device_s: seconds from the call's start to its end on the device.
+        host_s: seconds that the host took to queue the call.
+        exposed: positions of samples whose device time contains waiting for the host, because the call was not queued completely
+            when the device began it.
     """
 
     device_s: list[float]
@@ -75,20 +79,26 @@ class Burst:
 class CudaClock:
     """Times one piece of work: `first_call`, then `warm`, then any number of `burst`s.
 
-    mode: eager calls the work every time. graph captures it once behind the first call, and replays that: what the work
-    does in Python happens no more, so a state that grows with every call stands still.
-    The work must queue on the current stream, or have the current stream wait for what it queues elsewhere.
+    Args:
+        work: must queue on the current stream, or make the current stream wait for what it queues elsewhere.
+        mode: eager calls the work every time. graph captures it once after the first call, and replays the graph: Python code of
+            the work no longer runs, so a state that grows with every call stays as it is.
+        device: by default the current CUDA device.
+
+    Attributes:
+        hides_launches: False once keeping the device busy has failed `TRIES` times in a row: the work waits for the device
+            (`.item()`, a copy to the host), queues more than a device holds (some 1000 launches), or takes the host too long.
     """
 
     MARGIN = 2.0
-    """The device is kept busy for so many times what queuing took when it was tried."""
+    """The device is kept busy for this multiple of the time that queuing took during calibration."""
 
-    LONGEST_SLEEP_S = 0.1
-    """Work that takes the host longer than this leaves the device idle in use, too; hiding it would double the time of all."""
+    MAX_SLEEP_S = 0.1
+    """Work that takes the host longer than this also leaves the device idle in practice; hiding it would double the total time."""
 
     TRIES = 5
-    """The device is kept busy twice as long after a sample that was exposed. One is a host that was disturbed; so many in a
-    row, the last of 16 times what should do, are work that cannot be hidden."""
+    """After an exposed sample the device is kept busy twice as long. One exposed sample means that the host was disturbed; this
+    many in a row, the last with 16 times the sleep that should suffice, mean that the launches cannot be hidden."""
 
     CALIBRATION_CYCLES = 1_000_000
 
@@ -103,29 +113,31 @@ class CudaClock:
         self._sleep_s = 0.0
         self._exposed = 0  # samples in a row
         self.hides_launches = True
-        """False once keeping the device busy has failed `TRIES` times in a row: the work waits for the device (`.item()`, a
-        copy to the host), queues more than a device holds (some 1000 launches), or takes the host too long."""
 
     def first_call(self) -> float:
-        """Wall seconds of the first call, to the end of its work on the device: loading, compiling and tuning are in it.
+        """Wall seconds of the first call, to the end of its work on the device; loading, compiling and tuning are included.
 
-        Raises CannotCapture in mode graph, and whatever the work raises.
+        Raises:
+            CannotCapture: in mode graph. Whatever the work raises is raised, too.
         """
-        self._device.synchronise()
+        self._device.synchronize()
         start = self._device.now()
         self._work()
-        self._device.synchronise()
+        self._device.synchronize()
         seconds = self._device.now() - start
         if self._mode == "graph":
             self._work = self._device.capture(self._work)
         self._ready = True
         return seconds
 
-    def warm(self, least_s: float = 0.2, most_s: float = 2.0) -> bool:
-        """Calls the work until the device's clock stands still: over the last 50 ms it moved by less than 1 %.
+    def warm(self, min_s: float = 0.2, max_s: float = 2.0) -> bool:
+        """Calls the work until the device's clock rate is steady: over the last 50 ms it changed by less than 1 %.
 
-        Takes between `least_s` and `most_s`. Returns whether the clock stood still; where it cannot be read, time alone
-        decides, and the answer is True.
+        Args:
+            min_s, max_s: the least and the most seconds that this takes.
+
+        Returns:
+            Whether the rate became steady; True after `min_s` where it cannot be read.
         """
         self._check_ready()
         begin = self._device.now()
@@ -134,17 +146,17 @@ class CudaClock:
             slice_end = self._device.now() + 0.05
             while self._device.now() < slice_end:
                 self._work()
-                self._device.synchronise()
+                self._device.synchronize()
             clock = self._device.clock_mhz()
-            still = clock is None or before is None or abs(clock - before) < 0.01 * before
+            steady = clock is None or before is None or abs(clock - before) < 0.01 * before
             before = clock
             elapsed = self._device.now() - begin
-            if (still and elapsed >= least_s) or elapsed >= most_s:
-                self._calibrate()  # cycles are shorter now than on a sleeping device
-                return still
+            if (steady and elapsed >= min_s) or elapsed >= max_s:
+                self._calibrate()  # cycles are shorter now than on an idle device
+                return steady
 
     def burst(self, *, seconds: float | None = None, count: int | None = None) -> Burst:
-        """Samples for about so many seconds of wall time, or so many samples; at least one."""
+        """Takes samples for about `seconds` of wall time, or `count` samples; at least one."""
         if (seconds is None) == (count is None):
             raise ValueError(f"give either seconds or count, got seconds={seconds} and count={count}")
         self._check_ready()
@@ -159,7 +171,7 @@ class CudaClock:
     def _sample(self, burst: Burst) -> None:
         device = self._device
         if self.hides_launches:
-            sleep_s = min(self._sleep_s * 2**self._exposed, self.LONGEST_SLEEP_S)
+            sleep_s = min(self._sleep_s * 2**self._exposed, self.MAX_SLEEP_S)
             device.sleep(int(sleep_s * self._cycles_per_s))
         device.flush()
         start = device.mark()
@@ -167,9 +179,9 @@ class CudaClock:
         self._work()
         returned = device.now()
         stop = device.mark()
-        # Not yet there, the device had all of the call before it when it came to it.
+        # If the device has not reached the start yet, the whole call was queued before it began.
         exposed = start.passed()
-        device.synchronise()
+        device.synchronize()
         if exposed:
             burst.exposed.append(len(burst.device_s))
         self._exposed = self._exposed + 1 if exposed else 0
@@ -179,13 +191,13 @@ class CudaClock:
         burst.host_s.append(returned - called)
 
     def _calibrate(self) -> None:
-        """How fast the device's cycles pass, and how long the host takes to queue a sample."""
+        """Measures the device's cycles per second, and how long the host takes to queue a sample."""
         device = self._device
-        device.sleep(self.CALIBRATION_CYCLES)  # the first launch loads it
+        device.sleep(self.CALIBRATION_CYCLES)  # the first launch loads the kernel
         start = device.mark()
         device.sleep(self.CALIBRATION_CYCLES)
         stop = device.mark()
-        device.synchronise()
+        device.synchronize()
         self._cycles_per_s = self.CALIBRATION_CYCLES / stop.seconds_since(start)
         queued = []
         for _ in range(3):
@@ -195,8 +207,8 @@ class CudaClock:
             self._work()
             device.mark()
             queued.append(device.now() - begin)
-            device.synchronise()
-        self._sleep_s = self.MARGIN * min(queued)  # the least: what disturbs a host makes it slower
+            device.synchronize()
+        self._sleep_s = self.MARGIN * min(queued)  # the least: every disturbance of the host makes it slower
 
     def _check_ready(self) -> None:
         if not self._ready:
@@ -204,6 +216,8 @@ class CudaClock:
 
 
 class TorchMark:
+    """A CUDA event, recorded at its creation."""
+
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record()
@@ -216,14 +230,14 @@ class TorchMark:
 
 
 class TorchDevice:
-    """The current CUDA device, through torch."""
+    """The current CUDA device, used through torch."""
 
-    LARGEST_L2 = 2**27
-    """Where the driver does not know its size, the largest of any device yet: to flush too much is still to flush."""
+    LARGEST_L2_BYTES = 2**27
+    """The largest L2 cache of any device so far, flushed where the driver does not report the size: too much is enough."""
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        words = 2 * (properties.L2_cache_size or self.LARGEST_L2) // 4
+        words = 2 * (properties.L2_cache_size or self.LARGEST_L2_BYTES) // 4
         self._written = torch.empty(words, dtype=torch.int32, device="cuda")
         self._read = torch.zeros(words, dtype=torch.float32, device="cuda")
         self._sum = torch.zeros((), dtype=torch.float32, device="cuda")
@@ -235,21 +249,21 @@ class TorchDevice:
         return TorchMark()
 
     def sleep(self, cycles: int) -> None:
-        torch.cuda._sleep(cycles)  # private, yet what torch's own tests delay a stream with
+        torch.cuda._sleep(cycles)  # private, but torch's own tests use it to delay a stream
 
     def flush(self) -> None:
-        # Lines just written must be written back before others can take their place, which would be charged to the work:
-        # reading another buffer after writing one leaves a cache that is full of what can simply be dropped.
+        # Lines just written must be written back before they can be replaced, and that would be charged to the work. Reading
+        # another buffer after writing one leaves a cache full of lines that can simply be dropped.
         self._written.zero_()
         torch.sum(self._read, dim=0, out=self._sum)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def capture(self, work: Work) -> Work:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what libraries set up on their first calls on a stream cannot be captured
+        with torch.cuda.stream(side):  # what libraries set up in their first calls on a stream cannot be captured
             for _ in range(3):
                 work()
         torch.cuda.current_stream().wait_stream(side)
@@ -258,8 +272,8 @@ class TorchDevice:
         try:
             with torch.cuda.graph(graph, stream=side):
                 work()
-        except RuntimeError as error:  # every error of CUDA's is one
-            # Ending a capture that failed raises too, on top of what the work raised.
+        except RuntimeError as error:  # every CUDA error is one
+            # Ending a failed capture raises, too, on top of what the work raised.
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

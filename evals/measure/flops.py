@@ -1,17 +1,15 @@
-"""TODO: what lives here."""
+"""Floating point operations of what runs, counted by torch."""
 
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evals.measure.clock import Work
-
-# --- FLOPs --------------------------------------------------------------------------------------
+from evals.measure import Work
 
 
 def count_flops(work: Work) -> int:
-    """Floating point operations of the matrix products that `work` runs, masked halves included."""
+    """FLOPs of the matrix products that one call of `work` runs: multiply-add = 2, masked halves included."""
     with FlopCounterMode(display=False, custom_mapping=UNREGISTERED) as counter:
         work()
     return int(counter.get_total_flops())
@@ -37,4 +35,4 @@ UNREGISTERED = {
     torch.ops.aten._embedding_bag: _embedding_bag,
     torch.ops.aten._embedding_bag_forward_only: _embedding_bag,
 }
-"""What torch counts as 0, multiply-add = 2."""
+"""Operators that torch counts as 0 by itself, with their FLOPs from the shapes of their arguments."""

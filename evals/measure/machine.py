@@ -1,4 +1,4 @@
-"""What this machine is: the provenance of every number."""
+"""Provenance of every number: software, hardware and commit of this machine."""
 
 import functools
 import os
@@ -19,30 +19,36 @@ SYSTEM = Path("/sys/devices/system/cpu")
 Fact = str | int | float | bool | None
 
 IDENTITY = ("processor", "torch", "device", "dtype", "threads")
-"""The settings that decide how fast a machine can be: under the same ones, ceilings are the same."""
+"""The settings that decide how fast a machine can be: where they are equal, its peaks are equal."""
 
 LIBRARIES = ("numpy", "triton")
-"""Whose version can change a number, beside torch's own."""
+"""Libraries besides torch whose version can change a number."""
 
 SPEED_VARIABLES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "MALLOC_", "LD_PRELOAD"),
     *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_"),
 )
-"""Beginnings of the names of environment variables that change how fast threads, libraries or the allocator are."""
+"""Prefixes of environment variables that change the speed of threads, libraries or the allocator."""
 
 
 def processor_name(device: str) -> str:
-    """The model name of what computes: two machines of one name are taken to be alike."""
+    """Model name of the processor that computes. Two machines with one name are taken to be equal.
+
+    Args:
+        device: cpu or cuda.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_cpuinfo().get('model name') or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def provenance(device: str = "cpu") -> dict[str, Fact]:
-    """One flat dict of JSON's types: software, host, processor, commit. None is what cannot be known here.
+    """Software, host, processor and commit as one flat dict of JSON types; None for a fact that is unknown here.
 
-    device: cpu or cuda; what is said of the GPU is None for a measurement that has no part in one. `load_1m` is the load
-    as this is called, before a measurement has added to it. Takes some 20 ms, most of them git's.
+    `load_1m` is the load at the time of the call, before a measurement adds to it. Takes some 20 ms, most of them for git.
+
+    Args:
+        device: cpu or cuda; facts about the GPU are None for a measurement on the CPU.
     """
     commit, dirty = _commit()
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -62,10 +68,10 @@ def provenance(device: str = "cpu") -> dict[str, Fact]:
         "cpu_quota": _quota(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "virtual_machine": "hypervisor" in _cpuinfo()["flags"].split() if "flags" in _cpuinfo() else None,
-        "governor": _of_all(SYSTEM.glob("cpu[0-9]*/cpufreq/scaling_governor")),
+        "governor": _distinct(SYSTEM.glob("cpu[0-9]*/cpufreq/scaling_governor")),
         "boost": _boost(),
         "smt": {"1": True, "0": False}.get(_text(SYSTEM / "smt/active") or ""),
-        "huge_pages": _chosen(_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))),
+        "huge_pages": _selected(_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))),
         "load_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "memory_bytes": psutil.virtual_memory().total,
         "environment": environment(os.environ.items()),
@@ -74,7 +80,7 @@ def provenance(device: str = "cpu") -> dict[str, Fact]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers as the kernel writes them: 0,1,2,5 is 0-2,5."""
+    """Ascending numbers in the kernel's notation: 0,1,2,5 becomes 0-2,5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -85,12 +91,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def environment(variables: Iterable[tuple[str, str]]) -> str:
-    """Those that change speed, in the order of their names: 'KMP_BLOCKTIME=0 OMP_NUM_THREADS=2'; empty if none is set."""
+    """The variables that change speed, sorted by name: 'KMP_BLOCKTIME=0 OMP_NUM_THREADS=2'; empty if none is set."""
     return " ".join(f"{name}={value}" for name, value in sorted(variables) if name.startswith(SPEED_VARIABLES))
 
 
 def _gpu(device: str) -> dict[str, Fact]:
-    if device != "cuda":  # asking costs a CUDA context, half a gigabyte and half a second
+    if device != "cuda":  # a query creates a CUDA context: half a gigabyte and half a second
         return dict.fromkeys(
             ("gpu", "gpu_driver", "gpu_capability", "gpu_memory_bytes", "gpu_processors", "gpu_l2_bytes", "cuda", "cudnn")
         )
@@ -108,14 +114,14 @@ def _gpu(device: str) -> dict[str, Fact]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit that is checked out here and whether a tracked file differs from it; None where git does not know."""
-    if not (ROOT / ".git").exists():  # an archive was unpacked, perhaps inside a repository of something else
+    """The commit that is checked out, and whether a tracked file differs from it; None where git does not know."""
+    if not (ROOT / ".git").exists():  # unpacked from an archive, perhaps inside another repository
         return None, None
-    # Without optional locks, a commit that is being made at the same moment is not disturbed.
+    # Optional locks could disturb a commit that is made at the same moment.
     command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=5).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):  # no git, a repository that it does not trust, or a disk that does not answer
+    except (OSError, subprocess.SubprocessError):  # no git, an untrusted repository, or a disk that hangs
         return None, None
     commits = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
     known = bool(commits) and commits[0] != "(initial)"
@@ -124,14 +130,14 @@ def _commit() -> tuple[str | None, bool | None]:
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first core; empty elsewhere."""
+    """Facts about the first core; empty outside Linux."""
     first = (_text(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
     lines = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def _quota() -> float | None:
-    """Cores' worth of time that this process's control group may use; None if as much as there is, or unknown."""
+    """Number of cores whose time this process's control group may use; None if unlimited or unknown."""
     quota, _, period = (_text(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
@@ -143,13 +149,13 @@ def _boost() -> bool | None:
     return {"1": True, "0": False}.get(_text(SYSTEM / "cpufreq/boost") or "")
 
 
-def _of_all(files: Iterable[Path]) -> str | None:
-    """The different texts of files that should say the same; None if there is none."""
+def _distinct(files: Iterable[Path]) -> str | None:
+    """The distinct contents of files that should all be equal; None if there is no file."""
     return ",".join(sorted({text for text in map(_text, files) if text})) or None
 
 
-def _chosen(options: str | None) -> str | None:
-    """The one in brackets: 'always [madvise] never' says madvise."""
+def _selected(options: str | None) -> str | None:
+    """The option in brackets: madvise from 'always [madvise] never'."""
     return None if options is None or "[" not in options else options.partition("[")[2].partition("]")[0]
 
 
@@ -163,5 +169,5 @@ def _version(distribution: str) -> str | None:
 def _text(path: Path) -> str | None:
     try:
         return path.read_text().strip()
-    except OSError:  # this system has no such file, or does not show it
+    except OSError:  # this system has no such file, or forbids to read it
         return None

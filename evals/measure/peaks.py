@@ -13,9 +13,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from evals.measure import Work
 from evals.stats.roofline import Peaks, merge_ladders
-
-Call = Callable[[], object]
 
 SMALLEST_BYTES = 2**16
 LARGEST_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -26,14 +25,14 @@ class Product(NamedTuple):
     """A matrix product and the FLOPs of one call."""
 
     flops: float
-    call: Call
+    call: Work
 
 
 class MemoryPass(NamedTuple):
     """A call that reads or writes every byte of a working set once."""
 
     num_bytes: int
-    call: Call
+    call: Work
 
 
 def measure_peaks(device: str, dtype: torch.dtype, threads: int, seconds: float = 0.8) -> Peaks:
@@ -58,11 +57,11 @@ def measure_peaks(device: str, dtype: torch.dtype, threads: int, seconds: float 
     bytes_per_s = {count: {size: 0.0 for size, _ in passes} for count in counts}
     tries: list[Callable[[], None]] = []
 
-    def try_product(count: int, flops: float, call: Call) -> None:
+    def try_product(count: int, flops: float, call: Work) -> None:
         torch.set_num_threads(count)
         flops_per_s[count] = max(flops_per_s[count], flops / _seconds(call, device))
 
-    def try_pass(count: int, size: int, call: Call) -> None:
+    def try_pass(count: int, size: int, call: Work) -> None:
         torch.set_num_threads(count)
         calls = max(1, 2**22 // size)  # a short pass is repeated, so that reading the clock adds next to nothing
         bytes_per_s[count][size] = max(bytes_per_s[count][size], calls * size / _seconds(call, device, calls))
@@ -115,7 +114,7 @@ def memory_passes(device: str) -> Iterator[MemoryPass]:
         yield MemoryPass(size, partial(torch.sum, working_set))
 
 
-def _seconds(call: Call, device: str, calls: int = 1) -> float:
+def _seconds(call: Work, device: str, calls: int = 1) -> float:
     """Seconds of `calls` calls; on CUDA the time between two events, while the host queues ahead of the device."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The instruments, against accounts that are not ours."""
+"""Clock, memory and FLOP counters against independent accounts: known allocations, memray, sums by hand."""
 
 import statistics
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FIRST = [48, 8, 16]
 
 
 def staircase() -> Tensor:
-    """Holds 64 MiB at most: 32, then 32 + 32 before the first is released, then less."""
+    """Holds at most 64 MiB: 32, then 32 + 32 before the first is released, then less."""
     a = torch.ones(8 * MIB)
     b = a + 1
     del a
@@ -35,12 +35,12 @@ def test_the_peak_of_known_allocations_is_exact() -> None:
     assert 0 <= peak_allocated_bytes(staircase) - 64 * MIB < 64  # the 1 is a tensor of its own
 
 
-def test_what_was_held_before_does_not_count() -> None:
+def test_memory_held_before_does_not_count() -> None:
     held = torch.ones(8 * MIB)
     assert 0 <= peak_allocated_bytes(lambda: held[:MIB] + 1) - 4 * MIB < 64
 
 
-def test_the_process_peak_sees_the_pages_of_known_allocations_and_what_a_first_call_brings() -> None:
+def test_the_process_peak_contains_known_allocations_and_the_cost_of_a_first_call() -> None:
     result = run_isolated(process_peak_bytes, staircase, timeout_s=60)
     assert result.outcome == "ok"
     assert 64 * MIB <= result.value < 80 * MIB
@@ -50,7 +50,7 @@ def test_the_process_peak_sees_the_pages_of_known_allocations_and_what_a_first_c
     ("name", "seq_len"), [("standard", 4000), ("bsbr", 4000), ("linear", 3001), ("delta_net", 2500), ("sparse", 4000)]
 )
 def test_the_peak_agrees_with_memray_within_a_percent(name: str, seq_len: int, tmp_path: Path) -> None:
-    """memray sees every malloc and mmap of the process, in C++ too; torch's tensors are most of them by far here."""
+    """memray sees every malloc and mmap of the process, those of C++ included; here most bytes are torch's tensors."""
     result = run_isolated(both_peaks, name, seq_len, tmp_path / "trace.bin", timeout_s=120)
     assert (result.outcome, result.detail) == ("ok", "")
     ours, theirs = result.value
@@ -63,14 +63,14 @@ def both_peaks(name: str, seq_len: int, trace: Path) -> tuple[int, int]:
             compose("config", [f"attention=[{name}]", f"shape.seq_len={seq_len}", "shape.batch_size=4", "device.threads=1"])
         )
     call = prepare(comparison, comparison.candidates[0]).call
-    call()  # what libraries set up once is no tensor of the call's
+    call()  # sets up libraries, which is no part of the peak
     with memray.Tracker(trace):
         call()
     theirs = memray.FileReader(trace).metadata.peak_memory
     return peak_allocated_bytes(call), theirs
 
 
-def test_a_turn_is_at_least_one_call_and_every_sample_is_a_call() -> None:
+def test_a_time_slice_has_at_least_one_call_and_every_sample_is_a_call() -> None:
     calls: list[int] = []
     clock = CpuClock(partial(calls.append, 1))
     assert clock.first_call() > 0
@@ -78,12 +78,12 @@ def test_a_turn_is_at_least_one_call_and_every_sample_is_a_call() -> None:
     assert len(clock.time_slice(1e-9).samples_s) == 1
     before = len(calls)
     samples = clock.time_slice(0.005).samples_s
-    # Those of the first tenth warm up, and do not count.
+    # Calls in the first tenth warm up and give no samples.
     assert 1 < len(samples) < len(calls) - before
 
 
 def test_samples_are_the_seconds_of_their_calls() -> None:
-    """Calls of known and unlike length, told apart by their samples, in order."""
+    """Calls of different known lengths can be told apart by their samples, in order."""
     sizes = iter([1, *FIRST * 50])
     buffers = {size: torch.ones(size * MIB // 4) for size in (1, *FIRST)}
 

@@ -1,4 +1,4 @@
-"""The clock of a CUDA device: its logic on a simulated device with a clock of its own, and the real thing where there is one."""
+"""The clock of a CUDA device: its logic on a simulated device with virtual time, and on a real device where there is one."""
 
 import math
 from collections import deque
@@ -34,7 +34,7 @@ class SimulatedMark:
 
 
 class Simulated:
-    """A host and a device with one stream, in virtual time: what is queued runs in order, and no earlier than it was queued.
+    """A host and a device with one stream, in virtual time: launches run in order, and no earlier than they were queued.
 
     Queuing takes the host `launch_s`; what is queued runs for as long as it says. The device holds `depth` launches: the
     host waits to queue more. `cold` is whether the cache was flushed since the data of a kernel was last read.
@@ -79,13 +79,13 @@ class Simulated:
         self.launch(30 * US)
         self.cold = True
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         if self.captured is not None:
             raise CannotCapture("it waits for the device")
         self.time = max(self.time, self.end)
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        """Nothing runs while it is captured, so there is nothing to wait for; a replay is one launch of all kernels."""
+        """Records the work without running it; a replay is one launch of all kernels."""
         self.log.append("capture")
         self.captured = []
         try:
@@ -122,7 +122,7 @@ def ready(work: Callable[[], object], device: Simulated, **options: Any) -> Cuda
 # --- logic, on the simulated device -------------------------------------------------------------
 
 
-def test_launches_that_take_longer_than_the_kernels_do_not_show() -> None:
+def test_launches_that_take_longer_than_the_kernels_are_hidden() -> None:
     device = Simulated(launch_s=10 * US)
     burst = ready(kernels(device, 20, 2 * US), device).burst(count=5)
     assert burst.device_s == pytest.approx([20 * 2 * US] * 5)
@@ -130,12 +130,12 @@ def test_launches_that_take_longer_than_the_kernels_do_not_show() -> None:
     assert burst.exposed == []
 
 
-def test_the_simulated_device_does_show_launches_where_nothing_hides_them() -> None:
+def test_the_simulated_device_shows_launches_if_nothing_hides_them() -> None:
     device = Simulated(launch_s=10 * US)
     start = device.mark()
     kernels(device, 20, 2 * US)()
     stop = device.mark()
-    device.synchronise()
+    device.synchronize()
     assert stop.seconds_since(start) > 20 * 10 * US
 
 
@@ -165,12 +165,12 @@ def test_the_device_is_kept_busy_in_its_own_cycles(hertz: float) -> None:
     assert device.now() - begin < 3 * 3 * queuing_s
 
 
-def test_work_that_waits_for_the_device_is_found_out_and_ends() -> None:
+def test_work_that_waits_for_the_device_is_detected_and_ends() -> None:
     device = Simulated()
 
     def waits() -> None:
         device.launch(100 * US)
-        device.synchronise()  # .item()
+        device.synchronize()  # .item()
         device.time += 300 * US  # and then thinks about it
         device.launch(100 * US)
 
@@ -183,7 +183,7 @@ def test_work_that_waits_for_the_device_is_found_out_and_ends() -> None:
     assert device.now() - begin < 50 * 2e-3
 
 
-def test_a_queue_that_is_full_is_found_out() -> None:
+def test_a_full_queue_is_detected() -> None:
     device = Simulated(launch_s=5 * US, depth=1024)
     clock = ready(kernels(device, 3000, 1 * US), device)
     clock.burst(count=10)
@@ -191,7 +191,7 @@ def test_a_queue_that_is_full_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("pause_s", [3e-3, 30.0])
-def test_a_host_that_was_stopped_once_is_labelled_once_and_changes_nothing(pause_s: float) -> None:
+def test_a_host_that_was_stopped_once_exposes_one_sample(pause_s: float) -> None:
     device = Simulated(launch_s=5 * US)
     calls = 0
 
@@ -213,7 +213,7 @@ def test_a_host_that_was_stopped_once_is_labelled_once_and_changes_nothing(pause
     assert device.now() - begin - pause_s < 21 * 1e-3
 
 
-def test_a_host_that_is_stopped_now_and_then_does_not_end_the_hiding() -> None:
+def test_a_host_that_is_stopped_occasionally_does_not_end_the_hiding() -> None:
     device = Simulated()
     calls = 0
 
@@ -229,18 +229,18 @@ def test_a_host_that_is_stopped_now_and_then_does_not_end_the_hiding() -> None:
     assert clock.hides_launches
 
 
-def test_work_that_takes_the_host_very_long_is_not_hidden_at_any_price() -> None:
+def test_work_that_takes_the_host_very_long_is_not_hidden() -> None:
     device = Simulated(launch_s=1e-3)
     clock = ready(kernels(device, 200, 10 * US), device)
     begin = device.now()
     burst = clock.burst(count=10)
     assert not clock.hides_launches
     assert len(burst.exposed) == 10
-    assert device.now() - begin < (3 + 10) * 0.21 + clock.TRIES * clock.LONGEST_SLEEP_S
+    assert device.now() - begin < (3 + 10) * 0.21 + clock.TRIES * clock.MAX_SLEEP_S
 
 
-def test_a_sample_never_hides_by_being_dropped() -> None:
-    """Every call that a burst makes is a sample of it, labelled or not."""
+def test_no_sample_is_dropped() -> None:
+    """Every call of a burst gives a sample, exposed or not."""
     device = Simulated()
     calls = 0
 
@@ -248,7 +248,7 @@ def test_a_sample_never_hides_by_being_dropped() -> None:
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
-            device.synchronise()
+            device.synchronize()
         device.launch(10 * US)
 
     clock = ready(work, device)
@@ -274,14 +274,14 @@ def test_a_graph_is_captured_once_and_replayed() -> None:
 def test_work_that_waits_cannot_be_captured() -> None:
     device = Simulated()
     with pytest.raises(CannotCapture, match="waits for the device"):
-        CudaClock(device.synchronise, mode="graph", device=device).first_call()
+        CudaClock(device.synchronize, mode="graph", device=device).first_call()
 
 
-def test_what_cannot_be_captured_is_unsupported() -> None:
+def test_a_failed_capture_is_unsupported() -> None:
     assert outcome_of(CannotCapture("it waits for the device")) == "unsupported"
 
 
-def test_the_first_call_counts_what_host_and_device_do_to_its_end() -> None:
+def test_the_first_call_includes_the_time_of_host_and_device() -> None:
     device = Simulated(launch_s=5 * US)
     calls = 0
 
@@ -295,34 +295,34 @@ def test_the_first_call_counts_what_host_and_device_do_to_its_end() -> None:
     assert CudaClock(work, device=device).first_call() == pytest.approx(2.0 + 5 * US + 1e-3)
 
 
-def test_warming_up_goes_on_while_the_clock_moves_and_ends_when_it_stands() -> None:
+def test_warming_up_continues_until_the_clock_is_steady() -> None:
     device = Simulated()
     device.clocks = [300.0, 600.0, 900.0, 1200.0, 1500.0, 1800.0, 1980.0, 1980.0]
     clock = ready(kernels(device, 1, 1e-3), device)
     begin = device.now()
-    assert clock.warm(least_s=0.05, most_s=2.0)
+    assert clock.warm(min_s=0.05, max_s=2.0)
     assert device.now() - begin == pytest.approx(7 * 0.05, rel=0.1)
 
 
-def test_warming_up_ends_where_the_clock_never_stands() -> None:
+def test_warming_up_ends_if_the_clock_never_is_steady() -> None:
     device = Simulated()
     device.clocks = [1000.0, 1500.0] * 100
     clock = ready(kernels(device, 1, 1e-3), device)
     begin = device.now()
-    assert not clock.warm(least_s=0.1, most_s=0.5)
+    assert not clock.warm(min_s=0.1, max_s=0.5)
     assert device.now() - begin == pytest.approx(0.5, rel=0.2)
 
 
-def test_where_the_clock_cannot_be_read_time_decides() -> None:
+def test_warming_up_takes_the_least_time_if_the_clock_cannot_be_read() -> None:
     device = Simulated()
     device.clocks = [None]
     clock = ready(kernels(device, 1, 1e-3), device)
     begin = device.now()
-    assert clock.warm(least_s=0.2, most_s=2.0)
+    assert clock.warm(min_s=0.2, max_s=2.0)
     assert device.now() - begin == pytest.approx(0.2, rel=0.3)
 
 
-def test_a_burst_lasts_as_long_as_it_is_given_and_has_a_sample_in_any_case() -> None:
+def test_a_burst_lasts_as_long_as_given_and_has_at_least_one_sample() -> None:
     device = Simulated()
     clock = ready(kernels(device, 1, 1e-3), device)
     begin = device.now()
@@ -332,7 +332,7 @@ def test_a_burst_lasts_as_long_as_it_is_given_and_has_a_sample_in_any_case() -> 
     assert len(ready(kernels(device, 1, 1.0), device).burst(seconds=1e-3).device_s) == 1
 
 
-def test_misuse_is_told() -> None:
+def test_misuse_raises() -> None:
     device = Simulated()
     clock = CudaClock(kernels(device, 1, US), device=device)
     with pytest.raises(RuntimeError, match="take first_call"):
@@ -362,11 +362,11 @@ COOL = DeviceState(sm_mhz=1980.0, memory_mhz=3201.0, temperature_c=45.0, power_w
         ({"reasons": None, "sm_mhz": None, "memory_mhz": None}, None),
     ],
 )
-def test_throttling_is_told_with_its_reason(after: dict[str, Any], words: str | None) -> None:
+def test_throttling_is_reported_with_its_reason(after: dict[str, Any], words: str | None) -> None:
     assert throttle_reason(COOL, DeviceState(**{**COOL.__dict__, **after})) == words
 
 
-def test_a_reason_that_was_there_before_counts_and_nothing_is_said_of_what_is_not_known() -> None:
+def test_a_reason_present_before_counts_and_unknown_states_give_none() -> None:
     hot = DeviceState(**{**COOL.__dict__, "reasons": 0x4})
     assert throttle_reason(hot, COOL) == "throttled: power cap at 45 °C"
     assert throttle_reason(None, COOL) is None
@@ -383,11 +383,11 @@ def test_without_a_driver_there_is_no_version(monkeypatch: pytest.MonkeyPatch) -
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", fails)
-    cuda_state._has_driver.cache_clear()
+    cuda_state.has_driver.cache_clear()
     try:
         assert driver_version() is None
     finally:
-        cuda_state._has_driver.cache_clear()
+        cuda_state.has_driver.cache_clear()
 
 
 # --- the real thing -----------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_a_flushed_cache_is_slower_to_read_than_a_warm_one() -> None:
 
 @needs_cuda
 def test_launches_are_hidden_on_the_device() -> None:
-    """A graph of the same kernels, which has no launches in between, is the truth that a hidden launch comes near to."""
+    """A graph of the same kernels has no launches in between: hidden launches come near to its time."""
     x = torch.ones(1024, device="cuda")
 
     def work() -> None:
@@ -441,7 +441,7 @@ def test_launches_are_hidden_on_the_device() -> None:
 
 
 @needs_cuda
-def test_item_is_found_out_on_the_device() -> None:
+def test_item_is_detected_on_the_device() -> None:
     x = torch.ones(1024, device="cuda")
     clock = CudaClock(lambda: float(x.sum()))
     clock.first_call()

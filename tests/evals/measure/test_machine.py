@@ -1,4 +1,4 @@
-"""Provenance says what is known, and None where nothing is."""
+"""Provenance: known facts are right, unknown facts are None."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_provenance_is_flat_and_survives_json() -> None:
     assert all(value is None or isinstance(value, str | int | float | bool) for value in facts.values())
 
 
-def test_what_is_known_of_any_machine_is_told() -> None:
+def test_facts_of_any_machine_are_known() -> None:
     facts = provenance("cpu")
     assert facts["torch"] == torch.__version__
     assert facts["cores"] == os.cpu_count()
@@ -45,7 +45,7 @@ def test_what_is_known_of_any_machine_is_told() -> None:
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs two cores, and a way to choose"
 )
-def test_a_process_that_is_bound_to_one_core_says_so() -> None:
+def test_the_affinity_of_a_process_is_recorded() -> None:
     allowed = os.sched_getaffinity(0)
     one = min(allowed)
     try:
@@ -58,7 +58,7 @@ def test_a_process_that_is_bound_to_one_core_says_so() -> None:
     assert facts["cores"] == os.cpu_count()
 
 
-def test_a_measurement_without_a_gpu_names_none() -> None:
+def test_a_cpu_measurement_names_no_gpu() -> None:
     assert {value for key, value in provenance("cpu").items() if key.startswith(("gpu", "cuda", "cudnn"))} == {None}
 
 
@@ -72,17 +72,19 @@ def test_a_gpu_is_named() -> None:
 @pytest.mark.parametrize(
     ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2,5"), ([0, 2, 4], "0,2,4"), ([1, 2, 8, 9, 10], "1-2,8-10")]
 )
-def test_ranges_are_written_as_the_kernel_does(numbers: list[int], text: str) -> None:
+def test_ranges_use_the_kernels_notation(numbers: list[int], text: str) -> None:
     assert ranges(numbers) == text
 
 
-def test_variables_that_change_speed_are_told_and_no_others() -> None:
+def test_only_variables_that_change_speed_are_recorded() -> None:
     variables = {"OMP_NUM_THREADS": "2", "PATH": "/bin", "HF_TOKEN": "secret", "KMP_BLOCKTIME": "0", "MY_OMP_THING": "1"}
     assert environment(variables.items()) == "KMP_BLOCKTIME=0 OMP_NUM_THREADS=2"
     assert environment([]) == ""
 
 
-def test_the_commit_is_gits_and_dirty_only_where_a_tracked_file_differs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_git_and_dirty_only_if_a_tracked_file_differs(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "ROOT", repository)
     head = git(repository, "rev-parse", "HEAD")
     (repository / "untracked").write_text("note")
@@ -97,7 +99,7 @@ def test_a_repository_without_a_commit_has_none(tmp_path: Path, monkeypatch: pyt
     assert provenance()["commit"] is None
 
 
-def test_the_commit_of_a_repository_around_it_is_not_its_own(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_an_enclosing_repository_is_ignored(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked = repository / "unpacked"
     unpacked.mkdir()
     monkeypatch.setattr(machine, "ROOT", unpacked)
@@ -106,14 +108,14 @@ def test_the_commit_of_a_repository_around_it_is_not_its_own(repository: Path, m
     assert facts["dirty"] is None
 
 
-def test_without_git_the_commit_is_unknown_and_not_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_git_commit_and_dirty_are_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = provenance()
     assert facts["commit"] is None
     assert facts["dirty"] is None
 
 
-def test_the_governor_is_that_of_all_cores_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_governor_lists_those_of_all_cores_or_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "SYSTEM", tmp_path)
     assert provenance()["governor"] is None
     assert provenance()["boost"] is None
