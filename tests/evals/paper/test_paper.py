@@ -122,7 +122,7 @@ def test_a_caption_says_where_its_data_come_from(tmp_path: Path) -> None:
 
 def test_a_ledger_without_a_command_takes_the_recipe_s(tmp_path: Path) -> None:
     one = ledger(tmp_path / "seq_len", described("aaaa", "1" * 40, dirty=False, day="2026-01-02"))
-    assert f"command: `python -m evals.run sweep=seq_len results_dir={tmp_path}`" in caption("a", "b", [one], tmp_path)
+    assert f"command: `python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}`" in caption("a", "b", [one], tmp_path)
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_all_of_it_is_the_recipe_in_its_order() -> None:
 
 def test_words_choose_and_are_handed_on() -> None:
     commands, results, _ = plan(["seq_len", "distillation", "results_dir=/tmp/mine", "sampling=quick"], dry=True)
-    assert commands[0] == "python -m evals.run sweep=seq_len results_dir=/tmp/mine sampling=quick --dry-run"
+    assert commands[0] == "python -m evals.run sweep=seq_len sampling=careful results_dir=/tmp/mine sampling=quick --dry-run"
     assert all("--results-dir /tmp/mine" in command and "sampling" not in command for command in commands[1:])
     assert results == Path("/tmp/mine")
 
