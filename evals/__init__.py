@@ -1,1 +1,1 @@
-"""The harness: it certifies, measures, summarises and draws; run from a checkout."""
+"""The harness: certifies, measures, summarises and draws attentions. It runs from a checkout."""

@@ -17,10 +17,10 @@ from evals.paths import CONF
 
 @command()
 def main() -> int:
-    options, _ = help_text.known(sys.argv[1:])
+    options, _ = help_text.parse_options(sys.argv[1:])
     if options.help:
         descriptions = {check.name: check.description for check in CHECKS}
-        print(help_text.text_of_certify(str(__doc__), descriptions, options.config_dir))
+        print(help_text.certify_help(str(__doc__), descriptions, options.config_dir))
         return OK
     if not any(argument.startswith("attention=") for argument in sys.argv[1:]):
         names = ",".join(sorted(path.stem for path in (CONF / "attention").glob("*.yaml")))

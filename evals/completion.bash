@@ -1,5 +1,5 @@
-# Completes settings of `python -m evals.run` and `python -m evals.certify`; of other commands of python, names of files.
-# Hydra's own script knows `python file.py` only. What there is to choose from is Hydra's answer.
+# Completes settings of `python -m evals.run` and `python -m evals.certify`, and file names of all other python commands.
+# Hydra's own script completes `python file.py` only, so this one asks Hydra for the candidates.
 _bsbr_complete() {
     COMPREPLY=()
     [[ ${COMP_LINE:0:COMP_POINT} =~ \ -m\ evals\.(run|certify)\ (.*)$ ]] || return

@@ -1,8 +1,10 @@
-"""`python -m evals.run sweep=seq_len`: compares attentions, one Hydra job a comparison, and shows what came out.
+"""`python -m evals.run sweep=seq_len`: measures the comparisons of a sweep, and shows and draws the results.
 
-Raw samples go to results/<sweep>/samples.jsonl while they are made; started again, the same command goes on from
-there. From them come results/<sweep>/results.csv, the tables on the screen and plots/<sweep>/. Ctrl-C ends the sweep
-after the round that is running, and shows what there is; a second one ends it at once. --dry-run tells what would be done.
+Raw samples go to results/<sweep>/samples.jsonl as soon as they are measured. The results of all samples are in
+results/<sweep>/results.csv, on the screen, in the report results/<sweep>/report.html and in plots/<sweep>/.
+
+Ctrl-C stops after the running round and shows the results so far; a second Ctrl-C stops at once. The same command then continues
+where it stopped. --dry-run prints what would be measured.
 """
 
 import sys
@@ -10,32 +12,30 @@ from pathlib import Path
 
 from evals.cli import help_text
 from evals.cli.command import RESUME, command
-from evals.errors import OK, UsageError
+from evals.errors import OK
 from evals.isolation import forkserver
 from evals.paths import CONF
 
 
 @command(interrupted=RESUME)
 def main() -> int:
-    asked, others = help_text.known(sys.argv[1:])
-    if asked.help and asked.config_dir and not asked.config_dir.is_dir():
-        raise UsageError(f"--config-dir must name a folder, such as mine/conf, got {asked.config_dir}")
-    if asked.help:
-        print(help_text.text(str(__doc__), asked.config_dir))
+    options, others = help_text.parse_options(sys.argv[1:])
+    if options.help:
+        print(help_text.run_help(str(__doc__), options.config_dir))
         return OK
-    if asked.shell_completion and others == ["install=bash"]:
+    if options.shell_completion and others == ["install=bash"]:
         print(Path(__file__).with_name("completion.bash").read_text())
         return OK
-    if asked.shell_completion:  # Hydra's work alone
-        import hydra
+    if options.shell_completion:  # Hydra answers it alone
+        import hydra  # slow to import, and --help does not need it
 
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda _: None)()
         return OK
-    # It imports in the background what measuring needs, while this process imports what it needs itself.
+    # The server imports what measuring needs in the background, while this process imports the rest.
     forkserver.start()
-    from evals.cli.sweep import main as sweep
+    from evals.cli.sweep import main as run_sweeps
 
-    return sweep()
+    return run_sweeps()
 
 
 if __name__ == "__main__":

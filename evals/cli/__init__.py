@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""The parts that commands share: the Hydra application, help, display, progress, and launching on clusters."""

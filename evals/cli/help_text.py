@@ -1,6 +1,6 @@
-"""What `python -m evals.run --help` says: which sweeps and settings there are is read from conf/, comments included.
+"""The text of `--help` for evals.run and evals.certify, with sweeps, choices and settings read from conf/ and its comments.
 
-Imports little, so that help and the completion of a shell are there at once.
+Imports little, so that help and shell completion answer at once.
 """
 
 import argparse
@@ -9,79 +9,97 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evals.errors import EXIT_CODES
+from evals.errors import EXIT_CODES, UsageError
 from evals.paths import CONF
-from evals.results.formatting import WIDTH
 
+WIDTH = 80
 OPTIONS = {
-    "--dry-run": "tells what would be done, and about how long it takes",
-    "-m, --multirun": "every combination of settings given as lists, as in -m shape.batch_size=1,2,4",
-    "--config-dir DIR": "a folder with attentions, sweeps, … of your own, laid out as conf/ is",
-    "--cfg job": "prints all settings as they would be, and measures nothing",
-    "-sc install=bash": 'prints what completes settings: eval "$(python -m evals.run -sc install=bash)"',
-    "-h, --help": "this; --hydra-help tells of Hydra's own options",
+    "--dry-run": "prints what would be measured, and about how long that takes",
+    "-m, --multirun": "runs every combination of the values given, as in -m shape.batch_size=1,2,4",
+    "--config-dir DIR": "adds a folder of your own attentions, sweeps, …, with the layout of conf/",
+    "--cfg job": "prints all settings, and measures nothing",
+    "-sc install=bash": 'prints completion for bash: eval "$(python -m evals.run -sc install=bash)"',
+    "-h, --help": "prints this; --hydra-help prints Hydra's own options",
 }
 EXAMPLES = {
-    "python -m evals.run sweep=seq_len sampling=quick": "a first look, in a minute or two: all attentions, at seven lengths",
+    "python -m evals.run sweep=seq_len sampling=quick": "a first look at all attentions, in a minute",
     "python -m evals.run sweep=seq_len 'attention=[bsbr,standard]' attention.bsbr.chunk_size=64 sweep_name=chunk_64": (
-        "two of them, one with an option of its own, into a folder of its own"
+        "two attentions, one with an option changed, in a folder of their own"
     ),
     "python -m evals.run -m shape.batch_size=1,2,4 device.threads=1 sweep_name=batch": "a sweep over any setting",
 }
 
 
-def known(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """`help`, `shell_completion` and `config_dir` of a command's arguments, and the others."""
+def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Reads the options that are answered without Hydra.
+
+    Returns:
+        `help`, `shell_completion` and `config_dir`, and all other arguments.
+
+    Raises:
+        UsageError: if help is asked for a config folder that does not exist.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--shell-completion", "-sc", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path)
-    return parser.parse_known_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if options.help and options.config_dir and not options.config_dir.is_dir():
+        raise UsageError(f"--config-dir must name a folder, such as mine/conf, got {options.config_dir}")
+    return options, others
 
 
-def text(about: str, own: Path | None = None) -> str:
-    """about: the command's docstring. own: a config folder of the user's, which adds to conf/."""
-    folders = [CONF, *([] if own is None else [own])]
-    sweeps = {name: first_sentence(path) for name, path in files(folders, "sweep").items()}
+def run_help(about: str, config_dir: Path | None = None) -> str:
+    """Help of `python -m evals.run`.
+
+    Args:
+        about: the command's docstring.
+        config_dir: the user's config folder, which adds to conf/.
+    """
+    folders = _config_folders(config_dir)
+    sweeps = {name: _first_sentence(path) for name, path in _files(folders, "sweep").items()}
+    choices = {f"{group}=": f"{comment}: {', '.join(names)}" for group, comment, names in _groups(folders)}
     blocks = [
         "usage: python -m evals.run [option …] [setting=value …]",
-        *paragraphs(about),
-        listed("Sweeps, as in sweep=seq_len", sweeps),
-        listed(
-            "Choices, as in device=cuda", {f"{group}=": f"{told}: {', '.join(names)}" for group, told, names in groups(folders)}
-        ),
-        listed("Settings, with what they are unless you say otherwise", dict(settings())),
-        listed("Options", OPTIONS),
-        listed("Exit code", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
-        "Examples\n" + "\n".join(f"  {wrapped(command, 4)}\n      {what}" for command, what in EXAMPLES.items()),
+        *_paragraphs(about),
+        _list("Sweeps, as in sweep=seq_len, and what each varies", sweeps),
+        _list("Choices, as in device=cuda", choices),
+        _list("Settings and their defaults", dict(_settings())),
+        _list("Options", OPTIONS),
+        _list("Exit code", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
+        "Examples\n" + "\n".join(f"  {_wrap_command(command)}\n      {what}" for command, what in EXAMPLES.items()),
     ]
     return "\n\n".join(blocks)
 
 
-def text_of_certify(about: str, checks: dict[str, str], own: Path | None = None) -> str:
-    """Help of `python -m evals.certify`. checks: descriptions of the certificate's checks by name; the others as in `text`."""
-    folders = [CONF, *([] if own is None else [own])]
-    named = {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}
+def certify_help(about: str, checks: dict[str, str], config_dir: Path | None = None) -> str:
+    """Help of `python -m evals.certify`.
+
+    Args:
+        about: the command's docstring.
+        checks: descriptions of the certificate's checks, by name.
+        config_dir: the user's config folder, which adds to conf/.
+    """
     blocks = [
         "usage: python -m evals.certify [option …] ['attention=[…]'] [setting=value …]",
-        *paragraphs(about),
-        listed("Checks", checks),
-        listed("Attentions", {"attention=": ", ".join(files(folders, "attention"))}),
-        listed("Options", named),
+        *_paragraphs(about),
+        _list("Checks", checks),
+        _list("Attentions", {"attention=": ", ".join(_files(_config_folders(config_dir), "attention"))}),
+        _list("Options", {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}),
         "Settings are those of python -m evals.run --help.",
     ]
     return "\n\n".join(blocks)
 
 
-def paragraphs(docstring: str) -> list[str]:
-    """Of a command's docstring, without its own name."""
-    told = re.sub(r"^`.*?`: ", "", docstring)
-    told = told[0].upper() + told[1:]
-    return ["\n".join(textwrap.wrap(part, WIDTH, break_on_hyphens=False)) for part in told.split("\n\n")]
+def _paragraphs(docstring: str) -> list[str]:
+    """The paragraphs of a command's docstring, without the name of the command."""
+    text = re.sub(r"^`.*?`: ", "", docstring)
+    text = text[0].upper() + text[1:]
+    return [textwrap.fill(paragraph, WIDTH, break_on_hyphens=False) for paragraph in text.split("\n\n")]
 
 
-def listed(title: str, entries: dict[str, str]) -> str:
-    """A title, and under it every name with what it means."""
+def _list(title: str, entries: dict[str, str]) -> str:
+    """A title, and below it every name with its meaning."""
     column = min(max(map(len, entries), default=0), 26)
     lines = []
     for name, meaning in entries.items():
@@ -89,27 +107,30 @@ def listed(title: str, entries: dict[str, str]) -> str:
         if len(name) > column and meaning:
             lines.append(head.rstrip())
             head = indent
-        told = textwrap.wrap(meaning, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
-        lines += [head + told[0], *(indent + line for line in told[1:])] if told else [head.rstrip()]
+        wrapped = textwrap.wrap(meaning, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+        lines += [head + wrapped[0], *(indent + line for line in wrapped[1:])] if wrapped else [head.rstrip()]
     return "\n".join([title, *lines])
 
 
-def wrapped(command: str, indent: int) -> str:
-    """A command in lines of at most 80 columns, as a shell takes them."""
-    lines = textwrap.wrap(command, WIDTH - indent - 4, break_long_words=False, break_on_hyphens=False)
-    return (" \\\n" + " " * (indent + 2)).join(lines)
+def _wrap_command(command: str) -> str:
+    """A command in indented lines of at most 80 columns that a shell accepts."""
+    return " \\\n      ".join(textwrap.wrap(command, WIDTH - 8, break_long_words=False, break_on_hyphens=False))
 
 
-# --- what stands in conf/ ---------------------------------------------------------------------------
+# --- what conf/ contains ----------------------------------------------------------------------------
 
 
-def files(folders: Sequence[Path], group: str) -> dict[str, Path]:
-    """Of a config group, by name."""
+def _config_folders(config_dir: Path | None) -> list[Path]:
+    return [CONF] if config_dir is None else [CONF, config_dir]
+
+
+def _files(folders: Sequence[Path], group: str) -> dict[str, Path]:
+    """The choices of a config group, by name."""
     return {path.stem: path for path in sorted(path for folder in folders for path in (folder / group).glob("*.yaml"))}
 
 
-def first_sentence(path: Path) -> str:
-    """Of the comment at the head of a config."""
+def _first_sentence(path: Path) -> str:
+    """The first sentence of the comment at the head of a config."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -119,17 +140,17 @@ def first_sentence(path: Path) -> str:
     return re.split(r"(?<=[.…])\s+(?=[A-Z])", " ".join(lines))[0]
 
 
-def groups(folders: Sequence[Path]) -> Iterator[tuple[str, str, list[str]]]:
-    """Every group but the sweeps, with the comment behind its choice in config.yaml, and what there is to choose from."""
+def _groups(folders: Sequence[Path]) -> Iterator[tuple[str, str, list[str]]]:
+    """Every config group but the sweeps: its name, its comment in config.yaml, and its choices."""
     comments = dict(re.findall(r"^  - (\w+): .*?# (.*)$", (CONF / "config.yaml").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    there = {folder.name: None for place in folders for folder in sorted(place.iterdir()) if any(folder.glob("*.yaml"))}
-    for group in dict.fromkeys([*comments, *there]):
+    groups = {path.name: None for folder in folders for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))}
+    for group in dict.fromkeys([*comments, *groups]):
         if group != "sweep":
-            yield group, comments.get(group, "more"), list(files(folders, group))
+            yield group, comments.get(group, "more"), list(_files(folders, group))
 
 
-def settings() -> Iterator[tuple[str, str]]:
-    """Every setting of config.yaml and of what it chooses, as group.key=value, with its comment."""
+def _settings() -> Iterator[tuple[str, str]]:
+    """Every setting of config.yaml and of the choices it makes, as group.key=value, with its comment."""
     config = (CONF / "config.yaml").read_text(encoding="utf-8")
     for group, choice in re.findall(r"^  - (\w+): (\w+)", config, flags=re.MULTILINE):
         path = CONF / group / f"{choice}.yaml"
