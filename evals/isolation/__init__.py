@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""Measurements apart from each other: worker processes, locks on cores and GPUs, CPU affinity, scratch folders."""

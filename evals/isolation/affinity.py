@@ -1,39 +1,37 @@
-"""Where on a machine a comparison is measured: cores and a GPU that no other one has meanwhile."""
-
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    pass
-
+"""Cores and GPUs: which ones this process may use, and a slot of them for each of several comparisons at once."""
 
 import fcntl
+import functools
+import os
 import sys
 import tempfile
-from typing import TextIO, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from evals.errors import UsageError
 
 T = TypeVar("T")
 
-_mine: list[TextIO] = []
-"""The lock of the place that this process has taken: it is free again when the process has ended, however that came about."""
+
+def core_count() -> int:
+    """Number of logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def exclusive_resources(device: str) -> list[str]:
-    """What a measurement of this process has to itself, by name: the physical cores that it may run on, and its GPU."""
-    names = [f"core-{core}" for core in physical_cores()]
-    if device == "cuda":
-        names.append(f"gpu-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
-    return names
+def thread_counts() -> str:
+    """Powers of two up to the number of cores, and that number, as in "1,2,4,6": the values of a sweep over threads."""
+    return ",".join(map(str, sorted({2**power for power in range(core_count().bit_length())} | {core_count()})))
 
 
 def physical_cores() -> dict[int, list[int]]:
-    """The logical cores that this process may use, by the first of those that share a physical core with it, in order."""
+    """Logical cores that this process may use, grouped by physical core.
+
+    Returns:
+        By the lowest logical core of each physical core, in ascending order: those of its logical cores that may be used.
+    """
     if not hasattr(os, "sched_getaffinity"):
         return {core: [core] for core in range(os.cpu_count() or 1)}
     cores: dict[int, list[int]] = {}
@@ -44,49 +42,61 @@ def physical_cores() -> dict[int, list[int]]:
     return dict(sorted(cores.items()))
 
 
-def split_evenly(things: Sequence[T], number: int, of: int) -> list[T]:
-    """The `number`-th of so many parts, in order, none of which has more than one more than another."""
-    return list(things[len(things) * number // of : len(things) * (number + 1) // of])
+def exclusive_resources(device: str) -> list[str]:
+    """Names of what this process needs for itself while it measures: its physical cores, and on cuda its GPU."""
+    names = [f"core-{core}" for core in physical_cores()]
+    if device == "cuda":
+        names.append(f"gpu-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+    return names
 
 
-def claim_slot(places: int) -> None:
-    """Has this process run on one GPU and its part of the cores, which none of the other processes that called this has.
+def split_evenly(things: Sequence[T], part: int, parts: int) -> list[T]:
+    """Part number `part`, from 0, of a sequence that is cut into parts whose sizes differ by at most one."""
+    return list(things[len(things) * part // parts : len(things) * (part + 1) // parts])
 
-    places: into how many parts the machine is cut. Of a process that has not used CUDA yet; again, it stays where it is.
-    Raises UsageError if there are fewer GPUs or physical cores than places, or if all places are taken.
+
+@functools.cache  # a process keeps its slot
+def claim_slot(slots: int) -> int:
+    """Gives this process one GPU and its share of the physical cores, which no other process of this user can claim.
+
+    It sets CPU affinity, CUDA_VISIBLE_DEVICES and torch's number of threads, and must come before the first use of CUDA. The
+    slot is free again when the process ends.
+
+    Args:
+        slots: number of slots that the machine is divided into.
+
+    Returns:
+        Number of the slot, from 0.
+
+    Raises:
+        UsageError: if there are fewer GPUs or physical cores than slots, or if all slots are taken.
     """
-    if _mine:
-        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    cores = physical_cores()
-    if min(len(gpus), len(cores)) < places:
+    cores = list(physical_cores().values())
+    if min(len(gpus), len(cores)) < slots:
         raise UsageError(
-            f"{places} comparisons at once need as many GPUs and physical cores, and this machine has {len(gpus)} and "
+            f"{slots} comparisons at once need as many GPUs and physical cores, and this machine has {len(gpus)} and "
             f"{len(cores)}; lower hydra.launcher.n_jobs"
         )
-    for number in range(places):
-        file = (Path(tempfile.gettempdir()) / f"bsbr-place-{os.getuid()}-{number}-of-{places}.lock").open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        _mine.append(file)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number]
-        own = split_evenly(list(cores.values()), number, places)
-        if sys.platform == "linux":
-            os.sched_setaffinity(0, [core for siblings in own for core in siblings])
-        torch.set_num_threads(len(own))
-        return
-    raise UsageError(f"all {places} places of this machine are taken by other commands; wait for them to end")
+    slot = next((slot for slot in range(slots) if _lock_slot(slot, slots)), None)
+    if slot is None:
+        raise UsageError(f"all {slots} slots of this machine are taken by other commands; wait for them to end")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+    own = split_evenly(cores, slot, slots)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, [core for siblings in own for core in siblings])
+    torch.set_num_threads(len(own))
+    return slot
 
 
-def core_count() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def thread_counts() -> str:
-    """1,2,4,… up to all cores, as a sweep over this machine's threads writes it."""
-    return ",".join(map(str, sorted({2**power for power in range(core_count().bit_length())} | {core_count()})))
+def _lock_slot(slot: int, slots: int) -> bool:
+    """Takes the lock of a slot for the rest of this process's life; returns whether it was free."""
+    path = Path(tempfile.gettempdir()) / f"bsbr-slot-{os.getuid()}-{slot}-of-{slots}.lock"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    return True

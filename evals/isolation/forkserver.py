@@ -1,61 +1,81 @@
-"""Where child processes come from: a server that has imported what they need, and forks.
+"""The fork server: it has imported what worker processes need, and forks each of them.
 
-Imports nothing but the standard library, so that a command can start it before anything else.
+This module imports nothing but the standard library, so that a command can start the server before anything else.
 """
 
 import ctypes
 import multiprocessing
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PRELOAD = ["evals.benchmark.preload"]
+from evals.isolation.scratch import scratch_folder
 
-_lock = threading.Lock()
+PRELOAD = ("evals.benchmark.preload",)
+PR_SET_PDEATHSIG = 1
+
+_main_module_lock = threading.Lock()
+"""Held while sys.modules["__main__"] is replaced, which threads that start workers share."""
 
 
-def start() -> None:
-    """Lets the server import in the background, while the caller does something else.
+def start(preload: Sequence[str] = PRELOAD) -> None:
+    """Starts the server, which imports in the background; does nothing if it runs.
 
-    It ends with the thread that started it: this is for the main thread to call before others launch anything.
+    The server ends with the thread that started it: the main thread must call this before other threads launch anything.
+
+    Args:
+        preload: modules that the server imports before it forks.
     """
-    with _lock, _hidden_command():
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    with _main_module_lock, _hidden_command():
+        _put_socket_into(scratch_folder())
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
         forkserver.ensure_running()
 
 
 def launch(function: Callable[..., None], *arguments: Any) -> tuple[ForkServerProcess, Connection]:
-    """A child that calls `function` with its end of a pipe, then `arguments`; and our end."""
+    """Starts a child process that calls `function(its end of a pipe, *arguments)`.
+
+    Returns:
+        The process and the parent's end of the pipe.
+    """
     start()
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("forkserver").Process(target=function, args=(theirs, *arguments), daemon=True)
-    with _lock, _hidden_command():
+    with _main_module_lock, _hidden_command():
         process.start()
     theirs.close()
     return process, ours
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies (Linux): one that is stopped would not notice by itself."""
+    """Lets the kernel kill this process when its parent dies (Linux only): a stopped process would not notice by itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-PR_SET_PDEATHSIG = 1
+def _put_socket_into(folder: Path) -> None:
+    """Lets multiprocessing choose its own temporary folder within this one: it leaves it behind when the command is killed."""
+    usual, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 @contextmanager
 def _hidden_command() -> Iterator[None]:
-    """Children do not see which module the command is: they would each import it again, with all that it imports.
+    """Hides the command's own module from children, which would each import it again, with all that it imports.
 
-    For evals.run that took 0.4 s a process. What a child is to call must come from a module that has a name, therefore.
+    That took 0.4 s a process for evals.run. It is why a child can only call functions of modules that have a name.
     """
     command = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""The exclusive lock under which a command measures, on all cores and the GPU that it uses, and how two commands share it."""
 
 import contextlib
 import fcntl
@@ -11,28 +11,47 @@ from pathlib import Path
 from evals.isolation.affinity import exclusive_resources
 from evals.measure.clock import Stopwatch
 
-BATON = "BSBR_BATON"
-"""Names the ends of two pipes, as in 3,4, of a command that measures in turns with another one: it may work once it has read
-a byte from the first, and lets the other work by writing one to the second. The end of a command ends the turns.
+LOCK_PIPES = "BSBR_LOCK_PIPES"
+"""Environment variable of a command that shares the lock with another one: two file descriptors of pipes, as in "3,4".
+
+A byte that is read from the first grants the lock; a byte that is written to the second grants it to the other command. A command
+that ends closes its pipes, which grants the lock for good.
 """
 
 
 @contextlib.contextmanager
 def exclusive_lock(device: str = "cpu") -> Iterator[None]:
-    """While it lasts, no other command of this user measures on a core or GPU of this process, but for `yield_lock`.
+    """Context in which no other command of this user measures on a core or GPU that this process may use.
 
-    Says so where it has to wait.
+    Waits for the lock, with a message on standard error. `yield_lock` interrupts it.
+
+    Args:
+        device: cpu or cuda.
     """
-    if BATON in os.environ:
-        _take_baton()
+    if LOCK_PIPES in os.environ:
+        _take_lock()
         yield
-        _give_baton()
+        _grant_lock()
         return
     with contextlib.ExitStack() as stack:
-        # In the same order everywhere, so that no two wait for each other.
+        # In the same order everywhere, so that no two commands wait for each other.
         for name in exclusive_resources(device):
             stack.enter_context(_locked(Path(tempfile.gettempdir()) / f"bsbr-measuring-{os.getuid()}-{name}.lock"))
         yield
+
+
+def yield_lock() -> float:
+    """Lets the command that shares the lock, if there is one, measure for one time slice.
+
+    Returns:
+        Seconds that this took.
+    """
+    if LOCK_PIPES not in os.environ:
+        return 0.0
+    stopwatch = Stopwatch()
+    _grant_lock()
+    _take_lock()
+    return stopwatch.seconds()
 
 
 @contextlib.contextmanager
@@ -50,20 +69,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def yield_lock() -> float:
-    """Lets the other command have a turn, where one measures in turns with this. Returns how many seconds that took."""
-    if BATON not in os.environ:
-        return 0.0
-    watch = Stopwatch()
-    _give_baton()
-    _take_baton()
-    return watch.seconds()
+def _take_lock() -> None:
+    os.read(_pipes()[0], 1)
 
 
-def _take_baton() -> None:
-    os.read(int(os.environ[BATON].partition(",")[0]), 1)
+def _grant_lock() -> None:
+    with contextlib.suppress(BrokenPipeError):  # the other command has ended
+        os.write(_pipes()[1], b".")
 
 
-def _give_baton() -> None:
-    with contextlib.suppress(BrokenPipeError):
-        os.write(int(os.environ[BATON].partition(",")[2]), b".")
+def _pipes() -> tuple[int, int]:
+    ours, theirs = os.environ[LOCK_PIPES].split(",")
+    return int(ours), int(theirs)

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, which may hang, crash or run out of memory without taking anything with it."""
+"""Worker processes: a function runs in a fresh child process, which may hang, crash or run out of memory alone."""
 
 import contextlib
 import os
@@ -12,38 +12,61 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 
 from evals.errors import one_sentence
 from evals.isolation.forkserver import end_with_parent, launch
+from evals.isolation.scratch import scratch_folder
 from evals.measure.memory import private_bytes
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
-class Result:
-    """`value` is what the function returned where the outcome is ok; `detail` says in words what happened instead."""
+class Result(Generic[Reply]):
+    """The result of one step of a worker.
+
+    Attributes:
+        outcome: ok, or what went wrong: oom, timeout, unsupported or crash, as `Worker` defines them.
+        value: what the function returned or yielded if the outcome is ok, else None.
+        detail: the failure in words; empty if the outcome is ok.
+    """
 
     outcome: str
-    value: Any = None
+    value: Reply = None  # type: ignore[assignment]  None only where the outcome says that there is no value
     detail: str = ""
 
 
-class Worker:
-    """A fresh child process that runs a module's function; used as a context, at whose end the process is gone.
+class Worker(Generic[Request, Reply]):
+    """A fresh child process that runs a generator function of a module. Leaving its context ends the process.
 
-    A plain function gives one result. A generator gives one for every value that it yields, and waits there for the
-    next message; while it waits its process is stopped, so that no thread of it that still spins takes time from
-    another worker. Whatever happens to the child is a `Result`:
+    The child sends every value that the generator yields, then waits for the next request. Its process is stopped (SIGSTOP)
+    while it waits, so that none of its spinning threads takes time from another worker. A function that returns a value instead
+    sends that one value.
 
-    ok | oom (no memory, or killed as the kernel does when there is none) | timeout | unsupported (it says it is not
-    implemented for this) | crash (anything else that it raised, a signal, an exit).
+    Outcomes of a step:
+        ok: there is a value.
+        oom: no memory was left, or the process was killed by SIGKILL, as the kernel does then.
+        timeout: there was no value in time.
+        unsupported: the function raised an error that says it is not implemented for these arguments.
+        crash: it raised another error, died by another signal, or exited.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any, memory_limit_bytes: int | None = None) -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="bsbr-worker-")  # noqa: SIM115  closed at exit
-        self._process, self._connection = launch(_child, self._log.name, memory_limit_bytes, function, arguments)
+    def __init__(
+        self, function: Callable[..., Generator[Reply, Request, None]], *arguments: Any, memory_limit_bytes: int | None = None
+    ) -> None:
+        """Starts the process.
+
+        Args:
+            function: a function of a module; the child imports it by its name.
+            arguments: its arguments, pickled.
+            memory_limit_bytes: what the child may allocate beyond what it holds at its start; enforced on Linux only.
+        """
+        self._log = tempfile.NamedTemporaryFile(prefix="worker-", dir=scratch_folder())  # noqa: SIM115  closed by __exit__
+        self._process, self._connection = launch(_run_child, self._log.name, memory_limit_bytes, function, arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -55,26 +78,32 @@ class Worker:
         self._log.close()
 
     def kill(self) -> None:
-        """Lets the process end, also one that is stopped; the end of the context waits until it is gone."""
+        """Kills the process, stopped or not, without waiting for its end; `__exit__` waits."""
         self._process.kill()
 
-    def result(self, timeout_s: float) -> Result:
-        """The next result: what the function returned, or yielded first."""
+    def result(self, timeout_s: float) -> Result[Reply]:
+        """Waits for the next value, then stops the process.
+
+        Args:
+            timeout_s: seconds to wait at most.
+
+        Returns:
+            The value, or what happened instead.
+        """
         if not wait([self._connection], timeout_s):
             return Result("timeout", detail=f"took longer than {timeout_s:g} s")
-        # It may die without a word.
-        with contextlib.suppress(EOFError, ConnectionResetError):
-            result: Result = self._connection.recv()
+        with contextlib.suppress(EOFError, ConnectionResetError):  # raised where the child died before it sent anything
+            result: Result[Reply] = self._connection.recv()
             self._signal(signal.SIGSTOP)
             return result
         self._process.join()
-        return _died(self._process.exitcode, Path(self._log.name).read_text(errors="replace"))
+        return _death_result(self._process.exitcode, Path(self._log.name).read_text(errors="replace"))
 
-    def ask(self, message: Any, timeout_s: float) -> Result:
-        """Sends the generator a message, and returns what it yields next."""
+    def ask(self, request: Request, timeout_s: float) -> Result[Reply]:
+        """Lets the process continue, sends it a request and waits for the reply, as `result` does."""
         self._signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # then `result` tells what became of it
-            self._connection.send(message)
+        with contextlib.suppress(BrokenPipeError):  # the child is dead; `result` says why
+            self._connection.send(request)
         return self.result(timeout_s)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -83,15 +112,29 @@ class Worker:
                 os.kill(self._process.pid, number)
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, timeout_s: float, memory_limit_bytes: int | None = None) -> Result:
-    """Calls a module's function in a fresh child process."""
-    with Worker(function, *arguments, memory_limit_bytes=memory_limit_bytes) as worker:
+def run_isolated(
+    function: Callable[..., Reply], *arguments: Any, timeout_s: float, memory_limit_bytes: int | None = None
+) -> Result[Reply]:
+    """Calls a function in a fresh child process.
+
+    Args:
+        function: a function of a module that returns one value; both arguments and value are pickled.
+        arguments: its arguments.
+        timeout_s: seconds after which the process is killed.
+        memory_limit_bytes: what it may allocate.
+
+    Returns:
+        The value, or what happened instead.
+    """
+    one_value = cast(Callable[..., Generator[Reply, None, None]], function)
+    with Worker(one_value, *arguments, memory_limit_bytes=memory_limit_bytes) as worker:
         return worker.result(timeout_s)
 
 
-def _died(exit_code: int | None, log: str) -> Result:
-    said = log.strip().splitlines()
-    last_words = f"; its last words: {said[-1].strip()}" if said else ""
+def _death_result(exit_code: int | None, log: str) -> Result[Any]:
+    """The result of a process that ended without sending one."""
+    lines = log.strip().splitlines()
+    last_words = f"; its last words: {lines[-1].strip()}" if lines else ""
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         if name == "SIGKILL":
@@ -103,16 +146,16 @@ def _died(exit_code: int | None, log: str) -> Result:
 # --- in the child -------------------------------------------------------------------------------
 
 
-def _child(
+def _run_child(
     connection: Connection, log: str, memory_limit: int | None, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     # Ctrl-C reaches the whole process group, and the parent lets a measurement finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What libraries print here would tear the progress bar of the parent apart.
+    # Output of libraries would tear the parent's progress bar apart.
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    # A killed command must not leave stopped processes behind: the forkserver dies with it, and this with that.
+    # A killed command must leave no stopped process behind: the fork server dies with the command, and the child with that.
     end_with_parent()
     if sys.platform == "linux" and memory_limit is not None:
         allowed = private_bytes() + memory_limit
@@ -120,24 +163,25 @@ def _child(
     try:
         value = function(*arguments)
         if isinstance(value, Generator):
-            _converse(connection, value)
+            _serve(connection, value)
             return
         result = Result("ok", value)
     except Exception as error:  # noqa: BLE001  whatever a variant raises is an outcome
-        result = Result(outcome_of(error), detail=_told(error))
+        result = Result(classify_error(error), detail=_describe_error(error))
     connection.send(result)
 
 
-def _converse(connection: Connection, generator: Generator[Any, Any, None]) -> None:
-    message = None
-    with contextlib.suppress(StopIteration, EOFError):  # it has nothing more to say, or no one listens
+def _serve(connection: Connection, generator: Generator[Reply, Request, None]) -> None:
+    """Sends what the generator yields and hands it the requests, until it ends or the parent closes the pipe."""
+    with contextlib.suppress(StopIteration, EOFError):
+        reply = next(generator)
         while True:
-            connection.send(Result("ok", generator.send(message)))
-            message = connection.recv()
+            connection.send(Result("ok", reply))
+            reply = generator.send(connection.recv())
 
 
-def outcome_of(error: Exception) -> str:
-    """What an exception says about the measurement that raised it."""
+def classify_error(error: Exception) -> str:
+    """Outcome of a measurement that raised this error: oom, unsupported or crash."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text or "bad_alloc" in text:
         return "oom"
@@ -146,6 +190,6 @@ def outcome_of(error: Exception) -> str:
     return "crash"
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {one_sentence(error)} ({Path(frame.filename).name}:{frame.lineno})"

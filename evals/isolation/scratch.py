@@ -1,0 +1,42 @@
+"""The scratch folder of a process: its temporary files lie there, and go with it, or with the next command if it was killed."""
+
+import atexit
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+PREFIX = "bsbr-"
+"""Begins the names of scratch folders, before the number of their process. Short: the path of a socket has 104 characters."""
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """The scratch folder of this process, which the first call creates.
+
+    The process holds a file lock on it, which the kernel releases when the process ends, however that happens. The first call
+    of a later process removes all folders of this user that nobody holds.
+    """
+    root = Path(tempfile.gettempdir())
+    with (root / f"bsbr-scratch-{os.getuid()}.lock").open("a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is being created is not locked yet, and must not be removed
+        for folder in root.glob(f"{PREFIX}[0-9]*-*/"):
+            if folder.stat().st_uid == os.getuid():
+                _remove_if_abandoned(folder)
+        own = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
+        fcntl.flock(os.open(own, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, for as long as the process lives
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass  # its process lives
+    finally:
+        os.close(descriptor)
