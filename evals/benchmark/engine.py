@@ -4,6 +4,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.job import Job, ProgressCallback
 from evals.benchmark.rounds import measure_round, stop_reason
 from evals.config import Candidate, Comparison
@@ -19,7 +20,14 @@ from evals.results.ledger import Ledger, Record
 HARNESS = tuple(
     f"evals.{name}"
     for name in (
-        *("benchmark.rounds", "benchmark.preflight", "benchmark.workloads", "benchmark.cost", "benchmark.context_parallel"),
+        *(
+            "benchmark.rounds",
+            "benchmark.timing",
+            "benchmark.preflight",
+            "benchmark.workloads",
+            "benchmark.cost",
+            "benchmark.context_parallel",
+        ),
         *("isolation.worker", "isolation.forkserver", "benchmark.preload", "isolation.locks"),
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),
     )
@@ -38,7 +46,7 @@ class Engine(Job):
 
     kind = "comparison"
 
-    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
         sampling = comparison.sampling
         limits = [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed]
@@ -76,7 +84,7 @@ class Engine(Job):
     def remaining(self) -> tuple[int, float]:
         history = self._history()
         left_s = 0.0 if stop_reason(self.comparison, history) else max(self.comparison.sampling.budget_s - history.spent_s, 0.0)
-        return history.rounds, left_s + self.preflight.seconds(self._pending(history))
+        return history.rounds, left_s + self.preflight.estimated_seconds(self._pending(history))
 
     def is_complete(self) -> bool:
         history = self._history()

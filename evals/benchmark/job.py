@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from evals.benchmark import code_hash
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.preflight import Preflight
 from evals.config import Comparison
 from evals.errors import UsageError
@@ -40,7 +41,7 @@ class Job(ABC):
     id: str
     settings: dict[str, Any]
 
-    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         """Takes up the work on a comparison; starts nothing.
 
         Args:

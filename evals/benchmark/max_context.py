@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import HARNESS
 from evals.benchmark.job import Job, ProgressCallback
 from evals.benchmark.workloads import prepare
@@ -67,7 +68,7 @@ class ContextSearch(Job):
 
     kind = "search"
 
-    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
         self.settings.pop("seq_len", None)  # it is what is searched
         sampling = comparison.sampling
@@ -128,7 +129,7 @@ class ContextSearch(Job):
 
         if not known:
             report("certificate")
-            certified = self.preflight.certified(candidate)
+            certified = self.preflight.certify(candidate)
             if certified.outcome != "ok":
                 add(self._probe_record(candidate, 0, certified.outcome, certified.detail))
         if 0 not in known:

@@ -36,7 +36,7 @@ class Result(Generic[Reply]):
     """
 
     outcome: str
-    value: Reply = None  # type: ignore[assignment]  None only where the outcome says that there is no value
+    value: Reply = None  # type: ignore[assignment] # None where the outcome says that there is no value
     detail: str = ""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import PEAKS_COUNT, Engine
 from evals.benchmark.preflight import implementation
 from evals.cli.jobs import read_job
@@ -17,7 +18,7 @@ from evals.results.ledger import Ledger
 def engine(folder: Path, *options: str) -> Engine:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[standard,linear]", "sampling.budget_s=100", *options]))
-    return Engine(comparison, Ledger(folder / "samples.jsonl"), Ledger(folder / "certificates.jsonl"))
+    return Engine(comparison, Ledger(folder / "samples.jsonl"), Certificates(folder / "certificates.jsonl"))
 
 
 def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_path: Path) -> None:
@@ -63,11 +64,11 @@ def test_few_old_or_other_ceilings_are(tmp_path: Path, count: int, time: str | N
 def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[standard,linear_fla]"]))
-    measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Ledger(tmp_path / "certificates.jsonl"))
-    result = measured.preflight.certified(comparison.candidates[1])
+    measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Certificates(tmp_path / "certificates.jsonl"))
+    result = measured.preflight.certify(comparison.candidates[1])
     assert result.outcome == "unsupported"
     assert "impl=fla runs Triton kernels, which need CUDA" in result.detail
-    assert not measured.preflight.certificates.read()[0]  # another machine may run it
+    assert not (tmp_path / "certificates.jsonl").exists()  # another machine may run it
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.max_context import ContextSearch, longest_fitting, results, shown
 from evals.cli.jobs import read_job
 from evals.config import Comparison
@@ -44,7 +45,7 @@ def comparison(*overrides: str) -> Comparison:
 
 def searched(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
     ledger = Ledger(folder / "samples.jsonl")
-    made = list(ContextSearch(asked, ledger, Ledger(folder / "certificates.jsonl")).run(lambda words, part: None))
+    made = list(ContextSearch(asked, ledger, Certificates(folder / "certificates.jsonl")).run(lambda words, part: None))
     return made, results(ledger.read()[0])
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.rounds import stop_reason, summarize_slices, within_budget
+from evals.benchmark.rounds import stop_reason, within_budget
+from evals.benchmark.timing import FirstCall, summarize_calls
 from evals.cli.jobs import read_job
 from evals.measure.clock import Stopwatch, TimeSlice
 from evals.paths import CONF
@@ -92,6 +93,7 @@ def test_turns_of_another_command_take_no_time_from_a_round() -> None:
     assert made == 50
 
 
-def test_all_time_in_calls_is_told_and_not_that_of_samples_alone() -> None:
-    record = summarize_slices([TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)], called_s=10.0)
-    assert record == {"time_slices": [[1.0, 2.0], [3.0]], "called_s": 17.0}
+def test_called_s_is_the_time_of_all_calls_and_not_of_samples_alone() -> None:
+    first = FirstCall(tokens=8, steps=2, seconds=10.0)
+    record = summarize_calls(first, [TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)])
+    assert record == {"tokens": 8, "steps": 2, "first_call_s": 5.0, "called_s": 17.0, "time_slices": [[1.0, 2.0], [3.0]]}

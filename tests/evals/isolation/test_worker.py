@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from evals.isolation.worker import Result, outcome_of, run_isolated
+from evals.isolation.worker import Result, classify_error, run_isolated
 from evals.paths import ROOT
 
 
@@ -170,4 +170,4 @@ def test_a_child_does_not_write_on_the_parents_terminal(capfd: pytest.CaptureFix
     ],
 )
 def test_exceptions_are_told_apart(error: Exception, outcome: str) -> None:
-    assert outcome_of(error) == outcome
+    assert classify_error(error) == outcome

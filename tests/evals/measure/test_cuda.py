@@ -9,7 +9,7 @@ import pynvml  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from evals.isolation.worker import outcome_of
+from evals.isolation.worker import classify_error
 from evals.measure import cuda_clock, cuda_state
 from evals.measure.cuda_clock import CannotCapture, CudaClock
 from evals.measure.cuda_state import DeviceState, driver_version, read_state, throttle_reason
@@ -278,7 +278,7 @@ def test_work_that_waits_cannot_be_captured() -> None:
 
 
 def test_a_failed_capture_is_unsupported() -> None:
-    assert outcome_of(CannotCapture("it waits for the device")) == "unsupported"
+    assert classify_error(CannotCapture("it waits for the device")) == "unsupported"
 
 
 def test_the_first_call_includes_the_time_of_host_and_device() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from evals import run
+from evals.benchmark.certificates import Certificates
 from evals.cli.jobs import read_job
 from evals.config import Comparison, Training
 from evals.paths import CONF, ROOT
@@ -215,7 +216,7 @@ def test_what_is_done_is_not_done_again_and_leaves_no_checkpoint(swept: tuple[Pa
     with initialize_config_dir(str(CONF), version_base="1.3"):
         asked = read_job(compose("config", [word.replace("=2,4", "=4") for word in WORDS]))
     results = folder / "results"
-    study = Study(asked, Ledger(results / "recall" / "samples.jsonl"), Ledger(results / "certificates.jsonl"))
+    study = Study(asked, Ledger(results / "recall" / "samples.jsonl"), Certificates(results / "certificates.jsonl"))
     before = runs(folder)
     left = [study.checkpoint_path(one, run["learning_rate"], run["seed"]) for one in asked.candidates for run in study.runs(one)]
     assert len(left) == 2 * 3
