@@ -20,15 +20,8 @@ from evals.results.ledger import Ledger, Record
 HARNESS = tuple(
     f"evals.{name}"
     for name in (
-        *(
-            "benchmark.rounds",
-            "benchmark.timing",
-            "benchmark.preflight",
-            "benchmark.workloads",
-            "benchmark.cost",
-            "benchmark.context_parallel",
-        ),
-        *("isolation.worker", "isolation.forkserver", "benchmark.preload", "isolation.locks"),
+        *("benchmark.rounds", "benchmark.timing", "benchmark.preflight", "benchmark.workloads", "benchmark.cost"),
+        *("benchmark.context_parallel", "benchmark.preload", "isolation.worker", "isolation.forkserver", "isolation.locks"),
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),
     )
 )

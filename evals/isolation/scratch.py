@@ -1,11 +1,11 @@
 """The scratch folder of a process: its temporary files lie there, and go with it, or with the next command if it was killed."""
 
-import atexit
 import fcntl
 import functools
 import os
 import shutil
 import tempfile
+from multiprocessing import util
 from pathlib import Path
 
 PREFIX = "bsbr-"
@@ -27,7 +27,8 @@ def scratch_folder() -> Path:
                 _remove_if_abandoned(folder)
         own = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
         fcntl.flock(os.open(own, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, for as long as the process lives
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    # After multiprocessing has removed its folder in it, at priority -100; not by a fork of this process.
+    util.Finalize(None, shutil.rmtree, (own,), {"ignore_errors": True}, exitpriority=-200)
     return own
 
 

@@ -74,8 +74,9 @@ def test_a_child_does_not_inherit_what_the_parent_did() -> None:
 def test_a_child_does_not_import_the_command_that_starts_it(tmp_path: Path) -> None:
     command = tmp_path / "command.py"
     command.write_text(
-        "from multiprocessing.connection import Connection\nfrom evals import forkserver\nprint('imported', flush=True)\n"
-        "if __name__ == '__main__':\n    forkserver.PRELOAD.clear()\n"  # it takes ten seconds, and is not what is asked
+        "from multiprocessing.connection import Connection\nfrom evals.isolation import forkserver\n"
+        "print('imported', flush=True)\n"
+        "if __name__ == '__main__':\n    forkserver.start(preload=())\n"  # preloading takes ten seconds
         "    process, ours = forkserver.launch(Connection.send, 'b')\n    print(ours.recv())\n    process.join()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

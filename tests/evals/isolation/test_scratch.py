@@ -1,0 +1,78 @@
+"""Temporary files go with the process that made them: at its end, or when the next one starts if it was killed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evals.paths import ROOT
+
+WAITING = "import sys\nfrom evals.isolation.scratch import scratch_folder\nprint(scratch_folder(), flush=True)\nsys.stdin.read()\n"
+MEASURING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_worker
+from evals.isolation.worker import Worker
+with Worker(test_worker.wait_for_more) as worker:
+    print(worker.result(60).value, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(command: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """A command whose temporary files lie in `folder`, and the first line that it printed."""
+    arguments = [sys.executable, "-c", command, str(Path(__file__).parent)]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.communicate("")
+    assert process.returncode == 0
+
+
+def temporary(folder: Path) -> set[str]:
+    """What lies in a folder besides files that are only locked."""
+    return {str(path) for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path, since sockets lie in it."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_the_next_process_removes_what_a_killed_one_left_and_not_what_others_use(folder: Path) -> None:
+    (killed, left), (living, used) = start(WAITING, folder), start(WAITING, folder)
+    assert temporary(folder) == {left, used}
+    (Path(left) / "file").write_text("of a measurement")
+    killed.kill()
+    killed.communicate()
+    assert temporary(folder) == {left, used}
+    last, own = start(WAITING, folder)
+    assert temporary(folder) == {used, own}
+    end(last)
+    assert temporary(folder) == {used}
+    end(living)
+    assert temporary(folder) == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is dead")
+def test_a_command_that_is_killed_while_it_measures_leaves_only_its_scratch_folder(folder: Path) -> None:
+    killed, pid = start(MEASURING, folder)
+    worker = psutil.Process(int(pid))
+    killed.kill()
+    killed.communicate()
+    psutil.wait_procs([worker], timeout=60)
+    assert len(temporary(folder)) == 1
+    last, own = start(WAITING, folder)
+    assert temporary(folder) == {own}
+    end(last)
