@@ -68,7 +68,7 @@ def certify(build: Build, device: str = "cpu", finest: torch.dtype = torch.float
     return findings
 
 
-def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result:
+def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result[list[Finding]]:
     """Runs `certify` in a child process: what is not certified may hang, crash or take all memory.
 
     It runs on the CPU in float64. If the kernels run only on the GPU, all checks run there in `dtype`, and see no error below its

@@ -40,13 +40,13 @@ class CertificateView:
             print("", *self.failures, *self.unsupported, sep="\n")
         return 1 if self.failures else OK
 
-    def _certify(self, comparison: Comparison, candidate: Candidate) -> Result:
+    def _certify(self, comparison: Comparison, candidate: Candidate) -> Result[list[Finding]]:
         device = comparison.device
         memory_limit_bytes = int(0.8 * available_bytes())
         return certify_isolated(partial(candidate.build, comparison.model), device.kind, device.torch_dtype, memory_limit_bytes)
 
 
-def failures(result: Result) -> list[str]:
+def failures(result: Result[list[Finding]]) -> list[str]:
     """What a certificate says against an attention: its failed checks, or why there is no certificate."""
     if result.outcome == "ok":
         return [str(finding) for finding in result.value if not finding.passed]

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import Engine
 from evals.benchmark.job import Job
 from evals.benchmark.matching import match_parameters
@@ -61,14 +62,19 @@ def sweep_ledger(cfg: DictConfig) -> Ledger:
     return Ledger(Path(cfg.results_dir) / str(cfg.sweep_name) / "samples.jsonl")
 
 
-def make_job(comparison: Comparison, cfg: DictConfig, ledger: Ledger) -> Job:
+def sweep_certificates(cfg: DictConfig, node: str = "") -> Certificates:
+    """The certificates that all sweeps of the config's result folder share. node: the one that writes, on a cluster."""
+    return Certificates(Path(cfg.results_dir) / "certificates.jsonl", node)
+
+
+def make_job(comparison: Comparison, ledger: Ledger, certificates: Certificates) -> Job:
     """The job for a comparison: one that trains, one that searches the longest context, or one that times."""
     kind: type[Job] = Study if comparison.task else ContextSearch if comparison.search else Engine
-    return kind(comparison, ledger, Ledger(Path(cfg.results_dir) / "certificates.jsonl", ledger.writer))
+    return kind(comparison, ledger, certificates)
 
 
 def make_remote_job(cfg: DictConfig, swept: str | None, node: str) -> tuple[Job, Ledger]:
     """The job of a config on a node of a cluster, and the ledger, in which the node has a file of its own."""
     add_import_paths()
     ledger = replace(sweep_ledger(cfg), writer=node)
-    return make_job(read_job(cfg, swept), cfg, ledger), ledger
+    return make_job(read_job(cfg, swept), ledger, sweep_certificates(cfg, node)), ledger

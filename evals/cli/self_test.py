@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import Engine
 from evals.benchmark.rounds import within_budget
 from evals.benchmark.workloads import prepare
@@ -29,7 +30,7 @@ from evals.results import latency_table, schema
 from evals.results.ledger import Ledger
 
 NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
-CERTIFICATES = Ledger(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
+CERTIFICATES = Certificates(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
 
 
 # --- verdicts -------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from types import FrameType
 
 from omegaconf import DictConfig
 
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.job import Job
 from evals.cli import hydra_app
 from evals.cli.cluster import RemoteLaunch
 from evals.cli.display import Display, make_display
-from evals.cli.jobs import expand_sweep_all, make_job, make_remote_job, read_job, sweep_ledger
+from evals.cli.jobs import expand_sweep_all, make_job, make_remote_job, read_job, sweep_certificates, sweep_ledger
 from evals.cli.progress import make_table
 from evals.config import Comparison
 from evals.errors import OK
@@ -42,7 +43,7 @@ def _dry_run() -> int:
 
     def show(cfg: DictConfig) -> None:
         comparison = read_job(cfg, session.swept)
-        done, left_s = make_job(comparison, cfg, sweep_ledger(cfg)).remaining()
+        done, left_s = make_job(comparison, sweep_ledger(cfg), sweep_certificates(cfg)).remaining()
         seconds_left.append(left_s or 0.0)
         print(f"[{len(seconds_left)}/{session.jobs}] {swept_setting(comparison)}: {conditions(comparison)}")
         names = ", ".join(candidate.name for candidate in comparison.candidates)
@@ -68,6 +69,7 @@ class SweepRun:
         self.remote = RemoteLaunch(make_remote_job, sweep_ledger)
         self.display = Display()
         self.job_ids: list[str] = []
+        self.certificates: Certificates | None = None
         self.has_measured = False
         self.called_s = 0.0
         self.is_interrupted = False
@@ -83,7 +85,8 @@ class SweepRun:
     def _run_job(self, cfg: DictConfig) -> None:
         comparison = read_job(cfg, self.session.swept)
         ledger = sweep_ledger(cfg)
-        job = make_job(comparison, cfg, ledger)
+        self.certificates = self.certificates or sweep_certificates(cfg)
+        job = make_job(comparison, ledger, self.certificates)
         self.job_ids.append(job.id)
         torn = ledger.mend()
         if torn:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from evals.benchmark.certificates import Certificates
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
 from evals.isolation.worker import Result
@@ -28,7 +29,8 @@ def train_comparison(comparison: Comparison, results_dir: Path) -> None:
     """
     if comparison.task is None:
         raise UsageError("only training is shared by ranks: name a sweep that trains, such as sweep=recall, or a task")
-    study = Study(comparison, Ledger(results_dir / comparison.sweep / "samples.jsonl"), Ledger(results_dir / "certificates.jsonl"))
+    ledger = Ledger(results_dir / comparison.sweep / "samples.jsonl")
+    study = Study(comparison, ledger, Certificates(results_dir / "certificates.jsonl"))
     if is_first_rank():
         study.append(study.description())
     for candidate in comparison.candidates:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import code_hash
+from evals.benchmark.certificates import Certificates
 from evals.benchmark.job import Job, ProgressCallback
 from evals.config import Candidate, Comparison, Training
 from evals.isolation.locks import exclusive_lock
@@ -72,7 +73,7 @@ class Study(Job):
 
     kind = "study"
 
-    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Ledger) -> None:
+    def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
         training = comparison.training
         self.task = build_task(comparison)
@@ -116,13 +117,13 @@ class Study(Job):
 
     def certificate_failure(self, candidate: Candidate) -> Record | None:
         """Record of why a candidate is not trained, which is also in the ledger; None if the candidate is certified."""
-        certified = self.preflight.certified(candidate)
+        certified = self.preflight.certify(candidate)
         if certified.outcome == "ok":
             return None
         known = [record for record in self.runs(candidate) if record["outcome"] == certified.outcome]
         return known[0] if known else self.append(self.run_record(candidate, None, 0, certified))
 
-    def run_record(self, candidate: Candidate, learning_rate: float | None, seed: int, result: Result) -> Record:
+    def run_record(self, candidate: Candidate, learning_rate: float | None, seed: int, result: Result[Any]) -> Record:
         """Record of a run: the fields that `train` ended with, or why there are none."""
         return {
             "kind": "run",

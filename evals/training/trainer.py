@@ -51,7 +51,7 @@ class TrainingProgress(NamedTuple):
 
 def train(
     comparison: Comparison, candidate: Candidate, task: Task, learning_rate: float, seed: int, checkpoint_path: Path
-) -> Iterator[TrainingProgress | Record]:
+) -> Generator[TrainingProgress | Record, None, None]:
     """Trains a candidate on a task and evaluates it.
 
     Under torch.distributed the processes share every batch; all have the same parameters and yield the same.
