@@ -39,8 +39,8 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def temporary(folder: Path) -> set[str]:
-    """What lies in a folder besides files that are only locked."""
-    return {str(path) for path in folder.iterdir() if path.suffix != ".lock"}
+    """What lies in a folder, except files that are only locked, and torch's cache, which all processes of a user share."""
+    return {str(path) for path in folder.iterdir() if path.suffix != ".lock" and not path.name.startswith("torchinductor_")}
 
 
 @pytest.fixture
