@@ -3,7 +3,7 @@
 In a page, `$…$` and, as a paragraph of its own, `$$…$$` are LaTeX, which becomes MathML here and is drawn by the browser.
 `{{ table results/<folder> <column> }}` is the table of one quantity, and `{{ cell results/<folder> <attention> <place> <column> }}`
 one number of it, both as `python -m evals.export` prints them and read when the site is built. `{{ columns <schema> }}` lists the
-columns that schemas/<schema>.schema.json describes.
+columns that schemas/<schema>.schema.json describes, and `{{ checks }}` the checks of the certificate.
 
 The study's page says more: `{{ finding <name> }}` is a sentence or table of `evals.paper.findings`, `{{ figure <name> }}` a figure
 of `evals.paper.figures` with its caption, and `{{ recipe }}` the commands of conf/paper.yaml.
@@ -23,6 +23,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from evals.certification.checks import CHECKS
 from evals.paper import figures as study
 from evals.paper.draw import STUDY, missing_data
 from evals.paper.findings import FINDINGS
@@ -110,6 +111,12 @@ def one_table(folder: str, column: str) -> str:
     return markdown(made)
 
 
+def checks() -> str:
+    """The checks of the certificate as a table."""
+    rows = [f"| {check.name} | {check.description} |" for check in CHECKS]
+    return "\n".join(["| check | what it demands |", "|---|---|", *rows])
+
+
 def listed(kind: str) -> str:
     """The columns of a schema as a table; those that not every sweep has come last."""
     described, always = schema(kind)["properties"], schema(kind)["required"]
@@ -150,6 +157,7 @@ def commands() -> str:
 
 DIRECTIVES = {
     "cell": one_cell,
+    "checks": checks,
     "columns": listed,
     "table": one_table,
     "finding": lambda name: FINDINGS[name](ROOT / STUDY),

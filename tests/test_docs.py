@@ -17,12 +17,13 @@ from hydra.core.override_parser.types import Override
 from markdown import markdown
 from mkdocs.exceptions import PluginError
 
+from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
 from evals.errors import UsageError
 from evals.paper.__main__ import plan
 from evals.paths import CONF, ROOT
 from evals.results import latency_table
-from evals.results.frames import read
+from evals.results.frames import read_table
 from evals.results.schema import VERSION, columns
 from tests.evals.commands import typed
 
@@ -137,6 +138,11 @@ def test_a_number_on_a_page_is_the_one_in_the_results(hooks: ModuleType) -> None
     assert line.split("|")[2].strip().startswith(f"{row['speedup']:.2f}±")
 
 
+def test_every_check_of_the_certificate_is_listed(hooks: ModuleType) -> None:
+    lines = hooks.on_page_markdown("{{ checks }}").splitlines()
+    assert lines[2:] == [f"| {check.name} | {check.description} |" for check in CHECKS]
+
+
 def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> None:
     lines = hooks.on_page_markdown("{{ columns crossovers }}").splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == [*columns("crossovers"), VERSION]
@@ -180,7 +186,7 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
 
 def test_the_quickstart_shows_what_the_committed_results_say() -> None:
     page = (ROOT / "docs" / "getting-started" / "quickstart.md").read_text(encoding="utf-8")
-    results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
+    results = read_table(ROOT / "results" / "paper" / "seq_len").assign(detail="")
     assert f"\n{latency_table.shown(results)}\n" in page
 
 

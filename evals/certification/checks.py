@@ -1,4 +1,4 @@
-"""The registry of all checks: the certificate, the help, the table and the report read it."""
+"""The registry of all checks: the certificate, the help, the tables, the report and the documentation read it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

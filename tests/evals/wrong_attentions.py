@@ -17,7 +17,7 @@ from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
 from bsbr.backends.pytorch import chunk_states, local_attention, read_out
 from bsbr.backends.retrieval import retrieve
-from bsbr.inputs import ChunkMemory
+from bsbr.inputs import ChunkMemory, TokenInputs
 from bsbr.interface import State, merge_heads
 
 # --- mistakes of causality ------------------------------------------------------------------------

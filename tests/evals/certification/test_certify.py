@@ -219,6 +219,12 @@ def test_the_command_exits_with_0_if_all_pass() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_help_describes_every_check() -> None:
+    done = call(main, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"  {check.name} " in done.stdout for check in CHECKS)
+
+
 def test_an_unknown_attention_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["certify.py", "attention=[nope]"])
     assert main() == 2
