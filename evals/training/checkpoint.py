@@ -1,4 +1,4 @@
-"""A training run on disk, as one safetensors file: parameters, the optimizer's state, the state of randomness, and progress."""
+"""Checkpoints of a training run: one safetensors file with parameters, optimizer state, random state and progress."""
 
 import json
 import os
@@ -13,8 +13,15 @@ from torch.optim import Optimizer
 
 
 def save(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-    """Writes the file whole or not at all: a process that is killed meanwhile leaves the one before."""
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in _tensors(model).items()}
+    """Writes a checkpoint. A process that is killed meanwhile leaves the file as it was.
+
+    Args:
+        path: the file; its folder is made if necessary.
+        model: its parameters and buffers are saved.
+        optimizer: its state of every parameter is saved.
+        progress: anything that JSON can hold.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in _named_tensors(model).items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -32,26 +39,35 @@ def save(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str,
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Brings both to where they were saved, and returns the progress; None if there is no file."""
+    """Restores a checkpoint, the global random state included.
+
+    Args:
+        path: the file.
+        model: receives parameters and buffers in place.
+        optimizer: receives its state.
+
+    Returns:
+        The progress that was saved; None if there is no file, and nothing is changed.
+    """
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         progress: dict[str, Any] = json.loads(file.metadata()["progress"])
     with torch.no_grad():
-        for name, tensor in _tensors(model).items():
+        for name, tensor in _named_tensors(model).items():
             tensor.copy_(tensors[f"model.{name}"])
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         # AdamW keeps its count of steps on the CPU, whatever the device.
-        optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in own.items()}
+        optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return progress
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Each of its tensors once: a tied head is the embedding."""
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tensor once: a tied head is the embedding."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

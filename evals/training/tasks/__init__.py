@@ -1,1 +1,1 @@
-"""What is learned: one task a file, each a generator of examples that is a pure function of its options and of randomness."""
+"""Tasks that are learned from generated examples or text, one file a task; `base` is their contract."""

@@ -1,4 +1,4 @@
-"""Copying: all that was read, or the tokens that are not noise."""
+"""Copying: repeat all tokens that were read, or those that are not noise."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,11 +10,20 @@ from evals.training.tasks.base import IGNORED, Batch, Split, Task, distinct, req
 
 @dataclass(frozen=True)
 class Copy(Task):
-    """x₁ … x_m, a separator, and x₁ … x_m asked one after the other, n = 2m: Jelassi 2024 (arXiv:2402.01032), section 2.
+    """Random tokens, a separator, and the same tokens again. Jelassi 2024 (arXiv:2402.01032), section 2.
 
-    Tokens x are uniform over `symbols`, the separator is one more. At the separator x₁ is asked, at x₁ then x₂: as in decoding,
-    with the right tokens before. accuracy: of those m tokens. chance: 1/symbols.
-    Raises ValueError unless seq_len is even and there are 2 symbols.
+    With seq_len=8 and symbols=9 the separator is 9:
+
+        Inputs   4 1 7 7 9 4 1 7
+        Targets  - - - - 4 1 7 7       (-: IGNORED)
+
+    As in decoding with teacher forcing, the correct tokens precede every target. Tokens are uniform. chance is 1/symbols.
+
+    Attributes:
+        symbols: number of different tokens to copy.
+
+    Raises:
+        ValueError: unless seq_len is even and symbols is at least 2.
     """
 
     symbols: int = 64
@@ -33,20 +42,30 @@ class Copy(Task):
 
     def batch(self, size: int, generator: torch.Generator, split: Split = "train") -> Batch:
         half = self.seq_len // 2
-        read = torch.randint(self.symbols, (size, half), generator=generator)
+        tokens = torch.randint(self.symbols, (size, half), generator=generator)
         separator = torch.full((size, 1), self.symbols)
-        inputs = torch.cat([read, separator, read[:, :-1]], dim=1)
-        targets = torch.cat([torch.full((size, half), IGNORED), read], dim=1)
+        inputs = torch.cat([tokens, separator, tokens[:, :-1]], dim=1)
+        targets = torch.cat([torch.full((size, half), IGNORED), tokens], dim=1)
         return Batch(inputs, targets, torch.zeros_like(inputs))
 
 
 @dataclass(frozen=True)
 class SelectiveCopy(Task):
-    """`items` tokens at random places among noise, then a separator, and the items asked in order: Mamba (arXiv:2312.00752), 3.1.
+    """Items at random positions among noise, a separator, and the items in order. Mamba (arXiv:2312.00752), section 3.1.
 
-    Items are different tokens of `symbols`; noise is one token more, the separator another. As in `Copy`, an item is asked
-    with those before it in sight. accuracy: of the items. chance: 1/symbols.
-    Raises ValueError unless 1 ≤ items ≤ symbols, and 2·items ≤ seq_len.
+    With seq_len=9, items=3 and symbols=8 the noise is 8 and the separator 9:
+
+        Inputs   8 5 8 8 2 7 9 5 2
+        Targets  - - - - - - 5 2 7       (-: IGNORED)
+
+    The items of an example are distinct. chance is 1/symbols.
+
+    Attributes:
+        items: tokens to copy.
+        symbols: number of different tokens to copy.
+
+    Raises:
+        ValueError: unless 1 ≤ items ≤ symbols and 2·items ≤ seq_len.
     """
 
     items: int = 16
@@ -67,10 +86,10 @@ class SelectiveCopy(Task):
         return 1 / self.symbols
 
     def batch(self, size: int, generator: torch.Generator, split: Split = "train") -> Batch:
-        body = self.seq_len - self.items
+        length = self.seq_len - self.items  # of what is read
         items = distinct(size, self.symbols, self.items, generator)
-        places = distinct(size, body, self.items, generator).sort(dim=1).values
-        noise, separator = torch.full((size, body), self.symbols), torch.full((size, 1), self.symbols + 1)
-        inputs = torch.cat([noise.scatter_(1, places, items), separator, items[:, :-1]], dim=1)
-        targets = torch.cat([torch.full((size, body), IGNORED), items], dim=1)
+        positions = distinct(size, length, self.items, generator).sort(dim=1).values
+        noise, separator = torch.full((size, length), self.symbols), torch.full((size, 1), self.symbols + 1)
+        inputs = torch.cat([noise.scatter_(1, positions, items), separator, items[:, :-1]], dim=1)
+        targets = torch.cat([torch.full((size, length), IGNORED), items], dim=1)
         return Batch(inputs, targets, torch.zeros_like(inputs))

@@ -1,4 +1,4 @@
-"""Induction: what followed this token when it stood here before?"""
+"""Induction: recall the token that followed a special token the first time."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,20 @@ from evals.training.tasks.base import IGNORED, Batch, Split, Task, require
 
 @dataclass(frozen=True)
 class Induction(Task):
-    """Random tokens, among them once a special one; at the end it stands again: what followed it? H3 (arXiv:2212.14052), table 1.
+    """Random tokens with a special token once among them and once at the end. H3 (arXiv:2212.14052), table 1.
 
-    Tokens are uniform over `symbols`, the special token is one more; its first place is uniform over those that leave
-    a token to follow. accuracy: of that token, one an example. chance: 1/symbols.
-    Raises ValueError if seq_len is below 3 or there are not 2 symbols.
+    With seq_len=8 and symbols=6 the special token is 6:
+
+        Inputs   2 0 6 3 3 1 5 6
+        Targets  - - - - - - - 3       (-: IGNORED)
+
+    Tokens are uniform, and so is the first position of the special token. chance is 1/symbols.
+
+    Attributes:
+        symbols: number of different tokens, without the special one.
+
+    Raises:
+        ValueError: if seq_len is below 3 or symbols below 2.
     """
 
     symbols: int = 16
@@ -32,9 +41,9 @@ class Induction(Task):
 
     def batch(self, size: int, generator: torch.Generator, split: Split = "train") -> Batch:
         inputs = torch.randint(self.symbols, (size, self.seq_len), generator=generator)
-        place = torch.randint(self.seq_len - 2, (size, 1), generator=generator)
-        inputs.scatter_(1, place, self.symbols)
+        special = torch.randint(self.seq_len - 2, (size, 1), generator=generator)  # a token follows it before the end
+        inputs.scatter_(1, special, self.symbols)
         inputs[:, -1] = self.symbols
         targets = torch.full_like(inputs, IGNORED)
-        targets[:, -1:] = inputs.gather(1, place + 1)
+        targets[:, -1:] = inputs.gather(1, special + 1)
         return Batch(inputs, targets, torch.zeros_like(inputs))

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: many keys, asked for their values at power-law distances."""
+"""Multi-query associative recall: many keys whose values are recalled later, at power-law distances."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,15 +11,26 @@ from evals.training.tasks.base import IGNORED, Batch, Split, Task, distinct, req
 
 @dataclass(frozen=True)
 class MQAR(Task):
-    """k₁ v₁ … k_N v_N, then every key once more somewhere behind, where its value is asked: Zoology (arXiv:2312.04927), section 4.
+    """Key-value pairs, then every key once more; the target there is its value. Zoology (arXiv:2312.04927), section 4.
 
-    Keys are N different tokens of 1 … vocab/2 − 1, values N different ones of vocab/2 … vocab − 1. The queries stand at
-    2N + 2g, with different gaps g of 0 … (n − 2N)/2 − 1, drawn one after the other with probability ∝ (g + 1)^(power − 1), as
-    repeated bigrams of text are far apart with a probability that falls by a power law. All other positions are random
-    tokens of the whole vocabulary, or 0 under random_filler=False; nothing is asked there. Random filler may repeat a key.
+    With seq_len=12, num_pairs=2, vocabulary=20 and random_filler=False, pairs (3, 14) and (7, 11):
 
-    num_pairs: N. power: 1 is uniform. accuracy: of the values at the queries. chance: 1/N, a value of this example.
-    Raises ValueError unless seq_len is even, 4·num_pairs ≤ seq_len, and there are tokens enough.
+        Inputs   3 14  7 11  0  0  7  0  0  0  3  0
+        Targets  -  -  -  -  -  - 11  -  -  - 14  -       (-: IGNORED)
+
+    The N = num_pairs keys are distinct tokens of 1 … vocabulary/2 − 1, the values distinct tokens of the other half. The queries
+    stand at positions 2N + 2g. The gaps g are distinct and drawn one after the other from 0 … (seq_len − 2N)/2 − 1 with
+    probability ∝ (g + 1)^(power − 1): repeated bigrams of text, too, are far apart with a probability that falls by a power law.
+    chance is 1/N, a value of the example.
+
+    Attributes:
+        num_pairs: pairs of an example.
+        vocabulary: tokens, half of them keys.
+        power: exponent of the gaps' power law; 1 is uniform.
+        random_filler: whether all other positions after the pairs are random tokens, which may repeat a key, or 0.
+
+    Raises:
+        ValueError: unless seq_len is even, 4·num_pairs ≤ seq_len, and the vocabulary has enough tokens.
     """
 
     num_pairs: int = 8
@@ -54,18 +65,18 @@ class MQAR(Task):
         n, pairs, half = self.seq_len, self.num_pairs, self.vocabulary // 2
         keys = 1 + distinct(size, half - 1, pairs, generator)
         values = half + distinct(size, self.vocabulary - half, pairs, generator)
-        positions = 2 * pairs + 2 * self._gaps(size, generator)
+        queries = 2 * pairs + 2 * self._gaps(size, generator)
         inputs = torch.randint(self.vocabulary, (size, n), generator=generator)
         if not self.random_filler:
             inputs.zero_()
         inputs[:, 0 : 2 * pairs : 2] = keys
         inputs[:, 1 : 2 * pairs : 2] = values
-        inputs.scatter_(1, positions, keys)
-        targets = torch.full((size, n), IGNORED).scatter_(1, positions, values)
+        inputs.scatter_(1, queries, keys)
+        targets = torch.full((size, n), IGNORED).scatter_(1, queries, values)
         return Batch(inputs, targets, torch.zeros_like(inputs))
 
     def _gaps(self, size: int, generator: torch.Generator) -> Tensor:
-        """Different gaps [size, num_pairs], drawn one after the other: the largest of log p + Gumbel noise are just that."""
+        """Draws distinct gaps [size, num_pairs] one after the other: the largest of log p + Gumbel noise have that distribution."""
         space = (self.seq_len - 2 * self.num_pairs) // 2
         log_p = (self.power - 1) * torch.arange(1, space + 1, dtype=torch.float64).log()
         noise = -(-torch.rand(size, space, generator=generator, dtype=torch.float64).log()).log()
