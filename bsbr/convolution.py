@@ -1,4 +1,4 @@
-"""A short causal convolution along time, as it stands before the attention of a layer."""
+"""A short causal convolution along time, which a layer can have before its attention."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,14 @@ from bsbr.interface import check_hidden_states, require_positive
 
 
 class ShortConvolution(nn.Module):
-    """y_t = x_t + Σ_{i<w} w_i ⊙ x_{t−i}: each channel by itself, x before the beginning is 0.   Poli 2023 (arXiv:2302.10866), 3.
+    """y_t = x_t + Σ_{i<w} w_i ⊙ x_{t−i}, each channel by itself, with x = 0 before the sequence (arXiv:2302.10866, section 3).
 
-    It lets a token see its neighbours before attention compares it with others, as recall needs: a key is found by the token
-    after it. hidden_states: [batch, time, hidden_dim], in and out. size: w. At first y = x but for small random weights.
+    It lets a token see its neighbours before attention compares it with others. Recall needs that: a value is found by the
+    token before it, its key.
+
+    Args:
+        hidden_dim: number of channels.
+        size: w, the number of taps; their weights begin small and random, so that y ≈ x.
     """
 
     def __init__(self, hidden_dim: int, size: int) -> None:
@@ -22,11 +26,20 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, time, hidden_dim] -> the same shape."""
         check_hidden_states(hidden_states, self.weight.shape[0])
         return self.extend(hidden_states, None)[0]
 
     def extend(self, hidden_states: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Outputs for new tokens, and the last w − 1 inputs [batch, w − 1, hidden_dim], which the next ones need as `before`."""
+        """Outputs of tokens that follow others.
+
+        Args:
+            hidden_states: of the new tokens [batch, new, hidden_dim].
+            before: the last w − 1 inputs [batch, w − 1, hidden_dim], as an earlier call returned them; None for the first call.
+
+        Returns:
+            [batch, new, hidden_dim], and the last w − 1 inputs.
+        """
         batch, _, hidden_dim = hidden_states.shape
         if before is None:
             before = hidden_states.new_zeros(batch, self.size - 1, hidden_dim)

@@ -1,6 +1,6 @@
-"""The one decoder that every comparison uses: pre-norm transformer layers over any `Attention`.
+"""The decoder that every comparison uses: pre-norm transformer layers over any `Attention`.
 
-`BSBRLayer` and `BSBRModel` are that decoder with BSBR inside; `CausalLM` puts a language-model head on it.
+`BSBRLayer` and `BSBRModel` are that decoder over BSBR; `CausalLM` adds a language-model head to a decoder.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,25 @@ from torch.utils.checkpoint import checkpoint
 
 from bsbr.attention import BSBRAttention
 from bsbr.convolution import ShortConvolution
-from bsbr.interface import Attention, State, next_position, pack, position_counter, require_positive
+from bsbr.interface import Attention, State, next_position, position_counter, require_positive
+from bsbr.padding import pack
 
 BuildAttention = Callable[..., Attention]
-"""Called as `build(hidden_dim=..., num_heads=...)` once a layer: a class, a `functools.partial` of one, or a lambda."""
+"""A function called as `build(hidden_dim=..., num_heads=...)` once a layer: a class, a `functools.partial` of one, or a lambda."""
 
 
 class TransformerLayer(nn.Module):
-    """x + dropout(attention(norm(x))), then x + dropout(feed_forward(norm(x))).
+    """One decoder layer: x ← x + dropout(attention(norm(x))), then x ← x + dropout(feed_forward(norm(x))).
 
-    hidden_states: [batch, time, hidden_dim], in and out, 0 at padding. ff_dim is the width inside the feed-forward part;
-    conv_size, that of a `ShortConvolution` in front of the attention, None for none.
-    Source: Vaswani 2017 (arXiv:1706.03762), with the norms in front as in Xiong 2020 (arXiv:2002.04745).
+    From arXiv:1706.03762, with the norms before the sublayers as in arXiv:2002.04745.
+
+    Args:
+        hidden_dim: width of the hidden states.
+        num_heads: heads of the attention.
+        ff_dim: inner width of the feed-forward sublayer.
+        attention: builds the attention.
+        dropout: dropout probability of what each sublayer adds.
+        conv_size: taps of a `ShortConvolution` before the attention; None for no convolution.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[batch, time, hidden_dim] -> the same shape, 0 at padding; attention_mask as in `Attention.forward`."""
         if attention_mask is not None:
             packed, unpack = pack(hidden_states, attention_mask)
             return unpack(self(packed))
@@ -57,25 +65,29 @@ class TransformerLayer(nn.Module):
         return self._feed_forward(hidden_states + self.dropout(self.attention(normed)))
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """See `Attention.extend`: the state is the attention's, and what the convolution needs of the tokens before."""
-        normed, before = self.attention_norm(hidden_states), {}
+        """See `Attention.extend`; the state is that of the attention, with the last inputs of the convolution."""
+        normed, convolution_state = self.attention_norm(hidden_states), {}
         if self.convolution is not None:
-            normed, before["convolved"] = self.convolution.extend(normed, None if state is None else state["convolved"])
-        attended, after = self.attention.extend(normed, state)
-        return self._feed_forward(hidden_states + self.dropout(attended)), {**after, **before}
+            last_inputs = None if state is None else state["convolved"]
+            normed, convolution_state["convolved"] = self.convolution.extend(normed, last_inputs)
+        attended, attention_state = self.attention.extend(normed, state)
+        return self._feed_forward(hidden_states + self.dropout(attended)), {**attention_state, **convolution_state}
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         return cast(Tensor, hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states))))
 
 
 class TransformerModel(nn.Module):
-    """Token ids [batch, time] -> hidden states [batch, time, hidden_dim], causal, for sequences of any length.
+    """A causal decoder: token ids [batch, time] -> hidden states [batch, time, hidden_dim], for sequences of any length.
 
-    Sinusoidal positions are added to the embeddings (Vaswani 2017, section 3.5), computed for the length at
-    hand: no table, no maximum. positions=False leaves them out, for attentions that bring their own.
-    conv_size: see `TransformerLayer`.
-    use_checkpointing=True recomputes each layer in the backward pass instead of keeping its activations.
-    Padding is taken out once, here; see `bsbr.interface.pack`.
+    Padding is removed once, before the first layer; see `bsbr.padding.pack`.
+
+    Args:
+        vocab_size: number of token ids.
+        num_layers: number of layers.
+        hidden_dim, num_heads, ff_dim, attention, dropout, conv_size: see `TransformerLayer`; dropout also acts on embeddings.
+        positions: whether `sinusoids` are added to the embeddings; False for attentions that bring their own positions.
+        use_checkpointing: whether the backward pass recomputes each layer instead of keeping its activations.
     """
 
     def __init__(
@@ -106,7 +118,18 @@ class TransformerModel(nn.Module):
         self.use_checkpointing = use_checkpointing
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids: [batch, time]; attention_mask: [batch, time], nonzero for a token. Outputs at padding are 0."""
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: integers [batch, time].
+            attention_mask: [batch, time], nonzero for a token, 0 for padding.
+
+        Returns:
+            [batch, time, hidden_dim], 0 at padding.
+
+        Raises:
+            ValueError: if input_ids are not integers [batch, time >= 1].
+        """
         check_input_ids(input_ids)
         if attention_mask is None:
             return self._forward(input_ids)
@@ -123,9 +146,9 @@ class TransformerModel(nn.Module):
         return cast(Tensor, self.final_norm(hidden_states))
 
     def extend(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Hidden states of new tokens [batch, new] that follow those `state` has seen, and the state after them.
+        """Hidden states of new tokens [batch, new] that follow those of `state`, and the state after them.
 
-        The state holds every layer's, under `layers.<i>.`; like theirs it is a value and can be saved.
+        The state has the entries of each layer's state under `layers.<i>.`; like these it is a value and can be saved.
         """
         check_input_ids(input_ids)
         position = next_position(state)
@@ -146,9 +169,11 @@ class TransformerModel(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Next-token logits over any `TransformerModel`: logits = W h, W the embedding itself where the head is tied.
+    """Next-token logits of a decoder: W h, where h are its hidden states.
 
-    tied=False gives the head a weight of its own.
+    Args:
+        model: the decoder.
+        tied: whether W is the embedding matrix; otherwise the head has a weight of its own.
     """
 
     def __init__(self, model: TransformerModel, *, tied: bool = True) -> None:
@@ -160,17 +185,21 @@ class CausalLM(nn.Module):
             self.head.weight = model.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [batch, time, vocab_size] of the token after each."""
+        """Logits [batch, time, vocab_size] of the token after each token; arguments as in `TransformerModel.forward`."""
         return cast(Tensor, self.head(self.model(input_ids, attention_mask)))
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Mean of −log p(token t+1 | tokens ≤ t) in nats over the real tokens that have a real token before them.
+        """Mean of −log p(token t+1 | tokens ≤ t) in nats, over the real tokens that have a real token before them.
 
-        Raises ValueError if there is no such token.
+        Args:
+            input_ids, attention_mask: see `TransformerModel.forward`.
+
+        Raises:
+            ValueError: if there is no such token.
         """
         check_input_ids(input_ids)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        # Packed, "the token before" is the neighbour, whatever padding stood between them.
+        # In the packed rows the token before a token is its neighbour, whatever padding was between them.
         ids, _ = pack(input_ids, real)
         lengths = real.sum(dim=1, keepdim=True)
         has_target = torch.arange(1, ids.shape[1], device=ids.device) < lengths
@@ -195,12 +224,21 @@ class CausalLM(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues each row of input_ids [batch, time] by max_new_tokens: returns the new tokens [batch, max_new_tokens].
+        """Continues each row of tokens. Rows have no padding; dropout follows train or eval mode.
 
-        temperature 0 takes the likeliest token; above, samples from softmax(logits / temperature), from the top_k
-        likeliest only where given, with `generator`'s randomness. `state` is a prefix that input_ids continue, such as
-        a long document read once by `extend`. Rows are taken as they are, without padding. Dropout follows train/eval mode.
-        Raises ValueError for a negative temperature or a max_new_tokens or top_k below 1.
+        Args:
+            input_ids: [batch, time].
+            max_new_tokens: how many tokens to add.
+            state: a prefix that input_ids continue, such as a long document that `extend` has read.
+            temperature: 0 takes the most likely token; above 0, tokens are sampled from softmax(logits / temperature).
+            top_k: samples from the top_k most likely tokens only.
+            generator: randomness of the samples.
+
+        Returns:
+            The new tokens [batch, max_new_tokens].
+
+        Raises:
+            ValueError: for a negative temperature, or max_new_tokens or top_k below 1.
         """
         require_positive(max_new_tokens=max_new_tokens)
         if top_k is not None:
@@ -211,13 +249,20 @@ class CausalLM(nn.Module):
         generated = []
         for _ in range(max_new_tokens):
             logits, state = self.extend(tokens, state)
-            tokens = _choose(logits[:, -1], temperature, top_k, generator)
+            tokens = _sample(logits[:, -1], temperature, top_k, generator)
             generated.append(tokens)
         return torch.cat(generated, dim=1)
 
 
 class BSBRLayer(TransformerLayer):
-    """A `TransformerLayer` over `BSBRAttention`; `options` are the attention's, `dropout` acts on weights and residuals."""
+    """A `TransformerLayer` over `BSBRAttention`.
+
+    Args:
+        hidden_dim, num_heads, ff_dim: see `TransformerLayer`.
+        chunk_size: see `BSBRAttention`.
+        dropout: dropout probability of attention weights and of what each sublayer adds.
+        **options: further options of `BSBRAttention`.
+    """
 
     def __init__(
         self, hidden_dim: int, num_heads: int, chunk_size: int, ff_dim: int, dropout: float = 0.0, **options: int | bool | None
@@ -229,8 +274,11 @@ class BSBRLayer(TransformerLayer):
 class BSBRModel(TransformerModel):
     """A `TransformerModel` over `BSBRAttention`: token ids [batch, time] -> hidden states [batch, time, hidden_dim].
 
-    chunk_size, compression_factor, chunk_overlap, retrieval_top_k and further `options` as in `BSBRAttention`;
-    `dropout` acts on attention weights and residuals; the rest as in `TransformerModel`.
+    Args:
+        vocab_size, hidden_dim, num_layers, num_heads, ff_dim, conv_size, positions, use_checkpointing: see `TransformerModel`.
+        chunk_size, compression_factor: see `BSBRAttention`.
+        dropout: dropout probability of attention weights, embeddings and what each sublayer adds.
+        **options: further options of `BSBRAttention`, such as chunk_overlap and retrieval_top_k.
     """
 
     def __init__(
@@ -270,9 +318,17 @@ class BSBRModel(TransformerModel):
 
 
 def sinusoids(like: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
-    """sin(p·base^(−2i/d)) and cos of the same, side by side: positions [time, hidden_dim] for rows start, start + 1, ….
+    """Sinusoidal positions: sin(p·base^(−2i/d)) for all i, then the cosines (arXiv:1706.03762, section 3.5).
 
-    Vaswani 2017 (arXiv:1706.03762), section 3.5. `like` [batch, time, hidden_dim] gives size, type and device.
+    They are computed for the length at hand, so there is no table and no longest sequence.
+
+    Args:
+        like: [batch, time, hidden_dim], which gives sizes, dtype and device.
+        start: p of row 0.
+        base: of the frequencies.
+
+    Returns:
+        [time, hidden_dim].
     """
     time, hidden_dim = like.shape[1:]
     dims = torch.arange(0, hidden_dim, 2, device=like.device, dtype=torch.float64)
@@ -287,8 +343,8 @@ def check_input_ids(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids must be integers [batch, time >= 1], got {input_ids.dtype} {list(input_ids.shape)}")
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token a row [batch, 1] from logits [batch, vocab_size]."""
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token of each row [batch, 1] from logits [batch, vocab_size]."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None and top_k < logits.shape[-1]:

@@ -1,6 +1,6 @@
-"""BSBR as its definition reads: float64, loops over chunks and tokens, no code shared with `bsbr.attention`.
+"""BSBR as its definition reads: float64, loops over heads and tokens, no code shared with `bsbr.attention` and the backends.
 
-Slow on purpose. This is what the fast path has to equal, so everything here is meant to be checked by eye.
+It is slow on purpose. Every fast implementation is compared with it, so it is written to be checked by eye.
 """
 
 import math
@@ -27,8 +27,9 @@ def bsbr_attention(
 ) -> Tensor:
     """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + g φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
 
-    With β, F_s grows by β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ from token to token; with `normalise`, F̄_t has the norm √head_dim.
-    Arguments, shapes and result as `bsbr.bsbr_attention`, in float64 whatever comes in; differentiable.
+    With β, F_s grows by β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ at each of its tokens; with `normalise`, F̄_t has the norm √head_dim.
+
+    Arguments, shapes and result are those of `bsbr.bsbr_attention`, in float64 whatever the inputs are; differentiable.
     """
     q, k, v, r, h = (tensor.double() for tensor in (q, k, v, meta_query, meta_key))
     phi_q = unit_norm(q) if q_features is None else q_features.double()
@@ -65,7 +66,7 @@ def bsbr_attention(
 
 
 def _delta_rule(features: Tensor, values: Tensor, beta: Tensor) -> Tensor:
-    """The state after one chunk, token by token: features [batch, tokens, d_r], values [batch, tokens, d], beta [batch, tokens]."""
+    """The state [batch, d_r, d] of one chunk: features [batch, tokens, d_r], values [batch, tokens, d], beta [batch, tokens]."""
     state = torch.einsum("br,bd->brd", torch.zeros_like(features[:, 0]), values[:, 0])
     for j in range(features.shape[1]):
         known = torch.einsum("brd,br->bd", state, features[:, j])
@@ -74,17 +75,17 @@ def _delta_rule(features: Tensor, values: Tensor, beta: Tensor) -> Tensor:
 
 
 def _retrieve(r_t: Tensor, h: Tensor, states: list[Tensor], top_k: int | None) -> Tensor:
-    """F̄_t for one head: r_t [batch, d] against the meta keys h [batch, t, d] of all t chunks before.
+    """F̄_t [batch, d_r, d] of one head: r_t [batch, d] scores the meta keys h [batch, t, d] of all t earlier chunks.
 
-    states: theirs, F_s. Each of them is [batch, d_r, head_dim], and so is what is returned.
+    states: F_s [batch, d_r, d] of these chunks.
     """
     scores = torch.einsum("bd,bsd->bs", r_t, h) / math.sqrt(r_t.shape[-1])
     if top_k is not None and top_k < scores.shape[1]:
-        dropped = scores.argsort(dim=1, descending=True, stable=True)[:, top_k:]  # stable: of equals the earliest is kept
+        dropped = scores.argsort(dim=1, descending=True, stable=True)[:, top_k:]  # stable: the earliest of equals is kept
         scores = scores.scatter(1, dropped, -torch.inf)
     return torch.einsum("bs,bsrd->brd", torch.softmax(scores, dim=1), torch.stack(states, dim=1))
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """x / sqrt(|x|² + 1e-6), the feature map where none is given."""
+    """x / sqrt(|x|² + 1e-6), the default feature map."""
     return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)

@@ -14,7 +14,8 @@ from bsbr.backends.dispatch import Impl, attend_segment
 from bsbr.backends.pytorch import pseudo_values, sdpa
 from bsbr.cost import HeadSizes
 from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
-from bsbr.interface import State, next_position, position_counter, state_pages
+from bsbr.interface import State, next_position, position_counter
+from bsbr.paging import state_pages
 
 PAGE = 64
 """Chunks whose meta keys and states are in one tensor of a state. A new chunk copies the last page; full pages are shared."""

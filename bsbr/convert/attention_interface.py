@@ -15,7 +15,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from bsbr.convert.retrieval import Retrieval
 from bsbr.convert.streaming import StreamingLayer
-from bsbr.interface import pack
+from bsbr.padding import pack
 
 ATTENTION_NAME = "bsbr"
 """Name of the attention in `config._attn_implementation`."""

@@ -14,12 +14,11 @@ from bsbr.interface import (
     State,
     check_hidden_states,
     merge_heads,
-    pack,
-    page_lengths,
     rotate,
     split_heads,
-    state_pages,
 )
+from bsbr.padding import pack
+from bsbr.paging import page_lengths, state_pages
 
 
 class RunningSum(Attention):
