@@ -22,13 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="folders with a samples.jsonl, such as results/seq_len")
     options = parser.parse_args(arguments)
     for folder in options.results:
-        records = Ledger(folder / "samples.jsonl").intact()
-        if any(record.get("kind") == "conversion" for record in records):
-            from evals.conversion import study  # needs transformers, which the installation for a sweep lacks
-
-            tables = study.tables(records)
-        else:
-            tables = build_tables(records)
+        tables = build_tables(Ledger(folder / "samples.jsonl").intact())
         if not tables:
             raise UsageError(
                 f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from evals import report
 from evals.benchmark import max_context
 from evals.cli.jobs import sweep_ledger
+from evals.conversion import tables as conversion_tables
 from evals.errors import INCOMPLETE, OK
 from evals.plots import registry
 from evals.results import accuracy_table, latency_table, scaling_table
@@ -20,6 +21,8 @@ from evals.results.ledger import Record
 def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """All tables of a sweep, by the name of their schema, the table of results first; empty if there is no result."""
     kinds = {record.get("kind") for record in records}
+    if "conversion" in kinds:
+        return conversion_tables.build(records)
     if "study" in kinds:
         results = accuracy_table.build(records)
         return {} if results.empty else {"accuracy": results, "curves": accuracy_table.build_curves(records)}

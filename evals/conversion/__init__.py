@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""Conversion of pretrained models: teachers, the distillation of a teacher into its conversion, its evaluation and tables."""

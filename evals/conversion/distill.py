@@ -1,14 +1,15 @@
-"""Distils a pretrained model into its conversion: attention outputs layer by layer, then logits. The base stays as it is.
+"""Distillation of a pretrained model into its conversion: attention outputs layer by layer, then logits.
 
-What moves is what retrieval learns, and a low-rank addition to every matrix of the layers (LoRA, arXiv:2106.09685),
-which is merged in the end: a distilled model is an ordinary one. In the first stage every attention gets
-what the original's gets, so that no layer waits for the ones below it to become right; the second mends what is left.
+Trained are the parts of retrieval, and a low-rank update of every weight matrix of the layers (LoRA, arXiv:2106.09685), which is
+merged at the end: a distilled model is an ordinary one. In the first stage every attention gets the inputs of the teacher's, so
+that no layer waits until the ones below it are right. The second stage corrects what is left.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,19 @@ from bsbr.convert import Retrieval
 from evals.training.optimizer import OptimizerSettings, minimize
 
 Batches = Callable[[int], Tensor]
-"""The token ids [batch, time] of a step."""
+"""Token ids [batch, time] of a step."""
 
 
-class LowRank(nn.Module):
-    """W + A B, A: [rows, rank], zero at first, B: [rank, columns]."""
+class DistillationStep(NamedTuple):
+    """Progress of a distillation. stage: "align" (attention outputs) or "distil" (logits); step: counted from 1."""
+
+    stage: str
+    step: int
+    loss: float
+
+
+class LowRankUpdate(nn.Module):
+    """Parametrization W + A B of a weight W [rows, columns], with A [rows, rank], zero at first, and B [rank, columns]."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -37,93 +46,125 @@ class LowRank(nn.Module):
 
 
 def distill(
-    original: PreTrainedModel,
+    teacher: PreTrainedModel,
     converted: PreTrainedModel,
     batches: Batches,
     *,
     align: OptimizerSettings,
     distil: OptimizerSettings,
     rank: int,
-    retrieval: bool = True,
-    saved: Path,
-) -> Iterator[tuple[str, int, float]]:
-    """Heals `converted` in place; yields the stage, the step and its loss, and has merged all when it ends.
+    train_retrieval: bool = True,
+    checkpoint_folder: Path,
+) -> Iterator[DistillationStep]:
+    """Distills a teacher into its conversion, in place; the low-rank updates are merged when the iterator ends.
 
-    batches: of both stages, counted through. rank: of what is added to the weights; 0 adds nothing.
-    retrieval: whether what it learns moves, too. saved: a folder for
-    the checkpoints, from which it goes on. Both models are put into eval mode: dropout would be one more difference.
+    Both models are put into eval mode: dropout would be one more difference between them.
+
+    Args:
+        teacher: the original model.
+        converted: its conversion, which is changed.
+        batches: token ids of a step; the steps of both stages are counted through.
+        align: settings of the first stage, on attention outputs.
+        distil: settings of the second stage, on logits.
+        rank: of the low-rank updates; 0 for none.
+        train_retrieval: whether the parts of retrieval are trained, too.
+        checkpoint_folder: where checkpoints are saved, and where the distillation continues from.
+
+    Yields:
+        Every step with its loss.
+
+    Raises:
+        FloatingPointError: if a loss is not finite.
     """
-    original.eval()
+    teacher.eval()
     converted.eval()
-    for parameter in converted.parameters():
-        parameter.requires_grad_(False)
+    _select_trained_parameters(converted, rank, train_retrieval)
     attentions = converted_attention_names(converted)
-    for name in attentions:
-        converted.get_submodule(name).retrieval.requires_grad_(retrieval)
-    for part, weight in weight_matrices(converted) if rank else ():
-        parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
+    distil_checkpoint = checkpoint_folder / "distil.safetensors"
+    if not distil_checkpoint.exists():  # the checkpoint of the second stage holds the result of the first
+        steps = minimize(
+            converted,
+            lambda step: _attention_loss(teacher, converted, attentions, batches(step)),
+            align,
+            checkpoint_folder / "align.safetensors",
+        )
+        yield from (DistillationStep("align", step, loss) for step, loss in steps)
+    steps = minimize(
+        converted, lambda step: _logit_loss(teacher, converted, batches(align.steps + step)), distil, distil_checkpoint
+    )
+    yield from (DistillationStep("distil", step, loss) for step, loss in steps)
+    for module in list(converted.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
-    def attention_loss(step: int) -> Tensor:
-        seen = _seen(original, attentions, batches(step))
-        losses = []
-        for name, (args, kwargs, wanted) in seen.items():
-            got = converted.get_submodule(name)(*args, **kwargs)[0]
-            losses.append((got - wanted).square().mean() / wanted.var())
-        return torch.stack(losses).mean()
 
-    def logit_loss(step: int) -> Tensor:
-        ids = batches(align.steps + step)
-        with torch.no_grad():
-            wanted = original(ids, use_cache=False).logits.log_softmax(dim=-1)
-        got = converted(ids, use_cache=False).logits.log_softmax(dim=-1)
-        return F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
-
-    # The second stage's checkpoint holds what the first came to.
-    second = saved / "distil.safetensors"
-    for stage, loss_of, plan in (("align", attention_loss, align), ("distil", logit_loss, distil)):
-        if stage == "align" and second.exists():
-            continue
-        for step, loss in minimize(converted, loss_of, plan, saved / f"{stage}.safetensors"):
-            yield stage, step, loss
-    for part in list(converted.modules()):
-        if parametrize.is_parametrized(part, "weight"):
-            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+def count_trained_parameters(converted: nn.Module) -> int:
+    """Number of parameters that a distillation trains, once it has begun."""
+    return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
 
 
 def weight_matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
-    """The modules of its layers whose weight is a matrix, with that: neither embeddings nor the head."""
+    """Modules of the layers whose weight is a matrix, and these weights; neither embeddings nor the head."""
     outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
     weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
     return [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
 
 
 def converted_attention_names(converted: nn.Module) -> list[str]:
-    """The names of its converted attentions, which the original has at the same places."""
+    """Names of the converted attention modules; the original model has its attentions under the same names."""
     return [name.removesuffix(".retrieval") for name, part in converted.named_modules() if isinstance(part, Retrieval)]
 
 
-def count_trained_parameters(converted: nn.Module) -> int:
-    """How many numbers healing changes."""
-    return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
+def _select_trained_parameters(converted: PreTrainedModel, rank: int, train_retrieval: bool) -> None:
+    """Freezes all parameters but those of retrieval, and adds low-rank updates, if they are to be trained."""
+    for parameter in converted.parameters():
+        parameter.requires_grad_(False)
+    for name in converted_attention_names(converted):
+        converted.get_submodule(name).retrieval.requires_grad_(train_retrieval)
+    for module, weight in weight_matrices(converted) if rank else ():
+        parametrize.register_parametrization(module, "weight", LowRankUpdate(weight, rank))
 
 
-def _seen(
-    original: PreTrainedModel, attentions: list[str], ids: Tensor
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """What each of the original's attentions was called with, and what came out."""
-    seen = {}
+# --- losses -------------------------------------------------------------------------------------
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen[name] = (args, kwargs, output[0])
 
-        return hook
+def _attention_loss(teacher: PreTrainedModel, converted: PreTrainedModel, attentions: list[str], ids: Tensor) -> Tensor:
+    """Mean square error of every attention's output over the variance of the teacher's, mean over attentions."""
+    losses = []
+    for name, call in _record_attention_calls(teacher, attentions, ids).items():
+        output = converted.get_submodule(name)(*call.args, **call.kwargs)[0]
+        losses.append((output - call.output).square().mean() / call.output.var())
+    return torch.stack(losses).mean()
 
-    hooks = [original.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in attentions]
+
+def _logit_loss(teacher: PreTrainedModel, converted: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the next-token distributions from the teacher's, in nats per token."""
+    with torch.no_grad():
+        teacher_log_probs = teacher(ids, use_cache=False).logits.log_softmax(dim=-1)
+    log_probs = converted(ids, use_cache=False).logits.log_softmax(dim=-1)
+    return F.kl_div(log_probs.flatten(0, 1), teacher_log_probs.flatten(0, 1), reduction="batchmean", log_target=True)
+
+
+class AttentionCall(NamedTuple):
+    """Arguments and output of one call of an attention module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def _record_attention_calls(teacher: PreTrainedModel, attentions: list[str], ids: Tensor) -> dict[str, AttentionCall]:
+    """Runs the teacher on token ids, and returns the call of each of its attentions by name."""
+    calls: dict[str, AttentionCall] = {}
+
+    def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls[name] = AttentionCall(args, kwargs, output[0])
+
+    hooks = [teacher.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True) for name in attentions]
     try:
         with torch.no_grad():
-            original(ids, use_cache=False)
+            teacher(ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return calls

@@ -1,48 +1,62 @@
-"""TODO: what lives here."""
+"""The study of `python -m evals.distill`: for each plan, a teacher, its conversion, the distillation and their evaluation."""
 
 import argparse
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from bsbr import convert
 from bsbr.convert import convert_to_bsbr
+from evals.benchmark.code_hash import files_digest, modules_digest
 from evals.conversion.distill import converted_attention_names, count_trained_parameters, distill
-from evals.conversion.teachers import Teacher, nats, pretrained, train, windows
-from evals.plots.conversion import STAGES
-from evals.results.ledger import Record
-from evals.results.schema import columns
-from evals.stats.intervals import mean_interval
+from evals.conversion.evaluation import evaluate
+from evals.conversion.teachers import MODELS, Teacher, Texts, draw_windows, load_pretrained, train
+from evals.measure import machine
+from evals.measure.clock import now
+from evals.results.ids import digest
+from evals.results.ledger import Ledger, Record
 from evals.training.optimizer import OptimizerSettings
 from evals.training.tasks.base import Split
+from evals.training.tasks.corpus import load_corpus
 
-AGREEMENTS = (1, 5, 10)
 FOLDERS: dict[Split, str] = {"test": "distillation", "validation": "distillation_validation"}
-"""Of the results, by the split whose windows all are asked."""
+"""Folder of the results, by the split that the models are evaluated on."""
 
-SETTINGS = (
-    *("chunk_size", "chunk_overlap", "chunks", "batch", "align_steps", "distil_steps", "learning_rate", "rank", "retrieval"),
-    *("split", "num_eval_examples"),
+MODULES = (
+    *("evals.conversion.study", "evals.conversion.distill", "evals.conversion.evaluation", "evals.conversion.teachers"),
+    "evals.training.optimizer",
 )
+"""Modules that decide what a run comes to, beside `bsbr.convert`: a change of their code makes the run anew."""
+
+DISTILLATION_WINDOWS, EVALUATION_WINDOWS = "heal", "asked"
+"""Parts of the random seeds of windows. Other words would draw other windows, and make other numbers than the published ones."""
+
+Report = Callable[[str], object]
+"""Takes one line about what runs now."""
 
 
 @dataclass(frozen=True)
 class DistillationPlan:
-    """What a run depends on, apart from the code.
+    """Everything that a run depends on, apart from the code.
 
-    chunks: the context, in chunks of `chunk_size` tokens. retrieval: whether what it learns moves, or low-rank additions alone.
-    split: which windows all are asked.
+    Attributes:
+        teacher: the original model.
+        chunk_size, chunk_overlap: of the conversion, in tokens.
+        chunks: length of the context, in chunks.
+        batch: windows per step.
+        align_steps, distil_steps: steps on attention outputs and on logits.
+        learning_rate: peak learning rate of both stages.
+        rank: of the low-rank updates; 0 for none.
+        retrieval: whether the parts of retrieval are trained, too.
+        split: the text that the models are evaluated on.
+        num_eval_examples: windows of it.
     """
 
-    original: Teacher
+    teacher: Teacher
     chunk_size: int
     chunk_overlap: int
     chunks: int
@@ -55,147 +69,132 @@ class DistillationPlan:
     split: Split
     num_eval_examples: int
 
-
-def run(plan: DistillationPlan, originals: Path, folder: Path, watch: tqdm) -> Record:  # type: ignore[type-arg]
-    """What the three models come to. originals: where those that were trained are kept; folder: of the checkpoints of healing."""
-    one, texts = plan.original, plan.original.texts()
-    name = f"{one.model}, seed {one.seed}"
-    if one.pretrained:
-        original = pretrained(one.model)
-    else:
-        original = one.untrained()
-        for step, loss in train(original, one, texts, originals / one.file):
-            watch.set_description_str(f"{name}: train {step}, loss {loss:.4f}")
-    original.eval()
-    torch.manual_seed(one.seed)
-    converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
-    models = {"original": original, "converted": deepcopy(converted), "distilled": converted}
-    moved = 0
-    stages = distill(
-        original,
-        converted,
-        lambda step: windows(texts, "train", plan.batch, one.context, "heal", one.seed, step),
-        align=OptimizerSettings(plan.align_steps, plan.learning_rate),
-        distil=OptimizerSettings(plan.distil_steps, plan.learning_rate),
-        rank=plan.rank,
-        retrieval=plan.retrieval,
-        saved=folder,
-    )
-    for stage, step, loss in stages:
-        moved = moved or count_trained_parameters(converted)
-        watch.set_description_str(f"{name}: {stage} {step}, loss {loss:.4f}")
-    # The same for every seed; of another name than what healing is given.
-    asked = [
-        windows(texts, plan.split, plan.batch, one.context, "asked", plan.split, i)
-        for i in range(0, plan.num_eval_examples, plan.batch)
-    ]
-    found = compared(original, models, asked, plan)
-    gates = [
-        float(converted.get_submodule(name).retrieval.gate.detach().abs().mean()) for name in converted_attention_names(converted)
-    ]
-    parameters = sum(parameter.numel() for parameter in original.parameters())
-    return {"models": found, "parameters": parameters, "trained_parameters": moved, "mean_gate": gates}
+    @property
+    def key(self) -> str:
+        """Key of the run in the ledger."""
+        code = [modules_digest(*MODULES), files_digest(sorted(Path(convert.__file__).parent.glob("*.py")))]
+        return digest([asdict(self), load_corpus().sha256, code, torch.__version__])
 
 
-@torch.no_grad()
-def compared(
-    original: PreTrainedModel, models: Mapping[str, PreTrainedModel], asked: Sequence[Tensor], plan: DistillationPlan
-) -> Record:
-    """How each of the models does, and how near it is to the original.
-
-    perplexity; `chunk_nats`: the mean loss in each chunk of the context. Of the last hidden states, cosine and mse, the latter
-    over the original's mean square; kl, of its next-token distributions from the original's, in nats; `top_k`: how often
-    the original's likeliest token is among the model's k likeliest.
-    """
-    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in models}
-    for ids in asked:
-        wanted = _outputs(original, ids)
-        for name, model in models.items():
-            for measure, values in _beside(wanted, wanted if model is original else _outputs(model, ids), ids).items():
-                parts[name].setdefault(measure, []).append(values)
-    found = {}
-    for name, measured in parts.items():
-        tokens = {measure: torch.cat(part) for measure, part in measured.items()}
-        means = {measure: float(value.mean()) for measure, value in tokens.items()}
-        by_chunk = tokens["nats"].mean(dim=0).split([plan.chunk_size - 1, *[plan.chunk_size] * (plan.chunks - 1)])
-        found[name] = {**means, "perplexity": math.exp(means["nats"]), "chunk_nats": [float(part.mean()) for part in by_chunk]}
-    return found
+NUMBERS = {
+    "seeds": (3, "runs of each model"),
+    "hidden": (64, "width of the small models"),
+    "layers": (2, "layers of the small models"),
+    "heads": (4, "heads of the small models"),
+    "chunk-size": (16, "tokens of a chunk of the conversion"),
+    "chunk-overlap": (8, "tokens before its chunk that a token sees, too"),
+    "chunks": (8, "chunks of the context in training and evaluation"),
+    "batch": (8, "windows per step"),
+    "train-steps": (1500, "steps that train a small model"),
+    "align-steps": (300, "steps on attention outputs, layer by layer"),
+    "distil-steps": (2000, "steps on logits"),
+    "rank": (8, "rank of the update of each weight matrix; 0: only retrieval is trained"),
+    "num-eval-examples": (1024, "windows of held-out text"),
+    "threads": (torch.get_num_threads(), "threads of torch"),
+}
+"""Options that are whole numbers: default and meaning."""
 
 
-def _beside(wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], ids: Tensor) -> dict[str, Tensor]:
-    """What is measured of every token [batch, time], the last hidden states' cosine and error of one more."""
-    (logits_wanted, hidden_wanted), (logits, hidden) = wanted, got
-    p, q = logits_wanted.log_softmax(dim=-1), logits.log_softmax(dim=-1)
-    first = logits_wanted.argmax(dim=-1, keepdim=True)
-    return {
-        "nats": nats(logits, ids),
-        "cosine": F.cosine_similarity(hidden, hidden_wanted, dim=-1),
-        "mse": (hidden - hidden_wanted).square().mean(dim=-1) / hidden_wanted.square().mean(),
-        "kl": (p.exp() * (p - q)).sum(dim=-1),
-        **{f"top_{k}": (logits.topk(k, dim=-1).indices == first).any(dim=-1).float() for k in AGREEMENTS},
-    }
-
-
-def _outputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits for every token but the first, and the last hidden states of all."""
-    output = model(ids, use_cache=False, output_hidden_states=True)
-    return output.logits[:, :-1], output.hidden_states[-1]
-
-
-# --- tables -------------------------------------------------------------------------------------
-
-
-def tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
-    """`converted`: a row a run and model. `positions`: the perplexity in each chunk of the context.
-
-    gap_closed: of the nats a token that converting cost, the part that is back; gap_closed_beyond: the same of the
-    tokens behind the first chunk, in which a conversion is its original, so that healing can only change it.
-    """
-    rows, positions = [], []
-    for record in records:
-        plan, models = record["plan"], record["models"]
-        original = plan["original"]
-        for stage, found in models.items():
-            key = {"model": original["model"], "seed": original["seed"], "chunk_size": plan["chunk_size"]}
-            key |= {"chunk_overlap": plan["chunk_overlap"], "stage": stage}
-            values = {name: value for name, value in found.items() if name != "chunk_nats"}
-            closed = {"gap_closed": _closed(models, stage, lambda one: one["nats"])}
-            closed["gap_closed_beyond"] = _closed(models, stage, lambda one: sum(one["chunk_nats"][1:]))
-            sizes = {"parameters": record["parameters"], "trained_parameters": record["trained_parameters"]}
-            settings = {name: plan[name] for name in SETTINGS if name not in key}
-            rows.append({**key, "context": original["context"], **values, **closed, **sizes, **settings})
-            for chunk, loss in enumerate(found["chunk_nats"]):
-                positions.append({**key, "position": chunk * plan["chunk_size"], "perplexity": math.exp(loss)})
-    return {
-        name: pd.DataFrame(made, columns=list(columns(name))) for name, made in (("conversion", rows), ("positions", positions))
-    }
-
-
-def _closed(models: Record, stage: str, loss: Callable[[Record], float]) -> float:
-    """NaN where every token still sees all that it saw: there is no gap."""
-    given, lost, now_ = (loss(models[name]) for name in ("original", "converted", stage))
-    return (lost - now_) / (lost - given) if lost != given else math.nan
-
-
-def told(results: pd.DataFrame) -> list[list[str]]:
-    """Means over seeds, with half of the 95 % interval of how much was closed: a head, and a row each model and setting."""
-    varied = [name for name in SETTINGS if name in results and results[name].nunique() > 1]
-    rows = [["model", *varied, "seeds", "original", "converted", "distilled", "closed", "closed beyond a chunk"]]
-    for key, own in results.groupby(["model", *varied], sort=False):
-        stages = own.groupby("stage")
-        perplexities = [math.exp(stages.get_group(stage)["nats"].mean()) for stage in STAGES]
-        distilled = stages.get_group("distilled")
-        shares = [mean_interval(list(distilled[column])) for column in ("gap_closed", "gap_closed_beyond")]
-        counted = [f"{one.value:.0%}" + ("" if math.isnan(one.low) else f" ± {(one.high - one.low) / 2:.0%}") for one in shares]
-        rows.append([*map(str, key), str(len(distilled)), *(f"{value:.3f}" for value in perplexities), *counted])
-    return rows
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `plans` reads, the results folder and the threads."""
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="small models (all)")
+    parser.add_argument("--pretrained", help="name or folder of a pretrained model, instead of small ones")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="folder of all results (results)")
+    parser.add_argument("--split", choices=FOLDERS, default="test", help="text to evaluate on; validation: to choose settings by")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak learning rate of the distillation (0.01)")
+    parser.add_argument("--without-retrieval", action="store_false", dest="retrieval", help="train only the low-rank updates")
+    for name, (default, meaning) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
 
 
 def plans(arguments: argparse.Namespace) -> Iterator[DistillationPlan]:
+    """Plans of a command line, one per model and seed."""
     given = vars(arguments)
-    healing = {name: given[name] for name in DistillationPlan.__dataclass_fields__ if name in given}
-    training = {name: given[name] for name in Teacher.__dataclass_fields__ if name in given and name != "model"}
-    training |= {"pretrained": bool(arguments.pretrained), "context": arguments.chunks * arguments.chunk_size}
+    distillation = {field.name: given[field.name] for field in fields(DistillationPlan) if field.name in given}
+    teacher = {field.name: given[field.name] for field in fields(Teacher) if field.name in given and field.name != "model"}
+    teacher |= {"pretrained": bool(arguments.pretrained), "context": arguments.chunks * arguments.chunk_size}
     for name in [arguments.pretrained] if arguments.pretrained else arguments.model:
         for seed in range(arguments.seeds):
-            yield DistillationPlan(Teacher(**{**training, "model": name, "seed": seed}), **healing)
+            yield DistillationPlan(Teacher(**{**teacher, "model": name, "seed": seed}), **distillation)
+
+
+def run_all(all_plans: Iterable[DistillationPlan], results_dir: Path, folder: Path, report: Report) -> list[Record]:
+    """Runs the plans whose runs are not in the ledger yet, and appends each run to it.
+
+    Args:
+        all_plans: what to run.
+        results_dir: its `checkpoints` hold the trained teachers.
+        folder: where the ledger is, and checkpoints of unfinished distillations.
+        report: is given the progress.
+
+    Returns:
+        All records of the ledger.
+    """
+    ledger = Ledger(folder / "samples.jsonl")
+    for plan in all_plans:
+        key = plan.key
+        if any(record["run"] == key for record in ledger.read()[0]):
+            continue
+        checkpoints = folder / "checkpoints" / key
+        results = run(plan, results_dir / "checkpoints", checkpoints, report)
+        record = {"kind": "conversion", "run": key, "plan": asdict(plan), **results}
+        ledger.append(record | {"provenance": machine.provenance(), "time": now()})
+        for path in checkpoints.glob("*.safetensors"):
+            path.unlink()
+    return ledger.read()[0]
+
+
+def run(plan: DistillationPlan, teacher_folder: Path, checkpoint_folder: Path, report: Report) -> Record:
+    """Runs one plan.
+
+    Args:
+        plan: what to run.
+        teacher_folder: where trained teachers are kept.
+        checkpoint_folder: where checkpoints of the distillation are.
+        report: is given the progress.
+
+    Returns:
+        `models`, the evaluation of the original, converted and distilled model; `parameters` of the original; how many the
+        distillation trained; `mean_gate`, the mean absolute gate of each attention.
+    """
+    teacher, texts = plan.teacher, plan.teacher.load_texts()
+    name = f"{teacher.model}, seed {teacher.seed}"
+    original = _original_model(teacher, texts, teacher_folder, lambda line: report(f"{name}: {line}"))
+    torch.manual_seed(teacher.seed)
+    converted = convert_to_bsbr(original, plan.chunk_size, chunk_overlap=plan.chunk_overlap)
+    models = {"original": original, "converted": deepcopy(converted), "distilled": converted}
+    trained_parameters = 0
+    steps = distill(
+        original,
+        converted,
+        lambda step: draw_windows(texts, "train", plan.batch, teacher.context, DISTILLATION_WINDOWS, teacher.seed, step),
+        align=OptimizerSettings(plan.align_steps, plan.learning_rate),
+        distil=OptimizerSettings(plan.distil_steps, plan.learning_rate),
+        rank=plan.rank,
+        train_retrieval=plan.retrieval,
+        checkpoint_folder=checkpoint_folder,
+    )
+    for step in steps:
+        trained_parameters = trained_parameters or count_trained_parameters(converted)
+        report(f"{name}: {step.stage} {step.step}, loss {step.loss:.4f}")
+    # The same windows for every seed.
+    windows = [
+        draw_windows(texts, plan.split, plan.batch, teacher.context, EVALUATION_WINDOWS, plan.split, start)
+        for start in range(0, plan.num_eval_examples, plan.batch)
+    ]
+    results = evaluate(original, models, windows, plan.chunk_size)
+    attentions = [converted.get_submodule(name) for name in converted_attention_names(converted)]
+    gates = [float(attention.retrieval.gate.detach().abs().mean()) for attention in attentions]
+    parameters = sum(parameter.numel() for parameter in original.parameters())
+    return {"models": results, "parameters": parameters, "trained_parameters": trained_parameters, "mean_gate": gates}
+
+
+def _original_model(teacher: Teacher, texts: Texts, folder: Path, report: Report) -> PreTrainedModel:
+    """The teacher's model in eval mode: loaded, or trained as far as its checkpoint in the folder has not."""
+    if teacher.pretrained:
+        model = load_pretrained(teacher.model)
+    else:
+        model = teacher.build()
+        for step, loss in train(model, teacher, texts, folder / teacher.checkpoint_name):
+            report(f"train {step}, loss {loss:.4f}")
+    return model.eval()

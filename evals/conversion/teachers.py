@@ -1,4 +1,4 @@
-"""What is converted: small models, trained from their configs on the bytes of Python's standard library, or pretrained ones."""
+"""Teachers of a distillation: small models trained from their configs on Python's standard library, or pretrained ones."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,12 +19,28 @@ from evals.training.tasks.base import Split, generator
 from evals.training.tasks.corpus import load_corpus
 
 MODELS = ("gpt2", "llama")
+"""Architectures of the small models."""
+
+LEARNING_RATE = 3e-3
+"""Peak learning rate of their training."""
+
 Texts = dict[Split, NDArray[Any]]
+"""Token ids of each split."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What an original depends on, apart from the code. model: one of `MODELS`, or if `pretrained`, a name or folder."""
+    """Everything that a teacher depends on, apart from the code.
+
+    Attributes:
+        model: one of `MODELS`; if `pretrained`, a name on the hub or a folder.
+        pretrained: whether the model is loaded instead of trained.
+        seed: of its parameters and of the order of its text.
+        hidden, layers, heads: sizes of a small model.
+        context: tokens of a window.
+        batch: windows per step.
+        train_steps: optimizer steps of a small model.
+    """
 
     model: str
     pretrained: bool
@@ -37,20 +53,17 @@ class Teacher:
     train_steps: int
 
     @property
-    def file(self) -> str:
-        """Where one that was trained is kept: all that need the same one find it."""
-        key = digest(
-            [
-                asdict(self),
-                load_corpus().sha256,
-                modules_digest("evals.conversion.teachers", "evals.training.optimizer"),
-                torch.__version__,
-            ]
-        )
+    def checkpoint_name(self) -> str:
+        """File name of a trained teacher's checkpoint, the same for every run that needs this teacher."""
+        code = modules_digest("evals.conversion.teachers", "evals.training.optimizer")
+        key = digest([asdict(self), load_corpus().sha256, code, torch.__version__])
         return f"{self.model}-seed-{self.seed}-{key}.safetensors"
 
-    def untrained(self) -> PreTrainedModel:
-        """Of bytes. Without dropout: a model of this size learns too little of so much text to need it."""
+    def build(self) -> PreTrainedModel:
+        """Builds the small model over bytes, untrained.
+
+        It has no dropout: a model of this size learns too little of so much text to need any.
+        """
         gpt2 = {
             "n_embd": self.hidden,
             "n_layer": self.layers,
@@ -73,8 +86,8 @@ class Teacher:
         torch.manual_seed(self.seed)
         return AutoModelForCausalLM.from_config(config)
 
-    def texts(self) -> Texts:
-        """The corpus, as the model reads it."""
+    def load_texts(self) -> Texts:
+        """Loads the corpus as token ids of the model: bytes for a small one, else of its tokenizer."""
         splits = load_corpus().splits
         if not self.pretrained:
             return dict(splits)
@@ -84,27 +97,58 @@ class Teacher:
         }
 
 
-def pretrained(name: str) -> PreTrainedModel:
+def load_pretrained(name: str) -> PreTrainedModel:
+    """Loads a causal language model from the hub or a folder, from safetensors."""
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
 
 
-def train(model: PreTrainedModel, original: Teacher, texts: Texts, saved: Path) -> Iterator[tuple[int, float]]:
-    """Trains `model` in place; yields every step with its loss. saved: its checkpoint, which stays: none is trained twice."""
+def train(model: PreTrainedModel, teacher: Teacher, texts: Texts, checkpoint_path: Path) -> Iterator[tuple[int, float]]:
+    """Trains a small model in place.
+
+    Args:
+        model: from `Teacher.build`.
+        teacher: its settings.
+        texts: from `Teacher.load_texts`.
+        checkpoint_path: where the training continues from. It stays, so that no teacher is trained twice.
+
+    Yields:
+        The number of the step, counted from 1, and its loss.
+    """
 
     def loss_of(step: int) -> Tensor:
-        ids = windows(texts, "train", original.batch, original.context, "train", original.seed, step)
-        return nats(model(ids, use_cache=False).logits[:, :-1], ids).mean()
+        ids = draw_windows(texts, "train", teacher.batch, teacher.context, "train", teacher.seed, step)
+        return token_losses(model(ids, use_cache=False).logits[:, :-1], ids).mean()
 
-    yield from minimize(model, loss_of, OptimizerSettings(original.train_steps, 3e-3), saved, weight_decay=0.1)
+    settings = OptimizerSettings(teacher.train_steps, LEARNING_RATE)
+    yield from minimize(model, loss_of, settings, checkpoint_path, weight_decay=0.1)
 
 
-def nats(logits: Tensor, ids: Tensor) -> Tensor:
-    """−log p of every token but the first [batch, context − 1], from the logits for them."""
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy in nats of every token but the first.
+
+    Args:
+        logits: [batch, context − 1, vocabulary], for these tokens.
+        ids: [batch, context].
+
+    Returns:
+        [batch, context − 1].
+    """
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
-def windows(texts: Texts, split: Split, batch: int, context: int, *draw: int | str) -> Tensor:
-    """Token ids [batch, context] from random places of a split, which follow from `draw` alone."""
+def draw_windows(texts: Texts, split: Split, batch: int, context: int, *seed: int | str) -> Tensor:
+    """Draws windows at random positions of a split.
+
+    Args:
+        texts: token ids of each split.
+        split: which of them.
+        batch: number of windows.
+        context: tokens of a window.
+        seed: parts that determine the positions.
+
+    Returns:
+        Token ids [batch, context].
+    """
     text = texts[split]
-    starts = torch.randint(len(text) - context, (batch, 1), generator=generator("conversion", *draw))
+    starts = torch.randint(len(text) - context, (batch, 1), generator=generator("conversion", *seed))
     return torch.from_numpy(text[(starts + torch.arange(context)).numpy()]).long()

@@ -1,4 +1,4 @@
-"""Pretrained models whose attention became BSBR: exact where that can be, the same streamed as whole, kept on disk as they are."""
+"""Tests converted models: equality with the original within a chunk, streaming, saving and loading, refusals."""
 
 from functools import cache
 from pathlib import Path
@@ -60,7 +60,7 @@ def original(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     torch.manual_seed(0)
     auto = AUTO.get(name, AutoModelForCausalLM)
     model = auto.from_config(AutoConfig.for_model(name, **CONFIGS[name], **SPECIAL)).eval().to(dtype)
-    for parameter in model.parameters():  # as large as in trained models: attention that is all but uniform
+    for parameter in model.parameters():  # as large as in trained models, so that attention is far from uniform
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
     return model
 
@@ -107,7 +107,7 @@ def padded(time: int, left: int, right: int) -> Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_at_most_one_chunk_has_the_logits_of_the_original(name: str, dtype: torch.dtype, within: float) -> None:
+def test_logits_equal_the_original_s_within_one_chunk(name: str, dtype: torch.dtype, within: float) -> None:
     model = converted(name, dtype=dtype)
     for time in (1, B - 1, B):
         ids = tokens(2, time)
@@ -117,7 +117,7 @@ def test_at_most_one_chunk_has_the_logits_of_the_original(name: str, dtype: torc
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_chunk_that_holds_all_has_the_logits_of_the_original_at_any_length(name: str) -> None:
+def test_logits_equal_the_original_s_with_a_chunk_longer_than_the_sequence(name: str) -> None:
     model = converted(name, chunk_size=80)
     ids = tokens(2, 79)
     assert (logits(model, ids) - logits(original(name), ids)).abs().max() < 1e-10
@@ -125,10 +125,10 @@ def test_a_chunk_that_holds_all_has_the_logits_of_the_original_at_any_length(nam
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 1)])
-def test_padding_within_a_chunk_is_as_the_original_has_it(name: str, left: int, right: int) -> None:
+def test_padding_within_a_chunk_equals_the_original(name: str, left: int, right: int) -> None:
     ids, mask = tokens(2, B), padded(B, left, right)
     got, wanted = (logits(model, ids, mask) for model in (converted(name), original(name)))
-    real = slice(None) if name == "t5" else mask.bool()  # whose decoder has no padding here
+    real = slice(None) if name == "t5" else mask.bool()  # its decoder has no padding here
     assert (got - wanted)[real].abs().max() < 1e-10
 
 
@@ -153,7 +153,7 @@ def test_padding_of_many_chunks_changes_no_real_logit(name: str, left: int, righ
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "t5"])
-def test_generate_is_the_original_s_within_a_chunk(name: str) -> None:
+def test_generate_equals_the_original_s_within_a_chunk(name: str) -> None:
     model, options = converted(name, chunk_size=32), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     ids, mask = tokens(2, 9), padded(9, 4, 0)
     wanted = original(name).generate(ids, attention_mask=mask, **options)
@@ -168,11 +168,11 @@ def test_generate_is_the_original_s_within_a_chunk(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("options", [{}, {"chunk_overlap": 3, "retrieval_top_k": 2, "compression_factor": 2}])
-def test_decoding_over_chunk_boundaries_is_the_whole_streamed(name: str, options: dict[str, Any]) -> None:
+def test_decoding_over_chunk_boundaries_equals_the_whole(name: str, options: dict[str, Any]) -> None:
     model, time = converted(name, gate=0.5, **options), 4 * B + 1
     ids, mask = tokens(2, time), padded(time, 3, 0)
     whole = logits(model, ids, mask)
-    assert (whole - logits(converted(name, **options), ids, mask)).abs().max() > 1e-2  # retrieval matters
+    assert (whole - logits(converted(name, **options), ids, mask)).abs().max() > 1e-2  # retrieval changes the logits
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for first in (4, B, 2 * B + 3):
         parts, cache = [], None
@@ -203,7 +203,7 @@ def test_a_t5_decoder_streams_too() -> None:
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-10
 
 
-def test_what_is_kept_to_decode_does_not_grow_with_the_tokens_of_complete_chunks() -> None:
+def test_the_decoding_state_keeps_one_entry_per_complete_chunk() -> None:
     model = converted("llama", gate=0.5)
     kept = []
     for time in (10 * B + 1, 20 * B + 1):
@@ -217,7 +217,7 @@ def test_what_is_kept_to_decode_does_not_grow_with_the_tokens_of_complete_chunks
     assert kept == [10, 20]
 
 
-def test_the_causal_form_is_the_definition() -> None:
+def test_causal_attention_equals_the_definition() -> None:
     torch.manual_seed(0)
     part, time = Retrieval(4, 2, 8, chunk_size=B, chunk_overlap=2, retrieval_top_k=2, compression_factor=2).double(), 3 * B + 2
     for parameter in part.parameters():
@@ -225,25 +225,25 @@ def test_the_causal_form_is_the_definition() -> None:
     q, k, v = (torch.randn(2, heads, time, 8, dtype=torch.float64) for heads in (4, 2, 2))
     h = torch.stack([k[:, :, s * B : (s + 1) * B].mean(dim=2) for s in range(3)], dim=2) @ part.meta_key
     before = torch.tensor([0.0] * B + [1.0] * B + [2.0] * (B + 2), dtype=torch.float64)  # chunks, of which two at most are mixed
-    asked = 2 * (q @ part.query_weight + part.query_bias).sigmoid() * before.view(-1, 1)
+    query_gate = 2 * (q @ part.query_weight + part.query_bias).sigmoid() * before.view(-1, 1)
 
-    def of(values: Tensor) -> Tensor:
+    def bsbr(values: Tensor) -> Tensor:
         return reference.bsbr_attention(
             *(q, k, values, q[:, :, ::B] @ part.meta_query, h),
             chunk_size=B,
-            q_features=(q @ part.query_features).softmax(dim=-1) * asked,
+            q_features=(q @ part.query_features).softmax(dim=-1) * query_gate,
             k_features=(k @ part.key_features).softmax(dim=-1),
             gain=part.gate * 4 / B,
             chunk_overlap=2,
             top_k=2,
         )
 
-    weighed = 1 + (of(torch.ones_like(v)) - 1).abs()  # a softmax of ones is 1
-    assert (part.causal_attention(q, k, v) - of(v) / weighed).abs().max() < 1e-10
+    total_weight = 1 + (bsbr(torch.ones_like(v)) - 1).abs()  # local tokens weigh 1
+    assert (part.causal_attention(q, k, v) - bsbr(v) / total_weight).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_near_and_far_are_one_mean(biased: bool) -> None:
+def test_local_and_retrieved_values_are_one_weighted_mean(biased: bool) -> None:
     torch.manual_seed(0)
     bias = torch.randn(1, 4, B, B, dtype=torch.float64) if biased else None
     part = Retrieval(4, 2, 8, chunk_size=B).double()
@@ -252,12 +252,15 @@ def test_near_and_far_are_one_mean(biased: bool) -> None:
     part.gate.data.abs_()
     q, k = (torch.randn(2, heads, 3 * B + 2, 8, dtype=torch.float64) for heads in (4, 2))
     value = torch.randn(8, dtype=torch.float64)  # of all tokens
-    for attended in (part.causal_attention(q, k, value.expand_as(k), bias), part.bidirectional_attention(q, k, value.expand_as(k), None, bias)):
+    for attended in (
+        part.causal_attention(q, k, value.expand_as(k), bias),
+        part.bidirectional_attention(q, k, value.expand_as(k), None, bias),
+    ):
         assert (attended - value).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
-def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
+def test_bidirectional_attention_token_by_token(top_k: int | None) -> None:
     torch.manual_seed(0)
     part, time = Retrieval(2, 2, 4, chunk_size=3, retrieval_top_k=top_k).double(), 8
     for parameter in part.parameters():
@@ -273,10 +276,12 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
             scores = torch.stack([r @ (k[0, head, s].mean(dim=0) @ part.meta_key[head]) / 2 for s in others])
             weights = scores.softmax(dim=0) if top_k is None else (scores == scores.max()).double()
             for i in range(own.start, own.stop):
-                asked = 2 * (q[0, head, i] @ part.query_weight[head, :, 0] + part.query_bias[head, 0, 0]).sigmoid()
+                query_gate = 2 * (q[0, head, i] @ part.query_weight[head, :, 0] + part.query_bias[head, 0, 0]).sigmoid()
                 local = (q[0, head, i] @ k[0, head, own].T / 2).softmax(dim=0) @ v[0, head, own]
-                asked = asked * (len(others) if top_k is None else top_k)
-                weight = [part.gate[head] * 4 / 3 * asked * w * phi_q[i] @ phi_k[s].T for w, s in zip(weights, others, strict=True)]
+                query_gate = query_gate * (len(others) if top_k is None else top_k)
+                weight = [
+                    part.gate[head] * 4 / 3 * query_gate * w * phi_q[i] @ phi_k[s].T for w, s in zip(weights, others, strict=True)
+                ]
                 far = sum(w @ v[0, head, s] for w, s in zip(weight, others, strict=True))
                 wanted = (local + far) / (1 + sum(w.sum() for w in weight).abs())
                 assert (got[0, head, i] - wanted).abs().max() < 1e-10
@@ -285,28 +290,28 @@ def test_the_bidirectional_form_token_by_token(top_k: int | None) -> None:
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_an_encoder_retrieves_from_both_sides(name: str) -> None:
     ids = tokens(1, 3 * B)
-    for place in (0, 3 * B - 1):
+    for position in (0, 3 * B - 1):
         other = ids.clone()
-        other[0, place] = 3 + (ids[0, place] - 2) % (VOCABULARY - 3)
-        for gate, seen in ((0.0, False), (0.5, True)):
+        other[0, position] = 3 + (ids[0, position] - 2) % (VOCABULARY - 3)
+        for gate, visible in ((0.0, False), (0.5, True)):
             model = converted(name, gate=gate)
             encoder = model.get_encoder() if name == "t5" else model.bert
             with torch.no_grad():
                 change = (encoder(ids).last_hidden_state - encoder(other).last_hidden_state)[0, B : 2 * B].abs().max()
-            assert (change > 1e-6) == seen
+            assert (change > 1e-6) == visible
 
 
-def test_gradients_reach_all_that_retrieval_learns() -> None:
+def test_every_parameter_of_retrieval_has_a_gradient() -> None:
     model = converted("llama", gate=0.5).train()
     model(tokens(2, 3 * B), labels=tokens(2, 3 * B)).loss.backward()
     assert all(float(parameter.grad.abs().max()) > 0 for part in retrievals(model) for parameter in part.parameters())
 
 
-# --- kept, and refused --------------------------------------------------------------------------
+# --- saving, loading and refusals --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_saved_and_loaded_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_a_loaded_model_equals_the_saved_one_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = converted(name, gate=0.5, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
@@ -318,7 +323,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(name: str, tmp_path: Path) -
         assert logits(again, ids).equal(logits(model, ids))
 
 
-def test_a_name_is_loaded_and_what_was_given_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_is_loaded_and_the_original_not_changed(tmp_path: Path) -> None:
     source = original("gpt2", torch.float32)
     before = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     source.save_pretrained(tmp_path)
@@ -331,7 +336,7 @@ def test_a_name_is_loaded_and_what_was_given_is_left_alone(tmp_path: Path) -> No
     assert all(tensor.equal(before[key]) for key, tensor in source.state_dict().items())
 
 
-def test_a_tokenizer_is_the_original_s(tmp_path: Path) -> None:
+def test_the_tokenizer_does_not_change(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
@@ -342,7 +347,7 @@ def test_a_tokenizer_is_the_original_s(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("b a c")["input_ids"] == [2, 1, 0]
 
 
-def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
     model = original("gpt2", torch.float32)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -353,7 +358,7 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
         convert_to_bsbr(tmp_path)
 
 
-def test_another_architecture_is_told_which_can_be_converted(tmp_path: Path) -> None:
+def test_other_architectures_raise(tmp_path: Path) -> None:
     AutoConfig.for_model("opt").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="one of gpt2, llama, mistral, qwen2, qwen3, bert, t5, got model_type='opt'"):
         convert_to_bsbr(str(tmp_path))
@@ -370,12 +375,12 @@ def test_another_architecture_is_told_which_can_be_converted(tmp_path: Path) -> 
         ("gpt2", {"chunk_size": 0}, "chunk_size must be a positive integer"),
     ],
 )
-def test_options_that_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
+def test_invalid_options_raise(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         convert_to_bsbr(original(name), **options)
 
 
-def test_masks_and_caches_that_it_would_not_honour_are_refused() -> None:
+def test_masks_and_caches_that_bsbr_would_ignore_raise() -> None:
     model, ids = converted("llama"), tokens(1, 10)
     with pytest.raises(NotImplementedError, match="packed sequences"):
         model(ids, position_ids=torch.arange(5).repeat(2)[None], use_cache=False)

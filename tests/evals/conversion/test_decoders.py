@@ -1,4 +1,4 @@
-"""The library's decoders as candidates: what the certificate asks of any attention, and that a conversion is of its original."""
+"""Tests the library's decoders as candidates: checks of the certificate, and a conversion against its original."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +26,14 @@ def decoder(model_type: str, converted: bool, **options: int) -> Callable[[], Pr
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_decoder_keeps_the_contract(model_type: str, converted: bool) -> None:
-    """Against its reference; what is streamed, counted and declared. The sweep makes the whole certificate."""
+    """Runs the certificate's checks of parity, streaming, FLOPs and state; a sweep runs all of them."""
     subject = Subject(decoder(model_type, converted))
     for check in (streaming, parity, flops, state_size):
         with torch.set_grad_enabled(check is parity):
             assert check(subject) is None
 
 
-def test_up_to_a_chunk_a_conversion_is_its_original_and_beyond_it_is_not() -> None:
+def test_a_conversion_equals_its_original_up_to_one_chunk_only() -> None:
     subjects = [Subject(decoder("llama", converted)) for converted in (False, True)]  # built from the same seed
     for time, same in ((1, True), (B, True), (B + 1, False)):
         with torch.no_grad():
@@ -41,13 +41,13 @@ def test_up_to_a_chunk_a_conversion_is_its_original_and_beyond_it_is_not() -> No
         assert ((converted - original).abs().max() < 1e-10) == same
 
 
-def test_a_conversion_keeps_less_the_longer_the_context() -> None:
+def test_the_state_of_a_conversion_grows_slower_than_the_original_s() -> None:
     original, converted = (decoder("llama", one)() for one in (False, True))
     ratios = [converted.state_bytes(time) / original.state_bytes(time) for time in (B, 4 * B, 20 * B)]
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[-1] < 0.7
 
 
-def test_a_sequence_that_is_longer_than_its_positions_is_told_so() -> None:
+def test_a_sequence_longer_than_the_positions_raises() -> None:
     with pytest.raises(NotImplementedError, match="max_length=1100, got 1101 tokens"):
         decoder("gpt2", False)()(torch.zeros(1, 1101, 16))
