@@ -13,6 +13,7 @@ import re
 import xml.etree.ElementTree as etree
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from latex2mathml.converter import convert_to_element
@@ -28,22 +29,13 @@ from evals.paper import figures as study
 from evals.paper.draw import STUDY, missing_data
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
-from evals.results.export import Table, markdown
-from evals.results.formatting import QUANTITIES, Quantity, format_value
-from evals.results.frames import read_table, swept_column
+from evals.results.formatting import format_value
+from evals.results.frames import read_table, rows_by_cell, swept_column
+from evals.results.markup import Table, markdown
+from evals.results.metrics import METRICS
 from evals.results.schema import schema
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOWN = {
-    quantity.column: quantity
-    for quantity in (
-        *QUANTITIES,
-        Quantity("% of ceiling", "part of what this machine can do at most, in %, higher is better", "roofline_fraction", 0.01),
-        Quantity("MFLOP", "what a call must compute, in MFLOP", "flops", 1e6),
-        Quantity("state KiB", "what decoding must keep, in KiB, lower is better", "state_bytes", 2.0**10),
-        Quantity("noise %", "how far the reference seemed to be from itself, in %", "noise_floor", 0.01),
-    )
-}
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [^{}\s]+)*) \}\}")
 
 
@@ -95,20 +87,23 @@ def filled(directive: re.Match[str]) -> str:
         raise PluginError(f"{directive[0]}: {error!r}") from error
 
 
-def one_cell(folder: str, name: str, place: str, column: str) -> str:
-    results = table_of(folder)
-    cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
-    return format_value(cells[name, place], KNOWN[column])
+def one_cell(folder: str, name: str, value: str, column: str) -> str:
+    """One metric of one attention at one value of the swept setting."""
+    return format_value(_cells(table_of(folder))[name, value], METRICS[column])
 
 
 def one_table(folder: str, column: str) -> str:
-    results, quantity = table_of(folder), KNOWN[column]
-    cells = {(row["attention"], str(row[swept_column(results)])): row for _, row in results.iterrows()}
-    names, places = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
-    reference = next(iter(results["relative_to"].dropna()), None)
-    rows = [[name, *(format_value(cells.get((name, place)), quantity) for place in places)] for name in names]
-    made = Table(quantity.title.format(reference=reference), [[swept_column(results), *places], *rows])
-    return markdown(made)
+    """One metric of all attentions over the swept setting."""
+    results, metric = table_of(folder), METRICS[column]
+    cells = _cells(results)
+    names, values = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    reference = next(iter(results["relative_to"].dropna()), "the reference")
+    rows = [[name, *(format_value(cells.get((name, value)), metric) for value in values)] for name in names]
+    return markdown(Table(metric.table_title(reference), [[swept_column(results), *values], *rows]))
+
+
+def _cells(results: pd.DataFrame) -> dict[tuple[str, str], "pd.Series[Any]"]:
+    return {(name, str(value)): row for (name, value), row in rows_by_cell(results, swept_column(results)).items()}
 
 
 def checks() -> str:

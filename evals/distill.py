@@ -16,8 +16,8 @@ from evals.cli.command import RESUME, command
 from evals.conversion import tables
 from evals.conversion.study import FOLDERS, add_arguments, plans, run_all
 from evals.errors import OK
-from evals.results.export import markdown
-from evals.results.latency_table import write
+from evals.results.markup import markdown
+from evals.results.tables import write_table
 
 
 @command(ValueError, FloatingPointError, interrupted=RESUME)
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     built = tables.build(records)
     print(markdown(tables.summarize(built["conversion"], options.split)))
     for kind, rows in built.items():
-        print(f"\n{write(rows, folder, kind)}: {len(rows)} rows")
+        print(f"\n{write_table(rows, folder, kind)}: {len(rows)} rows")
     return OK
 
 

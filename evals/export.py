@@ -1,7 +1,8 @@
-"""`python -m evals.export results/<sweep> … --to markdown|latex`: tables of results, for a README or a paper.
+"""`python -m evals.export results/<sweep> … --to markdown|latex`: prints tables of results for a README or a paper.
 
-A folder that holds no results.csv stands for all below it that do. A cell that gave no number says what happened instead, and
-a footnote why. Exit code: 0, or 2 for what cannot be read, in one sentence on standard error.
+A folder without a results.csv stands for all folders below it that have one. Where there is no number the cell holds the
+outcome, and a footnote gives the reason.
+Exit code: 0, or 2 with one sentence on standard error if a folder cannot be read.
 """
 
 import argparse
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from evals.cli.command import command
 from evals.errors import OK
-from evals.results.export import FORMATS, exported
+from evals.results.export import export
+from evals.results.markup import FORMATS
 
 
 @command(ValueError)
@@ -20,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="folders with a results.csv, such as results/seq_len, or above such")
     parser.add_argument("--to", choices=FORMATS, default="markdown", help="default: markdown")
     options = parser.parse_args(arguments)
-    print(exported(options.results, options.to))
+    print(export(options.results, options.to))
     return OK
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from evals.cli.command import command
 from evals.cli.outputs import build_tables
 from evals.errors import OK, UsageError
-from evals.results import latency_table
 from evals.results.ledger import Ledger
+from evals.results.tables import write_table
 
 
 @command(ValueError)
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"
             )
         for kind, rows in tables.items():
-            print(f"{latency_table.write(rows, folder, kind)}: {len(rows)} rows")
+            print(f"{write_table(rows, folder, kind)}: {len(rows)} rows")
     return OK
 
 

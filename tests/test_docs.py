@@ -187,7 +187,7 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
 def test_the_quickstart_shows_what_the_committed_results_say() -> None:
     page = (ROOT / "docs" / "getting-started" / "quickstart.md").read_text(encoding="utf-8")
     results = read_table(ROOT / "results" / "paper" / "seq_len").assign(detail="")
-    assert f"\n{latency_table.shown(results)}\n" in page
+    assert f"\n{latency_table.render(results)}\n" in page
 
 
 def test_the_example_of_a_conversion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_the_model_example_runs() -> None:
 
 def test_the_excerpt_of_a_sweep_is_what_the_committed_results_say() -> None:
     results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
-    printed = latency_table.shown(results).splitlines()
+    printed = latency_table.render(results).splitlines()
     excerpt = block("", "speed-up over standard").splitlines()
     assert excerpt
     assert set(excerpt) <= set(printed)

@@ -1,6 +1,6 @@
 """What a step of a workload must cost at least, and what a candidate declares: found on tensors without data."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ from bsbr.interface import Attention
 from bsbr.model import CausalLM
 from evals.benchmark import workloads
 from evals.benchmark.workloads import Module, build_module, forward, longest_block, make_inputs, state_after
-from evals.config import MATCHED_WITHIN, Candidate, Comparison
+from evals.config import Candidate, Comparison
 from evals.measure.flops import count_flops
+from evals.results.unmatched import unmatched_costs
 
 
 class Least(NamedTuple):
@@ -59,23 +60,7 @@ def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, i
 
 def unmatched(comparison: Comparison) -> list[str]:
     """What the candidates differ in by more than 1 %, in words, to stand beside a plot of them."""
-    return differing({one.name: candidate_costs(comparison, one) for one in comparison.candidates}, comparison.relative_to)
-
-
-def differing(costs: Mapping[str, Mapping[str, float]], relative_to: str) -> list[str]:
-    """`unmatched`, from every candidate's parameter_bytes, flops and state_bytes: "parameters 1× to 1.5× (bsbr)".
-
-    The ratios are to `relative_to`, or to the first candidate where it is not among them.
-    """
-    reference = costs.get(relative_to) or next(iter(costs.values()))
-    words = []
-    for key, name in (("parameter_bytes", "parameters"), ("flops", "FLOPs"), ("state_bytes", "state")):
-        ratios = {one: costs[one][key] / reference[key] for one in costs if reference[key]}
-        ends = [end(ratios, key=ratios.__getitem__) for end in (min, max)] if ratios else []
-        told = [f"{ratios[one]:.2g}× ({one})" for one in ends if abs(ratios[one] - 1) > MATCHED_WITHIN]
-        if told:
-            words.append(f"{name} {' to '.join(told if len(told) == 2 else ['1×', *told])}")
-    return words
+    return unmatched_costs({one.name: candidate_costs(comparison, one) for one in comparison.candidates}, comparison.relative_to)
 
 
 def least(comparison: Comparison, module: Module) -> Least:

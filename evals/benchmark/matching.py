@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bsbr.model import TransformerLayer
-from evals.config import MATCHED_WITHIN, Candidate, Comparison, Model
+from evals.config import Candidate, Comparison, Model
 from evals.errors import UsageError
+from evals.results.unmatched import MATCHED_WITHIN
 
 if TYPE_CHECKING:
     pass

@@ -103,7 +103,7 @@ def measure_round(number: int, comparison: Comparison, history: History, key: st
     if history.is_active(comparison.relative_to):
         processes.append(Process(comparison.relative_to, is_control=True))
     generator.shuffle(processes)
-    fit_together = sum(history.held_bytes(process.name) for process in processes) < memory_limit_bytes
+    fit_together = sum(history.process_bytes(process.name) for process in processes) < memory_limit_bytes
     groups = [processes] if fit_together else [[process] for process in processes]
     records: dict[Process, Record] = {}
     for group in groups:

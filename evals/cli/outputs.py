@@ -13,9 +13,10 @@ from evals.cli.jobs import sweep_ledger
 from evals.conversion import tables as conversion_tables
 from evals.errors import INCOMPLETE, OK
 from evals.plots import registry
-from evals.results import accuracy_table, latency_table, scaling_table
+from evals.results import accuracy_table, curves_table, latency_table, scaling_table
 from evals.results.formatting import wrap
 from evals.results.ledger import Record
+from evals.results.tables import write_table
 
 
 def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
@@ -25,7 +26,7 @@ def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         return conversion_tables.build(records)
     if "study" in kinds:
         results = accuracy_table.build(records)
-        return {} if results.empty else {"accuracy": results, "curves": accuracy_table.build_curves(records)}
+        return {} if results.empty else {"accuracy": results, "curves": curves_table.build(records)}
     if "search" in kinds:
         return {"max_context": max_context.results(records)}
     results = latency_table.build(records)
@@ -57,7 +58,7 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
         own = results[results["comparison"].isin(job_ids)]
         print(latency_table.render(own))
     folder = ledger.path.parent
-    paths = [latency_table.write(table, folder, name) for name, table in tables.items()]
+    paths = [write_table(table, folder, name) for name, table in tables.items()]
     print(f"\n{paths[0]}: {len(results)} rows")
     print(report.write([folder], folder / "report.html"))
     _print_figures(_draw(kind, tables, Path(cfg.plots_dir) / str(cfg.sweep_name)))

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple, Protocol
 
 from evals.benchmark.job import Job
 from evals.benchmark.max_context import ContextSearch
-from evals.results.formatting import QUANTITIES, format_mean, format_value
+from evals.results.formatting import format_mean, format_value
 from evals.results.history import History, Process
 from evals.results.ledger import Record
+from evals.results.metrics import LATENCY, PEAK_MEMORY, SPEEDUP
 from evals.results.training_runs import best_learning_rate
 from evals.stats.intervals import half_width, mean_interval, medians
 from evals.training.study import Study
-
-LATENCY, SPEEDUP, PEAK_MEMORY = QUANTITIES[:3]
 
 
 class Row(NamedTuple):
@@ -59,7 +58,7 @@ class TimingTable:
         self.names = [candidate.name for candidate in job.comparison.candidates]
         self.reference = job.comparison.relative_to
         self.metrics = [LATENCY, *([SPEEDUP] if self.reference in self.names else []), PEAK_MEMORY]
-        self.headings = [metric.name for metric in self.metrics]
+        self.headings = [metric.heading for metric in self.metrics]
         self.history = History(job.ledger.read()[0], job.id)
         self.logged: set[str] = set()
 

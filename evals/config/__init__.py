@@ -3,7 +3,6 @@
 from evals.config.reading import read_comparison
 from evals.config.settings import (
     DTYPES,
-    MATCHED_WITHIN,
     SCOPES,
     Candidate,
     Comparison,
@@ -16,7 +15,6 @@ from evals.config.settings import (
 
 __all__ = [
     "DTYPES",
-    "MATCHED_WITHIN",
     "SCOPES",
     "Candidate",
     "Comparison",

@@ -15,8 +15,6 @@ Scope = Literal["attention", "layer", "model"]
 Positions = Literal["sinusoidal", "rotary", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
-MATCHED_WITHIN = 0.01
-"""Largest relative difference between numbers of parameters that count as the same."""
 
 NEUTRAL = {"conv_size": None, "positions": "sinusoidal", "mode": "eager", "match": None, "curriculum": "1"}
 """Values at which a setting is left out of tables and keys: results from before there was such a setting stay comparable."""

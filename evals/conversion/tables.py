@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.results.export import Table
+from evals.results.markup import Table
 from evals.results.ledger import Record
 from evals.results.schema import columns
 from evals.stats.intervals import mean_interval

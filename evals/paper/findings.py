@@ -20,8 +20,9 @@ from evals.paper.sources import Source, found
 from evals.plots.accuracy import AccuracySweep
 from evals.plots.conversion import STAGES
 from evals.plots.heatmap import times
-from evals.results.formatting import BYTES, SECONDS, format_setting, scaled
+from evals.results.formatting import format_setting
 from evals.results.frames import Sweep
+from evals.results.metrics import BYTES, SECONDS
 from evals.results.settings import conditions, setting_name
 from evals.stats.intervals import mean_interval
 
@@ -58,11 +59,11 @@ def percent(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    return scaled(value * 1e9, 1000, SECONDS, digits=3)
+    return SECONDS.format(value, digits=3)
 
 
 def in_bytes(value: float) -> str:
-    return scaled(value, 1024, BYTES, digits=3)
+    return BYTES.format(value, digits=3)
 
 
 # --- what there is --------------------------------------------------------------------------------

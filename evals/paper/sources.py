@@ -10,8 +10,8 @@ import pandas as pd
 
 from evals.plots import registry
 from evals.results import frames, schema
-from evals.results.formatting import BYTES, scaled
 from evals.results.ledger import Ledger, Record
+from evals.results.metrics import BYTES
 
 Data = Any
 """A Sweep, a Learned, or the two tables of conversions: what the functions of `figures` draw."""
@@ -79,7 +79,7 @@ class Source:
     def machines(self) -> list[str]:
         """What computed, its memory, and what ran there."""
         return _once(
-            f"{one.get('gpu') or one['cpu']}, {scaled(one['memory_bytes'], 1024, BYTES, digits=3)} of memory, "
+            f"{one.get('gpu') or one['cpu']}, {BYTES.format(one['memory_bytes'], digits=3)} of memory, "
             f"{one['platform']}, Python {one['python']}, torch {one['torch']}"
             for one in self._facts
         )

@@ -15,8 +15,8 @@ from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from evals.plots.style import GREY, Style
-from evals.results.formatting import BYTES, scaled
 from evals.results.frames import Sweep
+from evals.results.metrics import BYTES
 from evals.results.settings import conditions, format_range
 from evals.stats.intervals import CONFIDENCE
 
@@ -94,11 +94,10 @@ def matching(sweep: Sweep) -> list[str]:
         return words
     if sweep.rows.groupby("attention")["parameter_bytes"].nunique().le(1).all():
         least, most = float(held["min"].min()), float(held["max"].max())
-        high = scaled(most, 1024, BYTES, digits=2)
-        unit = high.split()[1]
-        in_unit = f"{least / 1024 ** BYTES.index(unit):.2g}"
+        high = BYTES.format(most, digits=2)
+        factor = next(factor for factor, suffix in BYTES.steps if high.endswith(suffix))
         # In the unit of the greatest, as long as that leaves something of the least.
-        low = scaled(least, 1024, BYTES, digits=2) if least < 0.01 * most else in_unit
+        low = BYTES.format(least, digits=2) if least < 0.01 * most else f"{least / factor:.2g}"
         return [*words, f"parameters not matched: {low} to {high}"]
     apart = (held["max"] / held["min"].where(held["min"] > 0)).max()
     return [*words, f"parameters not matched: up to {apart:.2g} times as many" if apart > 0 else "parameters not matched"]

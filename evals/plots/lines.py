@@ -34,8 +34,9 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import FAILURES, GREY, MARK
-from evals.results.formatting import DECIMAL, format_bytes, format_estimate, format_seconds, scaled
+from evals.results.formatting import format_bytes, format_estimate, format_seconds
 from evals.results.frames import Sweep
+from evals.results.metrics import COUNT
 from evals.stats.intervals import CONFIDENCE
 
 PLOT, FOOT, LANE, GAP = 2.9, 0.45, 0.15, 0.07  # heights in inches
@@ -80,7 +81,7 @@ MEMORY = Quantity(
 THROUGHPUT = Quantity(
     *("throughput", "Throughput in tokens/s (k = 1000), higher is better"),
     *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
-    tick=lambda value: scaled(value, 1000, DECIMAL),
+    tick=COUNT.format,
 )
 SPEEDUP = Quantity(
     *("speedup", "Speed-up over {reference}, higher is better"),

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evals.plots.layout import SMALL, WIDTH, headed, key_room, keyed, lined, placed, wide
 from evals.plots.style import GREY, Style
-from evals.results.formatting import BYTES, format_estimate, format_setting, scaled
+from evals.results.formatting import format_bytes, format_estimate, format_setting
 from evals.results.settings import conditions
 
 ROW, FOOT, RIGHT = 0.24, 0.45, 0.2  # inches
@@ -27,7 +27,7 @@ def max_context_plot(rows: pd.DataFrame, looks: dict[str, Style]) -> Figure:
     room = max(wide(words, SMALL) for words in said) + 0.15
     width, height = WIDTH - left - RIGHT, ROW * len(names)
     limits = rows["limit_bytes"].dropna().unique()
-    limit = scaled(float(limits[0]), 1024, BYTES) if len(limits) == 1 else "the memory limit"
+    limit = format_bytes(float(limits[0])) if len(limits) == 1 else "the memory limit"
     note = f"everything counted: parameters, inputs, what the workload prepares, and its peak; at most {limit}"
     words = lined([conditions(rows, "seq_len"), note], left)
     picture = headed(f"Longest context within {limit}, longer is better", words, FOOT + height + 0.04, left)

@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from evals.plots.heatmap import FOOT
 from evals.plots.layout import LEFT, LEGEND, SMALL, WIDTH, headed, key_room, keyed, placed, subtitle, wide
 from evals.plots.style import FAILURES, GREY, PARTS
-from evals.results.formatting import BYTES
 from evals.results.frames import Sweep
+from evals.results.metrics import BYTES
 
 # --- what memory is made of ----------------------------------------------------------------------------
 
@@ -88,10 +88,10 @@ def _stack(axes: Axes, sweep: Sweep, names: Sequence[str], at: int, width: float
             axes.text(place, row, words, size=SMALL, color=GREY, va="center_baseline", transform=axes.get_yaxis_transform())
     axes.grid(False, axis="y")
     axes.spines["left"].set_color(GREY)
-    power = min(max(math.floor(math.log(most, 1024)), 0), len(BYTES) - 1)
+    power = min(max(math.floor(math.log(most, 1024)), 0), len(BYTES.steps) - 1)
     # Round numbers of the unit, not of bytes.
     ticks = [
         tick for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, most / 1024**power) if tick * 1024**power <= most
     ]
     axes.set_xticks([tick * 1024**power for tick in ticks], [f"{tick:g}" for tick in ticks], size=7)
-    return BYTES[power]
+    return BYTES.steps[power][1].strip()

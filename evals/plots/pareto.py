@@ -28,8 +28,9 @@ from evals.plots.layout import (
     wide,
 )
 from evals.plots.style import FAILURES
-from evals.results.formatting import BYTES, format_bytes, format_seconds, scaled
+from evals.results.formatting import format_bytes, format_seconds
 from evals.results.frames import Sweep
+from evals.results.metrics import BYTES
 from evals.stats.pareto import pareto_front
 
 
@@ -76,7 +77,7 @@ def pareto(sweep: Sweep, *, halos: bool = False) -> Figure | None:
         + ", lower left is better"
     )
     absent = "; ".join(filter(None, (_absent(sweep, at, told[i] if len(places) > 1 else "") for i, at in enumerate(places))))
-    note = f"; area of a disc: parameters, at most {scaled(most_parameters, 1024, BYTES, digits=2)}" if halos else ""
+    note = f"; area of a disc: parameters, at most {BYTES.format(most_parameters, digits=2)}" if halos else ""
     words = subtitle(sweep, f"line: the front; nobody on it is beaten in both{note}{'; not shown: ' if absent else ''}{absent}")
     columns = max(1, int((WIDTH - LEFT) / 1.3))
     rows = math.ceil(len(nameless) / columns)

@@ -11,8 +11,8 @@ import pandas as pd
 from evals.errors import UsageError, one_sentence
 from evals.results import schema
 from evals.results.history import History, Process
-from evals.results.latency_table import SETTINGS
 from evals.results.ledger import Ledger
+from evals.results.settings import COMPARISON_SETTINGS
 from evals.stats.intervals import Interval
 
 NUMBERS = (
@@ -45,7 +45,9 @@ class ResultFolder:
         options = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
         # match=params gives each candidate a feed-forward width of its own, which is then no setting that they share.
         own = {"ff_dim"} - options if table.get("match", pd.Series(dtype=str)).notna().any() else set()
-        self.settings = [column for column in dict.fromkeys((*SETTINGS, *sorted(options))) if column in {*table.columns} - own]
+        self.settings = [
+            column for column in dict.fromkeys((*COMPARISON_SETTINGS, *sorted(options))) if column in {*table.columns} - own
+        ]
         self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *NUMBERS))))
         self.names = list(dict.fromkeys(map(str, table["attention"])))
 

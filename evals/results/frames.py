@@ -283,6 +283,11 @@ def swept_column(results: pd.DataFrame) -> str:
     return column
 
 
+def rows_by_cell(results: pd.DataFrame, column: str) -> "dict[tuple[str, Any], pd.Series[Any]]":
+    """The rows of a table by attention and value of the swept setting; the last one where there are several."""
+    return {(row["attention"], row[column]): row for _, row in results.iterrows()}
+
+
 def varies_independently(results: pd.DataFrame, swept: str, setting: str) -> bool:
     """Whether rows differ in a setting that does not follow the swept one, as the number of heads may follow their size."""
     if results[setting].nunique(dropna=False) < 2:

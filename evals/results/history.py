@@ -1,5 +1,6 @@
-"""What a ledger says of one comparison: for its engine to go on from, and for the table to be made of."""
+"""The history of one comparison in a ledger: its preflights, rounds and failures, for the engine and for the tables."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,29 +11,38 @@ from evals.stats.intervals import CONFIDENCE, Interval, Speedup, median_interval
 
 
 class Process(NamedTuple):
-    """One process of a round. The reference has two: what its twin differs by is noise."""
+    """One process of a round: a candidate, or the A/A control, which is a second process of the reference."""
 
     name: str
     is_control: bool = False
 
 
 class History:
-    """The trials and rounds of one comparison, among all records of a ledger."""
+    """The records of one comparison, in the order of a ledger.
+
+    Attributes:
+        preflights: the preflight of each candidate.
+        failures: the first failed record of each candidate that failed.
+        stop_reason: the rule that ended sampling; empty if it has not ended.
+        lost: why the comparison was given up; empty if anything was measured since.
+    """
 
     def __init__(self, records: Iterable[Record], comparison: str) -> None:
+        """Reads those of `records` that belong to the comparison with this id."""
         self.preflights: dict[str, Record] = {}
-        self._rounds: dict[Process, dict[int, Record]] = {}
         self.failures: dict[str, Record] = {}
         self.stop_reason = ""
-        self.lost = ""  # why it was given up, where that is the last that is known of it
+        self.lost = ""
+        self._rounds: dict[Process, dict[int, Record]] = {}
         self._seconds: dict[int, float] = {}
         for record in records:
             if record.get("comparison") == comparison:
                 self.add(record)
 
     def add(self, record: Record) -> None:
+        """Adds the next record of the comparison."""
         kind = record["kind"]
-        if kind == "restart":  # on another machine: what came before does not count
+        if kind == "restart":  # on another machine: what was measured before does not count
             self.preflights, self._rounds, self.failures, self._seconds = {}, {}, {}, {}
             self.stop_reason = ""
         self.lost = str(record["detail"]) if kind == "lost" else ""
@@ -49,49 +59,64 @@ class History:
 
     @property
     def rounds(self) -> int:
+        """Number of rounds."""
         return len(self._seconds)
 
     @property
     def next_round(self) -> int:
+        """Number of the next round; rounds count from 0."""
         return max(self._seconds, default=-1) + 1
 
     @property
     def spent_s(self) -> float:
+        """Seconds that all rounds took."""
         return sum(self._seconds.values())
 
     def is_active(self, name: str) -> bool:
+        """Whether a candidate has passed its preflight and has not failed since."""
         return name in self.preflights and name not in self.failures
 
-    def held_bytes(self, name: str) -> int:
-        """About what a process of this candidate holds."""
-        trial = self.preflights[name]
-        return int(trial.get("process_peak_bytes") or 0) + int(trial.get("peak_bytes") or 0) + 2 * int(trial["parameter_bytes"])
+    def process_bytes(self, name: str) -> int:
+        """Estimates the memory of a candidate's process from its preflight, in bytes."""
+        preflight = self.preflights[name]
+        peaks = int(preflight.get("process_peak_bytes") or 0) + int(preflight.get("peak_bytes") or 0)
+        return peaks + 2 * int(preflight["parameter_bytes"])
 
-    def medians(self, runner: Process) -> dict[int, list[float]]:
-        """By round, the median of each turn."""
-        records = self._rounds.get(runner, {})
-        return {number: medians(records[number]["time_slices"]).tolist() for number in sorted(records)}
+    def records(self, process: Process) -> list[Record]:
+        """The completed rounds of a process, in their order."""
+        return [record for _, record in sorted(self._rounds.get(process, {}).items())]
 
-    def record(self, runner: Process, number: int) -> Record:
-        return self._rounds[runner][number]
+    def medians(self, process: Process) -> dict[int, list[float]]:
+        """The median of each time slice in seconds, by round."""
+        return {record["round"]: medians(record["time_slices"]).tolist() for record in self.records(process)}
 
-    def ratios(self, reference: Process, runner: Process) -> list[list[float]]:
-        """Of each round that both have, the ratios of the reference's turns to the other's."""
-        theirs, ours = self.medians(reference), self.medians(runner)
-        both = (number for number in theirs if number in ours)
-        return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in both]
+    def ratios(self, reference: Process, process: Process) -> list[list[float]]:
+        """The reference's medians over those of another process, slice by slice, for each round that both completed."""
+        theirs, ours = self.medians(reference), self.medians(process)
+        return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in theirs if number in ours]
 
-    def latency(self, runner: Process) -> Interval:
-        """Of all that it was timed, in seconds. Raises ValueError where it has no round."""
-        # The same ledger gives the same figures: the bootstrap's randomness is fixed.
-        return median_interval(list(self.medians(runner).values()), generator=np.random.default_rng(0))
+    def round_medians(self, process: Process) -> list[float]:
+        """The median of each round in seconds: that of the medians of its time slices."""
+        return [float(np.median(slices)) for slices in self.medians(process).values()]
 
-    def speedup(self, reference: Process, runner: Process, confidence: float = CONFIDENCE) -> Speedup | None:
-        """How many times faster than the reference; None where they have no round in common."""
-        theirs, ours = self._rounds.get(reference, {}), self._rounds.get(runner, {})
-        both = sorted(theirs.keys() & ours.keys())
-        if not both:
+    def log_ratios(self, reference: Process, process: Process) -> list[float]:
+        """The logarithm of each round's median ratio; above 0 where the process is faster than the reference."""
+        return [math.log(np.median(ratios)) for ratios in self.ratios(reference, process)]
+
+    def latency(self, process: Process) -> Interval:
+        """Median latency in seconds over all rounds, with its interval.
+
+        Raises:
+            ValueError: if the process has completed no round.
+        """
+        # A fixed seed of the bootstrap: the same ledger gives the same numbers.
+        return median_interval(list(self.medians(process).values()), generator=np.random.default_rng(0))
+
+    def speedup(self, reference: Process, process: Process, confidence: float = CONFIDENCE) -> Speedup | None:
+        """How many times faster a process is than the reference; None if they have no round in common."""
+        theirs, ours = self._rounds.get(reference, {}), self._rounds.get(process, {})
+        common = sorted(theirs.keys() & ours.keys())
+        if not common:
             return None
-        generator = np.random.default_rng(0)
-        turns = [[record[number]["time_slices"] for number in both] for record in (theirs, ours)]
-        return speedup_interval(*turns, confidence=confidence, generator=generator)
+        slices = [[rounds[number]["time_slices"] for number in common] for rounds in (theirs, ours)]
+        return speedup_interval(*slices, confidence=confidence, generator=np.random.default_rng(0))

@@ -1,63 +1,74 @@
-"""From the ledger to results.csv and to the screen: every figure is computed here from raw samples, at read time."""
+"""The table of latencies: one row per attention and setting, computed from the raw samples in a ledger."""
 
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from evals.benchmark.cost import differing
 from evals.measure.machine import IDENTITY
-from evals.results.formatting import QUANTITIES, Quantity, align_columns, format_value, wrap
-from evals.results.frames import swept_column
+from evals.results.formatting import align_columns, format_value, wrap
+from evals.results.frames import rows_by_cell, swept_column
 from evals.results.history import History, Process
 from evals.results.ledger import Record
-from evals.results.schema import columns, conform, schema
+from evals.results.metrics import LATENCY, PEAK_MEMORY, SENT, SPEEDUP, Metric
+from evals.results.schema import columns
+from evals.results.unmatched import unmatched_costs
 from evals.stats.intervals import Speedup
 from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, impossible, merge_peaks, roofline
 from evals.stats.verdicts import ONE_SIGMA, noise_floor, verdicts
 
-SETTINGS = (
-    *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
-    *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
-)
 COLUMNS = columns("latency")
+TABLE_METRICS = (LATENCY, SPEEDUP, PEAK_MEMORY, SENT)
+"""Metrics that the terminal and exports show."""
+
+
+# --- from the ledger ------------------------------------------------------------------------------
 
 
 def build(records: Sequence[Record]) -> pd.DataFrame:
-    """One row an attention and setting, from all of a ledger's records; of comparisons that say the same, the last counts."""
-    described: dict[str, Record] = {}
-    of: dict[str, list[Record]] = {}
-    for record in records:
-        if record.get("kind") == "comparison":
-            described.pop(record["comparison"], None)  # so that the order is that of the last time
-            described[record["comparison"]] = record
-        elif "comparison" in record:
-            of.setdefault(record["comparison"], []).append(record)
-            if record["kind"] == "lost":  # perhaps before it could say what it is
-                described.setdefault(record["comparison"], record["described"])
+    """Builds the table from all records of a ledger.
 
+    Of comparisons with the same settings the last one counts. Settings of a workload of the user's own become further
+    columns.
+    """
+    descriptions = _descriptions(records)
+    samples: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if "comparison" in record:
+            samples[record["comparison"]].append(record)
+    peaks = _peaks_by_machine(descriptions.values())
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    ceilings = _ceilings(described.values())
-    for key, description in described.items():
-        history = History(of.get(key, []), key)
+    for key, description in descriptions.items():
+        history = History((record for record in samples[key] if record["kind"] != "comparison"), key)
+        settings = json.dumps(description["settings"], sort_keys=True)
         for name in description["candidates"]:
             if name in history.failures or history.medians(Process(name)) or history.lost:
-                rows[name, json.dumps(description["settings"], sort_keys=True)] = _row(
-                    description, name, history, ceilings.get(_machine(description))
-                )
-    add_verdicts(list(rows.values()))
-    _name_unmatched(list(rows.values()))
-    options = {option: None for description in described.values() for option in description["settings"] if option not in COLUMNS}
-    return pd.DataFrame(list(rows.values()), columns=[*COLUMNS, *options])
+                rows[name, settings] = _row(description, name, history, peaks.get(_machine(description)))
+    table = list(rows.values())
+    add_verdicts(table)
+    _add_unmatched(table)
+    options = {option: None for description in descriptions.values() for option in description["settings"] if option not in COLUMNS}
+    return pd.DataFrame(table, columns=[*COLUMNS, *options])
 
 
-def _row(description: Record, name: str, history: History, ceilings: Peaks | None) -> dict[str, Any]:
-    trial: Record = history.preflights.get(name) or {"detail": ""}
+def _descriptions(records: Sequence[Record]) -> dict[str, Record]:
+    """The last description of each comparison, in the order in which they were last begun."""
+    descriptions: dict[str, Record] = {}
+    for record in records:
+        if record.get("kind") == "comparison":
+            descriptions.pop(record["comparison"], None)
+            descriptions[record["comparison"]] = record
+        elif record.get("kind") == "lost" and "comparison" in record:  # it may have been lost before it was described
+            descriptions.setdefault(record["comparison"], record["described"])
+    return descriptions
+
+
+def _row(description: Record, name: str, history: History, peaks: Peaks | None) -> dict[str, Any]:
+    preflight: Record = history.preflights.get(name) or {"detail": ""}
     failure = history.failures.get(name)
     if failure is None and not history.medians(Process(name)):
         failure = {"outcome": "lost", "detail": history.lost}
@@ -68,35 +79,34 @@ def _row(description: Record, name: str, history: History, ceilings: Peaks | Non
         "attention": name,
         **description["settings"],
         "outcome": "ok" if failure is None else failure["outcome"],
-        "detail": (failure or trial)["detail"] or history.lost,
+        "detail": (failure or preflight)["detail"] or history.lost,
         "stop_reason": "lost" if history.lost else history.stop_reason,
-        **{column: trial[column] for column in COLUMNS if column in trial and column not in ("outcome", "detail")},
+        **{column: preflight[column] for column in COLUMNS if column in preflight and column not in ("outcome", "detail")},
     }
     if failure is not None:
         return row
-    speed, least = _speed(name, history), None
-    if ceilings is not None:
-        least = roofline(trial["flops"], trial["min_bytes"], ceilings)
-        speed |= {"roofline_s": least.seconds, "bound": least.bound, "roofline_fraction": least.fraction(speed["latency_s"])}
-    wrong = _impossible(name, history, least, TOLERANCE[description["settings"]["device"]])
-    if wrong:  # a number that cannot be is no number
-        return {**row, "outcome": "impossible", "detail": wrong, "peak_bytes": None, "process_peak_bytes": None}
+    speed, limit = _speed(name, history), None
+    if peaks is not None:
+        limit = roofline(preflight["flops"], preflight["min_bytes"], peaks)
+        speed |= {"roofline_s": limit.seconds, "bound": limit.bound, "roofline_fraction": limit.fraction(speed["latency_s"])}
+    objection = _impossible(name, history, limit, TOLERANCE[description["settings"]["device"]])
+    if objection:  # an impossible number is not published
+        return {**row, "outcome": "impossible", "detail": objection, "peak_bytes": None, "process_peak_bytes": None}
     return row | speed | _speedup(name, description["relative_to"], history)
 
 
-def _impossible(name: str, history: History, least: Roofline | None, tolerance: float) -> str | None:
-    trial = history.preflights[name]
-    if "peak_bytes" in trial and (words := implausible_peak(trial["peak_bytes"], trial["held_bytes"])):
-        return words
-    records = [history.record(Process(name), number) for number in history.medians(Process(name))]
-    fastest = min(sample for record in records for turn in record["time_slices"] for sample in turn)
-    return None if least is None else impossible(fastest, least, tolerance)
+def _impossible(name: str, history: History, limit: Roofline | None, tolerance: float) -> str | None:
+    """Why a memory peak or the fastest sample cannot be true; None if both can."""
+    preflight = history.preflights[name]
+    if "peak_bytes" in preflight and (objection := implausible_peak(preflight["peak_bytes"], preflight["held_bytes"])):
+        return objection
+    fastest = min(sample for record in history.records(Process(name)) for part in record["time_slices"] for sample in part)
+    return None if limit is None else impossible(fastest, limit, tolerance)
 
 
 def _speed(name: str, history: History) -> dict[str, Any]:
-    rounds = history.medians(Process(name))
     latency = history.latency(Process(name))
-    records = [history.record(Process(name), number) for number in rounds]
+    records = history.records(Process(name))
     host_s = [record["host_s"] for record in records if "host_s" in record]
     return {
         "host_s": statistics.median(host_s) if host_s else None,
@@ -105,8 +115,8 @@ def _speed(name: str, history: History) -> dict[str, Any]:
         "latency_s": latency.value,
         "latency_low_s": latency.low,
         "latency_high_s": latency.high,
-        "samples": sum(len(turn) for record in records for turn in record["time_slices"]),
-        "rounds": len(rounds),
+        "samples": sum(len(part) for record in records for part in record["time_slices"]),
+        "rounds": len(records),
         "first_call_s": statistics.median(record["first_call_s"] for record in records),
         "tokens_per_s": records[0]["tokens"] / latency.value,
         "tokens_per_s_low": records[0]["tokens"] / latency.high,
@@ -115,11 +125,11 @@ def _speed(name: str, history: History) -> dict[str, Any]:
 
 
 def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
-    reference, twin = Process(relative_to), Process(relative_to, is_control=True)
+    reference, control = Process(relative_to), Process(relative_to, is_control=True)
     if not history.is_active(relative_to):
         return {}
-    itself = history.speedup(reference, twin, ONE_SIGMA)
-    row: dict[str, Any] = {"relative_to": relative_to, "noise_floor": None if itself is None else noise_floor(itself)}
+    noise = history.speedup(reference, control, ONE_SIGMA)
+    row: dict[str, Any] = {"relative_to": relative_to, "noise_floor": None if noise is None else noise_floor(noise)}
     if name == relative_to:  # there is nothing to estimate
         return {**row, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
     speedup = history.speedup(reference, Process(name))
@@ -128,88 +138,72 @@ def _speedup(name: str, relative_to: str, history: History) -> dict[str, Any]:
     return row
 
 
-def _ceilings(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Peaks]:
-    """By machine, the highest rates of any comparison: the more often it was measured, the surer they are."""
-    measured: dict[tuple[Any, ...], list[Peaks]] = {}
+def _peaks_by_machine(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], Peaks]:
+    """The highest rates that any comparison measured on each machine."""
+    measured: dict[tuple[Any, ...], list[Peaks]] = defaultdict(list)
     for description in descriptions:
         if description.get("peaks"):
-            measured.setdefault(_machine(description), []).append(Peaks.from_record(description["peaks"]))
-    return {key: merge_peaks(*found) for key, found in measured.items()}
+            measured[_machine(description)].append(Peaks.from_record(description["peaks"]))
+    return {machine: merge_peaks(*peaks) for machine, peaks in measured.items()}
 
 
 def _machine(description: Record) -> tuple[Any, ...]:
     return tuple(description["settings"][key] for key in IDENTITY)
 
 
-def _name_unmatched(rows: list[dict[str, Any]]) -> None:
-    """Tells every row in what the attentions of its comparison differ by more than 1 %."""
-    compared: dict[str, list[dict[str, Any]]] = {}
+def _add_unmatched(rows: Iterable[dict[str, Any]]) -> None:
+    """Adds to every row in which costs the attentions of its comparison differ."""
+    comparisons: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if "parameter_bytes" in row:
-            compared.setdefault(row["comparison"], []).append(row)
-    for candidates in compared.values():
-        words = "; ".join(differing({row["attention"]: row for row in candidates}, candidates[0].get("relative_to") or ""))
+            comparisons[row["comparison"]].append(row)
+    for candidates in comparisons.values():
+        costs = {row["attention"]: row for row in candidates}
+        differences = "; ".join(unmatched_costs(costs, candidates[0].get("relative_to") or ""))
         for row in candidates:
-            row["unmatched"] = words
+            row["unmatched"] = differences
 
 
-def add_verdicts(rows: list[dict[str, Any]]) -> None:
-    """Gives every row with a speed-up over another attention its verdict, corrected for how many they are."""
-    judged = [row for row in rows if "p_value" in row]
-    speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p_value"]) for row in judged]
-    floors = [math.inf if row["noise_floor"] is None else row["noise_floor"] for row in judged]
-    for row, verdict in zip(judged, verdicts(speedups, floors), strict=True):
+def add_verdicts(rows: Iterable[dict[str, Any]]) -> None:
+    """Adds a verdict to every row with a speed-up over another attention, corrected for the number of such rows."""
+    compared = [row for row in rows if "p_value" in row]
+    speedups = [Speedup(row["speedup"], row["speedup_low"], row["speedup_high"], row["p_value"]) for row in compared]
+    floors = [math.inf if row["noise_floor"] is None else row["noise_floor"] for row in compared]
+    for row, verdict in zip(compared, verdicts(speedups, floors), strict=True):
         row["verdict"] = verdict
 
 
-def write(table: pd.DataFrame, folder: Path, kind: str) -> Path:
-    """The table as CSV and as Parquet, each in place of what was there only once it is whole; returns the first.
-
-    kind: the schema that it is of, which says how the files are named.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    name, table = schema(kind)["file"], conform(table, kind)
-    formats: dict[str, Callable[[Path], object]] = {
-        "csv": lambda path: table.to_csv(path, index=False),
-        "parquet": lambda path: table.to_parquet(path, index=False),
-    }
-    for suffix, save in formats.items():
-        unfinished = folder / f".{name}.{suffix}.{os.getpid()}"
-        try:
-            save(unfinished)
-            unfinished.replace(folder / f"{name}.{suffix}")
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return folder / f"{name}.csv"
-
-
-# --- on the screen ------------------------------------------------------------------------------
+# --- on the terminal ------------------------------------------------------------------------------
 
 
 def render(results: pd.DataFrame) -> str:
-    """One sweep as text of at most 80 columns: attentions down, and across the swept setting, one table a quantity."""
+    """Renders the table in 80 columns: attentions down, the swept setting across, a block for each metric.
+
+    Where one value of the setting was measured, the metrics stand side by side. Details of rows follow.
+    """
     swept = swept_column(results)
-    places = sorted(results[swept].unique())
+    values = sorted(results[swept].unique())
     names = list(dict.fromkeys(results["attention"]))
-    cells = {(row["attention"], row[swept]): row for _, row in results.iterrows()}
-    reference = next(iter(results["relative_to"].dropna()), None)
+    cells = rows_by_cell(results, swept)
+    reference = next(iter(results["relative_to"].dropna()), "the reference")
     # Not every sweep has a reference, and few send anything.
-    missing = {"speedup", "sent_bytes"} - {column for column in results if results[column].notna().any()}
-    quantities = [quantity for quantity in QUANTITIES if quantity.column not in missing]
+    metrics = [
+        one for one in TABLE_METRICS if one not in (SPEEDUP, SENT) or (one.column in results and results[one.column].notna().any())
+    ]
 
-    def column(head: str, place: Any, quantity: Quantity) -> list[str]:
-        return [head, *(format_value(cells.get((name, place)), quantity) for name in names)]
+    def column(head: str, value: Any, metric: Metric) -> list[str]:
+        return [head, *(format_value(cells.get((name, value)), metric) for name in names)]
 
-    if len(places) == 1:
-        blocks = [align_columns(["", *names], [column(quantity.name, places[0], quantity) for quantity in quantities])]
+    if len(values) == 1:
+        blocks = [align_columns(["", *names], [column(metric.heading, values[0], metric) for metric in metrics])]
     else:
         blocks = [
-            f"{wrap(quantity.title.format(reference=reference))}\n"
-            + align_columns([swept, *names], [column(str(place), place, quantity) for place in places])
-            for quantity in quantities
+            f"{wrap(metric.table_title(reference))}\n"
+            + align_columns([swept, *names], [column(str(value), value, metric) for value in values])
+            for metric in metrics
         ]
     blocks.append("±: half of the 95 % interval")
-    for (name, place), row in cells.items():
+    for (name, value), row in cells.items():
         if row["detail"]:
-            blocks.append(wrap(f"{name} at {swept}={place}: {row['outcome']}, {row['detail']}"))
+            blocks.append(wrap(f"{name} at {swept}={value}: {row['outcome']}, {row['detail']}"))
     return "\n\n".join(blocks)

@@ -7,11 +7,12 @@ what a table was written under stands in each of its rows, as `schema_version`.
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from evals.paths import SCHEMAS as FOLDER
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERSION = "schema_version"
 DTYPES = {"string": "string", "integer": "Int64", "number": "float64", "boolean": "boolean"}
@@ -55,7 +56,7 @@ def _types(table: str, column: str) -> list[str]:
     return types if isinstance(types, list) else [types]
 
 
-def conform(rows: pd.DataFrame, table: str) -> pd.DataFrame:
+def conform(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
     """Prepares a table for writing: columns of the schema's types, an empty word as null, and the schema's version."""
     dtypes = {str(name): dtype(table, str(name)) for name in rows if name in schema(table)["properties"]}
     texts = {name: rows[name].where(rows[name] != "") for name, kind in dtypes.items() if kind == "string"}
@@ -79,11 +80,13 @@ def kind_of(path: Path) -> str:
     return next((kind for mark, kind in marks.items() if mark in heads), "latency")
 
 
-def read(path: Path, **options: Any) -> pd.DataFrame:
+def read(path: Path, **options: Any) -> "pd.DataFrame":
     """The table in a CSV file, without its version. options: of pandas' read_csv.
 
     Raises OtherVersion if this checkout has another version of its schema.
     """
+    import pandas as pd  # not at start: it takes half a second, for which the first measurement would have to wait
+
     table: pd.DataFrame = pd.read_csv(path, **options)
     kind = kind_of(path)
     if VERSION not in table:  # a table of one's own, or a part of one: whoever needs a column will say so

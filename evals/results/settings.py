@@ -44,6 +44,12 @@ TRAINING_SETTINGS = {
 }
 """Settings of a training run and the phrase that a caption writes for each, in its order."""
 
+COMPARISON_SETTINGS = (
+    *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
+    *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
+)
+"""All settings under which a timing can be compared with another; a sweep may vary further ones."""
+
 AXIS_LABELS = {
     "seq_len": "sequence length in tokens (1k = 1024)",
     "eval_seq_len": "sequence length in tokens (1k = 1024)",

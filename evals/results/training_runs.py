@@ -1,8 +1,71 @@
-"""Selects among the records of training runs."""
+"""Selects among the records of training runs: the runs that count, and the learning rate that is reported."""
 
-from collections.abc import Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from evals.results.ledger import Record
+
+
+class TrainedAttention(NamedTuple):
+    """One attention under the settings of one study, and its training runs in the order of the ledger."""
+
+    study: Record
+    name: str
+    runs: list[Record]
+
+    @property
+    def best_learning_rate(self) -> float | None:
+        """The learning rate that is reported."""
+        return best_learning_rate(self.runs, self.study["learning_rates"])
+
+
+def trained_attentions(records: Sequence[Record]) -> list[TrainedAttention]:
+    """Selects for each attention and setting the last study that trained it or was lost over it.
+
+    Args:
+        records: all records of a ledger.
+
+    Returns:
+        The attentions that have a run, in the order in which their studies were last begun. If a study was lost before any
+        run, the only run of its attentions has the outcome `lost`.
+    """
+    runs: dict[str, list[Record]] = defaultdict(list)
+    losses: dict[str, str] = {}
+    for record in records:
+        if record.get("kind") == "run":
+            runs[record["run"]].append(record)
+        elif record.get("kind") == "lost" and "study" in record:
+            losses[record["study"]] = record["detail"]
+    last: dict[tuple[str, str], Record] = {}
+    for study in _studies(records):
+        for name in study["candidates"]:
+            cell = name, json.dumps(study["settings"], sort_keys=True)
+            if cell not in last or study["runs"][name] in runs or study["study"] in losses:
+                last.pop(cell, None)
+                last[cell] = study
+    trained = []
+    for (name, _), study in last.items():
+        own = _counting(runs.get(study["runs"][name], []))
+        if not own and study["study"] in losses:
+            own = [{"learning_rate": None, "seed": 0, "outcome": "lost", "detail": losses[study["study"]]}]
+        if own:
+            trained.append(TrainedAttention(study, name, own))
+    return trained
+
+
+def _studies(records: Sequence[Record]) -> Iterator[Record]:
+    """The descriptions of studies; a study may have been lost before it was described."""
+    for record in records:
+        described = record["described"] if record.get("kind") == "lost" and "study" in record else record
+        if described.get("kind") == "study":
+            yield described
+
+
+def _counting(runs: list[Record]) -> list[Record]:
+    """Runs without those that did not train, unless there are no others: what was uncertified may be certified since."""
+    return [run for run in runs if run["learning_rate"] is not None] or runs
 
 
 def best_learning_rate(runs: Sequence[Record], learning_rates: Sequence[float]) -> float | None:

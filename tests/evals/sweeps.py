@@ -55,7 +55,7 @@ def table(attentions: tuple[str, ...] = THREE, lengths: tuple[int, ...] = LENGTH
         parameter_bytes=2**20,
         state_bytes=3000 * at,
         roofline_fraction=0.02 * at,
-        limit=np.where(cells["seq_len"] < 1000, "memory", "compute"),
+        bound=np.where(cells["seq_len"] < 1000, "memory", "compute"),
         verdict=np.where(speedup > 1.5, "faster", np.where(speedup < 0.7, "slower", "ambiguous")),
         match="",
     )

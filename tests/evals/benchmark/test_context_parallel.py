@@ -137,7 +137,7 @@ def test_the_sweep_has_a_row_for_each_number_of_ranks_with_its_bytes(tmp_path: P
     sent = {(row["attention"], row["ranks"]): row["sent_bytes"] for _, row in rows.iterrows()}
     # 8 chunks of (16 + 1)·16 numbers and 2 heads; 2·128 keys and values of 32.
     assert sent == {("ring", 1): 0, ("bsbr", 1): 0, ("bsbr", 2): 4 * 8 * 17 * 16 * 2, ("ring", 2): 4 * 2 * 128 * 32}
-    assert "sent by a rank in one call, MiB, lower is better" in done.stdout
+    assert "data sent per call by one rank in MiB, lower is better" in done.stdout
 
 
 SIZES = ("--seq-len", "2000", "--hidden-dim", "32", "--num-heads", "2", "--calls", "2")

@@ -16,6 +16,7 @@ from evals.isolation import affinity
 from evals.paths import CONF
 from evals.results import latency_table
 from evals.results.ledger import Ledger, Record
+from evals.results.tables import write_table
 
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -182,5 +183,5 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
 
 
 def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
-    path = latency_table.write(latency_table.build([lost_record([started(0, "node1")])]), tmp_path, "latency")
+    path = write_table(latency_table.build([lost_record([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

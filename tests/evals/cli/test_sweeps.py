@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from evals.benchmark.cost import candidate_costs, differing, unmatched
+from evals.benchmark.cost import candidate_costs, unmatched
 from evals.benchmark.matching import layer_parameters
 from evals.cli.hydra_app import Session
 from evals.cli.jobs import expand_sweep_all, read_job
@@ -18,6 +18,7 @@ from evals.errors import UsageError
 from evals.isolation.affinity import core_count
 from evals.paths import CONF
 from evals.results.schema import schema
+from evals.results.unmatched import unmatched_costs
 from evals.training.tasks.build import build_task
 
 pytestmark = pytest.mark.xdist_group("sweeps")
@@ -174,8 +175,8 @@ def test_what_is_not_matched_is_told_with_its_extremes() -> None:
         "b": {"parameter_bytes": 150, "flops": 100.5, "state_bytes": 10},
         "c": {"parameter_bytes": 120, "flops": 99.5, "state_bytes": 400},
     }
-    assert differing(costs, "a") == ["parameters 1× to 1.5× (b)", "state 0.1× (b) to 4× (c)"]
-    assert differing({"a": costs["a"]}, "a") == []
+    assert unmatched_costs(costs, "a") == ["parameters 1× to 1.5× (b)", "state 0.1× (b) to 4× (c)"]
+    assert unmatched_costs({"a": costs["a"]}, "a") == []
 
 
 def test_layer_parameters_are_counted_by_hand() -> None:

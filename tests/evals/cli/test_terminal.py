@@ -124,10 +124,10 @@ def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
             shown, latency, speedup, peak = line.split()
             row = rows.loc[(name, length)]
             assert shown == name
-            assert latency.split("±")[0] == formatting.format_value(row, formatting.QUANTITIES[0]).split("±")[0]
-            assert speedup.split("±")[0] == formatting.format_value(row, formatting.QUANTITIES[1]).split("±")[0]
+            assert latency.split("±")[0] == formatting.format_value(row, latency_table.TABLE_METRICS[0]).split("±")[0]
+            assert speedup.split("±")[0] == formatting.format_value(row, latency_table.TABLE_METRICS[1]).split("±")[0]
             assert ("±" in latency, "±" in speedup) == (True, name != "standard")
-            assert peak == formatting.format_value(row, formatting.QUANTITIES[2])
+            assert peak == formatting.format_value(row, latency_table.TABLE_METRICS[2])
         assert re.fullmatch(rf"  {note}; noise: standard over itself [\d.]+±>?\d+%", frame[3].rstrip())
     assert all(len(line.rstrip()) <= 80 for line in plain.splitlines() if str(folder) not in line)
 

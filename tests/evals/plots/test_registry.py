@@ -55,7 +55,7 @@ def csv(results: pd.DataFrame) -> bytes:
             "outcome must be one of ok, oom, timeout, crash, unsupported, uncertified, impossible, lost, got fine",
         ),
         (csv(table().assign(verdict="better")), "verdict must be one of faster, slower, same, ambiguous, got better"),
-        (csv(table().assign(limit="disk")), "limit must be one of compute, memory, got disk"),
+        (csv(table().assign(bound="disk")), "bound must be one of compute, memory, got disk"),
         (csv(table().assign(roofline_fraction="high")), "roofline_fraction must hold numbers, got 'high'"),
         (csv(table().assign(latency_s="fast")), "latency_s must hold numbers, got 'fast'"),
         (csv(table().assign(latency_s=0.0)), "latency_s above 0, got 0.0 for standard"),

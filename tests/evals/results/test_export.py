@@ -10,8 +10,9 @@ import pytest
 
 from evals.export import main
 from evals.paths import ROOT
-from evals.results.export import Table, exported, in_latex, latex, learned, markdown, measured, tables
+from evals.results.export import accuracy_tables, export, latency_tables, tables_of
 from evals.results.frames import check_table, read_table
+from evals.results.markup import Table, escape_latex, latex, markdown
 
 PAPER = ROOT / "results" / "paper"
 HOSTILE = '[*]<script>|a_b&50%\\\n$x{--^~`"ü注\u202e'
@@ -35,7 +36,7 @@ def failing() -> pd.DataFrame:
 @pytest.mark.parametrize(("form", "separator"), [(markdown, "|"), (latex, "&")])
 def test_every_latency_stands_in_its_place(form: object, separator: str) -> None:
     results = read_table(PAPER / "seq_len")
-    table = form(next(measured(results)))  # type: ignore[operator]
+    table = form(next(latency_tables(results)))  # type: ignore[operator]
     lengths = sorted(results["seq_len"].unique())
     for name in results["attention"].unique():
         start = name.replace("_", r"\_")
@@ -49,14 +50,14 @@ def test_every_latency_stands_in_its_place(form: object, separator: str) -> None
 
 
 def test_a_hostile_name_is_text() -> None:
-    (table, *_) = measured(failing())
+    (table, *_) = latency_tables(failing())
     assert r"| \[\*\]&lt;script&gt;\|a\_b&amp;50%\\ \$x{--^\~\`" + '"ü注\u202e |' in markdown(table)
     assert r"{[}{*}{]}\textless{}script\textgreater{}\textbar{}a\_b\&50\%\textbackslash{} \$x\{-{}-" in latex(table)
-    assert in_latex("ü注").count("U+") == 2
+    assert escape_latex("ü注").count("U+") == 2
 
 
 def test_a_failure_is_its_outcome_with_a_footnote_that_says_why() -> None:
-    latency, *_ = measured(failing())
+    latency, *_ = latency_tables(failing())
     row = next(row for row in latency.rows if row[0] == "hopfield")
     assert row[-2:] == ["oom¹", "oom¹"]
     assert next(row for row in latency.rows if row[0] == "gau")[-1] == "crash²"
@@ -68,18 +69,18 @@ def test_a_failure_is_its_outcome_with_a_footnote_that_says_why() -> None:
 
 def test_rows_under_other_settings_are_other_tables() -> None:
     results = read_table(PAPER / "seq_len")
-    both = list(measured(pd.concat([results, results.assign(threads=1)])))
-    assert len(both) == 2 * len(list(measured(results)))
-    assert [("1 threads" in table.under, "2 threads" in table.under) for table in both[:: len(both) // 2]] == [
+    both = list(latency_tables(pd.concat([results, results.assign(threads=1)])))
+    assert len(both) == 2 * len(list(latency_tables(results)))
+    assert [("1 threads" in table.conditions, "2 threads" in table.conditions) for table in both[:: len(both) // 2]] == [
         (True, False),
         (False, True),
     ]
     with pytest.raises(ValueError, match="standard has more than one row at seq_len = 128"):
-        list(measured(pd.concat([results, results])))
+        list(latency_tables(pd.concat([results, results])))
 
 
 def test_what_was_learned_is_told_with_its_interval_over_seeds() -> None:
-    accuracy, state = tables(PAPER / "retrieval")
+    accuracy, state = tables_of(PAPER / "retrieval")
     assert accuracy.rows[0] == ["num_pairs", "16"]
     # The table of README's section on retrieval, to three digits.
     assert ["standard", "1.000±0.00032"] in accuracy.rows
@@ -94,7 +95,7 @@ def test_a_rate_that_failed_is_told_only_where_none_did_better() -> None:
     gone = results["attention"] == "linear"
     results.loc[gone, ["outcome", "detail", "best"]] = ["diverged", "seed 0: the loss was nan at step 3", False]
     results.loc[(results["attention"] == "bsbr") & ~results["best"], ["outcome", "detail"]] = ["diverged", "seed 0: nan"]
-    accuracy, _ = learned(results)
+    accuracy, _ = accuracy_tables(results)
     assert next(row for row in accuracy.rows if row[0] == "linear")[1] == "diverged¹"
     assert accuracy.footnotes == ["¹ seed 0: the loss was nan at step 3"]
 
@@ -104,8 +105,8 @@ def test_a_folder_of_folders_is_all_of_them(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     titles = re.findall(r"^\*\*(\S+): ", said, flags=re.MULTILINE)
     assert set(titles) == {str(path.parent.relative_to(PAPER)).replace("_", r"\_") for path in PAPER.rglob("results.csv")}
-    healing = pd.read_csv(PAPER / "distillation" / "results.csv")
-    kept = healing[(healing["model"] == "gpt2") & (healing["stage"] == "original")]["perplexity"].mean()
+    conversions = pd.read_csv(PAPER / "distillation" / "results.csv")
+    kept = conversions[(conversions["model"] == "gpt2") & (conversions["stage"] == "original")]["perplexity"].mean()
     assert f"| gpt2 | {kept:.2f} |" in said
     assert main([str(PAPER / "seq_len"), "--to", "latex"]) == 0
     assert r"\caption{latency in ms, lower is better" in capsys.readouterr().out
@@ -117,7 +118,7 @@ def test_the_longest_context_is_told_with_what_does_not_fit(tmp_path: Path) -> N
     rows = [found | {"next_seq_len": 4467, "next_outcome": "limit", "detail": "needs 1.1 GiB"}]
     rows.append({"attention": "gau", "outcome": "uncertified", "detail": "not causal"})
     pd.DataFrame([shared | row for row in rows]).to_csv(tmp_path / "results.csv", index=False)
-    (table,) = tables(tmp_path)
+    (table,) = tables_of(tmp_path)
     assert table.rows[1:] == [["bsbr", "4096", "512 MiB", "4467¹"], ["gau", "uncertified²", "", ""]]
     assert table.footnotes == ["¹ needs 1.1 GiB", "² not causal"]
     assert table.title == "longest context within 1 GiB, higher is better"
@@ -128,9 +129,9 @@ def test_latex_sets_every_table(tmp_path: Path) -> None:
     engine = shutil.which("pdflatex") or shutil.which("tectonic")
     if engine is None:
         pytest.skip("NOT TESTED: no LaTeX to set the exported tables with: apt install texlive-latex-base")
-    body = exported([PAPER], "latex")
+    body = export([PAPER], "latex")
     widest = 2 + body.count("\n") + 1  # the lines up to here are ours, and fit; names of one's own may be as long as they like
-    hostile = [*measured(failing()), Table(HOSTILE, [[HOSTILE, HOSTILE], [HOSTILE, "1"]], [HOSTILE], HOSTILE)]
+    hostile = [*latency_tables(failing()), Table(HOSTILE, [[HOSTILE, HOSTILE], [HOSTILE, "1"]], [HOSTILE], HOSTILE)]
     body = "\n\n".join([body, *map(latex, hostile)])
     source = tmp_path / "tables.tex"
     source.write_text("\\documentclass{article}\n\\begin{document}\n" + body + "\n\\end{document}\n", encoding="utf-8")

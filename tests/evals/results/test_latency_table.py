@@ -67,16 +67,16 @@ def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preflight", "words"),
+    ("preflight", "objection"),
     [
         ({"flops": 10**11}, "faster than physics: a call took .* but its FLOPs and bytes take at least 1 s"),
         ({"peak_bytes": 5, "held_bytes": 1280}, "a peak of 5 bytes, where its output alone takes 1280"),
     ],
 )
-def test_what_cannot_be_is_no_number(trial: dict[str, int], words: str) -> None:
-    rows = latency_table.build(sweep({128: {"standard": 0.01, "other": 0.02}}, **trial))
+def test_an_impossible_number_is_not_published(preflight: dict[str, int], objection: str) -> None:
+    rows = latency_table.build(sweep({128: {"standard": 0.01, "other": 0.02}}, **preflight))
     assert set(rows["outcome"]) == {"impossible"}
-    assert rows["detail"].str.contains(words).all()
+    assert rows["detail"].str.contains(objection).all()
     assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
 
 

@@ -15,13 +15,15 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from evals import report
+from evals.cli.outputs import build_tables
 from evals.errors import UsageError
 from evals.paths import ROOT
 from evals.plots.style import FAILURES
-from evals.results import compare, frames, latency_table
+from evals.results import compare, frames
 from evals.results.folder import ResultFolder
 from evals.results.schema import FOLDER, VERSION, kind_of, schema, version
-from evals.tables import made, main
+from evals.results.tables import write_table
+from evals.tables import main
 from tests.evals.csv_rows import parse_cell, read_rows
 from tests.evals.results.test_latency_table import sweep as records_of_a_sweep
 
@@ -106,10 +108,10 @@ def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: 
     for one in records:
         if one["kind"] == "comparison":  # of a workload of one's own, and its option
             one["settings"] = {**one["settings"], "workload": "mine", "depth": 3}
-    tables = made(records)
+    tables = build_tables(records)
     assert sorted(tables) == ["crossovers", "latency", "scaling"]
     for kind, found in tables.items():
-        path = latency_table.write(found, tmp_path, kind)
+        path = write_table(found, tmp_path, kind)
         told = list(read_rows(path))
         assert [objections(row, kind) for row in told] == [[]] * len(told)
         assert len(told) == len(found) > 0
@@ -181,7 +183,7 @@ def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         frames.read_table(tmp_path)
-    for reader in (compare.read, ResultFolder, lambda folder: report.write([folder], tmp_path / "report.html")):
+    for reader in (compare.read_cells, ResultFolder, lambda folder: report.write([folder], tmp_path / "report.html")):
         with pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
             reader(tmp_path)
     assert main([str(tmp_path)]) == 0
