@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from evals.results.markup import Table
 from evals.results.ledger import Record
+from evals.results.markup import Table
 from evals.results.schema import columns
 from evals.stats.intervals import mean_interval
 
