@@ -19,7 +19,8 @@ class LanguageModeling(Task):
         Targets  e f ␣ m
         Groups   1 2 2 2       (bytes of context)
 
-    Targets are grouped by the length of their context, rounded down to a power of two below seq_len. The loss in bits is bits per byte. chance is 1/256.
+    Targets are grouped by the length of their context, rounded down to a power of two below seq_len. The loss in bits is bits
+    per byte. chance is 1/256.
 
     Attributes:
         path: a text file, or a folder of them.
