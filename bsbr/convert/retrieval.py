@@ -20,22 +20,6 @@ from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory
 from bsbr.interface import require_positive
 
 
-class Projections(NamedTuple):
-    """Inputs of `bsbr_attention` that retrieval projects from queries and keys.
-
-    Attributes:
-        meta_queries: r, [batch, heads, chunks, head_dim], one per chunk.
-        meta_keys: h, [batch, kv_heads, chunks − 1, head_dim], one per chunk that a later one can retrieve.
-        q_features: φ(Q), [batch, heads, time, d_r].
-        k_features: φ(K), [batch, kv_heads, time, d_r].
-    """
-
-    meta_queries: Tensor
-    meta_keys: Tensor
-    q_features: Tensor
-    k_features: Tensor
-
-
 class ChunkSummaries(NamedTuple):
     """What complete chunks keep for retrieval.
 
@@ -134,16 +118,17 @@ class Retrieval(nn.Module):
         """Key features φ(k): [batch, kv_heads, time, head_dim] -> [batch, kv_heads, time, d_r]."""
         return torch.softmax(k @ self.key_features, dim=-1)
 
-    def project(self, q: Tensor, k: Tensor) -> Projections:
-        """Inputs of `bsbr_attention` for a whole causal sequence.
+    def project(self, q: Tensor, k: Tensor, v: Tensor) -> BSBRInputs:
+        """Inputs of BSBR for a whole causal sequence.
 
         Args:
             q: [batch, heads, time, head_dim].
-            k: [batch, kv_heads, time, head_dim].
+            k, v: [batch, kv_heads, time, head_dim].
         """
         size, earlier_chunks = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         means = k[:, :, : earlier_chunks * size].unflatten(2, (earlier_chunks, size)).mean(dim=3)
-        return Projections(q[:, :, ::size] @ self.meta_query, means @ self.meta_key, self.map_queries(q), self.map_keys(k))
+        meta_query, meta_key = q[:, :, ::size] @ self.meta_query, means @ self.meta_key
+        return BSBRInputs(q, k, v, meta_query, meta_key, self.map_queries(q), self.map_keys(k), gain=self.gain)
 
     def summarize_chunks(self, k: Tensor, v: Tensor, num_chunks: int) -> ChunkSummaries:
         """Meta keys and states of the first `num_chunks` chunks of k and v, [batch, kv_heads, time, head_dim] each."""
@@ -168,18 +153,11 @@ class Retrieval(nn.Module):
         """
         size, earlier_chunks = self.chunk_size, (q.shape[2] - 1) // self.chunk_size
         if bias is None:
-            projections = self.project(q, k)
+            inputs = self.project(q, k, v)
             attended = bsbr_attention(
-                *(q, k, v, projections.meta_queries, projections.meta_keys),
-                chunk_size=size,
-                q_features=projections.q_features,
-                k_features=projections.k_features,
-                gain=self.gain,
-                chunk_overlap=self.chunk_overlap,
-                top_k=self.top_k,
-                dropout_p=dropout_p,
+                **inputs._asdict(), chunk_size=size, chunk_overlap=self.chunk_overlap, top_k=self.top_k, dropout_p=dropout_p
             )
-            return attended / (1 + self._retrieved_weight(projections).abs())
+            return attended / (1 + self._retrieved_weight(inputs).abs())
         visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
         attended = self._within_chunks(q, k, v, bias.masked_fill(~visible, -torch.inf), dropout_p)
         if not earlier_chunks:
@@ -252,12 +230,16 @@ class Retrieval(nn.Module):
         mixed = weights.reshape(batch, kv_heads, heads // kv_heads * rows, chunks) @ states.flatten(3)
         return mixed.view(batch, heads, rows, *states.shape[3:])
 
-    def _retrieved_weight(self, projections: Projections) -> Tensor:
+    def _retrieved_weight(self, inputs: BSBRInputs) -> Tensor:
         """Weight of what each token retrieves, g φ(Q) F̄': [batch, heads, time, 1]."""
-        r, h, q_features, k_features = projections
-        size, earlier_chunks = self.chunk_size, h.shape[2]
-        sums = k_features[:, :, : earlier_chunks * size].unflatten(2, (earlier_chunks, size)).sum(dim=3).unsqueeze(-1)
-        return pytorch.read_out(q_features, retrieve(r, ChunkMemory([h], [sums]), top_k=self.top_k, gain=self.gain), size)
+        assert inputs.q_features is not None
+        assert inputs.k_features is not None
+        size, earlier_chunks = self.chunk_size, inputs.meta_key.shape[2]
+        tokens = inputs.k_features[:, :, : earlier_chunks * size]
+        states = tokens.unflatten(2, (earlier_chunks, size)).sum(dim=3).unsqueeze(-1)
+        memory = ChunkMemory([inputs.meta_key], [states])
+        retrieved = retrieve(inputs.meta_query, memory, top_k=self.top_k, gain=self.gain)
+        return pytorch.read_out(inputs.q_features, retrieved, size)
 
     def _within_chunks(self, q: Tensor, k: Tensor, v: Tensor, scores: Tensor, dropout_p: float) -> Tensor:
         """softmax(qkᵀ/√d + scores) v inside each chunk; scores broadcasts to [batch, heads, (chunks,) chunk_size, chunk_size]."""
@@ -304,8 +286,7 @@ class Retrieval(nn.Module):
         heads, head_dim, _ = self.query_features.shape
         shapes = ((1, num, self.chunk_size + 1, head_dim) for num in (heads, self.meta_key.shape[0]))
         q, k = (self.gate.new_zeros(shape) for shape in shapes)
-        inputs = BSBRInputs(q, k, k, *self.project(q, k), gain=self.gain)
-        return dispatch.select_backend("auto", inputs, self.options)
+        return dispatch.select_backend("auto", self.project(q, k, k), self.options)
 
 
 def append_one(v: Tensor) -> Tensor:

@@ -225,15 +225,12 @@ def _reference_bsbr(
 ) -> tuple[Tensor, None]:
     """A converted attention by `bsbr.reference`, for whole sequences without padding."""
     retrieval = cast(Retrieval, module.retrieval)
-    projections = retrieval.project(query, key)
+    inputs = retrieval.project(query, key, value)
 
     def bsbr(values: Tensor) -> Tensor:
         return reference.bsbr_attention(
-            *(query, key, values, projections.meta_queries, projections.meta_keys),
+            **inputs._replace(v=values)._asdict(),
             chunk_size=retrieval.chunk_size,
-            q_features=projections.q_features,
-            k_features=projections.k_features,
-            gain=retrieval.gain,
             chunk_overlap=retrieval.chunk_overlap,
             top_k=retrieval.top_k,
         )
