@@ -1,30 +1,30 @@
-"""What a step of a workload must cost at least, and what a candidate declares: found on tensors without data."""
+"""Lower bounds of what one step of a workload costs, and what a candidate declares, computed on tensors without data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bsbr.interface import Attention
+from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
 from evals.benchmark import workloads
+from evals.benchmark.traced_reads import storage_key, trace
 from evals.benchmark.workloads import Module, build_module, forward, longest_block, make_inputs, state_after
 from evals.config import Candidate, Comparison
 from evals.measure.flops import count_flops
-from evals.results.unmatched import unmatched_costs
 
 
-class Least(NamedTuple):
-    """What one step cannot do with less of, whatever the kernels.
+class MinimumCost(NamedTuple):
+    """Lower bounds of one step, whatever its kernels.
 
-    flops: of matrix products, causal work only. moved_bytes: the parameters, inputs and states that it reads, once, and
-    what is left when it is done, once; from the cache, if all of it fits there. held_bytes: what its peak of memory above
-    its inputs must at least come to: what is left when it is done.
+    Attributes:
+        flops: FLOPs of matrix products, causal work only.
+        moved_bytes: bytes of the parameters, inputs and states that it reads, once, and of what it leaves, once. If all of them
+            fit into a cache, they move from there.
+        held_bytes: peak of memory above its inputs: bytes of what it leaves.
     """
 
     flops: int
@@ -32,201 +32,171 @@ class Least(NamedTuple):
     held_bytes: int
 
 
-NOTHING = Least(0, 0, 0)
+UNBOUNDED = MinimumCost(0, 0, 0)
 
 
 def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
-    """Bytes of parameters and of all layers' states after the sequence; the `Least` that a step costs; the candidate's ff_dim.
+    """Computes the costs of a candidate without allocating anything, whatever its size.
 
-    Found on tensors without data: nothing is allocated, whatever the size.
+    Args:
+        comparison: the model, shape, device and workload.
+        candidate: whose module it is.
+
+    Returns:
+        parameter_bytes; state_bytes, of all layers after the sequence; flops, min_bytes and held_bytes, the `MinimumCost` of a
+        step; and ff_dim, where there is a feed-forward part.
     """
-    model, dtype = comparison.model, comparison.device.torch_dtype
+    model, shape, dtype = comparison.model, comparison.shape, comparison.device.torch_dtype
     with torch.device("meta"):
         module = build_module(comparison, candidate).to(dtype)
-    attentions = [part for part in module.modules() if isinstance(part, Attention)]
-    state_bytes = sum(one.state_bytes(comparison.shape.seq_len, comparison.shape.batch_size) for one in attentions)
-    needed = least(comparison, module)
+    state_bytes = sum(one.state_bytes(shape.seq_len, shape.batch_size) for one in attentions_of(module))
+    minimum = minimum_cost(comparison, module)
     costs = {
         "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
         "state_bytes": round(state_bytes),
-        "flops": round(needed.flops),  # whatever type an attention declares them in
-        "min_bytes": needed.moved_bytes,
-        "held_bytes": needed.held_bytes,
+        "flops": round(minimum.flops),  # an attention may declare them as a float
+        "min_bytes": minimum.moved_bytes,
+        "held_bytes": minimum.held_bytes,
     }
     if model.scope != "attention":
         costs["ff_dim"] = model.ff_dim if candidate.ff_dim is None else candidate.ff_dim
     return costs
 
 
-def unmatched(comparison: Comparison) -> list[str]:
-    """What the candidates differ in by more than 1 %, in words, to stand beside a plot of them."""
-    return unmatched_costs({one.name: candidate_costs(comparison, one) for one in comparison.candidates}, comparison.relative_to)
+def minimum_cost(comparison: Comparison, module: Module) -> MinimumCost:
+    """Lower bounds of a step of the comparison's workload.
 
+    Args:
+        comparison: says which workload, at which shape.
+        module: on the meta device; its parameters are replaced.
 
-def least(comparison: Comparison, module: Module) -> Least:
-    """What a step of the comparison's workload needs of a module without data; NOTHING, of a workload of somebody else's."""
+    Returns:
+        The bounds; `UNBOUNDED` for a user's own workload, and for an attention whose kernels need data.
+    """
     package, _, name = comparison.workload["_target_"].rpartition(".")
-    if package != workloads.__name__ or name not in LEAST:
-        return NOTHING
+    if package != workloads.__name__ or name not in MINIMUM_COSTS:
+        return UNBOUNDED
     with FakeTensorMode():
-        place(module, comparison.device.kind)
+        _move_without_data(module, comparison.device.kind)
         try:
-            return LEAST[name](module, make_inputs(comparison))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            # Kernels of its own that need data: a bound of nothing is true of them too.
-            return NOTHING
+            return MINIMUM_COSTS[name](module, make_inputs(comparison))
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a kernel that needs data
+            return UNBOUNDED
 
 
-def place(module: nn.Module, device: str) -> None:
-    """Module.to(device) within FakeTensorMode, where torch refuses it: parameters and buffers that have a device but no data."""
-    placed: dict[Tensor, Tensor] = {}  # a tied weight stays one
+def attentions_of(module: nn.Module) -> list[Attention]:
+    return [part for part in module.modules() if isinstance(part, Attention)]
+
+
+def _move_without_data(module: nn.Module, device: str) -> None:
+    """Module.to(device) under FakeTensorMode, where torch refuses it. Parameters and buffers have a device then, but no data."""
+    moved: dict[Tensor, Tensor] = {}  # so that a tied weight stays one tensor
     for part in module.modules():
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            if tensor not in placed:
+            if tensor not in moved:
                 new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                placed[tensor] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
-            setattr(part, name, placed[tensor])
+                moved[tensor] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+            setattr(part, name, moved[tensor])
 
 
-def _of_prefill(module: Module, inputs: Tensor) -> Least:
+# --- one function a workload --------------------------------------------------------------------
+
+
+def _minimum_of_prefill(module: Module, inputs: Tensor) -> MinimumCost:
     module.eval()
-    declared, counted = _attending(module, inputs)
+    unneeded = _unneeded_flops(module, inputs)
     with torch.no_grad():
-        flops, read, output = traced(partial(forward, module, inputs), [*module.parameters(), inputs])
-    return Least(flops - counted + declared, read + output.nbytes, output.nbytes)
+        flops, read_bytes, output = trace(partial(forward, module, inputs), [*module.parameters(), inputs])
+    return MinimumCost(flops - unneeded, read_bytes + output.nbytes, output.nbytes)
 
 
-def _of_attention(module: Attention, inputs: Tensor) -> Least:
+def _minimum_of_attention(module: Attention, inputs: Tensor) -> MinimumCost:
     module.eval()
     with torch.no_grad():
         tensors = module.project(inputs)
-        _, read, output = traced(partial(module.attend, *tensors), [*module.parameters(), *tensors])
-    return Least(module.flops(inputs.shape[1], inputs.shape[0]), read + output.nbytes, output.nbytes)
+        _, read_bytes, output = trace(partial(module.attend, *tensors), [*module.parameters(), *tensors])
+    return MinimumCost(module.flops(inputs.shape[1], inputs.shape[0]), read_bytes + output.nbytes, output.nbytes)
 
 
-def _of_forward_backward(module: Module, inputs: Tensor) -> Least:
+def _minimum_of_forward_backward(module: Module, inputs: Tensor) -> MinimumCost:
     module.train()
-    declared, counted = _attending(module, inputs, gradients=True)
+    unneeded = _unneeded_flops(module, inputs, gradients=True)
     inputs = inputs.requires_grad_(inputs.is_floating_point())
     leaves = [*module.parameters(), inputs]
 
     def run() -> Tensor:
-        # A model's loss asks for the data; what comes before it is the logits of every token that has a next one.
+        # A model's loss needs data. What comes before it are the logits of every token that has a next one.
         output: Tensor = module.head(module.model(inputs)[:, :-1]) if isinstance(module, CausalLM) else module(inputs)
         output.sum().backward()
         return output
 
-    flops, read, output = traced(run, leaves)
-    gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
-    return Least(flops - counted + declared, read + output.nbytes + gradients, gradients)
+    flops, read_bytes, output = trace(run, leaves)
+    gradient_bytes = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    return MinimumCost(flops - unneeded, read_bytes + output.nbytes + gradient_bytes, gradient_bytes)
 
 
-def _of_train_step(module: Module, inputs: Tensor) -> Least:
-    passes = _of_forward_backward(module, inputs)
+def _minimum_of_train_step(module: Module, inputs: Tensor) -> MinimumCost:
+    passes = _minimum_of_forward_backward(module, inputs)
     # AdamW reads and writes two moments of every parameter that has a gradient, and writes the parameter.
-    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.grad is not None)
-    return passes._replace(moved_bytes=passes.moved_bytes + 5 * trained)
+    trained_bytes = sum(parameter.nbytes for parameter in module.parameters() if parameter.grad is not None)
+    return passes._replace(moved_bytes=passes.moved_bytes + 5 * trained_bytes)
 
 
-def _of_decode(module: Module, inputs: Tensor) -> Least:
-    """The cheaper of the first two tokens of a block that the call begins: the first opens it, the second has least to see."""
+def _minimum_of_decode(module: Module, inputs: Tensor) -> MinimumCost:
+    """Lower bounds of the first two tokens of a block: the first may do what a block needs once, the second attends to least."""
     module.eval()
-    context, block = inputs.shape[1], longest_block(module)
-    start = context - min(block, 2 * context) // 2
-    longer = torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
-    token, steps = inputs[:, -1:], []
+    context = _context_up_to_a_block(module, inputs)
     with torch.no_grad():
-        state = state_after(module, longer, longer.shape[1])
-        for _ in range(2):
-            before = {} if state is None else state
-            held = [*module.parameters(), token, *before.values()]
-            flops, read, (output, after) = traced(partial(module.extend, token, state), held)
-            kept = {storage_key(tensor) for tensor in before.values()}
-            new = output.nbytes + sum(t.nbytes for t in after.values() if t.is_floating_point() and storage_key(t) not in kept)
-            steps.append(Least(flops, read + new, new))
-            state = after
-    return Least(*map(min, zip(*steps, strict=True)))
+        state = state_after(module, context, context.shape[1])
+        first, state = _minimum_of_token(module, inputs[:, -1:], state)
+        second, _ = _minimum_of_token(module, inputs[:, -1:], state)
+    return MinimumCost(*map(min, first, second))
 
 
-LEAST: dict[str, Callable[[Any, Tensor], Least]] = {
-    "prefill": _of_prefill,
-    "attention": _of_attention,
-    "forward_backward": _of_forward_backward,
-    "train_step": _of_train_step,
-    "decode": _of_decode,
+def _context_up_to_a_block(module: Module, inputs: Tensor) -> Tensor:
+    """The context that ends where the first block within a decoding call begins. Inputs are repeated to reach it."""
+    block = longest_block(module)
+    start = inputs.shape[1] - min(block, 2 * inputs.shape[1]) // 2  # where the call begins
+    return torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
+
+
+def _minimum_of_token(module: Module, token: Tensor, state: State | None) -> tuple[MinimumCost, State]:
+    """Lower bounds of decoding one token, and the state after it."""
+    before = state or {}
+    flops, read_bytes, (output, after) = trace(
+        partial(module.extend, token, state), [*module.parameters(), token, *before.values()]
+    )
+    kept = {storage_key(tensor) for tensor in before.values()}
+    changed = [tensor for tensor in after.values() if tensor.is_floating_point() and storage_key(tensor) not in kept]
+    left_bytes = sum(tensor.nbytes for tensor in (output, *changed))
+    return MinimumCost(flops, read_bytes + left_bytes, left_bytes), after
+
+
+MINIMUM_COSTS: dict[str, Callable[[Any, Tensor], MinimumCost]] = {
+    "prefill": _minimum_of_prefill,
+    "attention": _minimum_of_attention,
+    "forward_backward": _minimum_of_forward_backward,
+    "train_step": _minimum_of_train_step,
+    "decode": _minimum_of_decode,
 }
 
 
-def _attending(module: Module, inputs: Tensor, *, gradients: bool = False) -> tuple[int, int]:
-    """The FLOPs of every attend in it as declared, causal work only, and as counted, masked halves included.
+def _unneeded_flops(module: Module, inputs: Tensor, *, gradients: bool = False) -> int:
+    """FLOPs of all attentions as torch counts them, masked halves included, minus those that they declare, causal work only.
 
-    The gradient of a matrix product is two more of its size.
+    gradients: counts the backward pass, too; the gradient of a matrix product is two more of its size.
     """
-    batch, time = inputs.shape[:2]
-    declared = counted = 0
-    for one in (part for part in module.modules() if isinstance(part, Attention)):
+    batch_size, seq_len = inputs.shape[:2]
+    unneeded = 0
+    for attention in attentions_of(module):
+        hidden_states = torch.empty(batch_size, seq_len, attention.hidden_dim, device=inputs.device, dtype=attention.dtype)
         with torch.no_grad():
-            tensors = one.project(torch.empty(batch, time, one.hidden_dim, device=inputs.device, dtype=one.dtype))
+            tensors = attention.project(hidden_states)
         if gradients:
-            counted += count_flops(partial(derive, one, [tensor.detach().requires_grad_() for tensor in tensors]))
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            counted = count_flops(lambda: attention.attend(*leaves).sum().backward())  # noqa: B023  called at once
         else:
             with torch.no_grad():
-                counted += count_flops(partial(one.attend, *tensors))
-        declared += (3 if gradients else 1) * one.flops(time, batch)
-    return declared, counted
-
-
-def derive(attention: Attention, tensors: list[Tensor]) -> None:
-    attention.attend(*tensors).sum().backward()
-
-
-def traced(work: Callable[[], Any], held: Iterable[Tensor]) -> tuple[int, int, Any]:
-    """The FLOPs of the matrix products in `work`, how many bytes of what is `held` it reads, and what it returns."""
-    reads = Reads(held)
-    results = []
-
-    def run() -> None:
-        results.append(work())
-
-    with reads:
-        flops = count_flops(run)
-    return flops, sum(reads.bytes.values()), results[0]
-
-
-class Reads(TorchDispatchMode):
-    """How much of each storage in `held` goes into an operation that computes: the most that any one operation takes of it."""
-
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.held = list(held)  # or a later storage might stand where one stood
-        self.bytes = {storage_key(tensor): 0 for tensor in self.held}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        written = func._schema.is_mutable or any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result))
-        if computes(func) and written:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and storage_key(leaf) in self.bytes:
-                    key = storage_key(leaf)
-                    self.bytes[key] = max(self.bytes[key], extent(leaf))
-        return result
-
-
-def computes(func: Any) -> bool:
-    """Whether an operation needs the elements of its tensors: no view, no new tensor of the same kind, no look-up of rows."""
-    name = func.overloadpacket.__name__
-    lookup = name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select", "gather")
-    return not (func.is_view or lookup or name == "_unsafe_view" or name.endswith("_like") or name.startswith("new_"))
-
-
-def storage_key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def extent(tensor: Tensor) -> int:
-    """Bytes of the different elements of a view, at most: rows that are repeated or overlap are read once."""
-    elements = span = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride else 1
-        span += (size - 1) * stride
-    return min(elements, span) * tensor.itemsize
+                counted = count_flops(partial(attention.attend, *tensors))
+        unneeded += counted - (3 if gradients else 1) * attention.flops(seq_len, batch_size)
+    return unneeded

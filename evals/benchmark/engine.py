@@ -21,7 +21,8 @@ HARNESS = tuple(
     f"evals.{name}"
     for name in (
         *("benchmark.rounds", "benchmark.timing", "benchmark.preflight", "benchmark.workloads", "benchmark.cost"),
-        *("benchmark.context_parallel", "benchmark.preload", "isolation.worker", "isolation.forkserver", "isolation.locks"),
+        *("benchmark.traced_reads", "benchmark.context_parallel", "benchmark.preload"),
+        *("isolation.worker", "isolation.forkserver", "isolation.locks"),
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),
     )
 )

@@ -1,7 +1,6 @@
-"""TODO: what lives here."""
+"""`match=params`: gives every candidate the feed-forward width at which a layer has as many parameters as the reference's."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,17 +9,18 @@ from evals.config import Candidate, Comparison, Model
 from evals.errors import UsageError
 from evals.results.unmatched import MATCHED_WITHIN
 
-if TYPE_CHECKING:
-    pass
-
-
-# --- the same number of parameters --------------------------------------------------------------
-
 
 def match_parameters(comparison: Comparison) -> Comparison:
-    """Every candidate with the ff_dim at which a layer of it has the parameters of the reference's, within 1 %.
+    """Chooses each candidate's ff_dim so that its layer has as many parameters as that of the reference, within 1 %.
 
-    Raises UsageError where there is no feed-forward part, no reference, or no such ff_dim.
+    Args:
+        comparison: a layer's or a model's; the reference keeps `model.ff_dim`.
+
+    Returns:
+        The comparison with every candidate's own ff_dim.
+
+    Raises:
+        UsageError: if there is no feed-forward part, no reference, or no such ff_dim.
     """
     model = comparison.model
     if model.scope == "attention":
@@ -28,13 +28,13 @@ def match_parameters(comparison: Comparison) -> Comparison:
     reference = next((one for one in comparison.candidates if one.name == comparison.relative_to), None)
     if reference is None:
         raise UsageError(f"match=params needs the attention relative_to='{comparison.relative_to}' among those compared")
-    target = layer_parameters(reference, model, model.ff_dim)
+    target = count_layer_parameters(reference, model, model.ff_dim)
     candidates = []
     for one in comparison.candidates:
-        least = layer_parameters(one, model, 1)
-        step = layer_parameters(one, model, 2) - least
-        ff_dim = model.ff_dim if one == reference else max(1, 1 + round((target - least) / step))
-        closest = least + (ff_dim - 1) * step
+        narrowest = count_layer_parameters(one, model, 1)
+        step = count_layer_parameters(one, model, 2) - narrowest
+        ff_dim = model.ff_dim if one == reference else max(1, 1 + round((target - narrowest) / step))
+        closest = narrowest + (ff_dim - 1) * step
         if abs(closest - target) > MATCHED_WITHIN * target:
             raise UsageError(
                 f"match=params cannot bring a layer of '{one.name}' within {MATCHED_WITHIN:.0%} of the {target:,} parameters of "
@@ -44,7 +44,8 @@ def match_parameters(comparison: Comparison) -> Comparison:
     return replace(comparison, candidates=tuple(candidates))
 
 
-def layer_parameters(candidate: Candidate, model: Model, ff_dim: int) -> int:
+def count_layer_parameters(candidate: Candidate, model: Model, ff_dim: int) -> int:
+    """Number of parameters of one decoder layer with a candidate's attention."""
     with torch.device("meta"):
         layer = TransformerLayer(
             model.hidden_dim, model.num_heads, ff_dim, attention=lambda **_: candidate.build(model), conv_size=model.conv_size

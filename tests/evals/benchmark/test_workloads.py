@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.standard import StandardAttention
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
-from evals.benchmark.cost import candidate_costs, extent
+from evals.benchmark.cost import candidate_costs
+from evals.benchmark.traced_reads import extent
 from evals.benchmark.workloads import Work, build_module, decode, longest_block, make_inputs, prepare
 from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from evals.benchmark.cost import candidate_costs, unmatched
-from evals.benchmark.matching import layer_parameters
+from evals.benchmark.cost import candidate_costs
+from evals.benchmark.matching import count_layer_parameters
 from evals.cli.hydra_app import Session
 from evals.cli.jobs import expand_sweep_all, read_job
 from evals.config import Comparison
@@ -159,14 +159,14 @@ def test_settings_are_those_of_what_is_built(scope: str, own: set[str]) -> None:
 def test_matched_parameters_are_alike_and_the_rest_is_named(scope: str) -> None:
     names = "attention=[standard,bsbr,gau,linear]"
     plain, comparison = (read(f"model.scope={scope}", names, *match) for match in ([], ["match=params"]))
-    costs = {one.name: candidate_costs(comparison, one) for one in comparison.candidates}
+    plain_costs, costs = ({one.name: candidate_costs(asked, one) for one in asked.candidates} for asked in (plain, comparison))
     assert costs["standard"]["ff_dim"] == 1024
     assert costs["gau"]["ff_dim"] < costs["bsbr"]["ff_dim"] < costs["linear"]["ff_dim"] == 1024
     for one in costs.values():
         assert one["parameter_bytes"] == pytest.approx(costs["standard"]["parameter_bytes"], rel=0.01)
     assert comparison.settings["match"] == "params"
-    assert [words.split()[0] for words in unmatched(plain)] == ["parameters", "FLOPs", "state"]
-    assert "parameters" not in [words.split()[0] for words in unmatched(comparison)]
+    assert [words.split()[0] for words in unmatched_costs(plain_costs, plain.relative_to)] == ["parameters", "FLOPs", "state"]
+    assert "parameters" not in [words.split()[0] for words in unmatched_costs(costs, comparison.relative_to)]
 
 
 def test_what_is_not_matched_is_told_with_its_extremes() -> None:
@@ -182,7 +182,7 @@ def test_what_is_not_matched_is_told_with_its_extremes() -> None:
 def test_layer_parameters_are_counted_by_hand() -> None:
     comparison = read("attention=[standard]", *SMALL)
     attention, norms, feed_forward = 4 * 32 * 32, 2 * 2 * 32, 2 * 32 * 7 + 7 + 32
-    assert layer_parameters(comparison.candidates[0], comparison.model, 7) == attention + norms + feed_forward
+    assert count_layer_parameters(comparison.candidates[0], comparison.model, 7) == attention + norms + feed_forward
 
 
 # --- bad input ----------------------------------------------------------------------------------
