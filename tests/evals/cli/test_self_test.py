@@ -1,4 +1,4 @@
-"""What the validation of the instrument itself stands on."""
+"""The slowed attention of the self-tests, and the arguments of `evals.validate`."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from evals.benchmark.slowed import slowed
 NODE = {"_target_": "baselines.standard.StandardAttention"}
 
 
-def test_a_slowed_attention_computes_the_same() -> None:
+def test_a_slowed_attention_gives_the_same_outputs() -> None:
     torch.manual_seed(0)
     plain = StandardAttention(hidden_dim=32, num_heads=2)
     slower = slowed(1.5, NODE, hidden_dim=32, num_heads=2)
@@ -22,11 +22,11 @@ def test_a_slowed_attention_computes_the_same() -> None:
     assert torch.equal(slower(x, mask), plain(x, mask))
 
 
-def test_one_that_is_not_slowed_is_the_attention_itself() -> None:
+def test_a_factor_of_one_changes_nothing() -> None:
     assert "forward" not in vars(slowed(1.0, NODE, hidden_dim=32, num_heads=2))
 
 
-def test_an_unknown_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_self_test_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         validate.main(["nothing"])
     assert stopped.value.code == 2
