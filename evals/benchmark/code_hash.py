@@ -122,7 +122,9 @@ def _home(base: str, name: str) -> str:
         return base
     if importlib.util.find_spec(f"{base}.{name}") is not None:
         return f"{base}.{name}"
-    return str(getattr(getattr(importlib.import_module(base), name, None), "__module__", base))
+    home = str(getattr(getattr(importlib.import_module(base), name, None), "__module__", base))
+    # A type alias names the module of its generic type, such as collections.abc: it is defined where it is imported from.
+    return home if home.partition(".")[0] == base.partition(".")[0] else base
 
 
 def _file(name: str) -> Path:
