@@ -1,6 +1,6 @@
-"""`python -m evals.report results/<sweep> …`: results as one HTML file that needs no network, to be looked at and handed on.
+"""The HTML report: result folders as one file that needs no network.
 
-A sweep writes its own; several folders become one report that shows what changed from the first to the others.
+A sweep writes the report of its own folder. The report of several folders also shows what changed from the first to the others.
 """
 
 from evals.report.page import write

@@ -1,141 +1,138 @@
-"""What changed between sets of results: from the first that was given to each of the others."""
+"""What changed between result folders: one table for each folder after the first, which it is compared with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pandas as pd
 
 from evals.errors import UsageError
-from evals.plots.style import FAILURES
-from evals.report.sources import CONTEXT, LEARNED, Part, Source
-from evals.report.words import interval, times
-from evals.results import compare
+from evals.report.sources import CONTEXT, TRAINING, Part, Source
+from evals.report.summary import NO_DIFFERENCE, format_interval, format_metric, format_number, intervals_overlap
+from evals.results import compare, schema
 from evals.results.formatting import format_setting
+from evals.results.metrics import ACCURACY, BITS_PER_BYTE, SPEEDUP
+
+UNCHANGED = {"same", "ambiguous", "untimed", *(f"{outcome} in both" for outcome in schema.words("latency", "outcome"))}
+"""Verdicts that state no change."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A table, or in words why there is none."""
+    """The table of changes between two folders; only a note if they cannot be compared.
+
+    Attributes:
+        unchanged: rows whose verdict states no change, which the page folds away.
+    """
 
     title: str
     note: str
-    heads: list[str]
-    rows: list[list[str]]
+    headings: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
     unchanged: list[list[str]] = field(default_factory=list)
-    """Rows in which nothing is said to have changed."""
-
-
-UNCHANGED = ("same", "ambiguous", "untimed", *(f"{outcome} in both" for outcome in FAILURES))
 
 
 def changes(part: Part) -> list[Change]:
-    """One a set but the first; none where there is one."""
+    """The changes from the first folder to each of the others."""
     first, *others = part.sources
-    made = {CONTEXT: _context, LEARNED: _learned}.get(part.kind, _speed)
-    return [made(first, other) for other in others]
+    make = {CONTEXT: _context, TRAINING: _training}.get(part.kind, _timing)
+    return [make(first, other) for other in others]
 
 
-def _titled(first: Source, other: Source) -> str:
+def _title(first: Source, other: Source) -> str:
     return f"{first.label} → {other.label}"
 
 
-def _speed(first: Source, other: Source) -> Change:
-    title = _titled(first, other)
+def _timing(first: Source, other: Source) -> Change:
+    title = _title(first, other)
     try:
         table = compare.compare_cells(compare.read_cells(first.folder), compare.read_cells(other.folder))
     except UsageError as error:
-        return Change(title, f"They cannot be compared. A is {first.label}, B {other.label}: {error}.", [], [])
-    paired = bool(table["paired"].dropna().any())
+        return Change(title, f"They cannot be compared. A is {first.label}, B is {other.label}: {error}.")
     both = table[~table["verdict"].isin(["only in A", "only in B"])]
-    note = f"{_counted(table, both, first, other)} A speed-up above 1: {other.label} is faster. p is corrected for all (Holm). " + (
-        "Rounds are paired."
-        if paired
-        else "The two were not measured in turns: what differs between the machines, or their days, counts too."
-    )
     settings = [name for name in both.columns[1 : both.columns.get_loc("ratio")] if both[name].nunique(dropna=False) > 1]
-    rows: dict[bool, list[list[str]]] = {False: [], True: []}
+    paired = (
+        "Rounds are paired."
+        if table["paired"].dropna().any()
+        else "The two were not interleaved, so differences between the machines or their days are in the speed-up too."
+    )
+    note = (
+        f"{_counts(table, both, first, other)} A speed-up above 1 means that {other.label} is faster than {first.label}. "
+        f"p is corrected for all rows (Holm). {paired}"
+    )
+    change = Change(title, note, ["attention", *settings, "verdict", "speed-up", "p", "peak memory"])
     for _, row in both.iterrows():
-        timed = pd.notna(row["ratio"])
-        held = row["peak_bytes_b"] / row["peak_bytes_a"] if row["peak_bytes_a"] > 0 else float("nan")
-        told = (
-            [
-                interval(row, "ratio", "ratio_low", "ratio_high", times),
-                f"{row['p_holm']:.2g}" if row["p_holm"] >= 1e-4 else "< 0.0001",
-            ]
-            if timed
-            else ["", ""]
-        )
-        rows[row["verdict"] in UNCHANGED].append(
-            [
-                str(row["attention"]),
-                *(format_setting(row[name]) for name in settings),
-                str(row["verdict"]),
-                *told,
-                "" if pd.isna(held) else times(held),
-            ]
-        )
-    return Change(title, note, ["attention", *settings, "verdict", "speed-up", "p", "peak memory"], rows[False], rows[True])
+        rows = change.unchanged if row["verdict"] in UNCHANGED else change.rows
+        rows.append([str(row["attention"]), *(format_setting(row[name]) for name in settings), *_timing_values(row)])
+    return change
 
 
-def _counted(table: pd.DataFrame, both: pd.DataFrame, first: Source, other: Source) -> str:
-    """How many cells came to which verdict, and how many only one of the two has."""
-    told = ", ".join(f"{count} {verdict}" for verdict, count in both["verdict"].value_counts().items())
-    alone = [
-        f"{count} only in {source.label}"
+def _timing_values(row: pd.Series) -> list[str]:
+    """Verdict, speed-up, p value and ratio of peak memory, as text; empty where they are unknown."""
+    speedup = p_value = memory = ""
+    if pd.notna(row["ratio"]):
+        speedup = format_interval(row, ("ratio", "ratio_low", "ratio_high"), lambda ratio: format_number(ratio, SPEEDUP))
+        p_value = f"{row['p_holm']:.2g}" if row["p_holm"] >= 1e-4 else "< 0.0001"
+    if row["peak_bytes_a"] > 0 and pd.notna(row["peak_bytes_b"]):
+        memory = format_number(row["peak_bytes_b"] / row["peak_bytes_a"], SPEEDUP)
+    return [str(row["verdict"]), speedup, p_value, memory]
+
+
+def _counts(table: pd.DataFrame, both: pd.DataFrame, first: Source, other: Source) -> str:
+    """How many rows have which verdict, and how many only one of the two folders has."""
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in both["verdict"].value_counts().items())
+    absent = [
+        f"; {count} only in {source.label}"
         for source, verdict in ((first, "only in A"), (other, "only in B"))
         if (count := int((table["verdict"] == verdict).sum()))
     ]
-    return f"Of {len(both)} cells that both have: {told}{''.join(f'; {words}' for words in alone)}."
+    return f"Of {len(both)} rows that both have: {verdicts}{''.join(absent)}."
 
 
-def _learned(first: Source, other: Source) -> Change:
-    quantity = "bits_per_byte" if other.table["bits_per_byte"].notna().any() else "accuracy"
+def _training(first: Source, other: Source) -> Change:
+    metric = BITS_PER_BYTE if other.table["bits_per_byte"].notna().any() else ACCURACY
     keys = list(dict.fromkeys(["attention", first.swept, "eval_seq_len"]))
-    before, after = (_whole(source, keys) for source in (first, other))
     rows = []
-    for place, one, two in _joined(before, after, keys):
-        low, high = f"{quantity}_low", f"{quantity}_high"
-        three = "{:.3f}".format
-        told = [interval(row, quantity, low, high, three) if row is not None else "not measured" for row in (one, two)]
-        word = "unknown"
-        if one is not None and two is not None and one[[low, high]].notna().all() and two[[low, high]].notna().all():
-            better = (two[quantity] > one[quantity]) == (quantity == "accuracy")
-            apart = one[high] < two[low] or two[high] < one[low]
-            word = "not told apart" if not apart else "better" if better else "worse"
-        rows.append([*place, *told, word])
-    note = "Better and worse are said where the intervals over seeds have nothing in common."
-    return Change(_titled(first, other), note, [*keys, f"{quantity} before", "after", "verdict"], rows)
+    for pair in _pair_rows(_best_runs(first, keys), _best_runs(other, keys), keys):
+        verdict = "unknown"
+        if pair.before is not None and pair.after is not None:
+            overlap = intervals_overlap(pair.before, pair.after, metric)
+            is_better = (pair.after[metric.column] > pair.before[metric.column]) == metric.higher_is_better
+            verdict = {None: "unknown", True: NO_DIFFERENCE, False: "better" if is_better else "worse"}[overlap]
+        values = ["not measured" if row is None else format_metric(row, metric) for row in (pair.before, pair.after)]
+        rows.append([*pair.key, *values, verdict])
+    note = "Better or worse means that the intervals over seeds do not overlap."
+    return Change(_title(first, other), note, [*keys, f"{metric.label} before", "after", "verdict"], rows)
 
 
-def _whole(source: Source, keys: list[str]) -> pd.DataFrame:
+def _best_runs(source: Source, keys: list[str]) -> pd.DataFrame:
+    """The results over all targets at the best learning rate, indexed by the keys."""
     table = source.table
-    best = table["best"].astype("boolean").fillna(False)
-    whole = table[best & (table["outcome"] == "ok") & table["depth"].isna() & table["position"].isna()]
+    is_best = table["best"].astype("boolean").fillna(False)
+    whole = table[is_best & (table["outcome"] == "ok") & table["depth"].isna() & table["position"].isna()]
     return whole.drop_duplicates(keys, keep="last").set_index(keys)
 
 
 def _context(first: Source, other: Source) -> Change:
     keys = ["attention"]
-    before, after = (source.table.drop_duplicates(keys, keep="last").set_index(keys) for source in (first, other))
+    old, new = (source.table.drop_duplicates(keys, keep="last").set_index(keys) for source in (first, other))
     rows = []
-    for place, one, two in _joined(before, after, keys):
-        found = [row["max_context"] if row is not None else float("nan") for row in (one, two)]
-        ratio = found[1] / found[0]
-        rows.append(
-            [
-                *place,
-                *("none" if pd.isna(value) else format_setting(value) for value in found),
-                "" if pd.isna(ratio) else times(ratio),
-            ]
-        )
-    return Change(_titled(first, other), "In tokens.", ["attention", "before", "after", "ratio"], rows)
+    for pair in _pair_rows(old, new, keys):
+        before, after = (float("nan") if row is None else row["max_context"] for row in (pair.before, pair.after))
+        values = ["none" if pd.isna(value) else format_setting(value) for value in (before, after)]
+        rows.append([*pair.key, *values, "" if pd.isna(after / before) else format_number(after / before, SPEEDUP)])
+    return Change(_title(first, other), "In tokens.", ["attention", "before", "after", "ratio"], rows)
 
 
-def _joined(
-    before: pd.DataFrame, after: pd.DataFrame, keys: list[str]
-) -> "Iterator[tuple[list[str], pd.Series | None, pd.Series | None]]":
-    """Every place of either, with its row in both."""
-    for place in dict.fromkeys([*before.index, *after.index]):
-        told = [format_setting(value) for value in (place if len(keys) > 1 else (place,))]
-        one, two = (table.loc[place] if place in table.index else None for table in (before, after))
-        yield told, one, two
+class RowPair(NamedTuple):
+    """The rows of one key in two tables; None where a table has no such row."""
+
+    key: list[str]
+    before: "pd.Series | None"
+    after: "pd.Series | None"
+
+
+def _pair_rows(before: pd.DataFrame, after: pd.DataFrame, keys: list[str]) -> Iterator[RowPair]:
+    for key in dict.fromkeys([*before.index, *after.index]):
+        texts = [format_setting(value) for value in (key if len(keys) > 1 else (key,))]
+        yield RowPair(texts, *(table.loc[key] if key in table.index else None for table in (before, after)))

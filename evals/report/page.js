@@ -1,9 +1,9 @@
-// Puts the page together: reads its data, draws charts and tables, and keeps them in step with what is chosen.
+// Draws the charts and tables of the page, and updates them when the user chooses attentions, sets or settings.
 
-const parts = JSON.parse(document.getElementById("data").textContent);
+const { parts } = DATA;
 const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
 
-/** What each page's controls choose: variants, sets, and one group of settings. */
+/** The attentions, the sets and the group of settings that the controls of a part choose. */
 function choice(section, part) {
   const chosen = (kind, known) => {
     const boxes = [...section.querySelectorAll(`input[data-${kind}]`)];
@@ -13,7 +13,7 @@ function choice(section, part) {
   return { attentions: chosen("attention", part.attentions), sets: chosen("set", part.sets), settings: part.settings[Number(select?.value ?? 0)] };
 }
 
-/** How an attention is drawn, for the list of variants. */
+/** A sample of an attention's line and mark, for the list of attentions. */
 function swatch(part, index) {
   const style = part.styles[part.attentions[index]], colour = `var(--s${part.index}-${index})`;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -43,7 +43,7 @@ async function show(section, part) {
     const mine = ++turn;
     part.choice = choice(section, part);
     for (const chart of charts) {
-      await frame(); // a chart a frame: the page answers between them
+      await frame(); // one chart per frame, so that the page stays responsive
       if (mine !== turn) return;
       await chart.choose();
     }
@@ -56,7 +56,7 @@ async function show(section, part) {
     });
   }
   const table = new Table(section.querySelector("[data-table]"), part);
-  // A page of the table is what a screen holds; paper holds more.
+  // Paper holds more rows than a screen.
   addEventListener("beforeprint", () => table.draw(0, 10 * PAGE));
   addEventListener("afterprint", () => table.draw());
   return { part, charts, table };

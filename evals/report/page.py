@@ -1,4 +1,4 @@
-"""One HTML file that holds everything: words, charts, tables, certificates, the machine and the command."""
+"""The page of a report: one HTML file with summary, charts, tables, certificates, machines and commands."""
 
 import base64
 import hashlib
@@ -13,30 +13,35 @@ import pandas as pd
 
 from evals.certification.checks import CHECKS
 from evals.report.changes import changes
-from evals.report.charts import charts, named, styles
+from evals.report.charts import charts, details, short_axis_label, styles
 from evals.report.library import vega
-from evals.report.sources import CONTEXT, LEARNED, Part, Source, facts, parts, read
-from evals.report.words import verdicts
-from evals.results.formatting import format_setting
+from evals.report.sources import CONTEXT, TIMING, TRAINING, Part, Source, group_sources, machine_facts, read_sources
+from evals.report.summary import summarize
 from evals.stats.roofline import Peaks, merge_peaks
 
 HERE = Path(__file__).parent
 SCRIPTS = ("charts.js", "table.js", "page.js")
-TITLES = {LEARNED: "What was learned", CONTEXT: "The longest context"}
-ESSENTIAL = (
+TITLES = {TIMING: "Speed and memory", TRAINING: "Accuracy", CONTEXT: "The longest context"}
+FIRST_COLUMNS = (
     *("set", "attention", "settings", "outcome", "detail", "latency_s", "latency_low_s", "latency_high_s", "samples", "rounds"),
     *("speedup", "speedup_low", "speedup_high", "verdict", "roofline_fraction", "peak_bytes", "state_bytes", "impl", "max_context"),
     *("learning_rate", "best", "seeds", "eval_seq_len", "accuracy", "accuracy_low", "accuracy_high", "bits_per_byte", "parameters"),
 )
-"""Columns of the table that are shown at first, beside the swept setting."""
+"""Columns that the table shows at first, besides the swept setting; a checkbox shows all."""
+CHART_COLUMNS = ("set", "settings")
+"""Columns that charts need, and that the table may leave out."""
 
 
 def write(folders: Sequence[Path], path: Path) -> Path:
-    """The report of these folders of results, at `path`, in place of what was there only once it is whole.
+    """Writes the report of result folders; an older file stays until the new one is complete.
 
-    Raises UsageError, in one sentence, if a folder holds no table of results.
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: if a folder has no table of results.
     """
-    page = render(read(folders))
+    page = render(read_sources(folders))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -48,9 +53,10 @@ def write(folders: Sequence[Path], path: Path) -> Path:
 
 
 def render(sources: Sequence[Source]) -> str:
-    """The page. Whatever comes from a config, a file name or a machine is text in it: the template escapes all of it.
+    """Renders the page as HTML.
 
-    The page forbids itself the network, and every script but its own two, by their digests.
+    The template escapes everything that comes from a config, a file name or a machine. The page forbids itself the network,
+    and every script but its own two, by their digests.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -59,69 +65,63 @@ def render(sources: Sequence[Source]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["plain"] = format_setting
-    found = parts(sources)
     scripts = [vega(), "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)]
-    described = [describe(part, index) for index, part in enumerate(found)]
+    parts = [_describe(part, index) for index, part in enumerate(group_sources(sources))]
     return environment.get_template("page.html").render(
         title=" · ".join(source.label for source in sources),
         sources=sources,
-        parts=described,
+        parts=parts,
         several=len(sources) > 1,
-        data=[part["data"] for part in described],
-        machines=machines(sources),
-        certificates=[(source, certificates(source)) for source in sources],
-        checks=[(check.name, check.description) for check in CHECKS],
-        scripts=[(script, digest(script)) for script in scripts],
+        data={"details": _details(), "parts": [part["data"] for part in parts]},
+        machines=_machines(sources),
+        certificates=[(source, _certificates(source)) for source in sources],
+        checks=CHECKS,
+        scripts=[(script, _digest(script)) for script in scripts],
         style=(HERE / "page.css").read_text(encoding="utf-8"),
     )
 
 
-def digest(script: str) -> str:
-    """As a Content-Security-Policy names a script that may run."""
+def _digest(script: str) -> str:
+    """The digest by which a Content-Security-Policy allows a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def describe(part: Part, index: int) -> dict[str, Any]:
-    """What the template and the script need of one part."""
+def _details() -> list[dict[str, Any]]:
+    return [{"column": column, "name": name, "unit": unit and unit.steps} for column, name, unit in details()]
+
+
+def _describe(part: Part, index: int) -> dict[str, Any]:
+    """What the template needs of a part, and under `data` what the script needs."""
     table = part.table
-    settings = list(dict.fromkeys(table["settings"]))
-    columns = [name for name in table if name == "settings" or (name not in ("sweep", "swept") and table[name].notna().any())]
-    columns = [name for name in columns if name not in ("set", "settings")]
-    first = [*(["set"] if len(part.sources) > 1 else []), "attention", *([part.swept] if part.swept in columns else [])]
-    columns = list(dict.fromkeys([*first, *columns]))
-    drawn = charts(part)
-    words = [(source, verdicts(source)) for source in part.sources]
+    first = [*(["set"] if len(part.sources) > 1 else []), "attention", *([part.swept] if part.swept in table else [])]
+    known = [name for name in table if name not in ("sweep", "swept", *CHART_COLUMNS) and table[name].notna().any()]
+    columns = list(dict.fromkeys([*first, *known]))
     data = {
         "index": index,
         "file": "-".join(source.label for source in part.sources).replace("/", "-"),
         "attentions": part.attentions,
         "sets": [source.label for source in part.sources],
-        "settings": settings,
+        "settings": list(dict.fromkeys(table["settings"])),
         "styles": styles(part.attentions),
-        "charts": drawn,
-        # What the table shows, and what only charts ask for.
+        "charts": charts(part),
         "columns": columns,
-        "essential": [name for name in columns if name in (*ESSENTIAL, part.swept)],
-        "values": values(table.reindex(columns=[*columns, *HIDDEN])),
-        "hidden": list(HIDDEN),
+        "essential": [name for name in columns if name in (*FIRST_COLUMNS, part.swept)],
+        "values": _json_rows(table.reindex(columns=[*columns, *CHART_COLUMNS])),
+        "hidden": list(CHART_COLUMNS),
     }
-    along = f", by {named(part.swept)}" if table[part.swept].nunique() > 1 and part.kind != CONTEXT else ""
+    is_swept = part.kind != CONTEXT and table[part.swept].nunique() > 1
     return {
-        "title": f"{TITLES.get(part.kind, 'Speed and memory')}{along}",
+        "title": TITLES[part.kind] + (f", by {short_axis_label(part.swept)}" if is_swept else ""),
         "failed": bool((table["outcome"] != "ok").any()),
-        "words": words,
+        "summaries": [(source, summarize(source)) for source in part.sources],
         "changes": changes(part),
-        "charts": drawn,
+        "charts": data["charts"],
         "data": data,
     }
 
 
-HIDDEN = ("set", "settings")
-
-
-def values(table: pd.DataFrame) -> list[list[Any]]:
-    """Row by row, in JSON's types; what is missing or infinite is None."""
+def _json_rows(table: pd.DataFrame) -> list[list[Any]]:
+    """The rows in JSON's types; a missing or infinite value is None."""
     rows: list[list[Any]] = table.astype(object).to_numpy().tolist()
     return [
         [
@@ -132,49 +132,48 @@ def values(table: pd.DataFrame) -> list[list[Any]]:
     ]
 
 
-# --- where it comes from --------------------------------------------------------------------------
+# --- origin of the results ------------------------------------------------------------------------
 
 
-def certificates(source: Source) -> list[dict[str, str]]:
-    """Of each attention: whether it is certified, what stands against it, when that was found, and its options."""
-    told = []
-    for name, rows in source.table.groupby("attention", sort=False):
-        record = source.certificates.get(str(name), {})
-        objections = rows["detail"][rows["outcome"] == "uncertified"].dropna() if "detail" in rows else pd.Series(dtype=str)
-        if (rows["outcome"] == "uncertified").any():
-            verdict, why = "uncertified", next(iter(objections), "")
-        elif (rows["outcome"] == "unsupported").all():
-            verdict, why = "not made", "it does not run on this machine"
+def _certificates(source: Source) -> list[dict[str, str]]:
+    """For each attention whether it is certified, the failed check, the day of the certificate, its options and code."""
+    rows = []
+    for name, own in source.table.groupby("attention", sort=False):
+        details = own["detail"][own["outcome"] == "uncertified"].dropna() if "detail" in own else pd.Series(dtype=str)
+        if (own["outcome"] == "uncertified").any():
+            verdict, reason = "uncertified", next(iter(details), "")
+        elif (own["outcome"] == "unsupported").all():
+            verdict, reason = "not made", "it does not run on this machine"
         else:
-            verdict, why = "certified", ""
-        described = next((one for one in reversed(source.descriptions) if name in one.get("candidates", {})), {})
-        node = described.get("candidates", {}).get(name, {})
-        told.append(
+            verdict, reason = "certified", ""
+        description = next((one for one in reversed(source.descriptions) if name in one.get("candidates", {})), {})
+        node = description.get("candidates", {}).get(name, {})
+        rows.append(
             {
                 "name": str(name),
                 "verdict": verdict,
-                "why": str(why),
-                "when": str(record.get("time", ""))[:10],
+                "reason": str(reason),
+                "day": str(source.certificates.get(str(name), {}).get("time", ""))[:10],
                 "options": ", ".join(f"{key}={value}" for key, value in node.get("node", node).items()),
-                "code": str(described.get("code", {}).get(name, "")),
+                "code": str(description.get("code", {}).get(name, "")),
             }
         )
-    return told
+    return rows
 
 
-def machines(sources: Iterable[Source]) -> list[dict[str, Any]]:
-    """Every machine that had a part in it, under each commit: its facts, and the highest rates that it was seen to reach."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def _machines(sources: Iterable[Source]) -> list[dict[str, Any]]:
+    """Every machine and commit that results come from: its facts, the time span, and the highest rates measured on it."""
+    machines: dict[tuple[str, str], dict[str, Any]] = {}
     for source in sources:
         for description in source.descriptions:
-            known = facts(description)
-            key = (source.label, str(sorted(known.items())))
-            entry = found.setdefault(key, {"source": source, "facts": known, "times": [], "peaks": []})
-            entry["times"].append(str(description.get("time", "")))
+            facts = machine_facts(description)
+            key = (source.label, str(sorted(facts.items())))
+            machine = machines.setdefault(key, {"source": source, "facts": facts, "times": [], "peaks": []})
+            machine["times"].append(str(description.get("time", "")))
             if description.get("peaks"):
-                entry["peaks"].append(Peaks.from_record(description["peaks"]))
-    for entry in found.values():
-        entry["since"], entry["until"] = min(entry["times"])[:16], max(entry["times"])[:16]
-        rates = merge_peaks(*entry["peaks"]) if entry["peaks"] else None
-        entry["rates"] = rates and {"flops": rates.flops_per_s, "bytes": max(rate for _, rate in rates.bytes_per_s)}
-    return list(found.values())
+                machine["peaks"].append(Peaks.from_record(description["peaks"]))
+    for machine in machines.values():
+        machine["since"], machine["until"] = min(machine["times"])[:16], max(machine["times"])[:16]
+        peaks = merge_peaks(*machine["peaks"]) if machine["peaks"] else None
+        machine["rates"] = peaks and {"flops": peaks.flops_per_s, "bytes": max(rate for _, rate in peaks.bytes_per_s)}
+    return list(machines.values())

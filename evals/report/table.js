@@ -1,8 +1,8 @@
-// The full table: sorted, filtered, a page at a time, and handed on as CSV.
+// The table of all results: sorts, filters, shows one page at a time, and downloads as CSV.
 
 const PAGE = 50;
 
-/** A field of CSV as RFC 4180 has it. */
+/** Quotes a field of CSV as in RFC 4180. */
 function quoted(value) {
   const text = value === null || value === undefined ? "" : String(value);
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
@@ -16,7 +16,7 @@ class Table {
     this.table = root.querySelector("table");
     this.status = root.querySelector("[role=status]");
     this.rows = part.rows;
-    // What is looked through, put together once.
+    // The text that the filter searches, joined once.
     this.texts = this.rows.map((row) => part.columns.map((column) => row[column] ?? "").join("\n").toLowerCase());
     this.words.addEventListener("input", () => this.filter());
     this.all.addEventListener("change", () => this.draw());
@@ -41,7 +41,7 @@ class Table {
       const column = this.sorted, sign = this.descending ? -1 : 1;
       this.found.sort((a, b) => {
         const [one, other] = [a[column], b[column]];
-        if (one === null || other === null) return (one === null) - (other === null); // what is missing comes last, either way
+        if (one === null || other === null) return (one === null) - (other === null); // missing values come last in either direction
         return sign * (typeof one === "number" && typeof other === "number" ? one - other : String(one) < String(other) ? -1 : Number(String(one) > String(other)));
       });
     }
@@ -65,7 +65,7 @@ class Table {
     return Math.max(1, Math.ceil(this.found.length / PAGE));
   }
 
-  /** A page of what is found; from is the place of its first row, most how many rows it has at most. */
+  /** Shows rows of the filtered table. from: index of the first; most: how many at most. */
   draw(from = this.page * PAGE, most = PAGE) {
     const rows = this.found.slice(from, from + most);
     const head = document.createElement("tr");
@@ -74,7 +74,7 @@ class Table {
       cell.scope = "col";
       if (column === this.sorted) cell.setAttribute("aria-sort", this.descending ? "descending" : "ascending");
       button.type = "button";
-      button.ariaLabel = column; // a place to break the line at is no part of a name
+      button.ariaLabel = column; // the name without its line breaks
       for (const [index, word] of column.split("_").entries()) button.append(...(index ? ["_", document.createElement("wbr")] : []), word);
       button.addEventListener("click", () => this.sort(column));
       cell.append(button);
@@ -101,7 +101,7 @@ class Table {
     this.status.textContent = `${rows.length ? from + 1 : 0}–${from + rows.length} of ${this.found.length} rows${this.found.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
   }
 
-  /** What is found, in the order shown, with every column and every digit. */
+  /** The filtered rows in their order, with all columns and digits. */
   csv() {
     const lines = [this.part.columns, ...this.found.map((row) => this.part.columns.map((column) => row[column]))];
     return lines.map((line) => line.map(quoted).join(",")).join("\r\n") + "\r\n";

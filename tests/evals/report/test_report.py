@@ -15,9 +15,9 @@ from evals.paths import ROOT
 from evals.plots.style import SPARE_COLOURS, STYLES
 from evals.report import write
 from evals.report.changes import changes
-from evals.report.charts import DARK, charts, contrast, on_dark
+from evals.report.charts import DARK, charts, contrast, lighten
 from evals.report.library import vega
-from evals.report.sources import parts, read
+from evals.report.sources import group_sources, read_sources
 from tests.evals.sweeps import failing, table
 
 pytestmark = pytest.mark.xdist_group("report")
@@ -121,7 +121,7 @@ def test_what_is_hovered_over_is_told_within_the_window(paper: tuple[Page, list[
     page.set_viewport_size({"width": 500, "height": 500})
     for place in (0, 7, 20, 55):  # near each side
         page.locator("#chart-0-latency [aria-roledescription=value]").nth(place).hover(force=True)
-        expect(page.locator(".tip")).to_contain_text("of the ceiling")
+        expect(page.locator(".tip")).to_contain_text("fraction of the roofline")
         box = page.locator(".tip").bounding_box()
         assert box is not None
         assert (box["x"] >= 0, box["y"] >= 0, box["x"] + box["width"] <= 500) == (True, True, True)
@@ -174,7 +174,7 @@ def test_a_hostile_name_is_text(browser: Browser, tmp_path: Path) -> None:
     page, complaints = opened(browser, written(tmp_path / "<img src=x onerror=alert(1)>", results))
     assert page.evaluate("window.pwned") is None
     assert complaints == []
-    assert json.loads(page.locator("#data").inner_text())[0]["attentions"] == list(HOSTILE)
+    assert json.loads(page.locator("#data").inner_text())["parts"][0]["attentions"] == list(HOSTILE)
     assert page.locator("img").count() == 0
     (reason,) = page.locator("#chart-0-latency [aria-roledescription=failed]").all()
     assert HOSTILE[1] in str(reason.get_attribute("aria-label"))
@@ -216,7 +216,7 @@ def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Pat
 
 def test_of_two_sets_it_is_told_what_changed_and_whom_each_was_compared_with() -> None:
     folders = [PAPER.parent / "cpu" / name for name in ("attention", "long")]
-    (part,) = parts(read(folders))
+    (part,) = group_sources(read_sources(folders))
     (change,) = changes(part)
     assert "only in A" not in change.note
     assert "; 6 only in attention; 10 only in long." in change.note
@@ -227,7 +227,7 @@ def test_of_two_sets_it_is_told_what_changed_and_whom_each_was_compared_with() -
 
 
 def test_conversions_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"healing holds conversions of pretrained models, which a report does not show: `python"):
+    with pytest.raises(UsageError, match=r"distillation holds conversions of pretrained models, which a report does not show: "):
         write([PAPER.parent / "distillation"], tmp_path / "report.html")
 
 
@@ -241,7 +241,7 @@ def test_colours_stand_out_from_a_dark_page() -> None:
         return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
 
     for colour in (*SPARE_COLOURS, *(look.colour for look in STYLES.values())):
-        assert contrast(channels(on_dark(colour)), channels(DARK)) >= 4.5
+        assert contrast(channels(lighten(colour)), channels(DARK)) >= 4.5
 
 
 def test_the_library_cannot_end_its_script() -> None:
