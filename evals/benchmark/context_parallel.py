@@ -1,10 +1,11 @@
-"""TODO: what lives here."""
+"""The workload `context_parallel`: one sequence across several processes of this machine, a core each."""
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,22 @@ from evals.isolation.forkserver import end_with_parent
 
 @limit_to(scopes=("attention",))
 def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
-    """One forward pass over a sequence that `ranks` processes share, a core each, without gradients.
+    """One forward pass over a sequence that several ranks share, without gradients.
 
-    This process is rank 0. The others are copies of it, which wait at a pipe for its word and tell when they are done, so
-    that a call lasts until the last of them is: between calls, and while rank 0 is stopped, they take no time from anyone.
-    They die with it. Counts sent_bytes: what rank 0 sends in a call, and no other rank sends more.
+    This process is rank 0, and the others are forks of it. A call lasts until the last rank is done. Between calls, and while
+    rank 0 is stopped, the others wait at a pipe and take no time from anyone.
+
+    Args:
+        module: an attention with `context_parallel_forward`.
+        inputs: [batch, time, hidden_dim] on the CPU.
+        ranks: number of processes, at most the number of cores.
+
+    Returns:
+        The call. It counts sent_bytes, what rank 0 sends in a call; no other rank sends more.
+
+    Raises:
+        NotImplementedError: for another device, or an attention that does not run across ranks.
+        ValueError: if a rank would not have a core of its own, or there are too many ranks for the sequence.
     """
     if inputs.device.type != "cpu":
         raise NotImplementedError("not implemented for cuda: torchrun -m evals.context_parallel --device cuda runs across GPUs")
@@ -34,70 +46,94 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
         raise ValueError(f"workload.ranks must be from 1 to {core_count()}, the cores that this process may use, got {ranks}")
     module.eval()
     lengths = split_evenly(inputs.shape[1], ranks, module.block_length)
-
-    def join(rank: int, store: TCPStore) -> Callable[[], int]:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        start = sum(lengths[:rank])
-        stretch = inputs[:, start : start + lengths[rank]].clone()
-
-        @torch.inference_mode()
-        def attend() -> int:
-            shared = SequenceGroup(lengths=lengths)
-            module.context_parallel_forward(stretch, shared)
-            return shared.sent_bytes
-
-        return attend
-
-    def follow(rank: int, leader: Connection) -> None:
-        attend = join(rank, TCPStore("127.0.0.1", leader.recv(), ranks))
-        while True:
-            leader.recv()
-            attend()
-            leader.send(None)
-
-    followers = [_fork(follow, rank) for rank in range(1, ranks)]
+    # Forked before this process starts a thread for the store, since a fork has none of its parent's threads.
+    others = [ForkedRank(module, inputs, lengths, rank) for rank in range(1, ranks)]
     store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
-    for follower in followers:
-        follower.send(store.port)
-    attend, sent = join(0, store), 0
+    for rank in others:
+        rank.join(store.port)
+    own = Shard(module, inputs, lengths, 0, store)
 
     def call() -> None:
-        nonlocal sent
-        for follower in followers:
-            follower.send(None)
-        sent = attend()
-        for rank, follower in enumerate(followers, 1):
-            _check(rank, follower)
+        for rank in others:
+            rank.start_call()
+        own.forward()
+        for rank in others:
+            rank.finish_call()
 
-    return Work(call, count_tokens(inputs), counted=lambda: {"sent_bytes": sent})
+    return Work(call, count_tokens(inputs), counted=lambda: {"sent_bytes": own.sent_bytes})
 
 
-def _fork(follow: Callable[[int, Connection], None], rank: int) -> Connection:
-    """A copy of this process, as it is now, that follows what comes through the connection until this process is gone."""
-    ours, theirs = Pipe()
-    parent = os.getpid()
-    # Not multiprocessing, which allows a worker no children: safe as long as this process has one thread.
-    if os.fork():
+class Shard:
+    """A rank's shard of the sequence. Making it joins the process group.
+
+    Attributes:
+        sent_bytes: bytes that this rank sent in its last forward pass.
+    """
+
+    def __init__(self, module: Attention, inputs: Tensor, lengths: Sequence[int], rank: int, store: TCPStore) -> None:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=len(lengths))
+        self._module = module
+        self._lengths = lengths
+        self._hidden_states = inputs.split(list(lengths), dim=1)[rank].clone()
+        self.sent_bytes = 0
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        group = SequenceGroup(lengths=self._lengths)
+        self._module.context_parallel_forward(self._hidden_states, group)
+        self.sent_bytes = group.sent_bytes
+
+
+class ForkedRank:
+    """Another rank: a fork of this process, which dies with it.
+
+    Through a pipe it gets the port of the store, then a None for each call, and replies with None when it is done, or with
+    the error in words.
+    """
+
+    def __init__(self, module: Attention, inputs: Tensor, lengths: Sequence[int], rank: int) -> None:
+        self._rank = rank
+        self._connection, theirs = Pipe()
+        parent = os.getpid()
+        # Not multiprocessing, which allows a worker process no children. Safe as long as this process has one thread.
+        if os.fork() == 0:
+            self._connection.close()
+            _serve_calls(theirs, parent, module, inputs, lengths, rank)
         theirs.close()
-        return ours
+
+    def join(self, port: int) -> None:
+        self._connection.send(port)
+
+    def start_call(self) -> None:
+        self._connection.send(None)
+
+    def finish_call(self) -> None:
+        """Waits for the rank. Raises RuntimeError if it failed."""
+        try:
+            failure = self._connection.recv()
+        except EOFError:
+            failure = "it died"
+        if failure is not None:
+            raise RuntimeError(f"rank {self._rank}: {failure}")
+
+
+def _serve_calls(
+    connection: Connection, parent: int, module: Attention, inputs: Tensor, lengths: Sequence[int], rank: int
+) -> NoReturn:
+    """Joins the process group and runs the calls of a forked rank, until its parent is gone."""
     try:
-        ours.close()
         gc.freeze()
         end_with_parent()
-        if os.getppid() == parent:  # or it died before it was asked for
-            follow(rank, theirs)
+        if os.getppid() != parent:  # it died before this process asked to die with it
+            os._exit(0)
+        shard = Shard(module, inputs, lengths, rank, TCPStore("127.0.0.1", connection.recv(), len(lengths)))
+        while True:
+            connection.recv()
+            shard.forward()
+            connection.send(None)
     except EOFError:
         pass  # the parent is gone
     except Exception as error:  # noqa: BLE001  the parent raises it
-        theirs.send(f"{type(error).__name__}: {error}")
+        connection.send(f"{type(error).__name__}: {error}")
     finally:
         os._exit(0)
-
-
-def _check(rank: int, follower: Connection) -> None:
-    try:
-        failure = follower.recv()
-    except EOFError:
-        failure = "it died"
-    if failure is not None:
-        raise RuntimeError(f"rank {rank}: {failure}")
