@@ -10,7 +10,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from bsbr.interface import MultiHeadAttention
@@ -87,8 +87,8 @@ def _process_group(device_type: str) -> Iterator[torch.device]:
 def _build(setup: Setup, device: torch.device) -> MultiHeadAttention:
     """The attention, with the same parameters on every rank."""
     torch.manual_seed(0)
-    node = OmegaConf.load(CONF / "attention" / f"{setup.attention}.yaml")[setup.attention]
-    attention = instantiate(node, hidden_dim=setup.hidden_dim, num_heads=setup.num_heads)
+    config = cast(DictConfig, OmegaConf.load(CONF / "attention" / f"{setup.attention}.yaml"))
+    attention = instantiate(config[setup.attention], hidden_dim=setup.hidden_dim, num_heads=setup.num_heads)
     return cast(MultiHeadAttention, attention.to(device, DTYPES[setup.dtype]).eval())
 
 
