@@ -42,8 +42,10 @@ def format_value(row: "pd.Series[Any] | dict[str, Any] | None", metric: Metric) 
     digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
     text = f"{shown:.{digits}f}" if shown >= 0.1 else f"{shown:.2g}"
     low, high = ends
+    if not high > low:  # no interval, or none of a count such as 0 sent bytes
+        return text
     percent = 50 * (high - low) / value
-    return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%" if high > low else text
+    return f"{text}±{'>99' if percent > 99 else f'{percent:.0f}'}%"
 
 
 def format_mean(value: float, low: float, high: float, *, decimals: int = 3) -> str:
