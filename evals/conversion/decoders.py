@@ -17,7 +17,7 @@ from bsbr import reference
 from bsbr.convert import Retrieval, attention_interface, convert_to_bsbr
 from bsbr.convert.streaming import StreamingLayer
 from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter
-from evals.conversion.distill import converted_attention_names, weight_matrices
+from evals.conversion.modules import retrievals, weight_matrices
 
 UNPADDED = "bsbr_unpadded"
 """Name of a conversion's attention without a mask function. `Attention.forward` has removed the padding, and to build a mask the
@@ -189,11 +189,6 @@ class ConvertedDecoder(PretrainedDecoder):
 
     def implementation(self, *tensors: Tensor) -> str:
         return f"bsbr, {retrievals(self.decoder)[0].implementation()}"
-
-
-def retrievals(converted: nn.Module) -> list[Retrieval]:
-    """The `Retrieval` of every converted attention, in order."""
-    return [cast(Retrieval, converted.get_submodule(f"{name}.retrieval")) for name in converted_attention_names(converted)]
 
 
 # --- reference attentions -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from bsbr.convert import Retrieval
+from evals.conversion.modules import converted_attention_names, weight_matrices
 from evals.training.optimizer import OptimizerSettings, minimize
 
 Batches = Callable[[int], Tensor]
@@ -101,18 +101,6 @@ def distill(
 def count_trained_parameters(converted: nn.Module) -> int:
     """Number of parameters that a distillation trains, once it has begun."""
     return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
-
-
-def weight_matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
-    """Modules of the layers whose weight is a matrix, and these weights; neither embeddings nor the head."""
-    outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
-    weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
-    return [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
-
-
-def converted_attention_names(converted: nn.Module) -> list[str]:
-    """Names of the converted attention modules; the original model has its attentions under the same names."""
-    return [name.removesuffix(".retrieval") for name, part in converted.named_modules() if isinstance(part, Retrieval)]
 
 
 def _select_trained_parameters(converted: PreTrainedModel, rank: int, train_retrieval: bool) -> None:

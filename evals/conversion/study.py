@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from bsbr import convert
 from bsbr.convert import convert_to_bsbr
 from evals.benchmark.code_hash import files_digest, modules_digest
-from evals.conversion.distill import converted_attention_names, count_trained_parameters, distill
+from evals.conversion.distill import count_trained_parameters, distill
 from evals.conversion.evaluation import evaluate
+from evals.conversion.modules import retrievals
 from evals.conversion.teachers import MODELS, Teacher, Texts, draw_windows, load_pretrained, train
 from evals.measure import machine
 from evals.measure.clock import now
@@ -27,8 +28,8 @@ FOLDERS: dict[Split, str] = {"test": "distillation", "validation": "distillation
 """Folder of the results, by the split that the models are evaluated on."""
 
 MODULES = (
-    *("evals.conversion.study", "evals.conversion.distill", "evals.conversion.evaluation", "evals.conversion.teachers"),
-    "evals.training.optimizer",
+    *("evals.conversion.study", "evals.conversion.distill", "evals.conversion.evaluation", "evals.conversion.modules"),
+    *("evals.conversion.teachers", "evals.training.optimizer"),
 )
 """Modules that decide what a run comes to, beside `bsbr.convert`: a change of their code makes the run anew."""
 
@@ -183,8 +184,7 @@ def run(plan: DistillationPlan, teacher_folder: Path, checkpoint_folder: Path, r
         for start in range(0, plan.num_eval_examples, plan.batch)
     ]
     results = evaluate(original, models, windows, plan.chunk_size)
-    attentions = [converted.get_submodule(name) for name in converted_attention_names(converted)]
-    gates = [float(attention.retrieval.gate.detach().abs().mean()) for attention in attentions]
+    gates = [float(retrieval.gate.detach().abs().mean()) for retrieval in retrievals(converted)]
     parameters = sum(parameter.numel() for parameter in original.parameters())
     return {"models": results, "parameters": parameters, "trained_parameters": trained_parameters, "mean_gate": gates}
 
