@@ -1,9 +1,9 @@
-"""The training of `python -m evals.run` with every batch shared by several processes, on one machine or many:
+"""Trains the candidates of a sweep with several processes that share every batch, on one machine or many.
 
     torchrun --standalone --nproc-per-node=2 -m evals.train_distributed sweep=recall device=cuda
 
-Runs go to the same ledger and count for the same table, which `python -m evals.run` with the same words then makes. What a
-run cannot survive ends the command: ranks of one run cannot be isolated from each other.
+The runs go to the same ledger as those of `python -m evals.run`, which makes the table if it is given the same arguments. A run
+that crashes ends the command, because the processes of one run cannot be isolated from each other.
 """
 
 import os
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from evals.cli import hydra_app
 from evals.cli.command import RESUME, command
 from evals.cli.jobs import read_job
+from evals.errors import USAGE
 from evals.isolation import forkserver
 from evals.training.distributed import train_comparison
 
@@ -27,12 +28,12 @@ def main() -> int:
             "start it with torchrun, such as: torchrun --standalone --nproc-per-node=2 -m evals.train_distributed sweep=recall",
             file=sys.stderr,
         )
-        return 2
+        return USAGE
     if os.environ["RANK"] == "0":
-        forkserver.start()  # for certificates
+        forkserver.start()  # certificates are made in processes of their own
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # gloo for tensors of the CPU, which small talk is, too.
+    # gloo sends tensors and objects of the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         session = hydra_app.Session()

@@ -45,7 +45,7 @@ class MQAR(Task):
         require(self.seq_len % 2 == 0, f"mqar needs an even seq_len, got {self.seq_len}")
         require(
             4 * self.num_pairs <= self.seq_len,
-            f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, so that each key can be asked, got {self.num_pairs}",
+            f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, so that each key can be queried, got {self.num_pairs}",
         )
         require(
             self.vocabulary // 2 > self.num_pairs,

@@ -1,4 +1,4 @@
-"""Training across ranks: the same run as on one, in the same ledger."""
+"""Distributed training: two processes train the same run as one, into the same ledger."""
 
 import subprocess
 import sys
@@ -25,32 +25,32 @@ SMALL = (
 )
 
 
-def words(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL]
 
 
-def trained(folder: Path, done: subprocess.CompletedProcess[str]) -> Record:
+def trained_run(folder: Path, done: subprocess.CompletedProcess[str]) -> Record:
     assert done.returncode == 0, done.stderr
-    (made,) = [one for one in Ledger(folder / "results" / "single" / "samples.jsonl").read()[0] if one["kind"] == "run"]
-    return made
+    (run,) = [record for record in Ledger(folder / "results" / "single" / "samples.jsonl").read()[0] if record["kind"] == "run"]
+    return run
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.train_distributed")
-    command = [sys.executable, "-m", *torchrun, *words(tmp_path / "shared")]
-    shared = trained(tmp_path / "shared", subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False))
-    alone = trained(tmp_path / "alone", call(run.main, *words(tmp_path / "alone")))
+    command = [sys.executable, "-m", *torchrun, *arguments(tmp_path / "shared")]
+    shared = trained_run(tmp_path / "shared", subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False))
+    alone = trained_run(tmp_path / "alone", call(run.main, *arguments(tmp_path / "alone")))
     assert (shared["outcome"], shared["ranks"]) == ("ok", 2)
     assert shared["run"] == alone["run"]
     for (step, loss), (other, same) in zip(shared["curve"], alone["curve"], strict=True):
         assert step == other
         assert loss == pytest.approx(same, rel=1e-4)
     assert shared["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
-    # The table of both is made by evals.run, which has nothing left to train.
-    assert trained(tmp_path / "shared", call(run.main, *words(tmp_path / "shared"))) == shared
+    # evals.run makes the table of both, and has nothing left to train.
+    assert trained_run(tmp_path / "shared", call(run.main, *arguments(tmp_path / "shared"))) == shared
 
 
-def test_without_torchrun_it_says_how() -> None:
+def test_without_torchrun_it_says_how_to_start_it() -> None:
     done = call(train_distributed.main)
     assert done.returncode == 2
     assert done.stderr.startswith("start it with torchrun")

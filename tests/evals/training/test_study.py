@@ -1,4 +1,4 @@
-"""Training as a user runs it: every task is learned, every run is a row, and what was killed goes on."""
+"""Training as a user runs it: every task is learned, every run is a row, and killed runs continue."""
 
 import os
 import re
@@ -37,18 +37,18 @@ TINY = (
 # --- every task is learned ----------------------------------------------------------------------
 
 
-def comparison(*overrides: str) -> Comparison:
+def compose_comparison(*overrides: str) -> Comparison:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return read_job(compose("config", [*TINY, *overrides]))
 
 
-def learned(saved: Path, *overrides: str) -> dict[str, Any]:
-    """What one candidate comes to, at the first length that it is asked at."""
-    asked = comparison(*overrides)
-    *_, made = train(asked, asked.candidates[0], build_task(asked), 1e-2, 0, saved)
-    assert isinstance(made, dict)
-    assert made["outcome"] == "ok"
-    first: dict[str, Any] = made["evaluations"][0]
+def train_and_evaluate(checkpoint_path: Path, *overrides: str) -> dict[str, Any]:
+    """Trains one candidate; returns its evaluation at the first length."""
+    comparison = compose_comparison(*overrides)
+    *_, run = train(comparison, comparison.candidates[0], build_task(comparison), 1e-2, 0, checkpoint_path)
+    assert isinstance(run, dict)
+    assert run["outcome"] == "ok"
+    first: dict[str, Any] = run["evaluations"][0]
     return first
 
 
@@ -64,53 +64,55 @@ def learned(saved: Path, *overrides: str) -> dict[str, Any]:
     ],
 )
 def test_a_task_is_learned_far_beyond_chance(task: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    asked = learned(tmp_path / "run.safetensors", f"task={task}", *overrides)
-    chance = build_task(comparison(f"task={task}", *overrides)).chance
-    accuracy = np.divide(asked["right"], asked["targets"])
-    # In every group, so a needle at every depth.
+    evaluation = train_and_evaluate(tmp_path / "run.safetensors", f"task={task}", *overrides)
+    chance = build_task(compose_comparison(f"task={task}", *overrides)).chance
+    accuracy = np.divide(evaluation["right"], evaluation["targets"])
+    # In every group: a needle is found at every depth.
     assert accuracy.min() > chance + 0.7 * (1 - chance)
 
 
 def test_bytes_are_learned_beyond_their_frequencies(tmp_path: Path) -> None:
-    asked = learned(tmp_path / "run.safetensors", "task=language_modeling", "shape.seq_len=64", "training.steps=250")
+    evaluation = train_and_evaluate(
+        tmp_path / "run.safetensors", "task=language_modeling", "shape.seq_len=64", "training.steps=250"
+    )
     text = load_corpus().splits["test"]
     frequencies = np.bincount(text, minlength=256) / len(text)
-    entropy = -sum(p * np.log(p) for p in frequencies if p)  # what no model of single bytes can go below
-    loss = sum(asked["loss"]) / sum(asked["targets"])
+    entropy = -sum(p * np.log(p) for p in frequencies if p)  # no model of single bytes can go below it
+    loss = sum(evaluation["loss"]) / sum(evaluation["targets"])
     assert loss < 0.85 * entropy
-    assert sum(asked["targets"]) == 200 * 64
+    assert sum(evaluation["targets"]) == 200 * 64
     # Context helps: the first byte has none.
-    assert asked["loss"][0] / asked["targets"][0] > 1.2 * loss
+    assert evaluation["loss"][0] / evaluation["targets"][0] > 1.2 * loss
 
 
-# --- which runs there are -----------------------------------------------------------------------
+# --- the plan of runs ---------------------------------------------------------------------------
 
 
-def done(rate: float, seed: int, loss: float, outcome: str = "ok") -> dict[str, Any]:
+def record_of(rate: float, seed: int, loss: float, outcome: str = "ok") -> dict[str, Any]:
     return {"learning_rate": rate, "seed": seed, "outcome": outcome, "validation_loss": loss}
 
 
-def test_every_rate_has_one_run_and_the_best_has_all_seeds() -> None:
+def test_every_learning_rate_has_one_run_and_the_best_has_all_seeds() -> None:
     training = Training(1, (0.1, 0.2, 0.3), 3, 0, 0, 1, 1, 1, (1,), (1,), 0)
     losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
     runs: list[dict[str, Any]] = []
-    while (wanted := next_run(runs, training)) is not None:
-        # A seed that is better or worse than the first changes nothing.
-        runs.append(done(*wanted, losses[wanted[0]] if wanted[1] == 0 else 9.0))
+    while (planned := next_run(runs, training)) is not None:
+        # The losses of later seeds do not change which rate is best.
+        runs.append(record_of(*planned, losses[planned[0]] if planned[1] == 0 else 9.0))
     assert [(one["learning_rate"], one["seed"]) for one in runs] == [(0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1), (0.2, 2)]
     assert best_learning_rate(runs, training.learning_rates) == 0.2
 
 
-def test_a_rate_that_diverged_is_not_the_best_and_where_all_did_there_is_none() -> None:
+def test_a_learning_rate_that_diverged_is_not_the_best() -> None:
     training = Training(1, (0.1, 0.2), 2, 0, 0, 1, 1, 1, (1,), (1,), 0)
-    failed = done(0.2, 0, 0.0, "diverged")
-    assert next_run([done(0.1, 0, 5.0), failed], training) == (0.1, 1)
-    assert next_run([done(0.1, 0, 0.0, "oom"), failed], training) is None
+    failed = record_of(0.2, 0, 0.0, "diverged")
+    assert next_run([record_of(0.1, 0, 5.0), failed], training) == (0.1, 1)
+    assert next_run([record_of(0.1, 0, 0.0, "oom"), failed], training) is None
 
 
 # --- the command --------------------------------------------------------------------------------
 
-WORDS = (
+OVERRIDES = (
     *("sweep=recall", "block=8", "model.hidden_dim=32", "model.num_heads=1", "model.ff_dim=64", "device.threads=1"),
     *("attention=[standard,linear]", "task.vocabulary=32", "task.num_pairs=2,4", "shape.seq_len=16", "shape.batch_size=16"),
     *("training.steps=60", "training.num_eval_examples=50", "training.seeds=2", "training.learning_rates=[1e-3,1e-2]"),
@@ -118,8 +120,8 @@ WORDS = (
 )
 
 
-def words(folder: Path, *arguments: str) -> list[str]:
-    return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *WORDS, *arguments]
+def arguments_for(folder: Path, *arguments: str) -> list[str]:
+    return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *OVERRIDES, *arguments]
 
 
 def table(folder: Path, name: str = "results") -> pd.DataFrame:
@@ -131,15 +133,15 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("study")
-    finished = call(run.main, *words(folder))
-    assert (finished.returncode, finished.stderr) == (0, "")
-    return folder, finished.stdout
+    completed = call(run.main, *arguments_for(folder))
+    assert (completed.returncode, completed.stderr) == (0, "")
+    return folder, completed.stdout
 
 
-def test_every_rate_is_a_row_and_the_best_is_told_over_seeds(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
+def test_every_learning_rate_is_a_row_and_the_best_has_an_interval_over_seeds(finished_sweep: tuple[Path, str]) -> None:
+    folder, _ = finished_sweep
     rows = table(folder)
     assert (rows["outcome"] == "ok").all()
     assert len(rows) == 2 * 2 * 2 * 2  # attentions, numbers of pairs, learning rates, lengths
@@ -163,34 +165,34 @@ def test_every_rate_is_a_row_and_the_best_is_told_over_seeds(swept: tuple[Path, 
     assert row["loss_high_nats"] - row["loss_nats"] == pytest.approx(12.706 * abs(seeds[0] - seeds[1]) / 2, rel=1e-3)
 
 
-def test_all_have_the_same_data_and_as_many_parameters(swept: tuple[Path, str]) -> None:
-    rows = table(swept[0])
+def test_all_candidates_have_the_same_data_and_numbers_of_parameters(finished_sweep: tuple[Path, str]) -> None:
+    rows = table(finished_sweep[0])
     assert rows["parameters"].max() <= 1.01 * rows["parameters"].min()
     assert (rows["tokens"] == 60 * 16 * 16).all()
     assert rows.groupby("num_pairs")["chance"].first().tolist() == [1 / 2, 1 / 4]
     state = rows.set_index(["attention", "eval_seq_len"])["state_bytes"]
     assert state["standard", 32].iloc[0] == 2 * state["standard", 16].iloc[0] == 2 * 2 * 4 * 2 * 16 * 32
-    curves = table(swept[0], "curves")
+    curves = table(finished_sweep[0], "curves")
     assert len(curves) == 2 * 2 * 3 * 60
     first = curves[(curves["step"] == 1) & (curves["seed"] == 0) & (curves["num_pairs"] == 2)]
-    assert first.groupby("attention")["loss_nats"].nunique().tolist() == [1, 1]  # the rate has not acted yet
+    assert first.groupby("attention")["loss_nats"].nunique().tolist() == [1, 1]  # no step has been taken yet
 
 
-def test_it_says_what_came_out_and_draws_it(swept: tuple[Path, str]) -> None:
-    folder, said = swept
-    assert len(re.findall(r"^  (standard|linear) +rate \S+, seed \d +accuracy ", said, flags=re.MULTILINE)) == 2 * 2 * 3
-    assert "accuracy, higher is better, by num_pairs" in said
+def test_it_prints_the_results_and_draws_them(finished_sweep: tuple[Path, str]) -> None:
+    folder, output = finished_sweep
+    assert len(re.findall(r"^  (standard|linear) +rate \S+, seed \d +accuracy ", output, flags=re.MULTILINE)) == 2 * 2 * 3
+    assert "accuracy, higher is better, by num_pairs" in output
     assert {path.stem for path in (folder / "plots" / "recall").iterdir()} == {"accuracy", "by_length", "recall_front", "loss"}
-    assert accuracy_table.render(table(folder)) in said
+    assert accuracy_table.render(table(folder)) in output
 
 
-def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_killed_command_continues_to_the_same_table(finished_sweep: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    certificates = (swept[0] / "results" / "certificates.jsonl").read_text()
+    certificates = (finished_sweep[0] / "results" / "certificates.jsonl").read_text()
     (tmp_path / "results" / "certificates.jsonl").write_text(certificates)
     checkpoints = tmp_path / "results" / "recall" / "checkpoints"
     with subprocess.Popen(
-        [sys.executable, "-m", "evals.run", *words(tmp_path, "training.checkpoint_s=0")],
+        [sys.executable, "-m", "evals.run", *arguments_for(tmp_path, "training.checkpoint_s=0")],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -203,41 +205,43 @@ def test_killed_and_started_again_it_comes_to_the_same_table(swept: tuple[Path, 
     kept = runs(tmp_path)
     assert 2 <= len(kept) < 12
     assert len(list(checkpoints.glob("*.safetensors"))) == 1
-    assert call(run.main, *words(tmp_path)).returncode == 0
+    assert call(run.main, *arguments_for(tmp_path)).returncode == 0
     assert runs(tmp_path)[: len(kept)] == kept
     assert list(checkpoints.iterdir()) == []
-    whole, resumed = (table(folder).drop(columns="train_s") for folder in (swept[0], tmp_path))
+    whole, resumed = (table(folder).drop(columns="train_s") for folder in (finished_sweep[0], tmp_path))
     pd.testing.assert_frame_equal(whole, resumed, check_exact=True)
-    pd.testing.assert_frame_equal(*(table(folder, "curves") for folder in (swept[0], tmp_path)), check_exact=True)
+    pd.testing.assert_frame_equal(*(table(folder, "curves") for folder in (finished_sweep[0], tmp_path)), check_exact=True)
 
 
-def test_what_is_done_is_not_done_again_and_leaves_no_checkpoint(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
+def test_finished_runs_are_not_made_again_and_leave_no_checkpoint(finished_sweep: tuple[Path, str]) -> None:
+    folder, _ = finished_sweep
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        asked = read_job(compose("config", [word.replace("=2,4", "=4") for word in WORDS]))
+        comparison = read_job(compose("config", [word.replace("=2,4", "=4") for word in OVERRIDES]))
     results = folder / "results"
-    study = Study(asked, Ledger(results / "recall" / "samples.jsonl"), Certificates(results / "certificates.jsonl"))
+    study = Study(comparison, Ledger(results / "recall" / "samples.jsonl"), Certificates(results / "certificates.jsonl"))
     before = runs(folder)
-    left = [study.checkpoint_path(one, run["learning_rate"], run["seed"]) for one in asked.candidates for run in study.runs(one)]
+    left = [
+        study.checkpoint_path(one, run["learning_rate"], run["seed"]) for one in comparison.candidates for run in study.runs(one)
+    ]
     assert len(left) == 2 * 3
-    for path in left:  # as of a command that was killed right after it kept the record
+    for path in left:  # as a command leaves it that was killed right after it wrote the record
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert [record["kind"] for record in study.run(lambda words, part: None)] == ["study"]
+    assert [record["kind"] for record in study.run(lambda message, share: None)] == ["study"]
     assert runs(folder) == before
     assert not any(path.exists() for path in left)
 
 
-def test_a_command_that_was_stopped_before_it_trained_takes_no_row_away() -> None:
+def test_a_study_without_runs_hides_no_row_of_an_earlier_one() -> None:
     records, _ = Ledger(CONF.parent / "results" / "paper" / "recall_512" / "samples.jsonl").read()
     study = next(record for record in reversed(records) if record["kind"] == "study")
     changed = study | {"study": "of other code", "runs": {name: f"{name} by it" for name in study["runs"]}}
     before = accuracy_table.build(records)
     pd.testing.assert_frame_equal(accuracy_table.build([*records, changed]), before)
     run = next(record for record in reversed(records) if record["kind"] == "run" and record["attention"] == "bsbr")
-    made = accuracy_table.build([*records, changed, run | {"run": "bsbr by it", "validation_loss": 7.0}])
-    assert set(made["attention"]) == set(before["attention"])
-    assert made.loc[made["attention"] == "bsbr", "validation_loss_nats"].tolist() == [7.0]
+    table = accuracy_table.build([*records, changed, run | {"run": "bsbr by it", "validation_loss": 7.0}])
+    assert set(table["attention"]) == set(before["attention"])
+    assert table.loc[table["attention"] == "bsbr", "validation_loss_nats"].tolist() == [7.0]
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -275,10 +279,10 @@ def test_bad_input_is_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = {one.partition("=")[0] for one in arguments}
-    others = [word.replace("=2,4", "=2") for word in words(tmp_path) if word.partition("=")[0] not in given]
+    others = [word.replace("=2,4", "=2") for word in arguments_for(tmp_path) if word.partition("=")[0] not in given]
     monkeypatch.setattr(sys, "argv", ["run.py", *others, *arguments])
     assert run.main() == 2
-    out, said = capfd.readouterr()
-    assert (out, said.count("\n")) == ("", 1)
+    out, message = capfd.readouterr()
+    assert (out, message.count("\n")) == ("", 1)
     pattern = sentence if ".*" in sentence else re.escape(sentence)
-    assert re.match(f"error: .*{pattern}", said)
+    assert re.match(f"error: .*{pattern}", message)

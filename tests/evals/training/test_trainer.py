@@ -1,4 +1,4 @@
-"""The trainer: what a step is, that a killed run goes on as if it had not been, and what it says of itself."""
+"""The trainer: its steps, its results, and that a killed run continues with the same numbers."""
 
 import json
 import math
@@ -34,27 +34,27 @@ SMALL = (
 
 
 @cache
-def comparison(*overrides: str) -> Comparison:
+def compose_comparison(*overrides: str) -> Comparison:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return read_job(compose("config", [*SMALL, *overrides]))
 
 
-def run(asked: Comparison, saved: Path) -> dict[str, Any]:
-    """What a run comes to, in this process."""
-    *_, last = trainer.train(asked, asked.candidates[0], build_task(asked), 1e-2, 0, saved)
+def run(comparison: Comparison, checkpoint_path: Path) -> dict[str, Any]:
+    """Trains in this process; returns the last event, the fields of the run's record."""
+    *_, last = trainer.train(comparison, comparison.candidates[0], build_task(comparison), 1e-2, 0, checkpoint_path)
     assert isinstance(last, dict)
     return last
 
 
 def numbers(run: dict[str, Any]) -> dict[str, Any]:
-    """All that must not depend on when it was interrupted."""
+    """All fields that must not depend on interruptions."""
     return json.loads(json.dumps({key: value for key, value in run.items() if key != "train_s"}))  # type: ignore[no-any-return]
 
 
 # --- a step -------------------------------------------------------------------------------------
 
 
-def test_the_rate_rises_in_a_line_and_falls_by_a_cosine_to_zero() -> None:
+def test_the_learning_rate_rises_linearly_and_falls_by_a_cosine_to_zero() -> None:
     rates = [learning_rate_at(step, 110, 2.0, 1 / 11) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert max(rates) == 2.0
@@ -64,33 +64,33 @@ def test_the_rate_rises_in_a_line_and_falls_by_a_cosine_to_zero() -> None:
     assert learning_rate_at(0, 5, 1.0, 0.0) == 1.0
 
 
-def test_matrices_decay_and_nothing_else_does() -> None:
-    asked = comparison()
-    model = build_module(asked, asked.candidates[0])
+def test_only_matrices_have_weight_decay() -> None:
+    comparison = compose_comparison()
+    model = build_module(comparison, comparison.candidates[0])
     decayed, free = (group["params"] for group in trainer.parameter_groups(model, 0.1))
     assert {parameter.dim() for parameter in free} == {1}
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 6])
-def test_a_batch_in_pieces_has_the_gradient_of_the_whole(pieces: int) -> None:
-    asked = comparison("device.dtype=float64")
+@pytest.mark.parametrize("num_parts", [2, 3, 6])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(num_parts: int) -> None:
+    comparison = compose_comparison("device.dtype=float64")
     torch.manual_seed(0)
-    answers = PerTargetLoss(build_module(asked, asked.candidates[0]).double())  # type: ignore[arg-type]
-    batch = build_task(asked).batch(6, generator("batch"))
+    per_target_loss = PerTargetLoss(build_module(comparison, comparison.candidates[0]).double())  # type: ignore[arg-type]
+    batch = build_task(comparison).batch(6, generator("batch"))
     found = []
-    for count in (1, pieces):
-        answers.zero_grad()
-        loss = accumulate_gradients(answers, batch, asked.device, count)
-        found.append([torch.tensor(loss), *(p.grad for p in answers.parameters() if p.grad is not None)])
+    for count in (1, num_parts):
+        per_target_loss.zero_grad()
+        loss = accumulate_gradients(per_target_loss, batch, comparison.device, count)
+        found.append([torch.tensor(loss), *(p.grad for p in per_target_loss.parameters() if p.grad is not None)])
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-9)
 
 
-def test_the_loss_is_that_of_the_asked_targets() -> None:
-    asked = comparison()
-    model = build_module(asked, asked.candidates[0])
-    batch = build_task(asked).batch(6, generator("batch"))
+def test_the_loss_is_that_of_the_targets_that_count() -> None:
+    comparison = compose_comparison()
+    model = build_module(comparison, comparison.candidates[0])
+    batch = build_task(comparison).batch(6, generator("batch"))
     losses, right = PerTargetLoss(model)(batch.inputs, batch.targets)  # type: ignore[arg-type]
     logits = model(batch.inputs)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
@@ -101,12 +101,14 @@ def test_the_loss_is_that_of_the_asked_targets() -> None:
 # --- a run --------------------------------------------------------------------------------------
 
 
-def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
-    asked = comparison()
-    made = run(asked, tmp_path / "run.safetensors")
+def test_fields_of_a_run_s_record(tmp_path: Path) -> None:
+    comparison = compose_comparison()
+    made = run(comparison, tmp_path / "run.safetensors")
     assert made["outcome"] == "ok"
     assert made["tokens"] == 40 * 6 * 16
-    assert made["parameters"] == sum(parameter.numel() for parameter in build_module(asked, asked.candidates[0]).parameters())
+    assert made["parameters"] == sum(
+        parameter.numel() for parameter in build_module(comparison, comparison.candidates[0]).parameters()
+    )
     assert [step for step, _ in made["curve"]] == list(range(1, 41))
     assert [one["seq_len"] for one in made["evaluations"]] == [16, 64]
     assert [one["targets"] for one in made["evaluations"]] == [[60.0], [60.0]]
@@ -115,33 +117,43 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
     assert 0 < short < long
 
 
-def test_the_data_are_the_same_for_every_rate_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_the_same_for_every_learning_rate_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[list[int]]] = []
     original = accumulate_gradients
 
-    def noted(answers: Any, batch: Any, *rest: Any) -> float:
+    def record_batch(per_target_loss: Any, batch: Any, *rest: Any) -> float:
         seen[-1].append(batch.inputs.flatten().tolist())
-        return original(answers, batch, *rest)
+        return original(per_target_loss, batch, *rest)
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", noted)
-    other = comparison("+attention.bsbr.compression_factor=2")
-    for index, (asked, rate, seed) in enumerate([(comparison(), 1e-2, 0), (other, 1e-3, 0), (comparison(), 1e-2, 1)]):
+    monkeypatch.setattr(trainer, "accumulate_gradients", record_batch)
+    other = compose_comparison("+attention.bsbr.compression_factor=2")
+    for index, (comparison, rate, seed) in enumerate(
+        [(compose_comparison(), 1e-2, 0), (other, 1e-3, 0), (compose_comparison(), 1e-2, 1)]
+    ):
         seen.append([])
-        list(trainer.train(asked, asked.candidates[0], build_task(asked), rate, seed, tmp_path / f"{index}.safetensors"))
+        list(
+            trainer.train(
+                comparison, comparison.candidates[0], build_task(comparison), rate, seed, tmp_path / f"{index}.safetensors"
+            )
+        )
     assert seen[0] == seen[1] != seen[2]
     assert len({str(batch) for batch in seen[0]}) == 40
 
 
-def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curriculum_grows_to_the_whole_length_in_equal_parts_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[tuple[int, int], int]] = []
     original = accumulate_gradients
 
-    def noted(answers: Any, batch: Any, *rest: Any) -> float:
+    def record_batch(per_target_loss: Any, batch: Any, *rest: Any) -> float:
         seen.append((tuple(batch.inputs.shape), int((batch.targets != IGNORED).sum())))
-        return original(answers, batch, *rest)
+        return original(per_target_loss, batch, *rest)
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", noted)
-    made = run(comparison("training.curriculum=[4,2,1]", "task.num_pairs=4", "training.steps=6"), tmp_path / "run.safetensors")
+    monkeypatch.setattr(trainer, "accumulate_gradients", record_batch)
+    made = run(
+        compose_comparison("training.curriculum=[4,2,1]", "task.num_pairs=4", "training.steps=6"), tmp_path / "run.safetensors"
+    )
     # As many tokens in every step, and as many targets, for the pairs grow with the length.
     assert seen == [((24, 4), 24), ((24, 4), 24), ((12, 8), 24), ((12, 8), 24), ((6, 16), 24), ((6, 16), 24)]
     assert made["tokens"] == 6 * 6 * 16
@@ -149,63 +161,63 @@ def test_a_curriculum_grows_to_the_whole_length_in_equal_parts(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ("[2]", r"training.curriculum must end with 1, the whole shape.seq_len, got \[2\]"),
         ("[3,1]", "training.curriculum must divide seq_len = 16, which 3 does not"),
-        ("[8,1]", "num_pairs must be at most seq_len / 4 = 0, so that each key can be asked, got 1"),
+        ("[8,1]", "num_pairs must be at most seq_len / 4 = 0, so that each key can be queried, got 1"),
         ("[0,1]", r"training.curriculum must be a list of whole numbers above 0, got \[0, 1\]"),
     ],
 )
-def test_a_curriculum_that_cannot_be(given: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        comparison(f"training.curriculum={given}")
+def test_an_impossible_curriculum_is_one_sentence(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_comparison(f"training.curriculum={given}")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "accumulate_gradients", lambda *_: math.nan)
-    made = run(comparison(), tmp_path / "run.safetensors")
+    made = run(compose_comparison(), tmp_path / "run.safetensors")
     assert (made["outcome"], made["detail"]) == ("diverged", "the loss was nan at step 1")
 
 
-# --- going on -----------------------------------------------------------------------------------
+# --- continuing ---------------------------------------------------------------------------------
 
 
-def tell(connection: Connection, saved: Path, overrides: tuple[str, ...]) -> None:
-    connection.send(numbers(run(comparison(*overrides), saved)))
+def send_numbers(connection: Connection, checkpoint_path: Path, overrides: tuple[str, ...]) -> None:
+    connection.send(numbers(run(compose_comparison(*overrides), checkpoint_path)))
 
 
-def test_killed_and_started_again_it_comes_to_the_same_bit_for_bit(tmp_path: Path) -> None:
-    """Each run in a process of its own, with dropout, which uses the global state of randomness."""
+def test_a_killed_run_continues_to_the_same_numbers_bit_for_bit(tmp_path: Path) -> None:
+    """Each run has its own process, and dropout, which draws from the global random state."""
     dropout = ("+attention.bsbr.dropout=0.2", "training.steps=60")
-    process, told = launch(tell, tmp_path / "whole.safetensors", dropout)
-    whole = told.recv()
+    process, connection = launch(send_numbers, tmp_path / "whole.safetensors", dropout)
+    whole = connection.recv()
     process.join()
 
     saved = tmp_path / "killed.safetensors"
-    process, _ = launch(tell, saved, dropout)
+    process, _ = launch(send_numbers, saved, dropout)
     while process.is_alive() and step_of(saved) < 10:
         time.sleep(0.005)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert 10 <= step_of(saved) < 60
-    process, told = launch(tell, saved, dropout)
-    assert told.recv() == whole
+    process, connection = launch(send_numbers, saved, dropout)
+    assert connection.recv() == whole
     process.join()
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["killed.safetensors", "whole.safetensors"]
 
 
-def step_of(saved: Path) -> int:
+def step_of(checkpoint_path: Path) -> int:
     from safetensors import safe_open
 
-    if not saved.exists():
+    if not checkpoint_path.exists():
         return 0
-    with safe_open(saved, framework="pt") as file:
+    with safe_open(checkpoint_path, framework="pt") as file:
         return int(json.loads(file.metadata()["progress"])["step"])
 
 
-def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_restores_everything_and_a_failed_one_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = tmp_path / "deep" / "run.safetensors"
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
@@ -233,15 +245,15 @@ def test_a_checkpoint_holds_everything_and_a_failed_one_leaves_the_last(tmp_path
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_last_step_that_spoils_everything_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_step_that_makes_parameters_nan_ends_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = accumulate_gradients
 
-    def spoiled(answers: Any, batch: Any, *rest: Any) -> float:
-        loss = original(answers, batch, *rest)
-        if batch.inputs.equal(build_task(comparison()).batch(6, generator("train", 0, 39)).inputs):
-            next(answers.parameters()).grad.fill_(math.nan)
+    def spoil_last(per_target_loss: Any, batch: Any, *rest: Any) -> float:
+        loss = original(per_target_loss, batch, *rest)
+        if batch.inputs.equal(build_task(compose_comparison()).batch(6, generator("train", 0, 39)).inputs):
+            next(per_target_loss.parameters()).grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", spoiled)
-    made = run(comparison(), tmp_path / "run.safetensors")
+    monkeypatch.setattr(trainer, "accumulate_gradients", spoil_last)
+    made = run(compose_comparison(), tmp_path / "run.safetensors")
     assert (made["outcome"], made["detail"]) == ("diverged", "the loss after the last step is no number")
