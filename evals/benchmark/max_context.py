@@ -1,13 +1,11 @@
-"""The longest sequence that fits a memory limit, for each candidate: found by bisection, each length tried once.
+"""The search for the longest sequence that fits a memory limit, for each candidate of a comparison, by bisection.
 
-What has to fit is everything: weights, inputs, whatever the workload prepares (a state, an optimizer), and its call.
+Everything has to fit: weights, inputs, what the workload prepares, such as a state or an optimizer, and its call.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import HARNESS
@@ -17,24 +15,26 @@ from evals.config import Candidate, Comparison
 from evals.isolation.locks import exclusive_lock
 from evals.isolation.worker import run_isolated
 from evals.measure.memory import available_bytes, peak_allocated_bytes
-from evals.results.formatting import align_columns, wrap
 from evals.results.ledger import Ledger, Record
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 STEPS = 8
-"""Lengths tried within a doubling: the longest is known to 2^(1/8), 9 %."""
+"""Lengths per doubling: the longest is known to a factor of 2^(1/8), 9 %."""
 
-MOST = 2**24
-"""Tokens at which what still fits counts as without an end."""
+MAX_TOKENS = 2**24
+"""A search ends beyond so many tokens, as if any length fitted."""
 
 
-def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, most: int = MOST) -> int | None:
-    """The longest of the lengths start · 2^(i/steps), i any integer, rounded, that fits; None if not even 1 does.
+def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, max_tokens: int = MAX_TOKENS) -> int | None:
+    """Finds the longest length that fits: doubles or halves from `start`, then bisects.
 
-    What is longer than a length that does not fit is taken not to fit. Doubles from `start`, or halves where that does
-    not fit, then bisects; stops beyond `most`.
+    Args:
+        fits: whether a length fits. Lengths beyond one that does not fit are taken not to fit.
+        start: the first length, in tokens.
+        steps: lengths per doubling.
+        max_tokens: the first length beyond it that fits is the result.
+
+    Returns:
+        The longest of the lengths start · 2^(i/steps), i an integer, rounded; None if not even one token fits.
     """
 
     def length(index: int) -> int:
@@ -42,9 +42,9 @@ def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STE
 
     low = 0
     if fits(start):
-        while length(low) <= most and fits(length(low + steps)):
+        while length(low) <= max_tokens and fits(length(low + steps)):
             low += steps
-        if length(low) > most:
+        if length(low) > max_tokens:
             return length(low)
     else:
         while True:
@@ -74,16 +74,15 @@ class ContextSearch(Job):
         sampling = comparison.sampling
         limits = [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed]
         self.id = self.measurement_digest(*HARNESS, "evals.benchmark.max_context", limits=limits)
-        available = int(0.8 * available_bytes())
-        gib = sampling.memory_limit_gib
-        self.limit_bytes = available if gib is None else int(gib * 2**30)
-        self.stopped_at_bytes = min(available, 2 * self.limit_bytes + 2**30)  # what exceeds the limit is still measured
+        # What exceeds the limit is still measured, up to this.
+        self.stopped_at_bytes = min(int(0.8 * available_bytes()), 2 * self.memory_limit_bytes + 2**30)
 
     def run(self, report: ProgressCallback) -> Iterator[Record]:
         with exclusive_lock(self.comparison.device.kind):
             yield self.append(self.description())
             for index, candidate in enumerate(self.comparison.candidates):
-                yield from self._search(candidate, partial(self._report, report, candidate, index))
+                share = index / len(self.comparison.candidates)
+                yield from self._search(candidate, lambda words: report(f"{candidate.name}: {words}", share))  # noqa: B023  called at once
 
     def remaining(self) -> tuple[int, None]:
         return len(self.records("probe")), None
@@ -104,13 +103,8 @@ class ContextSearch(Job):
         return False
 
     def description(self) -> Record:
-        return super().description() | {
-            "limit_bytes": self.limit_bytes,
-            "timeout_s": self.comparison.sampling.timeout_s,
-        }
-
-    def _report(self, report: ProgressCallback, candidate: Candidate, index: int, words: str) -> None:
-        report(f"{candidate.name}: {words}", index / len(self.comparison.candidates))
+        limits = {"limit_bytes": self.memory_limit_bytes, "timeout_s": self.comparison.sampling.timeout_s}
+        return super().description() | limits
 
     def _search(self, candidate: Candidate, report: Callable[[str], None]) -> list[Record]:
         """Probes one candidate where the ledger does not know the result; returns the new records."""
@@ -140,7 +134,7 @@ class ContextSearch(Job):
         """Makes one call at one length, in a process of its own."""
         shape = replace(self.comparison.shape, seq_len=seq_len)
         result = run_isolated(
-            peak,
+            peak_bytes_of_first_call,
             replace(self.comparison, shape=shape),
             candidate,
             timeout_s=self.comparison.sampling.timeout_s,
@@ -148,8 +142,8 @@ class ContextSearch(Job):
         )
         if result.outcome != "ok":
             return self._probe_record(candidate, seq_len, result.outcome, result.detail)
-        if result.value > self.limit_bytes:
-            detail = f"needs {result.value / 2**20:.1f} MiB, allowed are {self.limit_bytes / 2**20:.1f}"
+        if result.value > self.memory_limit_bytes:
+            detail = f"needs {result.value / 2**20:.1f} MiB, allowed are {self.memory_limit_bytes / 2**20:.1f}"
             return self._probe_record(candidate, seq_len, "limit", detail, result.value)
         return self._probe_record(candidate, seq_len, "ok", "", result.value)
 
@@ -158,61 +152,6 @@ class ContextSearch(Job):
         return self.record("probe", **values)
 
 
-def peak(comparison: Comparison, candidate: Candidate) -> int:
-    """Bytes that are allocated at once, at most, from the weights to the end of the first call."""
+def peak_bytes_of_first_call(comparison: Comparison, candidate: Candidate) -> int:
+    """Most bytes that are allocated at once, from the weights to the end of the first call. Runs in a process of its own."""
     return peak_allocated_bytes(lambda: prepare(comparison, candidate).call(), comparison.device.kind)
-
-
-# --- at read time -------------------------------------------------------------------------------
-
-
-def results(records: Sequence[Record]) -> "pd.DataFrame":
-    """One row a candidate of every search in a ledger: the longest length that fits, the next one tried that does not, and why.
-
-    outcome: ok; the first length's own where none fits; uncertified; unsupported. Of a search that is not through, what it has.
-    """
-    import pandas as pd  # not before: it takes half a second, for which the first measurement would have to wait
-
-    from evals.results.schema import columns
-
-    described = {record["search"]: record for record in records if record.get("kind") == "search"}
-    probes = [record for record in records if record.get("kind") == "probe"]
-    lost = {record["search"]: record for record in records if record.get("kind") == "lost" and "search" in record}
-    described |= {key: record["described"] for key, record in lost.items() if key not in described}
-    rows: list[dict[str, Any]] = []
-    for key, description in described.items():
-        for name in description["candidates"]:
-            own = [record for record in probes if (record["search"], record["attention"]) == (key, name)]
-            if not own and key in lost:
-                own = [{"seq_len": 0, "outcome": "lost", "detail": lost[key]["detail"]}]
-            if own:
-                row = {"sweep": description["sweep"], "attention": name, "limit_bytes": description["limit_bytes"]}
-                rows.append(row | description["settings"] | _found(own))
-    known = columns("max_context")
-    extra = {column: None for row in rows for column in row if column not in known}
-    return pd.DataFrame(rows, columns=[*known, *extra])
-
-
-def _found(probes: Sequence[Record]) -> dict[str, Any]:
-    fitting = max((one for one in probes if one["outcome"] == "ok"), key=lambda one: int(one["seq_len"]), default=None)
-    failing = min((one for one in probes if one["outcome"] != "ok"), key=lambda one: int(one["seq_len"]), default=None)
-    row: dict[str, Any] = {"outcome": "ok" if fitting else failing["outcome"] if failing else "ok", "detail": ""}
-    if fitting:
-        row |= {"max_context": fitting["seq_len"], "peak_bytes": fitting["peak_bytes"]}
-    if failing:
-        row["detail"] = failing["detail"]
-        if failing["seq_len"]:  # not what kept it from being tried at all
-            row |= {"next_seq_len": failing["seq_len"], "next_outcome": failing["outcome"]}
-    return row
-
-
-def shown(table: "pd.DataFrame") -> str:
-    """The table as text: attentions down, longest context first."""
-    ordered = table.sort_values("max_context", ascending=False)
-    tokens = [f"{one:.0f}" if one > 0 else "none" for one in ordered["max_context"]]
-    held = [f"{one / 2**20:.1f}" if one > 0 else "" for one in ordered["peak_bytes"]]
-    lines = align_columns(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *held]])
-    next_lengths = [
-        wrap(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]
-    ]
-    return "\n\n".join([lines, *(["\n".join(next_lengths)] if next_lengths else [])])

@@ -8,12 +8,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from evals import report
-from evals.benchmark import max_context
 from evals.cli.jobs import sweep_ledger
 from evals.conversion import tables as conversion_tables
 from evals.errors import INCOMPLETE, OK
 from evals.plots import registry
-from evals.results import accuracy_table, curves_table, latency_table, scaling_table
+from evals.results import accuracy_table, curves_table, latency_table, max_context_table, scaling_table
 from evals.results.formatting import wrap
 from evals.results.ledger import Record
 from evals.results.tables import write_table
@@ -28,7 +27,7 @@ def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         results = accuracy_table.build(records)
         return {} if results.empty else {"accuracy": results, "curves": curves_table.build(records)}
     if "search" in kinds:
-        return {"max_context": max_context.results(records)}
+        return {"max_context": max_context_table.build(records)}
     results = latency_table.build(records)
     return {} if results.empty else {"latency": results, **scaling_table.build(results, records)}
 
@@ -53,7 +52,7 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
         own = results[results["study"].isin(job_ids)]
         print(accuracy_table.render(own))
     elif kind == "max_context":
-        print(max_context.shown(results))
+        print(max_context_table.render(results))
     else:
         own = results[results["comparison"].isin(job_ids)]
         print(latency_table.render(own))

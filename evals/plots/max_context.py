@@ -18,7 +18,7 @@ ROW, FOOT, RIGHT = 0.24, 0.45, 0.2  # inches
 def max_context_plot(rows: pd.DataFrame, looks: dict[str, Style]) -> Figure:
     """One point an attention, the longest first, with its length and what happened at the next one that was tried.
 
-    rows: of `context.results`, one an attention.
+    rows: of `max_context_table.build`, one an attention.
     """
     rows = rows.sort_values("max_context", ascending=False, kind="stable", na_position="last")
     names = [str(name) for name in rows["attention"]]

@@ -72,7 +72,7 @@ def draw_sweep(
 
 
 def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes max_context.{png,svg} into folder from a table of `context.results`; returns the paths.
+    """Writes max_context.{png,svg} into folder from a table of `max_context_table.build`; returns the paths.
 
     Rows that differ in a setting go to figures of their own, as those of `draw`. Raises ValueError if a column is missing,
     there is no row, a number is none, or one attention has two rows.

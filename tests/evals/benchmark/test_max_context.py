@@ -7,10 +7,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from evals.benchmark.certificates import Certificates
-from evals.benchmark.max_context import ContextSearch, longest_fitting, results, shown
+from evals.benchmark.max_context import ContextSearch, longest_fitting
 from evals.cli.jobs import read_job
 from evals.config import Comparison
 from evals.paths import CONF
+from evals.results import max_context_table
 from evals.results.ledger import Ledger
 
 
@@ -34,7 +35,7 @@ def test_the_search_ends_within_an_eighth_of_a_doubling(start: int, edge: int) -
 
 def test_a_search_that_has_no_end_and_one_that_finds_nothing() -> None:
     assert longest_fitting(lambda _: False, 100) is None
-    assert longest_fitting(lambda seq_len: True, 100, most=1000) == 1600
+    assert longest_fitting(lambda seq_len: True, 100, max_tokens=1000) == 1600
 
 
 def comparison(*overrides: str) -> Comparison:
@@ -46,7 +47,7 @@ def comparison(*overrides: str) -> Comparison:
 def searched(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
     ledger = Ledger(folder / "samples.jsonl")
     made = list(ContextSearch(asked, ledger, Certificates(folder / "certificates.jsonl")).run(lambda words, part: None))
-    return made, results(ledger.read()[0])
+    return made, max_context_table.build(ledger.read()[0])
 
 
 def test_what_is_found_fits_the_next_does_not_and_nothing_is_tried_twice(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_what_is_found_fits_the_next_does_not_and_nothing_is_tried_twice(tmp_pat
     # Held at once: four weights, the input, and q, k, v and what is attended to, all of it float32.
     assert row["max_context"] <= (row["limit_bytes"] / 4 - 4 * 32 * 32) / (4 * 32)
     assert "needs " in row["detail"]
-    assert shown(table).splitlines()[1].split()[:2] == ["standard", str(row["max_context"])]
+    assert max_context_table.render(table).splitlines()[1].split()[:2] == ["standard", str(row["max_context"])]
     again, same = searched(tmp_path, asked)
     assert [record["kind"] for record in again] == ["search"]
     pd.testing.assert_frame_equal(same, table)
@@ -71,4 +72,4 @@ def test_where_nothing_fits_the_row_says_why(tmp_path: Path) -> None:
     assert row["outcome"] == "limit"
     assert pd.isna(row["max_context"])
     assert (row["next_seq_len"], row["next_outcome"]) == (1, "limit")
-    assert "none" in shown(table)
+    assert "none" in max_context_table.render(table)
