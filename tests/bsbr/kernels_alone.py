@@ -1,6 +1,6 @@
-"""The kernels against `bsbr.reference`, in a process of their own, which `test_kernels.py` starts.
+"""Tests of the Triton kernels against `bsbr.reference`, in a process of their own, which test_triton.py starts.
 
-Under TRITON_INTERPRET=1 on the CPU, which triton reads when the kernels are imported; without it on a GPU.
+They run on the CPU under TRITON_INTERPRET=1, which triton reads when the kernels are imported, and otherwise on a GPU.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
-def tiles_that_are_quick_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough that every loop turns more than once, and as few programs as that allows: each costs milliseconds."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets tiles so small that every loop has several iterations, with as few programs as possible: each takes milliseconds."""
 
     def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> tuning.Tile:
         if step in ("states", "output", "queries", "keys"):
@@ -33,11 +33,11 @@ def tiles_that_are_quick_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
         from triton import language
         from triton.runtime import interpreter
 
-        # A third of the time goes into looking for overflow of pointers, which the bounds of memory would tell too.
+        # A third of the time is spent on checks for pointer overflow, which out-of-bounds accesses would show too.
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
-        # Half of the rest went into patching triton.language anew for each call of a function, which one time does as well.
+        # Half of the rest is spent on patching triton.language for each call of a function; once is enough.
         patch, patched = interpreter._patch_lang, set[frozenset[str]]()
 
         def patch_once(function: Any) -> interpreter._LangPatchScope:
@@ -88,12 +88,12 @@ def inputs(
 def triton_attention(
     *, chunk_size: int, chunk_overlap: int = 0, top_k: int | None = None, normalise: bool = False, **tensors: Tensor
 ) -> Tensor:
-    """The kernels by the arguments of `reference.bsbr_attention`."""
+    """The kernels, with the arguments of `reference.bsbr_attention`."""
     return triton.attend(BSBRInputs(**tensors), BSBROptions(chunk_size, chunk_overlap, top_k, normalise))
 
 
-def hold(tensors: dict[str, Tensor], **options: Any) -> None:
-    """Values and all gradients are the reference's, by relative norm."""
+def compare(tensors: dict[str, Tensor], **options: Any) -> None:
+    """Compares values and all gradients with the reference, by relative norm."""
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     dtype = tensors["q"].dtype
     got, expected = triton_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
@@ -106,11 +106,11 @@ def hold(tensors: dict[str, Tensor], **options: Any) -> None:
         torch.autograd.grad(out, list(tensors.values()), upstream.to(out), allow_unused=True, materialize_grads=True)
         for out in (got, expected)
     ]
-    # A gradient that is nothing but rounding, as of scores of a softmax over one chunk, is held against the largest of all.
+    # A gradient of pure rounding, such as that of the scores of a softmax over one chunk, is compared with the largest gradient.
     largest = max(float(x.double().norm()) for x in gradients[1])
     for name, a, b in zip(names, *gradients, strict=True):
         assert a.dtype == tensors[name].dtype
-        # That of a score is a difference of sums over d_r·head_dim: in float32 up to 1.4e-5 at d_r·head_dim = 25600.
+        # The gradient of a score is a difference of sums over d_r·head_dim numbers: off by up to 1.4e-5 in float32 with 25600.
         loose = 2 if name in ("meta_query", "meta_key") else 1
         assert_close(f"the gradient of {name}", a, b, loose * TOLERANCE[dtype], 1e-2 * TOLERANCE[dtype] * largest)
 
@@ -134,7 +134,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float, 
     ],
 )
 def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]) -> None:
-    hold(inputs(time, 16, d_r=d_r), chunk_size=16, **options)
+    compare(inputs(time, 16, d_r=d_r), chunk_size=16, **options)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]
     ids=str,
 )
 def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], options: dict[str, int]) -> None:
-    hold(inputs(time, chunk_size, **sizes), chunk_size=chunk_size, **options)
+    compare(inputs(time, chunk_size, **sizes), chunk_size=chunk_size, **options)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], option
     ids=str,
 )
 def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, int]) -> None:
-    hold(inputs(53, 16, heads=2, kv_heads=1, d_r=d_r, dtype=dtype), chunk_size=16, **options)
+    compare(inputs(53, 16, heads=2, kv_heads=1, d_r=d_r, dtype=dtype), chunk_size=16, **options)
 
 
 @pytest.mark.parametrize(
@@ -177,16 +177,16 @@ def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, 
     ],
     ids=str,
 )
-def test_the_delta_rule_and_the_norm_of_what_is_retrieved(time: int, d_r: int | None, options: dict[str, Any]) -> None:
+def test_the_delta_rule_and_normalised_retrieval(time: int, d_r: int | None, options: dict[str, Any]) -> None:
     dtype = options.pop("dtype", torch.float32)
     for beta, normalise in ((True, True), (True, False), (False, True)):
-        hold(inputs(time, 16, d_r=d_r, beta=beta, dtype=dtype), chunk_size=16, normalise=normalise, **options)
+        compare(inputs(time, 16, d_r=d_r, beta=beta, dtype=dtype), chunk_size=16, normalise=normalise, **options)
 
 
-def test_without_a_gain_it_is_one() -> None:
+def test_the_default_gain_is_one() -> None:
     tensors = inputs(50, 16)
     del tensors["gain"]
-    hold(tensors, chunk_size=16)
+    compare(tensors, chunk_size=16)
 
 
 @pytest.mark.parametrize(("d_r", "options"), [(None, {}), (8, {"top_k": 1})], ids=str)
@@ -199,10 +199,10 @@ def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
     columns = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
     assert torch.equal(triton_attention(**columns, chunk_size=16, **options), expected)
     every_other = {name: x.repeat_interleave(2, dim=-2)[..., ::2, :] if x.dim() == 4 else x for name, x in tensors.items()}
-    hold(every_other, chunk_size=16, **options)
+    compare(every_other, chunk_size=16, **options)
 
 
-def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
+def test_the_upstream_gradient_may_be_expanded() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(40, 16).items()}
     got, expected = (
         torch.autograd.grad(function(**tensors, chunk_size=16).sum(), list(tensors.values()))
@@ -216,7 +216,7 @@ def test_an_upstream_gradient_may_be_one_number_expanded() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "chunk_overlap": 20}], ids=str)
-def test_the_future_changes_no_bit(options: dict[str, int]) -> None:
+def test_later_inputs_change_no_bit_of_earlier_outputs(options: dict[str, int]) -> None:
     tensors = inputs(70, 16)
     whole = triton_attention(**tensors, chunk_size=16, **options)
     for cut in (32, 47):
@@ -232,15 +232,15 @@ def test_the_future_changes_no_bit(options: dict[str, int]) -> None:
         torch.testing.assert_close(triton_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
 
 
-def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow() -> None:
+def test_top_k_selects_the_earliest_of_equal_scores_whatever_follows() -> None:
     tensors = inputs(24, 2)
     tensors["meta_query"] = torch.zeros_like(tensors["meta_query"])
-    hold(tensors, chunk_size=2, top_k=3)
+    compare(tensors, chunk_size=2, top_k=3)
     _, chosen = top_k.select(tensors["meta_query"], tensors["meta_key"], 11, 3)
     assert chosen[0, :, 2:].unique(dim=1).tolist() == [[[0, 1, 2]]] * 2
 
 
-def test_it_is_the_same_bits_every_time() -> None:
+def test_gradients_have_the_same_bits_every_time() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(70, 16).items()}
     first, second = (
         torch.autograd.grad(triton_attention(**tensors, chunk_size=16, top_k=2).square().sum(), list(tensors.values()))
@@ -258,7 +258,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_long_sequences_as_the_plain_path_has_them(head_dim: int) -> None:
+def test_long_sequences_match_the_torch_backend(head_dim: int) -> None:
     from bsbr import bsbr_attention
 
     tensors = inputs(8192 + 77, 128, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
-"""`BSBRAttention`: what it projects, what it may know when, dropout, padding, cost, and bad options.
+"""Tests of `BSBRAttention`: projections, causality, dropout, padding, cost and bad options.
 
-`attend` is held to `bsbr.reference`, which test_reference.py holds to masks in numpy.
+`attend` is compared with `bsbr.reference`, which test_reference.py compares with masks in numpy.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"chunk_states": "sum", "retrieval_norm": False},
 ]
 PAIRS = {4: [(0, 0), (1, 1), (2, 2), (0, 1)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
-"""Of the factors of φ, by d_r: those that are multiplied."""
+"""Indices of the factors that each feature of φ multiplies, by d_r."""
 
 options_of_all_kinds = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
@@ -47,12 +47,12 @@ def hidden(time: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, time, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
 
 
-# --- what it computes -----------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @options_of_all_kinds
 @pytest.mark.parametrize("time", LENGTHS)
-def test_the_projections_are_those_of_the_definition(time: int, options: dict[str, Any]) -> None:
+def test_projections_match_the_definition(time: int, options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden(time).numpy()
     weights = {name: parameter.detach().numpy() for name, parameter in attention.named_parameters()}
 
@@ -103,7 +103,7 @@ def test_the_projections_are_those_of_the_definition(time: int, options: dict[st
 
 
 @options_of_all_kinds
-def test_gradients_are_those_of_the_reference(options: dict[str, Any]) -> None:
+def test_gradients_match_the_reference(options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden(3 * CHUNK + 7).requires_grad_()
     leaves = [x, *attention.parameters()]
     by_fast, by_reference = (
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_reference(options: dict[str, Any]) -> None:
 
 @options_of_all_kinds
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK])
-def test_one_chunk_without_gradients_is_the_same_with_less_work(time: int, options: dict[str, Any]) -> None:
+def test_one_chunk_without_gradients_skips_the_features(time: int, options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden(time)
     wanted = attention(x)
     made = []
@@ -128,7 +128,7 @@ def test_one_chunk_without_gradients_is_the_same_with_less_work(time: int, optio
     assert made
 
 
-def test_one_block_of_tokens_is_softmax_attention() -> None:
+def test_a_single_chunk_is_softmax_attention() -> None:
     for attention, time in ((build(), CHUNK), (build(chunk_size=1000, chunk_overlap=3), 23)):
         x = hidden(time)
         q, k, v, *_ = attention.project(x)
@@ -154,7 +154,7 @@ def test_extreme_inputs_give_finite_values_and_gradients(dtype: torch.dtype, sca
     assert gradient.isfinite().all()
 
 
-# --- what it may know when ------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 @options_of_all_kinds
@@ -170,7 +170,7 @@ def test_later_tokens_change_no_earlier_output(options: dict[str, Any]) -> None:
 
 
 @options_of_all_kinds
-def test_the_gradient_reaches_all_of_the_past_and_none_of_the_future(options: dict[str, Any]) -> None:
+def test_gradients_reach_all_past_and_no_future_tokens(options: dict[str, Any]) -> None:
     attention, time = build(**options), 3 * CHUNK + 3
     x = hidden(time, batch=1).requires_grad_()
     out = attention(x)
@@ -199,18 +199,18 @@ def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
             assert not torch.allclose(other, retrieved)
 
 
-# --- what chunk_states and retrieval_norm are for --------------------------------------------------
+# --- the delta rule and normalisation --------------------------------------------------------------
 
 
 def alone(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
-    """One head whose local values are nothing, and what `attend` takes: chunks of 4, keys of 4 numbers, gain 1."""
+    """An attention with one head, chunks of 4, head_dim 4 and gain 1; and q, k, v, r, h of 12 tokens, all zero."""
     attention = BSBRAttention(4, 1, chunk_size=4, feature_map="linear", initial_gain=1, **options).double()
     q = torch.zeros(1, 1, 12, 4, dtype=torch.float64)
-    tensors = {"q": q, "k": q.clone(), "v": q.clone(), "r": q[:, :, :3].clone(), "h": q[:, :, :2].clone()}
+    tensors = {"q": q, "k": q.clone(), "v": q.clone(), "meta_query": q[:, :, :3].clone(), "meta_key": q[:, :, :2].clone()}
     return attention, tensors
 
 
-def test_by_the_delta_rule_a_value_that_is_written_again_takes_the_place_of_the_first() -> None:
+def test_the_delta_rule_replaces_the_value_of_a_repeated_key() -> None:
     # A key twice in a chunk, with 1 and then with 5; read in the next: 5 with β = 1, their sum without.
     for options, wanted in (({"retrieval_norm": False}, 5), ({"retrieval_norm": False, "chunk_states": "sum"}, 6)):
         attention, tensors = alone(**options)
@@ -226,7 +226,7 @@ def test_by_the_delta_rule_a_value_that_is_written_again_takes_the_place_of_the_
 
 
 @pytest.mark.parametrize("chunks", [2, 7, 40])
-def test_what_one_chunk_knows_is_heard_alike_among_any_number_of_chunks(chunks: int) -> None:
+def test_normalised_retrieval_does_not_fade_with_the_number_of_chunks(chunks: int) -> None:
     # One value of norm 2 = √head_dim under one key, among chunks of nothing: read whole, or divided by their number.
     key, value = torch.eye(4, dtype=torch.float64)[0], torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)
     for norm, wanted in ((True, value), (False, value / (chunks - 1))):
@@ -242,7 +242,7 @@ def test_what_one_chunk_knows_is_heard_alike_among_any_number_of_chunks(chunks: 
 
 
 @options_of_all_kinds
-def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[str, Any]) -> None:
+def test_dropout_is_off_in_eval_and_unbiased_in_training(options: dict[str, Any]) -> None:
     options = options | {"retrieval_norm": False}  # of what is normalised the mean is another
     attention, runs, time = build(dropout=0.3, **options), 4000, 2 * CHUNK + 2
     x = hidden(time, batch=1)
@@ -259,16 +259,16 @@ def test_dropout_is_off_in_eval_and_right_on_average_in_training(options: dict[s
 
 
 def test_dropout_acts_on_both_softmaxes() -> None:
-    attention, deaf = (build(dropout=0.5, retrieval_norm=False) for _ in range(2))
+    attention, local_only = (build(dropout=0.5, retrieval_norm=False) for _ in range(2))
     with torch.no_grad():
-        deaf.retrieval_gain.zero_()
+        local_only.retrieval_gain.zero_()
     torch.manual_seed(0)
     q, k, v, *rest = attention.project(hidden(2 * CHUNK))
     exact = attention.eval().attend(q, k, v, *rest)
-    inside = deaf.eval().attend(q, k, v, *rest)
+    inside = local_only.eval().attend(q, k, v, *rest)
     outside = exact - inside
     # Without retrieval the first part is seen alone; without local values, the second: all or nothing, twice the size.
-    assert not torch.allclose(deaf.train().attend(q, k, v, *rest), inside)
+    assert not torch.allclose(local_only.train().attend(q, k, v, *rest), inside)
     attention.train()
     v = torch.cat([v[:, :, :CHUNK], torch.zeros_like(v[:, :, CHUNK:])], dim=2)
     retrieved = attention.attend(q, k, v, *rest)[:, :, CHUNK:]
@@ -280,7 +280,7 @@ def test_dropout_acts_on_both_softmaxes() -> None:
 
 
 def masks(time: int) -> Tensor:
-    """Left, right, holes, a chunk's length of holes, one token, none, all."""
+    """Padding on the left, on the right, in holes, in holes as long as a chunk; one token, no token, all tokens."""
     mask = torch.zeros(7, time, dtype=torch.int64)
     mask[0, 4:] = 1
     mask[1, :-3] = 1
@@ -294,7 +294,7 @@ def masks(time: int) -> Tensor:
 
 @options_of_all_kinds
 @pytest.mark.parametrize("garbage", [0.0, torch.nan, torch.inf, -1e30])
-def test_padding_anywhere_is_as_if_it_were_not_there(garbage: float, options: dict[str, Any]) -> None:
+def test_padding_anywhere_changes_nothing(garbage: float, options: dict[str, Any]) -> None:
     attention, time = build(**options), 3 * CHUNK + 2
     mask = masks(time)
     x = hidden(time, batch=len(mask)).masked_fill(mask[..., None] == 0, garbage).requires_grad_()
@@ -314,7 +314,7 @@ def test_padding_anywhere_is_as_if_it_were_not_there(garbage: float, options: di
 
 @pytest.mark.parametrize("options", [{"compression_factor": 1}, *OPTIONS[1:]], ids=str)
 @pytest.mark.parametrize("time", [*LENGTHS, 2 * CHUNK, 6 * CHUNK + 1])
-def test_declared_flops_are_those_of_a_count_over_the_masks(time: int, options: dict[str, Any]) -> None:
+def test_declared_flops_equal_a_count_over_the_masks(time: int, options: dict[str, Any]) -> None:
     attention = build(**options)
     heads, kv_heads, dim, feature_dim = 4, attention.num_kv_heads, 4, attention.feature_dim
     overlap, top_k = attention.chunk_overlap, attention.retrieval_top_k
@@ -337,7 +337,7 @@ def test_declared_flops_are_those_of_a_count_over_the_masks(time: int, options: 
 
 
 @options_of_all_kinds
-def test_the_work_done_is_that_declared_and_at_most_three_times_it(options: dict[str, Any]) -> None:
+def test_counted_flops_are_at_most_three_times_those_declared(options: dict[str, Any]) -> None:
     # Masked products are computed and thrown away: half of a chunk's square, half of C × C, and, with overlap, more. Heads of
     # 16 fill a register of doubles; of narrower ones most that is multiplied is padding, as wide as the processor at hand.
     heads, head_dim, chunk, time = 4, 16, 16, 40 * 16
@@ -353,7 +353,7 @@ def test_the_work_done_is_that_declared_and_at_most_three_times_it(options: dict
     assert counted < n_by_n / 2, f"as much work as {time} × {time} scores, at chunks of {chunk}"
 
 
-def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
+def test_with_top_k_all_flops_but_the_scores_are_linear() -> None:
     attention = build(retrieval_top_k=2)
     scores = [4 * 2 * 4 * (chunks * (chunks - 1) // 2) for chunks in (64, 128, 256)]
     rest = [attention.flops(chunks * CHUNK) - s for chunks, s in zip((64, 128, 256), scores, strict=True)]
@@ -361,7 +361,7 @@ def test_with_top_k_the_work_but_for_the_scores_is_linear() -> None:
 
 
 @pytest.mark.parametrize(("given", "gain"), [({}, 0), ({"initial_gain": 1}, 1), ({"initial_gain": -0.5}, -0.5)], ids=str)
-def test_the_gain_begins_as_asked_and_at_first_a_chunk_is_all_there_is(given: dict[str, float], gain: float) -> None:
+def test_the_gain_starts_at_its_initial_value_and_can_leave_zero(given: dict[str, float], gain: float) -> None:
     attention, x = BSBRAttention(16, 4, chunk_size=CHUNK, **given).double(), hidden(3 * CHUNK + 2)
     assert attention.gain.tolist() == [gain] * 4
     alone = torch.cat([attention(chunk) for chunk in x.split(CHUNK, dim=1)], dim=1)

@@ -1,4 +1,4 @@
-"""`CausalLM` over every attention there is: logits, loss, streaming, generation, learning, bad input."""
+"""Tests of `CausalLM` over every attention: logits, loss, streaming, generation, learning and bad input."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +49,7 @@ def tokens(time: int = TIME, batch: int = 2) -> Tensor:
 
 
 @over_every_attention
-def test_logits_are_causal_streamable_and_blind_to_padding(name: str) -> None:
+def test_logits_are_causal_streamable_and_padding_invariant(name: str) -> None:
     lm, ids = build(name), tokens()
     with torch.no_grad():
         logits = lm(ids)
@@ -94,7 +94,7 @@ def loss_by_hand(lm: CausalLM, rows: list[list[int]]) -> float:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_is_the_mean_surprise_at_the_next_token(tied: bool) -> None:
+def test_the_loss_is_the_mean_negative_log_likelihood_of_the_next_token(tied: bool) -> None:
     lm, ids = build(tied=tied), tokens(9, batch=3)
     assert lm.loss(ids).item() == pytest.approx(loss_by_hand(lm, ids.tolist()), abs=1e-9)
     assert lm.loss(ids[:, :2]).item() == pytest.approx(loss_by_hand(lm, ids[:, :2].tolist()), abs=1e-9)
@@ -115,7 +115,7 @@ def test_the_loss_is_float32_where_the_model_is_bfloat16() -> None:
     assert abs(loss.item() - build().loss(tokens()).item()) < 0.1
 
 
-def test_a_loss_of_nothing_is_named() -> None:
+def test_a_loss_without_targets_is_named() -> None:
     lm = build()
     for ids, mask, longest in (
         (tokens(1), None, 1),
@@ -132,7 +132,7 @@ def test_a_loss_of_nothing_is_named() -> None:
 
 
 @over_every_attention
-def test_greedy_generation_is_the_argmax_of_a_full_forward_again_and_again(name: str) -> None:
+def test_greedy_generation_matches_repeated_full_forward_passes(name: str) -> None:
     lm, prompt = build(name), tokens(7)
     expected = prompt
     for _ in range(9):
@@ -141,7 +141,7 @@ def test_greedy_generation_is_the_argmax_of_a_full_forward_again_and_again(name:
 
 
 @over_every_attention
-def test_a_prefix_read_once_serves_many_prompts(tmp_path: Path, name: str) -> None:
+def test_many_prompts_continue_one_prefix(tmp_path: Path, name: str) -> None:
     lm, prefix = build(name), tokens(10)
     with torch.no_grad():
         _, state = lm.extend(prefix)
@@ -170,7 +170,7 @@ def test_sampling_follows_its_generator() -> None:
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (1.0, None), (3.0, 4), (1.0, 2)])
-def test_samples_are_distributed_as_the_softmax_says(temperature: float, top_k: int | None) -> None:
+def test_samples_follow_the_softmax(temperature: float, top_k: int | None) -> None:
     lm, draws = build(), 20_000
     prompt = tokens(6, batch=1)
     logits = lm(prompt)[0, -1].detach().numpy()

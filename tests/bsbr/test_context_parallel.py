@@ -1,6 +1,6 @@
-"""BSBR across ranks: real processes over gloo, held to the same function on the whole sequence, values and gradients.
+"""Tests of context parallelism: processes over gloo, whose values and gradients are compared with those of the whole sequence.
 
-All cases of one number of ranks run in the same processes, which leave what they found in files.
+All cases with the same number of ranks run in the same processes, which write their results to files.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def whole(lengths: Sequence[int], kv_heads: int = HEADS, feature_dim: int = HEAD
 
 
 def cut(tensors: dict[str, Tensor], lengths: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """This rank's shard of them."""
+    """This rank's shard of the arguments."""
     start, stop = sum(lengths[:rank]), sum(lengths[: rank + 1])
     part = {name: slice(start, stop) for name in NAMES} | {
         name: slice(start // CHUNK, -(-stop // CHUNK)) for name in ("meta_query", "meta_key")
@@ -84,7 +84,7 @@ def cut(tensors: dict[str, Tensor], lengths: Sequence[int], rank: int) -> dict[s
 
 
 def weights(like: Tensor) -> Tensor:
-    """A loss is the sum of outputs under these weights: it tells every output apart."""
+    """Weights of the outputs in a loss, different for every output."""
     return torch.linspace(-1, 1, like.numel(), dtype=torch.float64).view_as(like)
 
 
@@ -97,7 +97,7 @@ def hidden(time: int) -> Tensor:
     return torch.randn(BATCH, time, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(time)).requires_grad_()
 
 
-# --- what every rank does -------------------------------------------------------------------------
+# --- in each rank ---------------------------------------------------------------------------------
 
 
 def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
@@ -196,7 +196,7 @@ def _data_parallel(rank: int) -> dict[str, Tensor | None]:
 
 
 def _in_a_group(rank: int) -> Any:
-    """Two of four ranks, in the group's order, which is not that of their numbers."""
+    """A group of two of four ranks, whose numbers in the group differ from those of the processes."""
     pair = dist.new_group([1, 3])
     if rank not in (1, 3):
         with pytest.raises(RuntimeError) as refusal:
@@ -206,14 +206,14 @@ def _in_a_group(rank: int) -> Any:
     return ContextParallel(module({}), pair)(states[:, slice(4) if place == 0 else slice(4, 10)]).detach()
 
 
-# --- what comes of it -----------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Case -> what each rank found."""
+    """The results of each rank, by case."""
     folders = {size: tmp_path_factory.mktemp(f"ranks-{size}") for size in (2, 4)}
-    # From a server that has imported torch once for all of them.
+    # Forked from a server that has imported torch once for all of them.
     started = [forkserver.launch(follow, rank, size, folders[size])[0] for size in folders for rank in range(size)]
     for process in started:
         process.join(timeout=120)
@@ -223,12 +223,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 def summed(each: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Over ranks, all of which must have a gradient for everything: whoever adds them up waits for all."""
+    """Gradients summed over ranks. Every rank must have a gradient for every tensor, because an all_reduce waits for all ranks."""
     return {name: torch.stack([one["gradients"][name] for one in each]).sum(0) for name in each[0]["gradients"]}
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
-def test_values_and_gradients_are_those_of_one_rank_and_of_the_reference(case: str, found: dict[str, list[Any]]) -> None:
+def test_values_and_gradients_match_one_rank_and_the_reference(case: str, found: dict[str, list[Any]]) -> None:
     lengths, sizes, options = FUNCTIONS[case]
     out, gradients = torch.cat([one["out"] for one in found[case]], dim=2), summed(found[case])
     for function in (bsbr_attention, reference.bsbr_attention):
@@ -241,7 +241,7 @@ def test_values_and_gradients_are_those_of_one_rank_and_of_the_reference(case: s
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
-def test_bytes_sent_are_those_of_the_formula(case: str, found: dict[str, list[Any]]) -> None:
+def test_sent_bytes_match_the_formula(case: str, found: dict[str, list[Any]]) -> None:
     lengths, sizes, options = FUNCTIONS[case]
     shape = {"kv_heads": HEADS, "feature_dim": HEAD_DIM, **sizes, "head_dim": HEAD_DIM, "itemsize": 8, "batch_size": BATCH}
     overlap = options.get("chunk_overlap", 0)
@@ -262,7 +262,7 @@ def test_the_formula_by_hand() -> None:
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_module_across_ranks_is_the_module(case: str, found: dict[str, list[Any]]) -> None:
+def test_a_module_across_ranks_matches_the_module_on_one(case: str, found: dict[str, list[Any]]) -> None:
     _, time, options = MODULES[case]
     attention, states = module(options), hidden(time)
     expected = attention(states)
@@ -273,7 +273,7 @@ def test_a_module_across_ranks_is_the_module(case: str, found: dict[str, list[An
         torch.testing.assert_close(gradients[name], tensor.grad, rtol=0, atol=1e-11)
 
 
-def test_data_parallel_sums_what_the_ranks_give(found: dict[str, list[Any]]) -> None:
+def test_data_parallel_sums_the_gradients_of_the_ranks(found: dict[str, list[Any]]) -> None:
     attention, states = module(MODULES["two ranks, all options"][2]), hidden(20)
     (attention(states) * weights(states.detach())).sum().backward()
     for ranks in found["data parallel"]:
@@ -282,7 +282,7 @@ def test_data_parallel_sums_what_the_ranks_give(found: dict[str, list[Any]]) -> 
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_module_tells_lengths_and_sends_what_its_function_does(case: str, found: dict[str, list[Any]]) -> None:
+def test_a_module_sends_shard_lengths_and_what_its_function_sends(case: str, found: dict[str, list[Any]]) -> None:
     size, time, options = MODULES[case]
     attention = module(options)
     for rank, one in enumerate(found[case]):
@@ -301,7 +301,7 @@ def test_a_module_tells_lengths_and_sends_what_its_function_does(case: str, foun
 
 
 @pytest.mark.parametrize("case", RINGS)
-def test_ring_attention_is_standard_attention(case: str, found: dict[str, list[Any]]) -> None:
+def test_ring_attention_matches_standard_attention(case: str, found: dict[str, list[Any]]) -> None:
     lengths, options = RINGS[case]
     attention = ring(options)
     out = torch.cat([one["out"] for one in found[case]], dim=1)
@@ -311,12 +311,12 @@ def test_ring_attention_is_standard_attention(case: str, found: dict[str, list[A
         assert one["sent"] == ring_sent_bytes(lengths, rank, **shape)
 
 
-def test_the_formula_of_the_ring_is_that_of_its_paper() -> None:
+def test_sent_bytes_of_ring_attention_match_its_paper() -> None:
     # 2·(P − 1)·(n/P)·H_kv·d numbers.
     assert [ring_sent_bytes([5] * 4, rank, kv_heads=3, head_dim=7, itemsize=2) for rank in range(4)] == [2 * 3 * 5 * 3 * 7 * 2] * 4
 
 
-def test_what_travels_keeps_its_type(found: dict[str, list[Any]]) -> None:
+def test_messages_keep_their_dtype(found: dict[str, list[Any]]) -> None:
     of_types = list(zip(*found["float32 and bfloat16"], strict=True))
     for ranks, tolerance in zip(of_types, (1e-5, 2e-2), strict=True):
         out = torch.cat([one["out"] for one in ranks], dim=1)
@@ -336,7 +336,7 @@ def test_ranks_of_a_group(found: dict[str, list[Any]]) -> None:
 # --- bad use --------------------------------------------------------------------------------------
 
 
-def test_bad_shards_are_the_same_sentence_on_every_rank(found: dict[str, list[Any]]) -> None:
+def test_bad_shards_raise_the_same_message_on_every_rank(found: dict[str, list[Any]]) -> None:
     inside = "all shards but the last must be whole chunks, multiples of 4 tokens, got [6, 6]; cut the sequence where a chunk ends"
     assert found["a boundary inside a chunk"] == [inside] * 2
     for case in ("an empty rank", "an empty last rank"):
@@ -344,7 +344,7 @@ def test_bad_shards_are_the_same_sentence_on_every_rank(found: dict[str, list[An
         assert found[case] == [sentence] * 2
 
 
-def test_an_attention_that_cannot_says_so(found: dict[str, list[Any]]) -> None:
+def test_an_attention_without_context_parallelism_says_so(found: dict[str, list[Any]]) -> None:
     assert found["another"] == ["Another does not run across ranks: it has no method `context_parallel_forward`"] * 2
 
 

@@ -1,4 +1,4 @@
-"""The short convolution: by hand, causal, streamed, and inside the decoder."""
+"""Tests of the short convolution: by hand, causality, streaming, and inside the decoder."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def states(time: int, batch: int = 2, hidden_dim: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("time", [1, 3, 4, 9])
-def test_it_is_what_it_says(size: int, time: int) -> None:
+def test_it_matches_its_definition(size: int, time: int) -> None:
     convolution = ShortConvolution(3, size).double()
     x = states(time)
     weight = convolution.weight.detach()[:, 0].flip(1)  # of x_t first
@@ -27,7 +27,7 @@ def test_it_is_what_it_says(size: int, time: int) -> None:
 
 
 @pytest.mark.parametrize("split", [1, 2, 3, 8])
-def test_streamed_it_is_the_same(split: int) -> None:
+def test_streaming_matches_the_whole(split: int) -> None:
     convolution = ShortConvolution(3, 4).double()
     x = states(9)
     first, before = convolution.extend(x[:, :split], None)
@@ -37,7 +37,7 @@ def test_streamed_it_is_the_same(split: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_decoder_with_it_streams_and_is_deaf_to_the_future_and_to_padding(size: int) -> None:
+def test_a_decoder_with_it_is_streamable_causal_and_padding_invariant(size: int) -> None:
     torch.manual_seed(0)
     model = randomize_zero_parameters(BSBRModel(30, 16, 2, 2, 5, 24, conv_size=size)).double().eval()
     plain = BSBRModel(30, 16, 2, 2, 5, 24).double().eval()
@@ -57,6 +57,6 @@ def test_a_decoder_with_it_streams_and_is_deaf_to_the_future_and_to_padding(size
     torch.testing.assert_close(model(padded, mask)[:, 3:20], whole, rtol=0, atol=1e-12)
 
 
-def test_a_size_that_is_none() -> None:
+def test_a_bad_size_is_named() -> None:
     with pytest.raises(ValueError, match="size must be a positive integer, got 0"):
         TransformerModel(10, 8, 1, 2, 8, attention=lambda **_: None, conv_size=0)  # type: ignore[arg-type, return-value]

@@ -1,4 +1,4 @@
-"""`bsbr.backends.cpp.operators` against the reference, at sizes that fill neither its tiles nor its panels; and where it cannot be had."""
+"""Tests of the C++ backend against the reference, at sizes that fill neither its tiles nor its panels, and without a compiler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def inputs(
     chunk: int = CHUNK,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """4 heads that share 2 keys, 2 items; heads are views of joined ones, as projections give them."""
+    """Inputs of 2 items with 4 query heads and 2 kv heads; heads are views of joined heads, as projections return them."""
     generator = torch.Generator().manual_seed(time)
 
     def heads(number: int, length: int, dim: int) -> Tensor:
@@ -50,7 +50,7 @@ def inputs(
 
 
 def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
-    """Values, with and without gradients kept, and all gradients are those of the reference, relative to the largest."""
+    """Compares values, with and without autograd, and all gradients with the reference, relative to the largest number."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     truth = reference.bsbr_attention(**leaves, **options)
     out = bsbr_attention(**leaves, impl="cpp", **options)
@@ -68,7 +68,7 @@ def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
 
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests run with one thread each; these with as many as asked for."""
+    """Sets the number of threads, which is 1 in other tests."""
     usual = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -81,7 +81,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 2])
 @pytest.mark.parametrize(("group", "threads"), [(1, 1), (3, 4)], indirect=["threads"])
 @pytest.mark.usefixtures("threads")
-def test_values_and_gradients_are_those_of_the_reference(
+def test_values_and_gradients_match_the_reference(
     monkeypatch: pytest.MonkeyPatch, group: int, time: int, features: int | None, beta: bool, options: dict[str, int]
 ) -> None:
     monkeypatch.setattr(segment, "GROUP", group)
@@ -91,18 +91,18 @@ def test_values_and_gradients_are_those_of_the_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("chunk", "dim", "features"), [(37, 20, None), (64, 40, 24), (100, 33, 5), (16, 128, 64)])
-def test_tiles_that_are_full_and_those_that_are_not(chunk: int, dim: int, features: int | None, dtype: torch.dtype) -> None:
+def test_full_and_partial_tiles(chunk: int, dim: int, features: int | None, dtype: torch.dtype) -> None:
     tensors = inputs(2 * chunk + 17, features=features, dim=dim, chunk=chunk, dtype=dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     check(tensors, tolerance, chunk_size=chunk, chunk_overlap=chunk // 3)
     check(inputs(2 * chunk + 17, features=features, beta=True, dim=dim, chunk=chunk, dtype=dtype), tolerance, chunk_size=chunk)
 
 
-def test_more_chunks_than_are_mixed_at_once() -> None:
+def test_more_chunks_than_one_panel_of_states() -> None:
     check(inputs(2 * 270 + 1, features=3, dim=24, chunk=2), 1e-10, chunk_size=2)
 
 
-def test_any_strides_are_taken() -> None:
+def test_any_strides_are_supported() -> None:
     tensors = inputs(3 * CHUNK + 1, features=3)
     plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     # No contiguous rows; a single item that stands for both.
@@ -114,8 +114,8 @@ def test_any_strides_are_taken() -> None:
     assert torch.equal(by_sum, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
 
 
-def test_scores_of_any_size_give_the_softmax_that_torch_gives() -> None:
-    """e^x by our own polynomial: through its whole range, and where it must be zero."""
+def test_softmax_of_scores_of_any_size_matches_torch() -> None:
+    """The polynomial of e^x is tested over its whole range, and where the result is 0."""
     scores = torch.linspace(-120, 3, 64)
     q = torch.zeros(1, 1, 64, 16)
     q[..., -1, 0] = 4.0  # √d: the last token's scores are the keys' first numbers
@@ -131,9 +131,7 @@ def test_scores_of_any_size_give_the_softmax_that_torch_gives() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"retrieval_top_k": 3}, {"chunk_overlap": CHUNK + 1, "compression_factor": 2}], ids=str)
-def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_same(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_processing_in_segments_changes_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     monkeypatch.setattr(streaming, "PAGE", 3)
     monkeypatch.setattr(segment, "FEW_ROWS", 1)
     torch.manual_seed(0)
@@ -146,7 +144,7 @@ def test_a_long_sequence_without_gradients_goes_in_segments_and_comes_out_the_sa
     assert [state[f"states.{page}"].shape[2] for page in range(4)] == [3, 3, 3, 2]
 
 
-def test_a_future_that_overflows_does_not_reach_the_past() -> None:
+def test_a_later_overflow_changes_no_earlier_output() -> None:
     tensors = inputs(CHUNK, dtype=torch.float32)
     before = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     tensors["k"] = tensors["k"].clone()
@@ -155,7 +153,7 @@ def test_a_future_that_overflows_does_not_reach_the_past() -> None:
     assert torch.equal(before[:, :, :-1], after[:, :, :-1])
 
 
-def test_the_choice_of_implementation() -> None:
+def test_the_selection_of_a_backend() -> None:
     tensors = inputs(CHUNK + 1, dtype=torch.float32)
     made, options, dropping = BSBRInputs(**tensors), BSBROptions(CHUNK), BSBROptions(CHUNK, dropout_p=0.1)
     assert dispatch.select_backend("auto", made, options) == "cpp"
@@ -174,7 +172,7 @@ def test_the_choice_of_implementation() -> None:
 
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
-    """What is built in a test is forgotten behind it."""
+    """Unloads the library before and after a test."""
     build.library.cache_clear()
     yield
     build.library.cache_clear()
@@ -184,7 +182,7 @@ def fresh_library() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("compiler", "problem"), [("no-such-compiler", "No such file"), ("false", "false failed: it printed nothing")]
 )
-def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
+def test_without_a_compiler_it_warns_and_runs_the_torch_backend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, problem: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
@@ -198,7 +196,7 @@ def test_without_a_compiler_it_says_so_and_goes_on_in_plain_torch(
 
 
 @pytest.mark.usefixtures("fresh_library")
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert not isinstance(build.library(), str)
     (built,) = (tmp_path / "bsbr").iterdir()  # and nothing else: what was half done is not left there

@@ -1,4 +1,4 @@
-"""φ: what its products are, that they make the square of the inner product, and that native code makes the same."""
+"""Tests of the feature maps: their products, the squared inner product that they give, and the C++ implementation."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ def test_products_of_three_numbers() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 11])
-def test_all_products_make_the_square_of_the_inner_product(size: int) -> None:
+def test_all_products_give_the_squared_inner_product(size: int) -> None:
     x, y = torch.randn(2, 3, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
     whole = size * (size + 1) // 2
     made = (pairwise_products(x, whole) * pairwise_products(y, whole)).sum(dim=-1)
     torch.testing.assert_close(made, (x * y).sum(dim=-1).square(), rtol=0, atol=1e-12)
 
 
-def test_as_few_factors_as_are_needed() -> None:
+def test_the_smallest_number_of_factors() -> None:
     assert [num_factors(size) for size in (1, 2, 3, 4, 6, 7, 16, 32, 36, 37, 64, 128)] == [1, 2, 2, 3, 3, 4, 6, 8, 8, 9, 11, 16]
 
 
@@ -34,7 +34,7 @@ def test_gradients(size: int) -> None:
 
 
 @pytest.mark.parametrize(("factors", "size"), [(1, 1), (3, 4), (8, 32), (11, 64), (16, 136)])
-def test_native_code_makes_the_same_features_and_gradients(factors: int, size: int) -> None:
+def test_cpp_features_and_gradients_match_torch(factors: int, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     # Heads as they are split from a projection, more tokens than one task has, and a token of zeros.
     x = torch.randn(2, 131, 3, factors, dtype=torch.float64, generator=generator).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What every attention inherits: padding, heads, rotary positions, the default streaming and the checks."""
+"""Tests of what every attention inherits: padding, heads, rotary positions, default streaming and checks."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ from bsbr.paging import page_lengths, state_pages
 
 
 class RunningSum(Attention):
-    """o_t = Σ_{s ≤ t} x_s + 1: the least that fulfils the contract, and wrong wherever padding gets in."""
+    """o_t = Σ_{s ≤ t} x_s + 1: a minimal implementation of the contract, which any padding would change."""
 
     def __init__(self, hidden_dim: int, num_heads: int) -> None:
         super().__init__(hidden_dim, num_heads)
@@ -66,13 +66,13 @@ class PlainSoftmax(MultiHeadAttention):
 # --- padding --------------------------------------------------------------------------------------
 
 
-def test_pack_moves_the_real_tokens_to_the_front_in_order_and_back() -> None:
+def test_pack_moves_real_tokens_to_the_front_and_back() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     tokens = torch.tensor([[8, 9, 1, 2, 3], [1, 8, 2, 9, 3], [1, 2, 7, 8, 9], [5, 6, 7, 8, 9]])
     packed, unpack = pack(tokens, mask)
     assert packed.tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 0, 0], [1, 2, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert unpack(10 * packed + 4).tolist() == [[0, 0, 14, 24, 34], [14, 0, 24, 0, 34], [14, 24, 0, 0, 0], [0] * 5]
-    # Whatever is appended after `time` and `batch` travels along.
+    # Further dimensions after batch and time are moved along.
     wide, unpack = pack(tokens[..., None, None].expand(4, 5, 2, 3), mask)
     assert torch.equal(wide, packed[..., None, None].expand(4, 5, 2, 3))
     assert unpack(torch.ones(4, 5, 7)).sum().item() == 7 * mask.sum().item()
@@ -91,7 +91,7 @@ def test_any_nonzero_is_a_token() -> None:
     assert attention(x, torch.tensor([[-1, 0, 7]]))[..., 0].tolist() == [[2, 0, 3]]
 
 
-def test_gradients_pass_the_padding_by() -> None:
+def test_padding_has_no_gradient() -> None:
     x = torch.tensor([[torch.nan, 1, torch.inf, 2]])[..., None].requires_grad_()
     attention = RunningSum(1, 1)
     attention(x, torch.tensor([[0, 1, 0, 1]])).sum().backward()
@@ -147,7 +147,7 @@ def test_the_default_extend_continues_at_any_point(num_kv_heads: int | None, rot
             assert kept["position"].tolist() == length
 
 
-def test_a_cache_lies_in_pages_that_go_from_state_to_state() -> None:
+def test_states_share_the_pages_of_a_cache() -> None:
     assert [page_lengths(time) for time in (1, 255, 256, 257, 1023, 1024, 3000)] == [
         [1], [255], [256], [256, 1], [512, 256, 255], [1024], [1024, 1024, 512, 256, 184],
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_cache_lies_in_pages_that_go_from_state_to_state() -> None:
                 pages = state_pages(after, name)
                 assert [page.shape[2] for page in pages] == page_lengths(first + second)
                 assert all(page.is_contiguous() and page.untyped_storage().nbytes() == page.nbytes for page in pages)
-                # The pages that stay as they are, are the same tensors: a token copies no more than a page or two.
+                # Unchanged pages are the same tensors: a token copies no more than a page or two.
                 shared = sum(page is before for page, before in zip(pages, state_pages(state, name), strict=False))
                 assert shared == next(
                     (i for i, (a, b) in enumerate(zip(page_lengths(first), page_lengths(first + second), strict=False)) if a != b),
@@ -171,7 +171,7 @@ def test_a_cache_lies_in_pages_that_go_from_state_to_state() -> None:
                 )
 
 
-def test_rotation_changes_what_attention_says() -> None:
+def test_rotation_changes_the_output() -> None:
     x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     attention = PlainSoftmax(8, 2)
     plain = attention(x)

@@ -1,4 +1,4 @@
-"""The decoder: what a layer computes, any length, positions, padding, dropout, checkpointing, precision, bad input."""
+"""Tests of the decoder: layers, any length, positions, padding, dropout, checkpointing, precision and bad input."""
 
 from functools import partial
 from typing import Any
@@ -31,10 +31,10 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
 
 
-# --- as it is used --------------------------------------------------------------------------------
+# --- use ------------------------------------------------------------------------------------------
 
 
-def test_the_example_works_as_it_stands_at_any_length_and_in_bfloat16() -> None:
+def test_the_example_works_at_any_length_and_in_bfloat16() -> None:
     model = BSBRModel(
         vocab_size=10000, hidden_dim=512, num_layers=4, num_heads=8, chunk_size=128, ff_dim=2048, dropout=0.1, compression_factor=4
     )
@@ -52,7 +52,7 @@ def test_the_example_works_as_it_stands_at_any_length_and_in_bfloat16() -> None:
             torch.testing.assert_close(part, whole[:, :length], rtol=0, atol=1e-4)
         narrow = model.to(torch.bfloat16)(tokens(1000, 1, 10000))
     assert narrow.dtype == torch.bfloat16
-    # Four layers deep, of the 2e-2 that one attention is granted.
+    # Four layers, where one attention alone may be off by 2e-2.
     assert (narrow.float() - whole).norm() < 4 * 2e-2 * whole.norm()
 
 
@@ -63,7 +63,7 @@ def test_bfloat16_trains() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_no_length_is_the_greatest() -> None:
+def test_there_is_no_longest_sequence() -> None:
     model = small().eval()
     with torch.no_grad():
         long = model(tokens(5000, 1))
@@ -72,10 +72,10 @@ def test_no_length_is_the_greatest() -> None:
     assert not any(5000 in buffer.shape for buffer in model.buffers())
 
 
-# --- what it computes -----------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
-def test_a_layer_is_two_residual_branches_behind_their_norms() -> None:
+def test_a_layer_is_two_pre_norm_residual_branches() -> None:
     torch.manual_seed(0)
     layer = BSBRLayer(16, 4, CHUNK, 24, compression_factor=2, chunk_overlap=1, retrieval_top_k=2, num_kv_heads=2, rotary=True)
     assert (layer.attention.chunk_size, layer.attention.chunk_overlap, layer.attention.retrieval_top_k) == (CHUNK, 1, 2)
@@ -114,8 +114,8 @@ def test_the_model_is_its_embedding_positions_layers_and_norm() -> None:
         torch.testing.assert_close(model(ids), model.final_norm(expected))
 
 
-def test_without_positions_only_the_chunks_tell_places_apart() -> None:
-    # One token over and over: inside the first chunk every mean is the same. With positions no two are.
+def test_without_positions_only_chunks_distinguish_positions() -> None:
+    # The same token repeated: inside the first chunk all outputs are equal without positions, and none with them.
     same = torch.full((1, CHUNK), 3)
     with torch.no_grad():
         without, with_positions = small(positions=False)(same), small()(same)
@@ -128,7 +128,7 @@ def test_without_positions_only_the_chunks_tell_places_apart() -> None:
 
 
 def masks(time: int) -> Tensor:
-    """Left, right, holes, one token, none, all."""
+    """Padding on the left, on the right, in holes; one token, no token, all tokens."""
     mask = torch.zeros(6, time)
     mask[0, 4:] = 1
     mask[1, :-3] = 1
@@ -139,7 +139,7 @@ def masks(time: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"rotary": True, "chunk_overlap": 3}, {"use_checkpointing": True}], ids=str)
-def test_the_model_passes_padding_by(options: dict[str, Any]) -> None:
+def test_the_model_is_padding_invariant(options: dict[str, Any]) -> None:
     model, mask = small(**options).double(), masks(17)
     ids = tokens(17, batch=6).masked_fill(mask == 0, -100)  # no token at all: it must never be looked up
     out = model(ids, mask)
@@ -150,7 +150,7 @@ def test_the_model_passes_padding_by(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
-def test_a_layer_passes_padding_by(garbage: float) -> None:
+def test_a_layer_is_padding_invariant(garbage: float) -> None:
     torch.manual_seed(0)
     layer, mask = randomize_zero_parameters(BSBRLayer(16, 4, CHUNK, 24, chunk_overlap=1)).double(), masks(17)
     x = torch.randn(6, 17, 16, dtype=torch.float64).masked_fill(mask[..., None] == 0, garbage).requires_grad_()
@@ -179,7 +179,7 @@ def test_dropout_is_off_in_eval_and_reaches_weights_and_residuals_in_training() 
 
 
 @pytest.mark.parametrize("silent", ["attention", "feed_forward"])
-def test_residual_dropout_leaves_out_or_doubles_every_number_of_a_branch(silent: str) -> None:
+def test_residual_dropout_zeroes_or_doubles_each_number_of_a_branch(silent: str) -> None:
     torch.manual_seed(0)
     layer = TransformerLayer(16, 4, 24, attention=StandardAttention, dropout=0.5)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
     assert str(caught.value) == sentence
 
 
-def test_an_option_that_nobody_knows_is_named() -> None:
+def test_an_unknown_option_is_named() -> None:
     with pytest.raises(TypeError, match="chunk_sise"):
         small(chunk_sise=3)
 
@@ -267,7 +267,7 @@ def test_an_option_that_nobody_knows_is_named() -> None:
         (torch.zeros(2, 3, 1, dtype=torch.int32), "torch.int32 [2, 3, 1]"),
     ],
 )
-def test_what_are_no_token_ids_is_named(ids: Tensor, got: str) -> None:
+def test_bad_token_ids_are_named(ids: Tensor, got: str) -> None:
     model = small()
     for call in (model, model.extend):
         with pytest.raises(ValueError) as caught:  # noqa: PT011

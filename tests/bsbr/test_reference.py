@@ -1,4 +1,4 @@
-"""`bsbr_attention` and its reference against masks in numpy, cases worked by hand, and the shape of their gradients."""
+"""Tests of `bsbr_attention` and its reference against masks in numpy, cases worked out by hand, and their gradients."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ OPTIONS: list[dict[str, int]] = [
 Array = np.ndarray[Any, Any]
 
 
-# --- the truth: the equation of the design, with its two masks written out ------------------------
+# --- the oracle: the equation with its two masks written out --------------------------------------
 
 
 def bsbr_oracle(
@@ -84,7 +84,7 @@ def bsbr_oracle(
 
 
 def softmax(scores: Array, mask: Array) -> Array:
-    """Over the last axis where mask holds; all zero where it holds nowhere."""
+    """Softmax over the last axis of the entries in the mask; zero in rows without any."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) * mask
     total = weights.sum(axis=-1, keepdims=True)
     return weights / np.where(total == 0, 1, total)
@@ -115,7 +115,7 @@ def slow(*tensors: Tensor, **options: int) -> Tensor:
 
 
 def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """By relative norm."""
+    """Whether the relative norm of the difference is at most `tolerance`."""
     return bool((actual.double() - expected.double()).norm() <= tolerance * expected.double().norm())
 
 
@@ -159,7 +159,7 @@ def test_five_tokens_by_hand(function: Any, options: dict[str, int], expected: l
 
 
 @pytest.mark.parametrize("function", [bsbr_attention, reference.bsbr_attention])
-def test_both_softmaxes_divide_by_the_root_of_head_dim(function: Any) -> None:
+def test_both_softmaxes_scale_by_the_root_of_head_dim(function: Any) -> None:
     # head_dim 4: a product of 2·ln 3 is a score of ln 3, hence weights 3/4 and 1/4 beside a score of 0.
     def rows(*firsts: float) -> Tensor:
         return torch.tensor([[first, 0, 0, 0] for first in firsts], dtype=torch.float64).view(1, 1, -1, 4)
@@ -176,7 +176,7 @@ def test_both_softmaxes_divide_by_the_root_of_head_dim(function: Any) -> None:
 
 
 @pytest.mark.parametrize("function", [bsbr_attention, reference.bsbr_attention])
-def test_without_features_a_key_that_is_asked_for_returns_its_value(function: Any) -> None:
+def test_default_features_read_the_value_of_an_equal_key(function: Any) -> None:
     # Unit norm: (6, 8) asks for (3, 4) whatever the lengths, and (-8, 6) is at right angles to it.
     q = torch.tensor([[0, 0], [6, 8], [-8, 6]], dtype=torch.float64).view(1, 1, 3, 2)
     k = torch.tensor([[3, 4], [0, 0], [0, 0]], dtype=torch.float64).view(1, 1, 3, 2)
@@ -200,7 +200,7 @@ def test_neighbouring_query_heads_share_a_key_value_head(function: Any) -> None:
     torch.testing.assert_close(out[:, :, -1], (1 + CHUNK) * expected.view(1, 4, 1).expand(2, 4, 6))
 
 
-# --- fast, slow and oracle are one function -------------------------------------------------------
+# --- agreement -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -213,7 +213,7 @@ def test_fast_reference_and_oracle_agree(time: int, options: dict[str, int]) -> 
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "feature_dim"), [(1, 1, 1, 1), (3, 3, 2, 2), (6, 2, 8, 1), (4, 1, 3, 7)])
-def test_they_agree_for_other_heads_and_sizes(heads: int, kv_heads: int, head_dim: int, feature_dim: int) -> None:
+def test_fast_reference_and_oracle_agree_for_other_sizes(heads: int, kv_heads: int, head_dim: int, feature_dim: int) -> None:
     tensors = inputs(23, heads=heads, kv_heads=kv_heads, head_dim=head_dim, feature_dim=feature_dim)
     options = {"top_k": 2, "chunk_overlap": 2}
     expected = bsbr_oracle(*(x.numpy() for x in tensors), chunk_size=CHUNK, **options)
@@ -221,7 +221,7 @@ def test_they_agree_for_other_heads_and_sizes(heads: int, kv_heads: int, head_di
     np.testing.assert_allclose(fast(*tensors, **options).numpy(), expected, rtol=0, atol=1e-9)
 
 
-def test_the_default_features_are_the_unit_vectors() -> None:
+def test_default_features_are_unit_vectors() -> None:
     q, k, v, r, h, _, _ = inputs(22)
     phi = [x.numpy() / np.sqrt((x.numpy() ** 2).sum(axis=-1, keepdims=True) + 1e-6) for x in (q, k)]
     expected = bsbr_oracle(*(x.numpy() for x in (q, k, v, r, h)), *phi, chunk_size=CHUNK)
@@ -241,7 +241,7 @@ def test_the_gain_scales_what_each_head_retrieves() -> None:
 
 
 def with_beta(time: int, **sizes: Any) -> dict[str, Tensor]:
-    """The named inputs, φ of unit norm, and β from 0 to 1."""
+    """Inputs by name, with φ of unit norm and β from 0 to 1."""
     names = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features")
     named = dict(zip(names, inputs(time, **sizes), strict=True))
     named |= {name: named[name] / named[name].norm(dim=-1, keepdim=True) for name in ("q_features", "k_features")}
@@ -268,7 +268,7 @@ def test_the_delta_rule_in_each_chunk(time: int, options: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
-def test_gradients_of_the_delta_rule_are_those_of_finite_differences(impl: Any) -> None:
+def test_gradients_of_the_delta_rule_match_finite_differences(impl: Any) -> None:
     named = with_beta(2 * CHUNK + 3, heads=2, kv_heads=1, head_dim=2, feature_dim=2)
     tensors = [x[:1].detach().requires_grad_() for x in named.values()]
 
@@ -290,7 +290,7 @@ def test_the_delta_rule_in_lower_precision(dtype: torch.dtype, tolerance: float)
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("time", [1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
-def test_gradients_are_those_of_the_reference(time: int, options: dict[str, int]) -> None:
+def test_gradients_match_the_reference(time: int, options: dict[str, int]) -> None:
     tensors = [x.requires_grad_() for x in inputs(time)]
     upstream = torch.randn(2, 4, time, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got, expected = (
@@ -302,7 +302,7 @@ def test_gradients_are_those_of_the_reference(time: int, options: dict[str, int]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 1, "chunk_overlap": 2}], ids=str)
-def test_gradients_are_those_of_finite_differences(options: dict[str, int]) -> None:
+def test_gradients_match_finite_differences(options: dict[str, int]) -> None:
     tensors = [x[:1].requires_grad_() for x in inputs(2 * CHUNK + 3, heads=2, kv_heads=1, head_dim=2, feature_dim=1)]
     assert torch.autograd.gradcheck(lambda *x: fast(*x, **options), tensors)
 
@@ -323,7 +323,7 @@ def test_lower_precision_stays_close_in_values_and_gradients(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("function", [fast, slow])
-def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow(function: Any) -> None:
+def test_top_k_selects_the_earliest_of_equal_scores_whatever_follows(function: Any) -> None:
     tensors = inputs(40 * CHUNK)
     tensors[3] = torch.zeros_like(tensors[3])  # every score is 0
     expected = bsbr_oracle(*(x.numpy() for x in tensors), chunk_size=CHUNK, top_k=2)
@@ -335,7 +335,7 @@ def test_of_equally_scored_chunks_the_earliest_are_kept_however_many_follow(func
         torch.testing.assert_close(part, whole[:, :, : chunks * CHUNK], rtol=0, atol=1e-12)
 
 
-# --- who reads what -------------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [fast, slow])
@@ -363,7 +363,7 @@ def test_a_token_reads_exactly_what_the_masks_allow(function: Any, overlap: int)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_comes_later_changes_nothing_bit_by_bit(options: dict[str, int]) -> None:
+def test_later_inputs_change_no_earlier_output(options: dict[str, int]) -> None:
     time = 3 * CHUNK + 7
     tensors, other = inputs(time), [100 * x.flip(2) for x in inputs(time)]
     before = fast(*tensors, **options)

@@ -1,4 +1,4 @@
-"""`extend` of the attention, the layer and the model: any split, states as values, on disk, and what a token costs."""
+"""Tests of `extend` of attention, layer and model: any split, states as values and on disk, and the cost of a token."""
 
 from collections.abc import Callable
 from functools import partial
@@ -70,7 +70,7 @@ def assert_same(first: State, second: State, **tolerance: float) -> None:
 
 
 @options_of_all_kinds
-def test_two_parts_cut_anywhere_are_the_whole(options: dict[str, Any]) -> None:
+def test_two_parts_match_the_whole_wherever_it_is_cut(options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden()
     whole = attention(x)
     output, state = attention.extend(x)
@@ -83,7 +83,7 @@ def test_two_parts_cut_anywhere_are_the_whole(options: dict[str, Any]) -> None:
 
 @options_of_all_kinds
 @pytest.mark.parametrize("sizes", [[1] * TIME, [3] * 7 + [1], [CHUNK] * 4 + [2], [1, 13, 2, 6], [4, 1, 10, 7]], ids=str)
-def test_any_number_of_parts_is_the_whole(sizes: list[int], options: dict[str, Any]) -> None:
+def test_any_number_of_parts_matches_the_whole(sizes: list[int], options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden()
     output, state = in_pieces(attention.extend, x, sizes)
     torch.testing.assert_close(output, attention(x), rtol=0, atol=1e-10)
@@ -91,7 +91,7 @@ def test_any_number_of_parts_is_the_whole(sizes: list[int], options: dict[str, A
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_in_lower_precision_too(dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     attention, x = build(chunk_overlap=2, compression_factor=2).to(dtype), hidden(8 * CHUNK + 2).to(dtype)
     whole = attention(x).float()
     output, state = in_pieces(attention.extend, x, [1] * x.shape[1])
@@ -162,7 +162,7 @@ def test_a_state_survives_the_disk(tmp_path: Path, options: dict[str, Any]) -> N
 
 @options_of_all_kinds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_state_holds_exactly_the_bytes_declared_and_keeps_no_others_alive(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_a_state_holds_the_declared_bytes_and_keeps_no_other_memory_alive(dtype: torch.dtype, options: dict[str, Any]) -> None:
     attention, x = build(**options).to(dtype), hidden().to(dtype)
     by_token: State | None = None
     with torch.no_grad():
@@ -177,16 +177,16 @@ def test_a_state_holds_exactly_the_bytes_declared_and_keeps_no_others_alive(dtyp
                 assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == attention.state_bytes(time, 2)
 
 
-# --- what a token costs ---------------------------------------------------------------------------
+# --- cost of a token ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_overlap": 3}, {"chunk_overlap": CHUNK + 1, "num_kv_heads": 2}], ids=str)
-def test_a_token_costs_the_same_after_any_context_but_for_the_first_of_a_chunk(options: dict[str, Any]) -> None:
+def test_only_the_first_token_of_a_chunk_costs_more_after_a_longer_context(options: dict[str, Any]) -> None:
     attention, contexts = build(**options), (4, 16, 64)
     x = hidden(64 * CHUNK + CHUNK)
 
     def cost(time: int) -> int:
-        """Of the token at position `time`."""
+        """FLOPs of the token at position `time`."""
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is not counted
             _, state = attention.extend(x[:, :time])
             with FlopCounterMode(display=False) as counter:
@@ -215,13 +215,13 @@ def layer(**options: Any) -> BSBRLayer:
 
 def model(**options: Any) -> BSBRModel:
     torch.manual_seed(0)
-    # Twelve layers, so that `layers.1.` is the beginning of no other name than its own.
+    # Twelve layers, so that the names of layers 10 and 11 begin like that of layer 1.
     return randomize_zero_parameters(BSBRModel(30, 16, 12, 4, chunk_size=CHUNK, ff_dim=24, **options)).double()
 
 
 @pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
 @pytest.mark.parametrize("make", [layer, model, partial(model, positions=False)])
-def test_layer_and_model_stream_too(make: Callable[..., BSBRLayer | BSBRModel], options: dict[str, Any]) -> None:
+def test_layer_and_model_stream(make: Callable[..., BSBRLayer | BSBRModel], options: dict[str, Any]) -> None:
     module = make(**options)
     inputs = hidden() if isinstance(module, BSBRLayer) else torch.randint(30, (2, TIME), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

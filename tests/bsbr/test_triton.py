@@ -1,4 +1,4 @@
-"""The Triton kernels: their tests run in a process of their own, for triton decides on import what runs them."""
+"""Tests of the Triton kernels. Most run in a process of their own, because triton decides at import whether to interpret."""
 
 import os
 import subprocess
@@ -23,16 +23,16 @@ def run_alone(interpret: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_they_are_the_reference_when_interpreted() -> None:
+def test_interpreted_kernels_match_the_reference() -> None:
     run_alone("1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_they_are_the_reference_on_a_gpu() -> None:
+def test_kernels_match_the_reference_on_a_gpu() -> None:
     run_alone("0")
 
 
-def test_they_compile_for_hopper_without_spilling() -> None:
+def test_kernels_compile_for_hopper_without_spilling() -> None:
     program = (
         "import torch; from bsbr.backends.triton.compiled import report, SHARED_LIMIT\n"
         "for name, (_, spilled, shared) in report(90, dtype=torch.bfloat16, head_dim=64, d_r=None).items():\n"
@@ -42,12 +42,15 @@ def test_they_compile_for_hopper_without_spilling() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 
-def test_importing_bsbr_and_its_kernels_does_not_import_triton() -> None:
-    program = "import sys, torch; before = 'triton' in sys.modules; import bsbr.backends.triton; assert before or 'triton' not in sys.modules"
+def test_importing_the_kernels_does_not_import_triton() -> None:
+    program = (
+        "import sys, torch; before = 'triton' in sys.modules; "
+        "import bsbr.backends.triton; assert before or 'triton' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_what_they_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     q = torch.zeros(1, 1, 4, 8)
     inputs, options = BSBRInputs(q, q, q, q[:, :, :1], q[:, :, :0]), BSBROptions(chunk_size=4)

@@ -1,7 +1,7 @@
-"""The steps as one differentiable function: what one kernel leaves for another never passes through autograd."""
+"""The kernels as one autograd function: tensors that one kernel leaves for another never pass through autograd."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +18,45 @@ from bsbr.backends.triton.states import chunk_states
 from bsbr.inputs import BSBRInputs, BSBROptions
 
 
-class BSBRFunction(torch.autograd.Function):
-    """q, k, v, φ(q), φ(k) (None: unit norm), U, gain, then either r, h or the weights and states that `top_k.select` chose.
+class _Saved(NamedTuple):
+    """What the forward pass keeps for the backward pass; see `BSBRFunction`."""
 
-    U [batch, kv_heads, (C - 1)·chunk_size, head_dim], which needs features, is what the states hold in place of v.
-    Kept for the backward: the inputs, F and F̄ (n/chunk_size · d_r · head_dim numbers a head each, in the inputs' type) and two
-    logs of sums; not o. F and F̄ in the inputs' type, because rounding them is the same order of error as rounding o, which is
-    made of them, and float32 would double the traffic between the kernels; sums are float32 inside each kernel.
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_features: Tensor | None
+    k_features: Tensor | None
+    pseudo: Tensor | None
+    gain: Tensor | None
+    meta_query: Tensor | None
+    meta_key: Tensor | None
+    weights: Tensor | None
+    selected: Tensor | None
+    states: Tensor | None
+    mixed: Tensor | None
+    mix_lse: Tensor | None
+    lse: Tensor
+
+
+class _RetrievalGradients(NamedTuple):
+    """Gradients of the inputs of retrieval; None for those that a call does not have."""
+
+    states: Tensor | None = None
+    meta_query: Tensor | None = None
+    meta_key: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class BSBRFunction(torch.autograd.Function):
+    """BSBR of a whole sequence.
+
+    Its tensors are q, k, v; φ(q) and φ(k), or None for the unit norm; the pseudo-values U [batch, kv_heads, (C − 1)·chunk_size,
+    head_dim], which states hold instead of v and which need features; the gain; and either the meta queries and meta keys, or
+    the weights and indices of the states that `top_k.select` selected.
+
+    Kept for the backward pass: the inputs, F and F̄ (n / chunk_size · d_r · head_dim numbers a head each) and the logarithms of the
+    sums of both softmaxes, but not o. F and F̄ are in the dtype of the inputs: rounding them is an error of the same order as
+    rounding o, which is made of them, and float32 would double the traffic between the kernels. Sums inside a kernel are float32.
     """
 
     @staticmethod
@@ -43,7 +75,7 @@ class BSBRFunction(torch.autograd.Function):
         selected: Tensor | None,
         options: BSBROptions,
     ) -> Tensor:
-        chunks = -(-q.shape[2] // options.chunk_size) - 1  # those that can be retrieved
+        chunks = -(-q.shape[2] // options.chunk_size) - 1  # the retrievable ones
         unit = q_features is None or k_features is None
         phi_q, phi_k = (q, k) if q_features is None or k_features is None else (q_features, k_features)
         states = mixed = retrieved = mix_lse = None
@@ -59,57 +91,71 @@ class BSBRFunction(torch.autograd.Function):
                 retrieved = (mixed * norm_factors(mixed)).to(mixed.dtype) if options.normalise else mixed
             sizes = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap}
             out, lse = output(q, k, v, phi_q, retrieved, gain, **sizes, unit=unit)
-        ctx.save_for_backward(
-            q, k, v, q_features, k_features, pseudo, gain, meta_query, meta_key, weights, selected, states, mixed, mix_lse, lse
-        )
+        attention = q, k, v, q_features, k_features, pseudo, gain
+        retrieval = meta_query, meta_key, weights, selected, states, mixed, mix_lse
+        ctx.save_for_backward(*attention, *retrieval, lse)  # in the order of _Saved
         ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, q_features, k_features, pseudo, gain, meta_query, meta_key, weights, selected, states, mixed, mix_lse, lse = (
-            ctx.saved_tensors
-        )
-        options: BSBROptions = ctx.options
-        unit = q_features is None
-        phi_q, phi_k = (q, k) if unit else (q_features, k_features)
+        saved, options = _Saved(*ctx.saved_tensors), cast(BSBROptions, ctx.options)
+        q, k, v, size = saved.q, saved.k, saved.v, options.chunk_size
+        unit = saved.q_features is None or saved.k_features is None
+        phi_q, phi_k = (q, k) if saved.q_features is None or saved.k_features is None else (saved.q_features, saved.k_features)
         grad = tiles.rows_contiguous(grad)
-        grad_meta_query = grad_meta_key = grad_weights = grad_states = grad_pseudo = None
-        retrieved, size = mixed, options.chunk_size
+        retrieved, gradients, grad_pseudo = saved.mixed, _RetrievalGradients(), None
         with torch.cuda.device_of(q):
-            if states is not None:
-                # dF̄ of a chunk is the state of φ(q) and do: gathered by the same kernel.
-                grad_mixed = chunk_states(phi_q, grad, first=1, chunks=states.shape[2], chunk_size=size, unit=unit, gain=gain)
+            if saved.states is not None and saved.mixed is not None:
+                # dF̄ of a chunk is the state of φ(q) and dO: the same kernel computes it.
+                chunks = saved.states.shape[2]
+                grad_mixed = chunk_states(phi_q, grad, first=1, chunks=chunks, chunk_size=size, unit=unit, gain=saved.gain)
                 if options.normalise:
-                    # Of y = s x, s = √d (|x|² + ε)^-1/2: dx = s (dy − y (y·dy)/d).
-                    scale, upstream = norm_factors(mixed), grad_mixed.float()
-                    normal = mixed.float() * scale
-                    along = (normal * upstream).sum(dim=(-2, -1), keepdim=True) / mixed.shape[-1]
-                    retrieved, grad_mixed = normal.to(mixed.dtype), (scale * (upstream - normal * along)).to(mixed.dtype)
-                    del normal, upstream
-                if selected is None:
-                    grad_meta_query, grad_meta_key, grad_states = mix_backward(
-                        meta_query, meta_key, states, mixed, mix_lse, grad_mixed
-                    )
-                else:
-                    grad_states, grad_weights = top_k.gather_backward(states, weights, selected, grad_mixed)
+                    retrieved, grad_mixed = _normalise_backward(saved.mixed, grad_mixed)
+                gradients = _mix_backward(saved, grad_mixed)
                 del grad_mixed
             sizes = {"chunk_size": size, "chunk_overlap": options.chunk_overlap}
             grad_q, grad_q_features, grad_gain, delta = queries_backward(
-                q, k, v, phi_q, retrieved, gain, grad, lse, **sizes, unit=unit
+                q, k, v, phi_q, retrieved, saved.gain, grad, saved.lse, **sizes, unit=unit
             )
-            of_v = None if pseudo is not None else grad_states
-            grad_k, grad_v, grad_k_features = keys_backward(q, k, v, phi_k, of_v, grad, lse, delta, **sizes, unit=unit)
-            if pseudo is not None and grad_states is not None:
-                assert grad_k_features is not None  # where there is U, there are features
-                tokens, shape = pseudo.shape[2], (grad_states.shape[2], size)
-                grad_k_features[:, :, :tokens] = (pseudo.unflatten(2, shape) @ grad_states.mT).flatten(2, 3)
-                grad_pseudo = (phi_k[:, :, :tokens].unflatten(2, shape) @ grad_states).flatten(2, 3)
+            # With pseudo-values in the states, v and the states have nothing to do with each other.
+            states_of_v = gradients.states if saved.pseudo is None else None
+            grad_k, grad_v, grad_k_features = keys_backward(q, k, v, phi_k, states_of_v, grad, saved.lse, delta, **sizes, unit=unit)
+            if saved.pseudo is not None and gradients.states is not None:
+                assert grad_k_features is not None  # pseudo-values need features
+                tokens, shape = saved.pseudo.shape[2], (gradients.states.shape[2], size)
+                grad_k_features[:, :, :tokens] = (saved.pseudo.unflatten(2, shape) @ gradients.states.mT).flatten(2, 3)
+                grad_pseudo = (phi_k[:, :, :tokens].unflatten(2, shape) @ gradients.states).flatten(2, 3)
         return (
             *(grad_q, grad_k, grad_v, grad_q_features, grad_k_features, grad_pseudo, grad_gain),
-            *(grad_meta_query, grad_meta_key, grad_weights, None, None),
+            *(gradients.meta_query, gradients.meta_key, gradients.weights, None, None),
         )
+
+
+def _normalise_backward(mixed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """y = s x of x = `mixed` with s = √d (|x|² + ε)^-1/2, and from `grad` = dy the gradient dx = s (dy − y (y·dy)/d)."""
+    scale, upstream = norm_factors(mixed), grad.float()
+    normal = mixed.float() * scale
+    along = (normal * upstream).sum(dim=(-2, -1), keepdim=True) / mixed.shape[-1]
+    return normal.to(mixed.dtype), (scale * (upstream - normal * along)).to(mixed.dtype)
+
+
+def _mix_backward(saved: _Saved, grad_mixed: Tensor) -> _RetrievalGradients:
+    """Gradients of states and of meta queries and meta keys, or of the weights of selected states, from dF̄."""
+    states, weights, selected = saved.states, saved.weights, saved.selected
+    assert states is not None
+    if weights is not None and selected is not None:
+        grad_states, grad_weights = top_k.gather_backward(states, weights, selected, grad_mixed)
+        return _RetrievalGradients(grad_states, weights=grad_weights)
+    assert saved.meta_query is not None
+    assert saved.meta_key is not None
+    assert saved.mixed is not None
+    assert saved.mix_lse is not None
+    grad_meta_query, grad_meta_key, grad_states = mix_backward(
+        saved.meta_query, saved.meta_key, states, saved.mixed, saved.mix_lse, grad_mixed
+    )
+    return _RetrievalGradients(grad_states, grad_meta_query, grad_meta_key)
 
 
 def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:

@@ -1,11 +1,11 @@
-"""F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s: causal attention over chunks, whose values are whole states; no C×C tensor.
+"""Retrieval by all earlier chunks, F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s: causal attention whose values are whole states.
 
-Row i of everything here is the chunk i + 1, which sees the states s ≤ i: the first chunk retrieves nothing and has no row,
-so that no softmax is empty. A program holds `rows` chunks by a slice of `depth` numbers of a state, and takes the scores
-anew for each slice: d products a pair beside the depth that it mixes.
+Row i is chunk i + 1, which sees the states s ≤ i. The first chunk retrieves nothing and has no row, so that no softmax is empty.
+A program computes ROWS chunks by a slice of DEPTH numbers of a state, and computes the scores again for each slice: that is d
+products a pair beside the DEPTH that it mixes. There is no C×C tensor.
 
-Traffic forward: reads F once from memory (a slice of every state fits L2), writes F̄. Backward: F̄, dF̄ and F once, dF̄ and F
-once more for each of dr and dh in tiles, writes dF.
+Forward traffic: F is read once from memory (a slice of every state fits L2) and F̄ is written. Backward traffic: F̄, dF̄ and F are
+read once, dF̄ and F once more in tiles for each of dr and dh, and dF is written.
 """
 
 import math
@@ -20,41 +20,42 @@ from bsbr.backends.triton.tiles import LOG2_E, dot, load_rows, of_head, store_ro
 
 
 @triton.jit
-def _scores(asks, keys, row, state, chunks, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """r·h of rows `row`… by states `state`…, in base 2; -inf where a row does not see the state."""
+def _scores(queries, keys, row, state, chunks, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """r·h/√d in base 2 of a tile of rows from `row` on and states from `state` on; -inf where a row does not see the state."""
     rows, states = row + tl.arange(0, ROWS), state + tl.arange(0, COLUMNS)
     visible = (states[None, :] <= rows[:, None]) & (states < chunks)[None, :]
-    return tl.where(visible, dot(asks, tl.trans(keys)) * (scale * LOG2_E), float("-inf"))
+    return tl.where(visible, dot(queries, tl.trans(keys)) * (scale * LOG2_E), float("-inf"))
 
 
 @triton.jit
 def _mix(
-    r, h, f, out, lse, chunks, heads, group, scale,
-    r_batch, r_head, r_row, h_batch, h_head, h_row,
+    meta_query, meta_key, states, out, lse, chunks, heads, group, scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row,
     D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row_tiles, slices = tl.cdiv(chunks, ROWS), tl.cdiv(WIDTH, DEPTH)
-    # Neighbouring programs share a slice of all states.
-    row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * ROWS  # the longest first
+    # Neighbouring programs read the same slice of all states.
+    row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * ROWS  # rows that see the most states first
     first = tl.program_id(0) // row_tiles % slices * DEPTH
     sequence = tl.program_id(0) // row_tiles // slices
     batch, head = sequence // heads, sequence % heads
-    r, h = of_head(r, batch, head, r_batch, r_head) + r_row, of_head(h, batch, head // group, h_batch, h_head)
-    f += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
-    asks = load_rows(r, row, chunks, r_row, 0, D, ROWS, BLOCK_D)
+    meta_query = of_head(meta_query, batch, head, query_batch, query_head) + query_row
+    meta_key = of_head(meta_key, batch, head // group, key_batch, key_head)
+    states += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
+    queries = load_rows(meta_query, row, chunks, query_row, 0, D, ROWS, BLOCK_D)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DEPTH], tl.float32)
     for state in range(0, tl.minimum(row + ROWS, chunks), COLUMNS):
-        keys = load_rows(h, state, chunks, h_row, 0, D, COLUMNS, BLOCK_D)
-        scores = _scores(asks, keys, row, state, chunks, scale, ROWS, COLUMNS)
+        keys = load_rows(meta_key, state, chunks, key_row, 0, D, COLUMNS, BLOCK_D)
+        scores = _scores(queries, keys, row, state, chunks, scale, ROWS, COLUMNS)
         higher = tl.maximum(highest, tl.max(scores, axis=1))  # finite: every row sees state 0
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = load_rows(f, state, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
-        mixed = mixed * shrink[:, None] + dot(weights.to(f.dtype.element_ty), values)
+        values = load_rows(states, state, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
+        mixed = mixed * shrink[:, None] + dot(weights.to(states.dtype.element_ty), values)
         highest = higher
     store_rows(
         out + tl.cast(sequence, tl.int64) * chunks * WIDTH, mixed / total[:, None], row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH
@@ -66,8 +67,8 @@ def _mix(
 
 @triton.jit
 def _mix_states(
-    r, h, lse, grad, grad_f, chunks, kv_heads, group, scale,
-    r_batch, r_head, r_row, h_batch, h_head, h_row,
+    meta_query, meta_key, lse, grad, grad_states, chunks, kv_heads, group, scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row,
     D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -77,77 +78,80 @@ def _mix_states(
     first = tl.program_id(0) // state_tiles % slices * DEPTH
     sequence = tl.program_id(0) // state_tiles // slices
     batch, kv_head = sequence // kv_heads, sequence % kv_heads
-    h = of_head(h, batch, kv_head, h_batch, h_head)
-    keys = load_rows(h, state, chunks, h_row, 0, D, ROWS, BLOCK_D)
+    meta_key = of_head(meta_key, batch, kv_head, key_batch, key_head)
+    keys = load_rows(meta_key, state, chunks, key_row, 0, D, ROWS, BLOCK_D)
     total = tl.zeros([ROWS, DEPTH], tl.float32)
     for member in range(group):
-        r_member = of_head(r, batch, kv_head * group + member, r_batch, r_head) + r_row
-        at = (tl.cast(sequence, tl.int64) * group + member) * chunks
+        query_member = of_head(meta_query, batch, kv_head * group + member, query_batch, query_head) + query_row
+        offset = (tl.cast(sequence, tl.int64) * group + member) * chunks
         for row in range(state, chunks, COLUMNS):
             rows = row + tl.arange(0, COLUMNS)
-            asks = load_rows(r_member, row, chunks, r_row, 0, D, COLUMNS, BLOCK_D)
-            normal = tl.load(lse + at + rows, mask=rows < chunks, other=0.0)
-            weights = tl.exp2(_scores(asks, keys, row, state, chunks, scale, COLUMNS, ROWS) - normal[:, None])
-            upstream = load_rows(grad + at * WIDTH, row, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
+            queries = load_rows(query_member, row, chunks, query_row, 0, D, COLUMNS, BLOCK_D)
+            row_lse = tl.load(lse + offset + rows, mask=rows < chunks, other=0.0)
+            weights = tl.exp2(_scores(queries, keys, row, state, chunks, scale, COLUMNS, ROWS) - row_lse[:, None])
+            upstream = load_rows(grad + offset * WIDTH, row, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
             total += dot(tl.trans(weights.to(grad.dtype.element_ty)), upstream)
-    store_rows(grad_f + tl.cast(sequence, tl.int64) * chunks * WIDTH, total, state, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
+    store_rows(grad_states + tl.cast(sequence, tl.int64) * chunks * WIDTH, total, state, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
 
 
 @triton.jit
 def _score_gradient(
-    asks, keys, normal, delta, grad, f, row, state, chunks, scale,
+    queries, keys, row_lse, delta, grad, states, row, state, chunks, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """w (dF̄·F − Δ)/√d of a tile of pairs: what dr and dh both are sums of."""
-    against = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """w (dF̄·F − Δ)/√d of a tile of pairs, of which dr and dh are sums."""
+    grad_weights = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, WIDTH, DEPTH):
         upstream = load_rows(grad, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
-        values = load_rows(f, state, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
-        against += dot(upstream, tl.trans(values))
-    weights = tl.exp2(_scores(asks, keys, row, state, chunks, scale, ROWS, COLUMNS) - normal[:, None])
-    return weights * (against - delta[:, None]) * scale
+        values = load_rows(states, state, chunks, WIDTH, first, WIDTH, COLUMNS, DEPTH)
+        grad_weights += dot(upstream, tl.trans(values))
+    weights = tl.exp2(_scores(queries, keys, row, state, chunks, scale, ROWS, COLUMNS) - row_lse[:, None])
+    return weights * (grad_weights - delta[:, None]) * scale
 
 
 @triton.jit
-def _mix_asks(
-    r, h, f, out, grad, lse, delta, grad_r, chunks, heads, group, scale,
-    r_batch, r_head, r_row, h_batch, h_head, h_row, grad_batch, grad_head, grad_row,
+def _mix_queries(
+    meta_query, meta_key, states, out, grad, lse, delta, grad_meta_query, chunks, heads, group, scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, grad_batch, grad_head, grad_row,
     D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Δ_t = dF̄_t·F̄_t, kept for `_mix_keys`, and dr_t = Σ_s w_ts (dF̄_t·F_s − Δ_t) h_s/√d."""
+    """Δ_t = dF̄_t·F̄_t, which `_mix_keys` reads, and dr_t = Σ_s w_ts (dF̄_t·F_s − Δ_t) h_s/√d."""
     row_tiles = tl.cdiv(chunks, ROWS)
     row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * ROWS
     sequence = tl.program_id(0) // row_tiles
     batch, head = sequence // heads, sequence % heads
-    r, h = of_head(r, batch, head, r_batch, r_head) + r_row, of_head(h, batch, head // group, h_batch, h_head)
-    at = tl.cast(sequence, tl.int64) * chunks
-    f += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
-    # By the same products as dF̄·F: of a chunk that sees one state, F̄ is F, and their difference is to be 0 and not rounding.
-    against = tl.zeros([ROWS, ROWS], tl.float32)
+    meta_query = of_head(meta_query, batch, head, query_batch, query_head) + query_row
+    meta_key = of_head(meta_key, batch, head // group, key_batch, key_head)
+    offset = tl.cast(sequence, tl.int64) * chunks
+    states += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
+    # Computed by the same products as dF̄·F: for a chunk that sees one state F̄ is F, and the difference must be 0, without rounding.
+    grad_weights = tl.zeros([ROWS, ROWS], tl.float32)
     for first in range(0, WIDTH, DEPTH):
-        upstream = load_rows(grad + at * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
-        mixed = load_rows(out + at * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
-        against += dot(upstream, tl.trans(mixed))
+        upstream = load_rows(grad + offset * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
+        mixed = load_rows(out + offset * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
+        grad_weights += dot(upstream, tl.trans(mixed))
     rows = row + tl.arange(0, ROWS)
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], against, 0.0), axis=1)
-    tl.store(delta + at + rows, own, mask=rows < chunks)
-    normal = tl.load(lse + at + rows, mask=rows < chunks, other=0.0)
-    asks = load_rows(r, row, chunks, r_row, 0, D, ROWS, BLOCK_D)
+    row_delta = tl.sum(tl.where(rows[:, None] == rows[None, :], grad_weights, 0.0), axis=1)
+    tl.store(delta + offset + rows, row_delta, mask=rows < chunks)
+    row_lse = tl.load(lse + offset + rows, mask=rows < chunks, other=0.0)
+    queries = load_rows(meta_query, row, chunks, query_row, 0, D, ROWS, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for state in range(0, tl.minimum(row + ROWS, chunks), COLUMNS):
-        keys = load_rows(h, state, chunks, h_row, 0, D, COLUMNS, BLOCK_D)
-        pairs = _score_gradient(
-            asks, keys, normal, own, grad + at * WIDTH, f, row, state, chunks, scale, WIDTH, ROWS, COLUMNS, DEPTH
+        keys = load_rows(meta_key, state, chunks, key_row, 0, D, COLUMNS, BLOCK_D)
+        grad_scores = _score_gradient(
+            queries, keys, row_lse, row_delta, grad + offset * WIDTH, states, row, state, chunks, scale, WIDTH, ROWS, COLUMNS, DEPTH
         )
-        total += dot(pairs.to(h.dtype.element_ty), keys)
-    store_rows(of_head(grad_r, batch, head, grad_batch, grad_head) + grad_row, total, row, chunks, grad_row, 0, D, ROWS, BLOCK_D)
+        total += dot(grad_scores.to(meta_key.dtype.element_ty), keys)
+    store_rows(
+        of_head(grad_meta_query, batch, head, grad_batch, grad_head) + grad_row, total, row, chunks, grad_row, 0, D, ROWS, BLOCK_D
+    )
 
 
 @triton.jit
 def _mix_keys(
-    r, h, f, grad, lse, delta, grad_h, chunks, kv_heads, group, scale,
-    r_batch, r_head, r_row, h_batch, h_head, h_row, grad_batch, grad_head, grad_row,
+    meta_query, meta_key, states, grad, lse, delta, grad_meta_key, chunks, kv_heads, group, scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, grad_batch, grad_head, grad_row,
     D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -156,82 +160,92 @@ def _mix_keys(
     state = tl.program_id(0) % state_tiles * ROWS
     sequence = tl.program_id(0) // state_tiles
     batch, kv_head = sequence // kv_heads, sequence % kv_heads
-    f += tl.cast(sequence, tl.int64) * chunks * WIDTH
-    keys = load_rows(of_head(h, batch, kv_head, h_batch, h_head), state, chunks, h_row, 0, D, ROWS, BLOCK_D)
+    states += tl.cast(sequence, tl.int64) * chunks * WIDTH
+    keys = load_rows(of_head(meta_key, batch, kv_head, key_batch, key_head), state, chunks, key_row, 0, D, ROWS, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for member in range(group):
-        r_member = of_head(r, batch, kv_head * group + member, r_batch, r_head) + r_row
-        at = (tl.cast(sequence, tl.int64) * group + member) * chunks
+        query_member = of_head(meta_query, batch, kv_head * group + member, query_batch, query_head) + query_row
+        offset = (tl.cast(sequence, tl.int64) * group + member) * chunks
         for row in range(state, chunks, COLUMNS):
             rows = row + tl.arange(0, COLUMNS)
-            asks = load_rows(r_member, row, chunks, r_row, 0, D, COLUMNS, BLOCK_D)
-            normal = tl.load(lse + at + rows, mask=rows < chunks, other=0.0)
-            own = tl.load(delta + at + rows, mask=rows < chunks, other=0.0)
-            pairs = _score_gradient(
-                asks, keys, normal, own, grad + at * WIDTH, f, row, state, chunks, scale, WIDTH, COLUMNS, ROWS, DEPTH
-            )
-            total += dot(tl.trans(pairs.to(r.dtype.element_ty)), asks)
-    store_rows(of_head(grad_h, batch, kv_head, grad_batch, grad_head), total, state, chunks, grad_row, 0, D, ROWS, BLOCK_D)
+            queries = load_rows(query_member, row, chunks, query_row, 0, D, COLUMNS, BLOCK_D)
+            row_lse = tl.load(lse + offset + rows, mask=rows < chunks, other=0.0)
+            row_delta = tl.load(delta + offset + rows, mask=rows < chunks, other=0.0)
+            grad_scores = _score_gradient(
+                queries, keys, row_lse, row_delta, grad + offset * WIDTH, states, row, state, chunks, scale,
+                WIDTH, COLUMNS, ROWS, DEPTH,
+            )  # fmt: skip
+            total += dot(tl.trans(grad_scores.to(meta_query.dtype.element_ty)), queries)
+    store_rows(of_head(grad_meta_key, batch, kv_head, grad_batch, grad_head), total, state, chunks, grad_row, 0, D, ROWS, BLOCK_D)
 
 
-def mix(r: Tensor, h: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """F̄ of every chunk but the first [batch, heads, C - 1, d_r, head_dim], and the log of its softmax's sum, in base 2.
+def mix(meta_query: Tensor, meta_key: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """F̄ of every chunk but the first.
 
-    r: [batch, heads, C, head_dim]; h: [batch, kv_heads, C - 1 or more, head_dim]; states: [batch, kv_heads, C - 1, d_r, head_dim].
+    Args:
+        meta_query: r [batch, heads, C, head_dim].
+        meta_key: h [batch, kv_heads, C − 1 or more, head_dim].
+        states: F [batch, kv_heads, C − 1, d_r, head_dim].
+
+    Returns:
+        F̄ [batch, heads, C − 1, d_r, head_dim], and the base-2 logarithm of each softmax's sum [batch, heads, C − 1].
     """
-    batch, heads = r.shape[:2]
+    batch, heads = meta_query.shape[:2]
     kv_heads, chunks, d_r, head_dim = states.shape[1:]
     width = d_r * head_dim
     out = torch.empty(batch, heads, chunks, d_r, head_dim, dtype=states.dtype, device=states.device)
     lse = tiles.wide((batch, heads, chunks), states)
-    sizes = _sizes("mix", r, chunks, width)
+    sizes = _sizes("mix", meta_query, chunks, width)
     tiles.launch(
         _mix,
         batch * heads * triton.cdiv(chunks, sizes["ROWS"]) * triton.cdiv(width, sizes["DEPTH"]),
-        *(r, h, states, out, lse, chunks, heads, heads // kv_heads, 1 / math.sqrt(r.shape[-1])),
-        *(*tiles.strides(r), *tiles.strides(h)),
+        *(meta_query, meta_key, states, out, lse, chunks, heads, heads // kv_heads, 1 / math.sqrt(meta_query.shape[-1])),
+        *(*tiles.strides(meta_query), *tiles.strides(meta_key)),
         **sizes,
     )
     return out, lse
 
 
-def mix_backward(r: Tensor, h: Tensor, states: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dr, dh, dF from dF̄, which has the shape of `out`; the rest as `mix` took and gave it."""
-    batch, heads = r.shape[:2]
+def mix_backward(
+    meta_query: Tensor, meta_key: Tensor, states: Tensor, out: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dr, dh and dF, from dF̄ of the shape of `out`; the other arguments are those that `mix` took and returned."""
+    batch, heads = meta_query.shape[:2]
     kv_heads, chunks, d_r, head_dim = states.shape[1:]
-    width, group, scale = d_r * head_dim, heads // kv_heads, 1 / math.sqrt(r.shape[-1])
-    grad_f = torch.empty_like(states)
-    sizes = _sizes("mix_states", r, chunks, width)
+    width, group, scale = d_r * head_dim, heads // kv_heads, 1 / math.sqrt(meta_query.shape[-1])
+    grad_states = torch.empty_like(states)
+    sizes = _sizes("mix_states", meta_query, chunks, width)
     tiles.launch(
         _mix_states,
         batch * kv_heads * triton.cdiv(chunks, sizes["ROWS"]) * triton.cdiv(width, sizes["DEPTH"]),
-        *(r, h, lse, grad, grad_f, chunks, kv_heads, group, scale, *tiles.strides(r), *tiles.strides(h)),
+        *(meta_query, meta_key, lse, grad, grad_states, chunks, kv_heads, group, scale),
+        *(*tiles.strides(meta_query), *tiles.strides(meta_key)),
         **sizes,
     )
-    # The first chunk asks in vain and later keys are nobody's: zeros where no program writes.
-    grad_r, grad_h, delta = tiles.like(r).zero_(), tiles.like(h).zero_(), torch.empty_like(lse)
-    sizes = _sizes("mix_scores", r, chunks, width)
+    # Zeros where no program writes: the first chunk retrieves nothing, and no chunk retrieves by the keys after C − 1.
+    grad_meta_query, grad_meta_key, delta = tiles.like(meta_query).zero_(), tiles.like(meta_key).zero_(), torch.empty_like(lse)
+    sizes = _sizes("mix_scores", meta_query, chunks, width)
     blocks = triton.cdiv(chunks, sizes["ROWS"])
     tiles.launch(
-        _mix_asks,
+        _mix_queries,
         batch * heads * blocks,
-        *(r, h, states, out, grad, lse, delta, grad_r, chunks, heads, group, scale),
-        *(*tiles.strides(r), *tiles.strides(h), *tiles.strides(grad_r)),
+        *(meta_query, meta_key, states, out, grad, lse, delta, grad_meta_query, chunks, heads, group, scale),
+        *(*tiles.strides(meta_query), *tiles.strides(meta_key), *tiles.strides(grad_meta_query)),
         **sizes,
     )
     tiles.launch(
         _mix_keys,
         batch * kv_heads * blocks,
-        *(r, h, states, grad, lse, delta, grad_h, chunks, kv_heads, group, scale),
-        *(*tiles.strides(r), *tiles.strides(h), *tiles.strides(grad_h)),
+        *(meta_query, meta_key, states, grad, lse, delta, grad_meta_key, chunks, kv_heads, group, scale),
+        *(*tiles.strides(meta_query), *tiles.strides(meta_key), *tiles.strides(grad_meta_key)),
         **sizes,
     )
-    return grad_r, grad_h, grad_f
+    return grad_meta_query, grad_meta_key, grad_states
 
 
-def _sizes(step: str, r: Tensor, chunks: int, width: int) -> dict[str, int]:
-    head_dim = r.shape[-1]
-    tile = tuning.tile(step, r, head_dim=head_dim, chunk_size=1)
+def _sizes(step: str, meta_query: Tensor, chunks: int, width: int) -> dict[str, int]:
+    head_dim = meta_query.shape[-1]
+    tile = tuning.tile(step, meta_query, head_dim=head_dim, chunk_size=1)
     return {
         "D": head_dim,
         "WIDTH": width,

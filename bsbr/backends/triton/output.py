@@ -1,10 +1,10 @@
-"""o = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄ in one pass that writes o once.
+"""The output, o = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄, in one pass that writes o once.
 
-A program holds `rows` queries of one chunk, goes over the keys of that chunk and its overlap as flash attention does, and
-then over F̄ of the chunk in slices. For φ = unit norm the inverse norm multiplies φ(Q) F̄ at the end, so that Q is what is read.
+A program has ROWS queries of one chunk. It goes over the keys of that chunk and its overlap as flash attention does, and then
+over F̄ of the chunk in slices. If φ is the unit norm, Q itself is read and the inverse norm multiplies Q F̄ at the end.
 
-Traffic: reads Q, K, V once (and `chunk_overlap / chunk_size` of K and V more, from L2), F̄ once for each tile of queries
-(from L2 after the first), writes o and 4 bytes a token for the backward.
+Traffic: Q, K and V are read once (and chunk_overlap / chunk_size of K and V more, from L2), and F̄ once for each tile of queries
+(from L2 after the first tile); o is written, and 4 bytes a token for the backward pass.
 """
 
 import math
@@ -54,15 +54,15 @@ def _output(
     attended /= total[:, None]
     if RETRIEVES:
         retrieved += (tl.cast(sequence, tl.int64) * (chunks - 1) + chunk - 1) * (D_R * D)
-        read = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        read_out = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for depth in range(0, tl.where(chunk > 0, D_R, 0), DEPTH):
             features = load_rows(phi, start, stop, phi_row, depth, D_R, ROWS, DEPTH)
-            read += dot(features, load_rows(retrieved, depth, D_R, D, 0, D, DEPTH, BLOCK_D))
+            read_out += dot(features, load_rows(retrieved, depth, D_R, D, 0, D, DEPTH, BLOCK_D))
         if UNIT:
-            read *= inverse_norm(queries)[:, None]
+            read_out *= inverse_norm(queries)[:, None]
         if GAIN:
-            read *= tl.load(gain + head).to(tl.float32)
-        attended += read
+            read_out *= tl.load(gain + head).to(tl.float32)
+        attended += read_out
     store_rows(of_head(out, batch, head, out_batch, out_head), attended, start, stop, out_row, 0, D, ROWS, BLOCK_D)
     tl.store(lse + tl.cast(sequence, tl.int64) * time + rows, highest + tl.log2(total), mask=rows < stop)
 
@@ -71,10 +71,20 @@ def output(
     q: Tensor, k: Tensor, v: Tensor, phi: Tensor, retrieved: Tensor | None, gain: Tensor | None,
     *, chunk_size: int, chunk_overlap: int, unit: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o [batch, heads, time, head_dim], laid out as q is, and the log of the local softmax's sum [batch, heads, time], in base 2.
+    """Local attention plus read-out.
 
-    phi: φ(q) [batch, heads, time, d_r], or q itself where `unit` makes φ the unit norm.
-    retrieved: F̄ of all chunks but the first [batch, heads, C - 1, d_r, head_dim], None where there is one chunk only.
+    Args:
+        q: [batch, heads, time, head_dim].
+        k, v: [batch, kv_heads, time, head_dim].
+        phi: φ(q) [batch, heads, time, d_r], or q itself if `unit`.
+        retrieved: F̄ of all chunks but the first [batch, heads, C − 1, d_r, head_dim]; None if there is only one chunk.
+        gain: g [heads]; None means 1.
+        chunk_size, chunk_overlap: see `BSBROptions`.
+        unit: whether φ is the unit norm.
+
+    Returns:
+        o [batch, heads, time, head_dim], with the strides of q, and the base-2 logarithm of the sum of each local softmax
+        [batch, heads, time].
     """
     batch, heads, time, head_dim = q.shape
     out, lse = tiles.like(q), tiles.wide((batch, heads, time), q)

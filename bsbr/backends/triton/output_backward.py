@@ -1,9 +1,9 @@
-"""Gradients of the output pass: of queries (with φ(q) and the gain), then of keys and values (with φ(k), through the states).
+"""Gradients of the output pass: of queries, φ(q) and the gain, then of keys, values and φ(k), also through the states.
 
-Nothing is summed across programs, so that a gradient is the same bits every time. Δ_i = Σ_j p_ij dp_ij is taken from the
-pairs themselves and not from o·dO, which holds the retrieved term too: o is not kept for the backward.
+Nothing is summed across programs, so a gradient has the same bits every time. Δ_i = Σ_j p_ij dp_ij is computed from the pairs and
+not from o·dO, because o contains the retrieved term too; so o is not kept for the backward pass.
 
-Traffic: each of the two reads Q, K, V and dO once; the first writes dQ (and dφ(Q)), the second dK, dV (and dφ(K)).
+Traffic: each of the two kernels reads Q, K, V and dO once; the first writes dQ (and dφ(Q)), the second dK and dV (and dφ(K)).
 """
 
 import math
@@ -18,12 +18,12 @@ from bsbr.backends.triton.tiles import LOG2_E, dot, inverse_norm, load_rows, of_
 
 
 @triton.jit
-def _weights(queries, keys, normal, rows, columns, last, chunk_size, overlap, scale):
-    """The local softmax of a tile of pairs, from the log of its sum; zero where M_in is."""
+def _weights(queries, keys, row_lse, rows, columns, last, chunk_size, overlap, scale):
+    """The local softmax of a tile of pairs, from the logarithm of its sum; zero where M_in masks."""
     visible = (columns[None, :] <= rows[:, None]) & (columns < last)[None, :]
     visible &= columns[None, :] >= (rows // chunk_size * chunk_size - overlap)[:, None]
     scores = dot(queries, tl.trans(keys)) * (scale * LOG2_E)
-    return tl.where(visible, tl.exp2(scores - normal[:, None]), 0.0)
+    return tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _queries(
     D: tl.constexpr, D_R: tl.constexpr, UNIT: tl.constexpr, GAIN: tl.constexpr, RETRIEVES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dq, dφ(q), Δ, and each program's share of dg = Σ_i φ(q_i)·(F̄ dO_i)."""
+    """dq, dφ(q), Δ, and each program's part of dg = Σ_i φ(q_i)·(F̄ dO_i)."""
     row_tiles, chunks = tl.cdiv(chunk_size, ROWS), tl.cdiv(time, chunk_size)
     tile = tl.program_id(0) % row_tiles
     chunk = tl.program_id(0) // row_tiles % chunks
@@ -52,39 +52,39 @@ def _queries(
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if RETRIEVES:
         retrieved += (tl.cast(sequence, tl.int64) * (chunks - 1) + chunk - 1) * (D_R * D)
-        asked = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        grad_features = tl.zeros([ROWS, BLOCK_R], tl.float32)
         for depth in range(0, tl.where(chunk > 0, D, 0), DEPTH):
             part = load_rows(grad, start, stop, g_row, depth, D, ROWS, DEPTH)
-            asked += dot(part, tl.trans(load_rows(retrieved, 0, D_R, D, depth, D, BLOCK_R, DEPTH)))
+            grad_features += dot(part, tl.trans(load_rows(retrieved, 0, D_R, D, depth, D, BLOCK_R, DEPTH)))
         if UNIT:
             features = queries.to(tl.float32) * inverse_norm(queries)[:, None]
         else:
             features = load_rows(phi, start, stop, phi_row, 0, D_R, ROWS, BLOCK_R).to(tl.float32)
         if GAIN:
-            tl.store(grad_gain + tl.program_id(0), tl.sum(features * asked))
-            asked *= tl.load(gain + head).to(tl.float32)
+            tl.store(grad_gain + tl.program_id(0), tl.sum(features * grad_features))
+            grad_features *= tl.load(gain + head).to(tl.float32)
         if UNIT:
-            total += through_unit_norm(queries, inverse_norm(queries), asked)
+            total += through_unit_norm(queries, inverse_norm(queries), grad_features)
         else:
             grad_phi = of_head(grad_phi, batch, head, gphi_batch, gphi_head)
-            store_rows(grad_phi, asked, start, stop, gphi_row, 0, D_R, ROWS, BLOCK_R)
-    normal = tl.load(lse + tl.cast(sequence, tl.int64) * time + rows, mask=rows < stop, other=0.0)
+            store_rows(grad_phi, grad_features, start, stop, gphi_row, 0, D_R, ROWS, BLOCK_R)
+    row_lse = tl.load(lse + tl.cast(sequence, tl.int64) * time + rows, mask=rows < stop, other=0.0)
     first = tl.maximum(chunk * chunk_size - overlap, 0)
-    own = tl.zeros([ROWS], tl.float32)
+    row_delta = tl.zeros([ROWS], tl.float32)
     for column in range(first, last, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         keys = load_rows(k, column, last, k_row, 0, D, COLUMNS, BLOCK_D)
-        weights = _weights(queries, keys, normal, rows, columns, last, chunk_size, overlap, scale)
-        against = dot(upstream, tl.trans(load_rows(v, column, last, v_row, 0, D, COLUMNS, BLOCK_D)))
-        own += tl.sum(weights * against, axis=1)
-    tl.store(delta + tl.cast(sequence, tl.int64) * time + rows, own, mask=rows < stop)
+        weights = _weights(queries, keys, row_lse, rows, columns, last, chunk_size, overlap, scale)
+        grad_weights = dot(upstream, tl.trans(load_rows(v, column, last, v_row, 0, D, COLUMNS, BLOCK_D)))
+        row_delta += tl.sum(weights * grad_weights, axis=1)
+    tl.store(delta + tl.cast(sequence, tl.int64) * time + rows, row_delta, mask=rows < stop)
     for column in range(first, last, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         keys = load_rows(k, column, last, k_row, 0, D, COLUMNS, BLOCK_D)
-        weights = _weights(queries, keys, normal, rows, columns, last, chunk_size, overlap, scale)
-        against = dot(upstream, tl.trans(load_rows(v, column, last, v_row, 0, D, COLUMNS, BLOCK_D)))
-        pairs = weights * (against - own[:, None]) * scale
-        total += dot(pairs.to(k.dtype.element_ty), keys)
+        weights = _weights(queries, keys, row_lse, rows, columns, last, chunk_size, overlap, scale)
+        grad_weights = dot(upstream, tl.trans(load_rows(v, column, last, v_row, 0, D, COLUMNS, BLOCK_D)))
+        grad_scores = weights * (grad_weights - row_delta[:, None]) * scale
+        total += dot(grad_scores.to(k.dtype.element_ty), keys)
     store_rows(of_head(grad_q, batch, head, gq_batch, gq_head), total, start, stop, gq_row, 0, D, ROWS, BLOCK_D)
 
 
@@ -97,7 +97,7 @@ def _keys(
     D: tl.constexpr, D_R: tl.constexpr, UNIT: tl.constexpr, RETRIEVES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv from every query that sees the key, and through the chunk's state: dφ(k) = dF v, dv += dFᵀ φ(k)."""
+    """dk and dv from every query that sees the key, and through the chunk's state: dφ(k) = dF v and dv += dFᵀ φ(k)."""
     row_tiles, chunks = tl.cdiv(chunk_size, ROWS), tl.cdiv(time, chunk_size)
     tile = tl.program_id(0) % row_tiles
     chunk = tl.program_id(0) // row_tiles % chunks
@@ -111,39 +111,39 @@ def _keys(
     if RETRIEVES:
         phi = of_head(phi, batch, kv_head, phi_batch, phi_head)
         grad_states += (tl.cast(sequence, tl.int64) * (chunks - 1) + chunk) * (D_R * D)
-        kept = chunk < chunks - 1  # the last chunk has no state
-        for depth in range(0, tl.where(kept, D_R, 0), DEPTH):
+        has_state = chunk < chunks - 1  # the last chunk has no state
+        for depth in range(0, tl.where(has_state, D_R, 0), DEPTH):
             part = load_rows(phi, start, stop, phi_row, depth, D_R, ROWS, DEPTH)
             total_v += dot(part, load_rows(grad_states, depth, D_R, D, 0, D, DEPTH, BLOCK_D))
-        stored = tl.zeros([ROWS, BLOCK_R], tl.float32)
-        for depth in range(0, tl.where(kept, D, 0), DEPTH):
+        grad_features = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        for depth in range(0, tl.where(has_state, D, 0), DEPTH):
             part = load_rows(v, start, stop, v_row, depth, D, ROWS, DEPTH)
-            stored += dot(part, tl.trans(load_rows(grad_states, 0, D_R, D, depth, D, BLOCK_R, DEPTH)))
+            grad_features += dot(part, tl.trans(load_rows(grad_states, 0, D_R, D, depth, D, BLOCK_R, DEPTH)))
         if UNIT:
             total_v *= inverse_norm(keys)[:, None]
-            total_k += through_unit_norm(keys, inverse_norm(keys), stored)
+            total_k += through_unit_norm(keys, inverse_norm(keys), grad_features)
         else:
             grad_phi = of_head(grad_phi, batch, kv_head, gphi_batch, gphi_head)
-            store_rows(grad_phi, stored, start, stop, gphi_row, 0, D_R, ROWS, BLOCK_R)
+            store_rows(grad_phi, grad_features, start, stop, gphi_row, 0, D_R, ROWS, BLOCK_R)
     values = load_rows(v, start, stop, v_row, 0, D, ROWS, BLOCK_D)
     columns = start + tl.arange(0, ROWS)
     last = tl.minimum(start + ROWS, stop)
-    # The last chunk that sees the tile's last key begins at most `overlap` after it.
+    # The last chunk that sees the tile's last key begins at most `overlap` tokens after it.
     until = tl.minimum(((last - 1 + overlap) // chunk_size + 1) * chunk_size, time)
     for member in range(group):
         head = kv_head * group + member
         q_member, grad_member = of_head(q, batch, head, q_batch, q_head), of_head(grad, batch, head, g_batch, g_head)
-        at = (tl.cast(sequence, tl.int64) * group + member) * time
+        offset = (tl.cast(sequence, tl.int64) * group + member) * time
         for row in range(start, until, COLUMNS):
             rows = row + tl.arange(0, COLUMNS)
             queries = load_rows(q_member, row, until, q_row, 0, D, COLUMNS, BLOCK_D)
             upstream = load_rows(grad_member, row, until, g_row, 0, D, COLUMNS, BLOCK_D)
-            normal = tl.load(lse + at + rows, mask=rows < until, other=0.0)
-            own = tl.load(delta + at + rows, mask=rows < until, other=0.0)
-            weights = _weights(queries, keys, normal, rows, columns, last, chunk_size, overlap, scale)
+            row_lse = tl.load(lse + offset + rows, mask=rows < until, other=0.0)
+            row_delta = tl.load(delta + offset + rows, mask=rows < until, other=0.0)
+            weights = _weights(queries, keys, row_lse, rows, columns, last, chunk_size, overlap, scale)
             total_v += dot(tl.trans(weights.to(v.dtype.element_ty)), upstream)
-            pairs = weights * (dot(upstream, tl.trans(values)) - own[:, None]) * scale
-            total_k += dot(tl.trans(pairs.to(q.dtype.element_ty)), queries)
+            grad_scores = weights * (dot(upstream, tl.trans(values)) - row_delta[:, None]) * scale
+            total_k += dot(tl.trans(grad_scores.to(q.dtype.element_ty)), queries)
     store_rows(of_head(grad_k, batch, kv_head, gk_batch, gk_head), total_k, start, stop, gk_row, 0, D, ROWS, BLOCK_D)
     store_rows(of_head(grad_v, batch, kv_head, gv_batch, gv_head), total_v, start, stop, gv_row, 0, D, ROWS, BLOCK_D)
 
@@ -152,25 +152,29 @@ def queries_backward(
     q: Tensor, k: Tensor, v: Tensor, phi: Tensor, retrieved: Tensor | None, gain: Tensor | None, grad: Tensor, lse: Tensor,
     *, chunk_size: int, chunk_overlap: int, unit: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """dq, dφ(q) (None where `unit`), dg [heads] (None without gain), and Δ [batch, heads, time] for `keys_backward`."""
+    """Gradients of the queries. Arguments as in `output`, with `grad` = dO and `lse` as `output` returned it.
+
+    Returns:
+        dq, dφ(q) (None if `unit`), dg [heads] (None without gain), and Δ [batch, heads, time] for `keys_backward`.
+    """
     batch, heads, time, head_dim = q.shape
     step = tuning.tile("queries", q, head_dim=max(head_dim, phi.shape[-1]), chunk_size=chunk_size)
     programs = triton.cdiv(time, chunk_size) * triton.cdiv(chunk_size, step.rows)
     grad_q, delta = tiles.like(q), torch.empty_like(lse)
     retrieves = retrieved is not None
     grad_phi = None if unit else tiles.like(phi) if retrieves else torch.zeros_like(phi)
-    shares = None if gain is None else tiles.wide((batch, heads, programs), q) if retrieves else q.new_zeros(batch, heads, 1)
+    gain_parts = None if gain is None else tiles.wide((batch, heads, programs), q) if retrieves else q.new_zeros(batch, heads, 1)
     tiles.launch(
         _queries,
         batch * heads * programs,
-        *(q, k, v, phi, retrieved, gain, grad, lse, delta, grad_q, grad_phi, shares),
+        *(q, k, v, phi, retrieved, gain, grad, lse, delta, grad_q, grad_phi, gain_parts),
         *(time, chunk_size, chunk_overlap, heads, heads // k.shape[1], 1 / math.sqrt(head_dim)),
         *(*tiles.strides(q), *tiles.strides(k), *tiles.strides(v), *tiles.strides(phi), *tiles.strides(grad)),
         *(*tiles.strides(grad_q), *tiles.strides(grad_q if grad_phi is None else grad_phi)),
         GAIN=gain is not None,
         **_sizes(step, q, phi, unit, retrieves),
     )
-    grad_gain = None if gain is None or shares is None else shares.sum(dim=(0, 2)).to(gain.dtype)
+    grad_gain = None if gain is None or gain_parts is None else gain_parts.sum(dim=(0, 2)).to(gain.dtype)
     return grad_q, grad_phi, grad_gain, delta
 
 
@@ -178,7 +182,15 @@ def keys_backward(
     q: Tensor, k: Tensor, v: Tensor, phi: Tensor, grad_states: Tensor | None, grad: Tensor, lse: Tensor, delta: Tensor,
     *, chunk_size: int, chunk_overlap: int, unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dk, dv, dφ(k) (None where `unit`); phi is φ(k), or k where `unit`, grad_states dF as `mix_backward` gives it."""
+    """Gradients of keys and values. Arguments as in `queries_backward`, but phi is φ(k), or k itself if `unit`.
+
+    Args:
+        grad_states: dF as `mix_backward` returns it; None if there is only one chunk.
+        delta: Δ of `queries_backward`.
+
+    Returns:
+        dk, dv and dφ(k) (None if `unit`).
+    """
     batch, kv_heads, time, head_dim = k.shape
     group = q.shape[1] // kv_heads
     step = tuning.tile("keys", q, head_dim=max(head_dim, phi.shape[-1]), chunk_size=chunk_size)

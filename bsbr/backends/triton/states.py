@@ -1,6 +1,6 @@
-"""F_s = φ(K_s)ᵀ V_s, a sum over the tokens of one chunk; with φ(Q) and dO for φ(K) and V it is also the gradient of F̄.
+"""States of chunks, F_s = φ(K_s)ᵀ V_s; with φ(Q) and dO instead of φ(K) and V they are the gradient of F̄.
 
-Traffic: reads K once for each tile of V's columns (once up to head_dim 64), V once; writes F once.
+Traffic: K is read once for each tile of V's columns (once up to head_dim 64), V once; F is written once.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _states(
 ):  # fmt: skip
     column_tiles = tl.cdiv(D, COLUMNS)
     column = tl.program_id(0) % column_tiles * COLUMNS
-    state = tl.program_id(0) // column_tiles  # over batch, heads and chunks
+    state = tl.program_id(0) // column_tiles  # index over batch, heads and chunks
     chunk, batch, head = state % chunks, state // chunks // heads, state // chunks % heads
     x, v = of_head(x, batch, head, x_batch, x_head), of_head(v, batch, head, v_batch, v_head)
     start = (first + chunk) * chunk_size
@@ -40,10 +40,18 @@ def _states(
 def chunk_states(
     x: Tensor, v: Tensor, *, first: int, chunks: int, chunk_size: int, unit: bool, gain: Tensor | None = None
 ) -> Tensor:
-    """g Σ_i φ(x_i) v_iᵀ over each of `chunks` chunks from the `first` on: [batch, heads, chunks, d_r, head_dim], of x's type.
+    """g Σ_i φ(x_i) v_iᵀ over the tokens of each chunk.
 
-    x: [batch, heads, time, d_r], v: [batch, heads, time, head_dim], rows in one piece. `unit` makes φ the unit norm,
-    else x is φ already. gain: g [heads], 1 where None.
+    Args:
+        x: [batch, heads, time, d_r] with contiguous rows: φ(x), or x itself if `unit`.
+        v: [batch, heads, time, head_dim] with contiguous rows.
+        first, chunks: the first chunk and how many.
+        chunk_size: tokens in a chunk.
+        unit: whether φ is the unit norm.
+        gain: g [heads]; None means 1.
+
+    Returns:
+        [batch, heads, chunks, d_r, head_dim] in the dtype of x.
     """
     batch, heads, time, d_r = x.shape
     head_dim = v.shape[-1]

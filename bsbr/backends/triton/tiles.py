@@ -1,4 +1,4 @@
-"""What all kernels share: tiles of rows in and out of memory, products that accumulate in float32, and the launch."""
+"""Helpers of all kernels: loads and stores of tiles, products that accumulate in float32, and the launch."""
 
 from typing import Any
 
@@ -7,20 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# triton.jit decides when it decorates, that is now; a kernel must know because the interpreter's dot is wrong on bfloat16.
+# triton.jit decides at decoration, that is at import, whether it interprets. `dot` must know, because the interpreter's tl.dot is
+# wrong for bfloat16.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# float32 products at float32's own precision: TF32 would be wrong in the fourth digit. The tensor cores stay idle.
+# Full precision of float32 products, without the tensor cores: TF32 would be wrong in the fourth digit.
 FLOAT32_PRECISION = tl.constexpr("ieee")
 
-# Softmax is taken in base 2, which is what the hardware has: exp(x) = exp2(x · LOG2_E).
+# Softmax is computed in base 2, which the hardware has: exp(x) = exp2(x · LOG2_E).
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def dot(a, b):
-    """a @ b in float32, both of one type."""
+    """a @ b in float32; a and b have one dtype."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=FLOAT32_PRECISION)
@@ -28,7 +29,7 @@ def dot(a, b):
 
 @triton.jit
 def load_rows(x, start, stop, stride, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x[start : start + ROWS, first : first + COLUMNS], zero from row `stop` and from column WIDTH on."""
+    """x[start : start + ROWS, first : first + COLUMNS], with zeros from row `stop` and from column WIDTH on."""
     rows, columns = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     at = x + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     return tl.load(at, mask=(start + rows < stop)[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -36,7 +37,7 @@ def load_rows(x, start, stop, stride, first, WIDTH: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def store_rows(x, tile, start, stop, stride, first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x[start : stop, first : WIDTH] = tile, as far as the tile reaches."""
+    """Stores the tile to x[start : stop, first : WIDTH], as far as the tile reaches."""
     rows, columns = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     at = x + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     tl.store(at, tile.to(x.dtype.element_ty), mask=(start + rows < stop)[:, None] & (columns < WIDTH)[None, :])
@@ -44,13 +45,13 @@ def store_rows(x, tile, start, stop, stride, first, WIDTH: tl.constexpr, ROWS: t
 
 @triton.jit
 def of_head(x, batch, head, stride_batch, stride_head):
-    """x[batch, head], in 64 bits: a long batch passes 2³¹ elements."""
+    """Pointer to x[batch, head], computed in 64 bits: a large batch exceeds 2³¹ elements."""
     return x + tl.cast(batch, tl.int64) * stride_batch + tl.cast(head, tl.int64) * stride_head
 
 
 @triton.jit
 def inverse_norm(tile):
-    """1 / sqrt(|x|² + 1e-6) of each row, as `bsbr.backends.pytorch.unit_norm` has it."""
+    """1 / sqrt(|x|² + 1e-6) of each row, as `bsbr.backends.pytorch.unit_norm` computes it."""
     wide = tile.to(tl.float32)
     return tl.rsqrt(tl.sum(wide * wide, axis=1) + 1e-6)
 
@@ -63,31 +64,31 @@ def through_unit_norm(tile, inverse, gradient):
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """`programs` of the kernel in one row, for only the first axis of a grid may be long. `compiled.py` looks in here."""
+    """Launches `programs` programs on the first axis of the grid, the only one that may be long. compiled.py patches this."""
     kernel[(programs,)](*arguments, **options)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x itself if each row lies in one piece, whatever its other strides; else a copy."""
+    """x itself if its rows are contiguous, whatever its other strides; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def like(x: Tensor) -> Tensor:
-    """Uninitialised, in x's layout so that a view of its transpose is written as it will be read, each row in one piece."""
+    """Uninitialised, with the strides of x if its rows are contiguous, so that joining the heads of the result is no copy."""
     out = torch.empty_like(x)
     return out if out.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, head and row."""
+    """Strides of batch, head and row."""
     return x.stride(0), x.stride(1), x.stride(2)
 
 
 def padded(size: int) -> int:
-    """The power of two that holds it, 16 or more: what a tile of tl.dot must be."""
+    """The smallest power of two that is at least `size` and at least 16, as tl.dot requires of its tiles."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def wide(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Uninitialised float32."""
+    """Uninitialised float32 on the device of `like`."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)

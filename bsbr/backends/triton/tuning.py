@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages of each kernel: a table, because @triton.autotune would time inside a user's first call.
+"""Tile sizes, warps and pipeline stages of each kernel, as a table: @triton.autotune would time kernels in a user's first call.
 
 THE TABLE IS A PREDICTION. No GPU has run it: its entries were chosen so that they compile for sm_90 without spilling
 registers in bfloat16 (`python -m bsbr.backends.triton.compiled`) and fit shared memory.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: of what a program writes; columns: of what it loops over; depth: of the state, of which it holds a slice."""
+    """Sizes of one kernel: rows of what a program writes, columns of what it loops over, depth of its slice of a state."""
 
     rows: int
     columns: int
@@ -24,9 +24,10 @@ class Tile:
 
 STEPS = ("states", "mix", "mix_states", "mix_scores", "gather", "output", "queries", "keys")
 
-# (step, bytes of an element, chunks up to, head_dim up to). A chunk below the tile cuts the tile, so that
-# one class of chunk is enough until measurement tells two apart.
 Key = tuple[str, int, int, int]
+"""Kernel, bytes of an element, largest chunk_size, largest head_dim. A chunk shorter than a tile cuts the tile, so that one class
+of chunk sizes is enough until measurements tell two apart."""
+
 HOPPER: dict[Key, Tile] = {
     ("states", 2, 512, 64): Tile(64, 64, 64, 4, 3),
     ("states", 2, 512, 128): Tile(64, 64, 64, 4, 3),
@@ -52,26 +53,26 @@ HOPPER: dict[Key, Tile] = {
     ("keys", 2, 512, 256): Tile(32, 16, 32, 8, 2),
 }
 
-# Without Hopper's 227 KiB of shared memory, and for float32, whose products run outside the tensor cores.
 DEFAULT = Tile(32, 32, 32, 4, 2)
+"""For GPUs without Hopper's 227 KiB of shared memory, and for float32, whose products run outside the tensor cores."""
 
 
 def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> Tile:
-    """The entry of the smallest class that holds these sizes, else DEFAULT; rows and columns no longer than a chunk needs."""
-    found = None
+    """The entry of the smallest class that includes these sizes, else DEFAULT; with no more rows than a chunk needs."""
+    entry = None
     if _is_hopper(like.device):
         fitting = [key for key in HOPPER if key[:2] == (step, like.element_size()) and key[2] >= chunk_size and key[3] >= head_dim]
-        found = HOPPER[min(fitting)] if fitting else None
-    if found is None:
-        found = replace(DEFAULT, depth=1024) if step == "gather" else DEFAULT
+        entry = HOPPER[min(fitting)] if fitting else None
+    if entry is None:
+        entry = replace(DEFAULT, depth=1024) if step == "gather" else DEFAULT
     if step in ("states", "output", "queries", "keys"):
         longest = max(16, 1 << (chunk_size - 1).bit_length())
-        found = replace(found, rows=min(found.rows, longest))
-    return found
+        entry = replace(entry, rows=min(entry.rows, longest))
+    return entry
 
 
 def used(like: Tensor) -> str:
-    """Which tiles the kernels run with for such tensors, for a record of results."""
+    """Which tiles the kernels run with for such tensors, as results record it."""
     if _is_hopper(like.device) and like.element_size() == 2:
         return "hopper tiles (predicted, never measured)"
     name = torch.cuda.get_device_name(like.device) if like.device.type == "cuda" else like.device.type
