@@ -1,12 +1,12 @@
-"""`python -m evals.claim "bsbr 2x faster than standard at seq_len 4096"`: supported, refuted or undecided, with the evidence.
+"""`python -m evals.claim "bsbr 2x faster than standard at seq_len 4096"`: decides a claim and prints the evidence.
 
     <a> [<factor>x|<percent>%] faster|slower than <b>
     <a> uses [<factor>x|<percent>%] less|more memory than <b>
     <a> scales as n^<p> [in latency|memory]
     <a> overtakes <b> before|after seq_len <n>
 
-each with, at its end, [at <setting> <value> [and <setting> <value> ...]]; without, it must hold at every measured setting.
-Exit code: 0 supported, 1 refuted, 3 undecided, 2 for what cannot be read or was not measured, in one sentence.
+A claim may end in "at <setting> <value> [and <setting> <value> ...]". Without that it must hold at every measured setting.
+Exit code: 0 supported, 1 refuted, 3 undecided; 2 with one sentence if the claim cannot be read or was not measured.
 """
 
 import argparse
@@ -14,32 +14,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.cli.command import command
 from evals.errors import UsageError
-from evals.results.claims import CODES, EXAMPLE, GLOBS, decide, parse
+from evals.results.claim_grammar import EXAMPLE, GRAMMAR, parse
+from evals.results.claims import decide
+
+EXIT_CODES = {"supported": 0, "refuted": 1, "undecided": 3}
+DEFAULT_FOLDERS = ("*/results.csv", "paper/*/results.csv")
+"""Searched in this order below results/: the user's own sweeps, then those of the study."""
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.claim", description=str(__doc__).partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.claim",
+        description=str(__doc__).partition("\n")[0],
+        epilog="\n  ".join(["a claim reads", *GRAMMAR]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("claim", help=f"such as {EXAMPLE!r}")
     parser.add_argument(
         "results", nargs="*", type=Path, help="folders with a results.csv (default: results/*, else results/paper/*)"
     )
     options = parser.parse_args(arguments)
+    claim = parse(options.claim)
+    default = [sorted(path.parent for path in Path("results").glob(pattern)) for pattern in DEFAULT_FOLDERS]
+    first, *rest = [options.results] if options.results else default
     try:
-        claim = parse(options.claim)
-        choices = [options.results] if options.results else [sorted(p.parent for p in Path("results").glob(g)) for g in GLOBS]
-        for index, folders in enumerate(choices):
-            try:
-                verdict, why = decide(claim, folders)
-                break
-            except UsageError:
-                if index == len(choices) - 1:
-                    raise
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(why)
-    return CODES[verdict]
+        decision = decide(claim, first)
+    except UsageError:
+        if not rest:
+            raise
+        decision = decide(claim, rest[0])
+    print(decision.text)
+    return EXIT_CODES[decision.verdict]
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _fastest(rows: pd.DataFrame, folder: ResultFolder) -> list[str]:
         return []
     known = folder.table.loc[rows.index]  # the same rows, with all columns that speed-ups need
     best, *others = [row for _, row in known.sort_values("latency_s").iterrows()]
-    floor = folder.floor(known)
+    floor = folder.noise_floor(known)
     names = [str(best["attention"])]
     for other in others:
         ratio, _ = folder.speedup(best, other)

@@ -1,11 +1,11 @@
-"""What a folder of results holds for or against a claim: rows of results.csv, and the paired rounds of the ledger beside it."""
+"""`ResultFolder`: the table of latencies in a result folder, and the paired rounds of the ledger beside it."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from evals.errors import UsageError, one_sentence
@@ -15,98 +15,127 @@ from evals.results.ledger import Ledger
 from evals.results.settings import COMPARISON_SETTINGS
 from evals.stats.intervals import Interval
 
-NUMBERS = (
-    "latency_s",
-    "latency_low_s",
-    "latency_high_s",
-    "rounds",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
-    "noise_floor",
-    "peak_bytes",
+NEEDED = ("attention", "outcome", "comparison", "relative_to", "seq_len")
+OPTIONAL = (
+    *("latency_s", "latency_low_s", "latency_high_s", "rounds"),
+    *("speedup", "speedup_low", "speedup_high", "noise_floor", "peak_bytes"),
 )
+"""Columns that are read as unknown if the table lacks them."""
+PAIRED, UNPAIRED = "paired", "computed from two intervals, not paired"
+
+
+class SpeedupEstimate(NamedTuple):
+    """How many times faster one attention is than another, and the method: PAIRED or UNPAIRED."""
+
+    ratio: Interval
+    method: str
 
 
 class ResultFolder:
-    """One folder's table, and the ledger beside it where there is one. Raises UsageError for what is no table of results."""
+    """One result folder.
+
+    Attributes:
+        folder: its path.
+        table: its results.csv.
+        settings: columns of the settings that the rows are compared under.
+        names: its attentions.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        """Reads the folder.
+
+        Raises:
+            UsageError: if its results.csv is not a table of latencies.
+        """
+        path = folder / "results.csv"
         try:
-            table = schema.read(folder / "results.csv")
+            table = schema.read(path)
         except schema.SchemaVersionError as error:
             raise UsageError(str(error)) from error
         except (OSError, ValueError) as error:
-            raise UsageError(f"{folder / 'results.csv'} is no table of results: {one_sentence(error)}") from error
-        for column in ("attention", "outcome", "comparison", "relative_to", "seq_len"):
+            raise UsageError(f"{path} is no table of results: {one_sentence(error)}") from error
+        for column in NEEDED:
             if column not in table.columns:
-                raise UsageError(f"{folder / 'results.csv'} has no column {column}: run `python -m evals.run` again")
-        options = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
-        # match=params gives each candidate a feed-forward width of its own, which is then no setting that they share.
-        own = {"ff_dim"} - options if table.get("match", pd.Series(dtype=str)).notna().any() else set()
-        self.settings = [
-            column for column in dict.fromkeys((*COMPARISON_SETTINGS, *sorted(options))) if column in {*table.columns} - own
-        ]
-        self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *NUMBERS))))
+                raise UsageError(f"{path} has no column {column}: run `python -m evals.run` again")
+        self.folder = folder
+        self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *OPTIONAL))))
         self.names = list(dict.fromkeys(map(str, table["attention"])))
+        self.settings = _settings(table)
 
     @cached_property
     def histories(self) -> dict[str, History]:
+        """The history of each comparison; empty without a ledger."""
         records = Ledger(self.folder / "samples.jsonl").read()[0]
         try:
             return {key: History(records, key) for key in self.table["comparison"].unique()}
-        except KeyError:  # a ledger of an earlier form: the table stands alone, and the evidence says so
+        except KeyError:  # the ledger has an older form: the table stands alone, and results are not paired
             return {}
 
-    def rows(self, names: Collection[str], settings: dict[str, str]) -> pd.DataFrame:
-        """The rows of these attentions under these settings. Raises UsageError, with what there is, if there is none."""
+    def select(self, names: Collection[str], settings: Mapping[str, str]) -> pd.DataFrame:
+        """Selects rows by attention and by settings.
+
+        Raises:
+            UsageError: with what was measured, if a setting is unknown or its value was not measured.
+        """
         rows = self.table[self.table["attention"].isin(list(names))]
-        for key, value in settings.items():
-            if key not in self.settings:
-                raise UsageError(f"{key} is no setting of {self.folder}; known are {', '.join(self.settings)}")
-            there = [str(one) for one in sorted(self.table[key].dropna().unique())]
-            chosen = [one for one in there if one == value or _number(one) == _number(value)]
+        for setting, value in settings.items():
+            if setting not in self.settings:
+                raise UsageError(f"{setting} is no setting of {self.folder}; known are {', '.join(self.settings)}")
+            measured = [str(one) for one in sorted(self.table[setting].dropna().unique())]
+            chosen = [one for one in measured if one == value or _number(one) == _number(value)]
             if not chosen:
-                raise UsageError(f"{key} {value} was not measured in {self.folder}; measured are {', '.join(there)}")
-            rows = rows[rows[key].astype(str).isin(chosen)]
+                raise UsageError(f"{setting} {value} was not measured in {self.folder}; measured are {', '.join(measured)}")
+            rows = rows[rows[setting].astype(str).isin(chosen)]
         return rows
 
-    def floor(self, cell: pd.DataFrame) -> float:
-        """The noise floor of these rows; of the whole table, at its worst, where the reference failed here."""
-        for rows in (cell, self.table):
-            if rows["noise_floor"].notna().any():
-                return float(rows["noise_floor"].max())
+    def noise_floor(self, rows: pd.DataFrame) -> float:
+        """The highest noise floor of some rows; of the whole table, if the reference failed in these; inf without any."""
+        for candidates in (rows, self.table):
+            if candidates["noise_floor"].notna().any():
+                return float(candidates["noise_floor"].max())
         return math.inf
 
-    def speedup(self, ours: pd.Series, theirs: pd.Series) -> tuple[Interval, str]:
-        """How many times faster ours is, and how that is known."""
+    def speedup(self, ours: "pd.Series[Any]", theirs: "pd.Series[Any]") -> SpeedupEstimate:
+        """Estimates theirs' latency over ours': from the table, from the paired rounds of the ledger, or from two intervals."""
         if ours["relative_to"] == theirs["attention"] and not math.isnan(ours["speedup"]):
-            return Interval(ours["speedup"], ours["speedup_low"], ours["speedup_high"]), "paired"
+            return SpeedupEstimate(Interval(ours["speedup"], ours["speedup_low"], ours["speedup_high"]), PAIRED)
         if theirs["relative_to"] == ours["attention"] and not math.isnan(theirs["speedup"]):
-            return Interval(1 / theirs["speedup"], 1 / theirs["speedup_high"], 1 / theirs["speedup_low"]), "paired"
+            return SpeedupEstimate(Interval(1 / theirs["speedup"], 1 / theirs["speedup_high"], 1 / theirs["speedup_low"]), PAIRED)
         history = self.histories.get(ours["comparison"])
         paired = history and history.speedup(Process(theirs["attention"]), Process(ours["attention"]))
-        if paired:
-            return paired, "paired"
-        value = math.log(theirs["latency_s"] / ours["latency_s"])
-        up, down = (
-            math.hypot(*(math.log(row[bound] / row["latency_s"]) for row, bound in ((theirs, one), (ours, other))))
-            for one, other in (("latency_high_s", "latency_low_s"), ("latency_low_s", "latency_high_s"))
-        )
-        return Interval(*map(math.exp, (value, value - down, value + up))), "computed from two intervals, not paired"
+        return SpeedupEstimate(paired, PAIRED) if paired else SpeedupEstimate(_ratio(theirs, ours), UNPAIRED)
 
-    def rounds(self, row: pd.Series) -> list[float]:
-        """The median of each round; where there is no ledger, the one of all."""
+    def round_medians(self, row: "pd.Series[Any]") -> list[float]:
+        """The median of each round in seconds; without a ledger the published median alone."""
         history = self.histories.get(row["comparison"])
-        medians = history.medians(Process(row["attention"])) if history else {}
-        return [float(np.median(turns)) for turns in medians.values()] or [float(row["latency_s"])]
+        return (history.round_medians(Process(row["attention"])) if history else []) or [float(row["latency_s"])]
 
-    def log_ratios(self, ours: pd.Series, theirs: pd.Series) -> list[float]:
-        """log(t_ours / t_theirs), one a round that both completed side by side; none without a ledger."""
+    def log_ratios(self, ours: "pd.Series[Any]", theirs: "pd.Series[Any]") -> list[float]:
+        """log(t_ours / t_theirs) for each round that both completed; empty without a ledger."""
         history = self.histories.get(ours["comparison"])
-        ratios = history.ratios(Process(ours["attention"]), Process(theirs["attention"])) if history else []
-        return [math.log(np.median(turns)) for turns in ratios]
+        return history.log_ratios(Process(ours["attention"]), Process(theirs["attention"])) if history else []
+
+
+def _settings(table: pd.DataFrame) -> list[str]:
+    swept = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
+    # With match=params each candidate has a feed-forward width of its own, which is not a shared setting.
+    matched = table.get("match", pd.Series(dtype=str)).notna().any()
+    unshared = {"ff_dim"} - swept if matched else set()
+    return [
+        name for name in dict.fromkeys((*COMPARISON_SETTINGS, *sorted(swept))) if name in table.columns and name not in unshared
+    ]
+
+
+def _ratio(numerator: "pd.Series[Any]", denominator: "pd.Series[Any]") -> Interval:
+    """The ratio of two independent latencies; the half-widths of their logarithms add in quadrature."""
+
+    def deviation(row: "pd.Series[Any]", bound: str) -> float:
+        return math.log(row[bound] / row["latency_s"])
+
+    value = math.log(numerator["latency_s"] / denominator["latency_s"])
+    up = math.hypot(deviation(numerator, "latency_high_s"), deviation(denominator, "latency_low_s"))
+    down = math.hypot(deviation(numerator, "latency_low_s"), deviation(denominator, "latency_high_s"))
+    return Interval(math.exp(value), math.exp(value - down), math.exp(value + up))
 
 
 def _number(text: str) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evals.claim import main
+from evals.claim import EXIT_CODES, main
 from evals.errors import UsageError
-from evals.results.claims import CODES, Claim, parse, weigh
+from evals.results.claim_grammar import Claim, parse
+from evals.results.claims import weigh
 from evals.results.ledger import Ledger
 from evals.stats.intervals import Interval, median_interval, speedup_interval
 from evals.stats.verdicts import noise_floor
@@ -113,7 +114,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_grammar(text: str, claim: Claim) -> None:
     parsed = parse(text)
-    assert parsed == Claim(claim.first, claim.second, claim.way, pytest.approx(claim.amount), claim.settings)
+    assert parsed == Claim(claim.first, claim.second, claim.relation, pytest.approx(claim.amount), claim.settings)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_verdicts(measured: Path, text: str, verdict: str, capsys: pytest.Captur
     code = main([text, str(measured)])
     said = capsys.readouterr().out
     assert said.startswith(f"{verdict}: ")
-    assert code == CODES[verdict]
+    assert code == EXIT_CODES[verdict]
     assert "processor Test CPU; torch 2.13.0" in said
     assert str(measured) in said
     assert ("would decide it: " in said) == (verdict == "undecided")
@@ -252,7 +253,7 @@ def test_widths_that_equalise_parameters_are_no_setting(tmp_path: Path) -> None:
     table = pd.read_csv(folder / "results.csv")
     table["ff_dim"] = table["attention"].map({"standard": 1024, "linear": 1000, "bsbr": 900})
     table.to_csv(folder / "results.csv", index=False)
-    assert main(["bsbr uses less memory than standard at seq_len 512", str(folder)]) == CODES["supported"]
+    assert main(["bsbr uses less memory than standard at seq_len 512", str(folder)]) == EXIT_CODES["supported"]
 
 
 def test_a_failure_is_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

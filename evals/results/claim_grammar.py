@@ -1,0 +1,83 @@
+"""The grammar of claims: parses a sentence such as "bsbr 2x faster than standard at seq_len 4096"."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from evals.errors import UsageError
+
+GRAMMAR = (
+    "<a> [<factor>x|<percent>%] faster|slower than <b>",
+    "<a> uses [<factor>x|<percent>%] less|more memory than <b>",
+    "<a> scales as n^<p> [in latency|memory]",
+    "<a> overtakes <b> before|after seq_len <n>",
+)
+EXAMPLE = "bsbr 2x faster than standard at seq_len 4096"
+
+NAME, NUMBER = r"[\w.+-]+", r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+SIZE = rf"(?:(?P<factor>{NUMBER})\s*[x×]\s+|(?P<percent>{NUMBER})\s*%\s+)?"
+FORMS = tuple(
+    re.compile(rf"(?P<first>{NAME})\s+(?:is\s+)?{form}(?:\s+at\s+(?P<settings>.+))?")
+    for form in (
+        rf"{SIZE}(?P<relation>faster|slower)\s+than\s+(?P<second>{NAME})",
+        rf"uses\s+{SIZE}(?P<relation>less|more)\s+memory\s+than\s+(?P<second>{NAME})",
+        rf"scales\s+as\s+n(?:\s*\^\s*(?P<power>{NUMBER}))?(?:\s+in\s+(?P<relation>latency|memory))?",
+        rf"overtakes\s+(?P<second>{NAME})\s+(?P<relation>before|after)\s+seq_len\s+(?P<length>{NUMBER})",
+    )
+)
+Relation = Literal["faster", "slower", "less", "more", "latency", "memory", "before", "after"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim about one attention, or about two.
+
+    Attributes:
+        first: the attention that something is claimed of.
+        second: the one that it is compared with; empty for a claim about scaling.
+        relation: faster or slower; less or more memory; scaling of latency or memory; overtaking before or after a length.
+        amount: the smallest ratio (1 if any will do), the exponent, or the length in tokens.
+        settings: values of settings that it is restricted to, as written.
+    """
+
+    first: str
+    second: str
+    relation: Relation
+    amount: float
+    settings: dict[str, str]
+
+    @property
+    def names(self) -> set[str]:
+        """The attentions that it names."""
+        return {self.first, self.second} - {""}
+
+
+def parse(text: str) -> Claim:
+    """Parses a claim.
+
+    Raises:
+        UsageError: with the grammar and an example, if the text is not a claim.
+    """
+    match = next((match for form in FORMS if (match := form.fullmatch(text.strip()))), None)
+    given = match.groupdict() if match else {}
+    pairs = [pair.replace("=", " ").split() for pair in re.split(r"\s+and\s+", given.get("settings") or "") if pair]
+    if match is None or any(len(pair) != 2 for pair in pairs):
+        grammar = "; ".join(GRAMMAR)
+        raise UsageError(f"{text!r} is no claim; one reads {grammar}; each may end in at <setting> <value> and …: {EXAMPLE!r}")
+    if given["first"] == given.get("second"):
+        raise UsageError(f"{given['first']} is compared with itself: name two attentions, as in {EXAMPLE!r}")
+    relation = cast(Relation, given["relation"] or "latency")
+    return Claim(given["first"], given.get("second") or "", relation, _amount(given, relation), dict(pairs))
+
+
+def _amount(given: dict[str, str | None], relation: Relation) -> float:
+    """The ratio, exponent or length that is claimed; less or more percent of memory as a ratio."""
+    amount = float(next((given[key] for key in ("factor", "power", "length") if given.get(key)), None) or 1.0)
+    if given.get("percent"):
+        percent = float(str(given["percent"]))
+        if relation == "less" and percent >= 100:
+            raise UsageError(f"nothing uses {percent:g}% less memory: give less than 100%, or a factor such as 2x")
+        amount = 1 / (1 - percent / 100) if relation == "less" else 1 + percent / 100
+    if relation in ("faster", "slower", "less", "more") and amount < 1:
+        raise UsageError(f"a factor must be at least 1, got {amount:g}x: say it the other way round, as in {EXAMPLE!r}")
+    return amount
