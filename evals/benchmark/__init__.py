@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""One comparison: preflight, rounds of time slices, workloads, declared costs and the context search."""

@@ -1,6 +1,6 @@
-"""Digests of source code: the key under which a result is kept changes when the code that made it does.
+"""Digests of source code, which are part of the keys of results: changed code makes them stale.
 
-Comments, docstrings and blank lines of Python do not count, so that better prose makes no result stale.
+Comments, docstrings and blank lines of Python do not count, so that better prose does not.
 """
 
 import ast
@@ -18,21 +18,21 @@ from bsbr.interface import Attention
 from evals.results.ids import digest
 
 MODEL_MODULES = ("bsbr.model", "bsbr.convolution")
-"""The decoder around every attention. Other modules that these import belong to other attentions and do not count."""
+"""The decoder around every attention. What these modules import belongs to other attentions and does not count."""
 
 
 def attention_digest(attention: Attention) -> str:
-    """Digest of the code that an attention runs."""
+    """Digest of all code that an attention runs."""
     return files_digest(source_files(attention))
 
 
 def modules_digest(*modules: str) -> str:
-    """Digest of modules' own source, imports not followed. Raises ModuleNotFoundError for a module that does not exist."""
-    return files_digest(map(_file, modules))
+    """Digest of the source of modules, without what they import. Raises ModuleNotFoundError for a module that does not exist."""
+    return files_digest(map(_source_file, modules))
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """Digest of files, of Python without its comments and docstrings."""
+    """Digest of files; of Python files without comments and docstrings."""
     return digest([without_prose(path.read_text()) if path.suffix == ".py" else path.read_text() for path in paths])
 
 
@@ -70,8 +70,8 @@ def without_prose(source: str) -> str:
 def source_files(attention: Attention) -> list[Path]:
     """Files that an attention's results depend on, sorted.
 
-    They are the sources of its classes and of `MODEL_MODULES`, of all modules of the same packages that these import, directly or
-    not, and the C++ files that any of them names, with their includes.
+    These are the sources of its classes, of its submodules in the same packages and of `MODEL_MODULES`; all modules of these
+    packages that the classes import, directly or not; and the C++ files that any of them names, with their includes.
     """
     modules = [cls.__module__ for cls in type(attention).__mro__ if issubclass(cls, Attention)]
     packages = frozenset(name.partition(".")[0] for name in modules)
@@ -81,8 +81,8 @@ def source_files(attention: Attention) -> list[Path]:
         name = modules.pop()
         if name not in seen:
             seen.add(name)
-            modules += _imported(name, packages)
-    files = {_file(name) for name in seen.union(MODEL_MODULES)}
+            modules += _imported_modules(name, packages)
+    files = {_source_file(name) for name in seen.union(MODEL_MODULES)}
     return sorted(files.union(*map(_cpp_files, files)))
 
 
@@ -96,16 +96,16 @@ def _cpp_files(file: Path) -> frozenset[Path]:
 
 
 @functools.cache
-def _imported(name: str, packages: frozenset[str]) -> tuple[str, ...]:
-    """The modules of these packages that a module imports; for what it takes from a package's front, the module that has it.
+def _imported_modules(name: str, packages: frozenset[str]) -> tuple[str, ...]:
+    """Modules of some packages that a module imports, at the top or in a function.
 
-    Read once a process: what it has imported, it goes on with.
+    A name that is imported from a package counts as the module that defines it. Cached: a process keeps what it has imported.
     """
-    return tuple(_imports(name, packages))
+    return tuple(_parse_imports(name, packages))
 
 
-def _imports(name: str, packages: frozenset[str]) -> Iterator[str]:
-    file = _file(name)
+def _parse_imports(name: str, packages: frozenset[str]) -> Iterator[str]:
+    file = _source_file(name)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -113,12 +113,12 @@ def _imports(name: str, packages: frozenset[str]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
             if base.partition(".")[0] in packages:
-                yield from (_home(base, one.name) for one in node.names)
+                yield from (_defining_module(base, one.name) for one in node.names)
 
 
-def _home(base: str, name: str) -> str:
-    """The module that `from base import name` is about."""
-    if _file(base).name != "__init__.py":
+def _defining_module(base: str, name: str) -> str:
+    """The module that `from base import name` loads: a submodule, or the one that defines the name."""
+    if _source_file(base).name != "__init__.py":
         return base
     if importlib.util.find_spec(f"{base}.{name}") is not None:
         return f"{base}.{name}"
@@ -127,8 +127,8 @@ def _home(base: str, name: str) -> str:
     return home if home.partition(".")[0] == base.partition(".")[0] else base
 
 
-def _file(name: str) -> Path:
-    """Where a module's source lies; of one that is imported, whence it came."""
+def _source_file(name: str) -> Path:
+    """Path of a module's source: the file that was imported, or the one that would be."""
     found = getattr(sys.modules.get(name), "__file__", None)
     spec = None if found else importlib.util.find_spec(name)
     found = found or (spec and spec.origin)

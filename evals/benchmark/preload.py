@@ -1,21 +1,18 @@
-"""What the forkserver imports, once, before it forks: all that a measurement needs, and none of what draws or tabulates.
-
-torch._dynamo is what torch's profiler imports when it first starts, which takes a second.
-"""
+"""Imported once by the fork server before it forks: all that a measurement needs, and nothing that draws or tabulates."""
 
 import gc
 
 from evals.isolation.forkserver import end_with_parent
 
-# Children that are stopped keep their server from noticing that the command was killed; and a command that ends soon, because
-# of a mistake in it or with nothing to measure, has no use for what is still being imported.
+# Stopped children keep the server from noticing that its command was killed. And a command that ends early, because of a mistake
+# or with nothing to measure, has no use for a server that still imports.
 end_with_parent()
 
-import torch._dynamo  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401  torch's profiler imports it at its first start, which takes a second
 
 import evals.benchmark.preflight  # noqa: E402
 import evals.benchmark.rounds  # noqa: E402
 import evals.certification.certificate  # noqa: E402, F401
 
-# Children need not search what lies here for garbage: to do so took 0.3 s in each of them, and made their pages their own.
+# Children need not search these objects for garbage: that took 0.3 s in each, and copied the pages that they share.
 gc.freeze()

@@ -1,4 +1,4 @@
-"""An attention that is slower than another and otherwise the same: what `evals.validate` wants found."""
+"""An attention that is slower than another one and otherwise the same, which `evals.validate` expects to be called slower."""
 
 import time
 import types
@@ -11,15 +11,21 @@ from bsbr.interface import Attention
 
 
 def slowed(factor: float, of: dict[str, Any], hidden_dim: int, num_heads: int) -> Attention:
-    """An attention whose `forward` takes `factor` times as long."""
+    """Builds an attention and lets its `forward` take longer, by waiting.
+
+    Args:
+        factor: how many times as long it takes.
+        of: node of the attention's config.
+        hidden_dim, num_heads: sizes of the attention.
+    """
     attention: Attention = instantiate(of, hidden_dim=hidden_dim, num_heads=num_heads)
     if factor == 1:
         return attention
-    whole = type(attention).forward
+    original_forward = type(attention).forward
 
     def forward(self: Attention, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         start = time.perf_counter()
-        output = whole(self, hidden_states, attention_mask)
+        output = original_forward(self, hidden_states, attention_mask)
         end = start + factor * (time.perf_counter() - start)
         while time.perf_counter() < end:
             pass

@@ -1,8 +1,8 @@
-"""What is measured: each workload turns a module and its inputs into the call that is sampled.
+"""Workloads: each turns a module and its inputs into the call that is timed.
 
 The module is what the scope asks for: an `Attention` or a `TransformerLayer`, whose inputs are hidden states
-[batch, time, hidden_dim], or a `CausalLM`, whose inputs are token ids [batch, time]. What a workload needs only once,
-such as reading a context or the state of an optimizer, is done before the first call.
+[batch, time, hidden_dim], or a `CausalLM`, whose inputs are token ids [batch, time]. A workload does what is needed only once,
+such as reading a context, before the first call.
 """
 
 import inspect
@@ -23,10 +23,13 @@ Module = Attention | TransformerLayer | CausalLM
 
 
 class Work(NamedTuple):
-    """The call that is sampled.
+    """A prepared workload.
 
-    steps: how often a call does what is measured; the latency is the call's time divided by it. tokens: that one step
-    goes through. counted: what the last call counted besides, by columns of the table of results.
+    Attributes:
+        call: the call that is timed.
+        tokens: tokens that one step goes through.
+        steps: steps that one call makes; the latency is the time of a call divided by it.
+        counted: counts of the last call, by column of the table of results, such as sent_bytes.
     """
 
     call: Callable[[], object]
@@ -36,7 +39,11 @@ class Work(NamedTuple):
 
 
 def limit_to(**limits: object) -> Callable[[F], F]:
-    """Notes on a workload where it can be measured: `scopes`, all that there are; `shortest`, the least seq_len at a scope."""
+    """Decorates a workload with what it can be measured on.
+
+    Args:
+        limits: `scopes`, all that it supports; `shortest`, by scope the least seq_len.
+    """
 
     def note(workload: F) -> F:
         vars(workload).update(limits)
@@ -46,7 +53,7 @@ def limit_to(**limits: object) -> Callable[[F], F]:
 
 
 def prefill(module: Module, inputs: Tensor) -> Work:
-    """One forward pass over the whole sequence, without gradients; of a model, with the logits of the next token alone."""
+    """One forward pass over the whole sequence, without gradients. A model computes the logits of the next token only."""
     module.eval()
 
     @torch.inference_mode()
@@ -58,7 +65,7 @@ def prefill(module: Module, inputs: Tensor) -> Work:
 
 @limit_to(scopes=("attention",))
 def attention(module: Attention, inputs: Tensor) -> Work:
-    """The function alone, without gradients: `attend` on tensors that were projected before."""
+    """`attend` alone, without gradients, on tensors that were projected before."""
     module.eval()
     with torch.inference_mode():
         tensors = module.project(inputs)
@@ -72,60 +79,61 @@ def attention(module: Attention, inputs: Tensor) -> Work:
 
 @limit_to(shortest={"model": 2})  # its loss is of next tokens
 def forward_backward(module: Module, inputs: Tensor) -> Work:
-    """One forward pass in training mode and the gradients of all parameters, and of hidden states where those are the inputs.
+    """One forward pass in training mode and one backward pass.
 
-    What is derived is the next-token loss of a model, and the sum of the outputs of an attention or a layer, which
-    as part of a model would have to pass a gradient on to what stands before it.
+    The gradient is that of a model's next-token loss with respect to its parameters. For an attention or a layer it is that of
+    the sum of the outputs, with respect to the inputs as well: within a model they would have to pass a gradient on.
     """
-    backward, forget = _gradients(module, inputs)
+    gradients = Gradients(module, inputs)
 
     def call() -> None:
-        backward()
-        forget()
+        gradients.compute()
+        gradients.drop()
 
     return Work(call, count_tokens(inputs))
 
 
 @limit_to(shortest={"model": 2})
 def train_step(module: Module, inputs: Tensor) -> Work:
-    """`forward_backward`, then a step of AdamW, in one fused kernel, whose moments exist before the first call."""
-    backward, forget = _gradients(module, inputs)
-    # The batch is always the same: at this rate thousands of steps leave the weights, and with them the time, as they are.
+    """`forward_backward`, then a step of AdamW in one fused kernel. Its moments exist before the first call."""
+    gradients = Gradients(module, inputs)
+    # The rate is so low that thousands of steps on the same batch change neither the weights nor the time.
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
 
     def call() -> None:
-        backward()
+        gradients.compute()
         optimizer.step()
-        forget()
+        gradients.drop()
 
     call()
     return Work(call, count_tokens(inputs))
 
 
-def _gradients(module: Module, inputs: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Makes the gradients of one forward pass, and drops them: a call that left them would begin with what the first did not."""
-    module.train()
-    inputs = inputs.requires_grad_(inputs.is_floating_point())
+class Gradients:
+    """The gradients of one forward pass in training mode."""
 
-    def backward() -> None:
+    def __init__(self, module: Module, inputs: Tensor) -> None:
+        self._module = module.train()
+        self._inputs = inputs.requires_grad_(inputs.is_floating_point())
+
+    def compute(self) -> None:
+        module, inputs = self._module, self._inputs
         loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
         loss.backward()
 
-    def forget() -> None:
-        module.zero_grad(set_to_none=True)
-        inputs.grad = None
-
-    return backward, forget
+    def drop(self) -> None:
+        """Frees the gradients, so that every call begins as the first one did."""
+        self._module.zero_grad(set_to_none=True)
+        self._inputs.grad = None
 
 
 def decode(module: Module, inputs: Tensor) -> Work:
-    """One token at a time behind a context of `time` tokens, the state warm; of a model, with its logits.
+    """Decoding, one token at a time, after a context of about `time` tokens. A model computes the logits of each token.
 
-    Some attentions do at one token in a block what the others profit from: BSBR, for instance, mixes its states for a new
-    chunk. A median over single tokens would never show that. So a call decodes as many tokens as the longest block has,
-    half of them before the context is `time` long and half after, and its time is divided by their number, as the time per
-    output token of a serving benchmark is. Where the attention has no blocks, a call is one token. Every call
-    starts from the same state, which `extend` leaves as it was: however many samples there are, the context does not drift.
+    Some attentions do extra work at one token of each block; BSBR mixes its states for a new chunk. A median over single tokens
+    would hide that. So a call decodes as many tokens as the longest block has, half of them before the context is `time` long
+    and half after. The time of a call is divided by their number, like the time per output token of a serving benchmark. Without
+    blocks, a call decodes one token. Every call starts from the same state, which `extend` does not change.
     """
     module.eval()
     token, context = inputs[:, -1:], inputs.shape[1]
@@ -144,7 +152,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
 
 
 def forward(module: Module, inputs: Tensor) -> Tensor:
-    """Outputs for the whole sequence; of a model, the logits of the token that follows it."""
+    """Outputs of the whole sequence; for a model, the logits of the token that follows it."""
     if isinstance(module, CausalLM):
         return cast(Tensor, module.head(module.model(inputs)[:, -1:]))
     output: Tensor = module(inputs)
@@ -152,24 +160,26 @@ def forward(module: Module, inputs: Tensor) -> Tensor:
 
 
 def state_after(module: Module, inputs: Tensor, tokens: int) -> State | None:
+    """Decoding state after the first `tokens` of the inputs; None after none."""
     return module.extend(inputs[:, :tokens])[1] if tokens else None
 
 
 def longest_block(module: Module) -> int:
-    """The longest block in it, 1 if no attention in it has any: the class that says nothing of blocks has none."""
+    """Length of the longest block of any attention in a module; 1 if no attention overrides `block_length`."""
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     return max((one.block_length for one in attentions if type(one).block_length is not Attention.block_length), default=1)
 
 
 def count_tokens(inputs: Tensor) -> int:
+    """Number of tokens in a batch of inputs."""
     return inputs.shape[0] * inputs.shape[1]
 
 
-# --- what a comparison asks for -----------------------------------------------------------------
+# --- for a comparison ---------------------------------------------------------------------------
 
 
 def prepare(comparison: Comparison, candidate: Candidate) -> Work:
-    """The workload's call, on fresh weights and inputs. Meant for a process of its own: it sets threads and seed."""
+    """Prepares the comparison's workload with fresh weights and inputs. Sets the threads and the seed of this process."""
     device = comparison.device
     torch.set_num_threads(device.threads)
     torch.manual_seed(comparison.sampling.seed)
@@ -179,7 +189,7 @@ def prepare(comparison: Comparison, candidate: Candidate) -> Work:
 
 
 def build_module(comparison: Comparison, candidate: Candidate) -> Module:
-    """What the comparison's scope asks for: the attention with its projections, a layer of the decoder, or all of it."""
+    """Builds what the comparison's scope names: an attention with its projections, a layer of the decoder, or the whole model."""
     model = comparison.model
     if model.scope == "attention":
         return candidate.build(model)
@@ -196,6 +206,7 @@ def build_module(comparison: Comparison, candidate: Candidate) -> Module:
 
 
 def make_inputs(comparison: Comparison) -> Tensor:
+    """Random inputs: token ids [batch, time] for a model, otherwise hidden states [batch, time, hidden_dim]."""
     shape, model, device = comparison.shape, comparison.model, comparison.device
     size = (shape.batch_size, shape.seq_len)
     if model.scope == "model":
@@ -204,7 +215,7 @@ def make_inputs(comparison: Comparison) -> Tensor:
 
 
 def check_workload(comparison: Comparison) -> None:
-    """Raises UsageError unless the workload is a function that takes its options and can be measured at this scope."""
+    """Raises UsageError unless the workload is a function that takes its options, and supports this scope and length."""
     options = {key: value for key, value in comparison.workload.items() if key != "_target_"}
     target, scope = comparison.workload["_target_"], comparison.model.scope
     try:
