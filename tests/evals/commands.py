@@ -1,4 +1,4 @@
-"""A command as a user starts it, but in this process: one of its own takes 10 seconds of a core to import what it needs."""
+"""Runs a command in this process as a user would start it: a process of its own spends 10 seconds of a core on imports."""
 
 import runpy
 import sys
@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 
 def call(main: Callable[[], int], *words: str) -> "CompletedProcess[str]":
-    """What a command's `main` returns and writes where these words stand behind its name.
+    """Calls a command's `main` with these arguments; returns its exit code and output.
 
-    Where its own process is what is tested, its signals, its end or what it imports, start one.
+    A test of signals, of a process's end or of what it imports needs a process of its own.
     """
     arguments = [f"{main.__module__}.py", *words]
     with _started(arguments) as done:
@@ -22,7 +22,7 @@ def call(main: Callable[[], int], *words: str) -> "CompletedProcess[str]":
 
 
 def typed(*words: str) -> "CompletedProcess[str]":
-    """The same of `python -m evals.run sweep=seq_len`, word by word as somebody types it."""
+    """Runs a whole command line, such as `python -m evals.run sweep=seq_len`, given word by word."""
     python, m, module, *others = words
     assert (python, m) == ("python", "-m")
     with _started([module, *others]) as done, warnings.catch_warnings():

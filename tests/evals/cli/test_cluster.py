@@ -1,4 +1,4 @@
-"""Which launchers are let through, what becomes of jobs that are lost, and whose cores are whose."""
+"""Checks of launchers, jobs that are lost with their node, and cores that belong to one process."""
 
 import os
 from pathlib import Path
@@ -94,26 +94,26 @@ def started(job: int, host: str) -> Record:
     return {"kind": "started", "job": job, "host": host, "what": "comparison", "id": f"c{job}", "description": DESCRIPTION}
 
 
-def test_a_job_is_open_until_it_has_an_end() -> None:
+def test_a_job_is_unfinished_until_it_has_an_end() -> None:
     records = [started(0, "a"), started(1, "b"), {"kind": "ended", "job": 1}, started(0, "c"), started(2, "b")]
     open_ = unfinished_starts(records)
     assert {job: [start["host"] for start in starts] for job, starts in open_.items()} == {0: ["a", "c"], 2: ["b"]}
 
 
-def test_what_was_lost_is_a_row_for_each_attention_with_the_nodes_in_its_words() -> None:
+def test_a_lost_job_is_a_row_per_attention_that_names_the_nodes() -> None:
     rows = latency_table.build([lost_record([started(0, "node1"), started(0, "node7")])])
     assert rows[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["standard", 60, "lost"], ["bsbr", 60, "lost"]]
     assert set(rows["detail"]) == {"started 2 times, on node1 and node7, and lost with its node"}
 
 
-def test_a_comparison_that_is_made_after_all_is_not_lost() -> None:
+def test_a_comparison_that_finishes_later_is_not_lost() -> None:
     trial = {"kind": "preflight", "comparison": "c0", "attention": "bsbr", "outcome": "oom", "detail": "too little"}
     rows = latency_table.build([DESCRIPTION, lost_record([started(0, "node1")]), trial])
     assert rows[["attention", "outcome", "detail"]].to_numpy().tolist() == [["bsbr", "oom", "too little"]]
 
 
 class Breaking:
-    """A launcher whose nodes die: what happens in each pass is a function that writes records and may raise."""
+    """A launcher whose nodes die: each pass writes records, and may raise."""
 
     def __init__(self, folder: Path, *passes: Any) -> None:
         self.ledger = Ledger(folder / "samples.jsonl")
@@ -139,7 +139,7 @@ def test_a_failed_pass_is_repeated_while_it_gets_further(tmp_path: Path) -> None
     assert command.remote.started_ids() == ["c0", "c0"]
 
 
-def test_what_a_launcher_never_brings_to_an_end_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_no_pass_finishes_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = RuntimeError("no\nnodes")
     command = Breaking(tmp_path, ([started(0, "a")], error), ([], error))
     command.remote.launch(command)
@@ -147,7 +147,7 @@ def test_what_a_launcher_never_brings_to_an_end_is_given_up(tmp_path: Path, caps
     assert "since the launcher failed: no nodes" in capsys.readouterr().err
 
 
-def test_what_fails_by_itself_is_raised_and_not_tried_again(tmp_path: Path) -> None:
+def test_an_error_of_the_job_itself_is_raised_and_not_retried(tmp_path: Path) -> None:
     bug = ZeroDivisionError("ours")
     command = Breaking(tmp_path, ([started(0, "a"), {"kind": "ended", "job": 0, "failed": True}], bug))
     with pytest.raises(ZeroDivisionError):
@@ -164,14 +164,14 @@ def test_the_parts_of_a_machine_are_disjoint_and_nearly_equal(things: int, of: i
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_more_places_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_slots_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UsageError, match="2 comparisons at once need as many GPUs"):
         affinity.claim_slot(2)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="NOT TESTED: needs Linux")
-def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
+def test_a_process_locks_the_cores_it_may_run_on() -> None:
     allowed = os.sched_getaffinity(0)
     assert sorted(core for own in affinity.physical_cores().values() for core in own) == sorted(allowed)
     one = min(allowed)
@@ -182,6 +182,6 @@ def test_what_a_process_occupies_are_the_cores_it_may_run_on() -> None:
         os.sched_setaffinity(0, allowed)
 
 
-def test_a_row_of_what_was_lost_survives_the_csv(tmp_path: Path) -> None:
+def test_a_row_of_a_lost_job_survives_the_csv(tmp_path: Path) -> None:
     path = write_table(latency_table.build([lost_record([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: what it writes, what it survives, what it says to bad input."""
+"""The command evals.run: what it writes, how it resumes, how failures become rows, and its error messages."""
 
 import math
 import os
@@ -74,7 +74,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def certified(swept: tuple[Path, str], tmp_path: Path) -> Path:
-    """A folder in which what the sweep certified still counts: that takes longest."""
+    """A results folder that has the certificates of the sweep, which take longest."""
     (tmp_path / "results").mkdir()
     shutil.copy(swept[0] / "results" / "certificates.jsonl", tmp_path / "results")
     return tmp_path
@@ -104,7 +104,7 @@ def test_every_cell_is_a_row_whose_numbers_fit_together(swept: tuple[Path, str])
     assert rows.loc[rows["attention"] == "standard", "flops"].tolist() == flops
 
 
-def test_raw_samples_are_what_the_table_was_made_of(swept: tuple[Path, str]) -> None:
+def test_the_table_is_computed_from_the_raw_samples(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     for _, row in table(folder, "seq_len").iterrows():
         own = [
@@ -118,7 +118,7 @@ def test_raw_samples_are_what_the_table_was_made_of(swept: tuple[Path, str]) -> 
         assert (row["rounds"], row["stop_reason"]) == (2, "budget")
 
 
-def test_a_speed_up_is_the_median_ratio_of_turns_taken_side_by_side(swept: tuple[Path, str]) -> None:
+def test_a_speed_up_is_the_median_ratio_of_paired_time_slices(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     rows = table(folder, "seq_len")
     pd.testing.assert_frame_equal(
@@ -138,7 +138,7 @@ def test_a_speed_up_is_the_median_ratio_of_turns_taken_side_by_side(swept: tuple
         assert row["speedup"] == pytest.approx(float(pd.Series(ratios).median()))
 
 
-def test_the_screen_shows_rows_then_tables_in_80_columns(swept: tuple[Path, str]) -> None:
+def test_the_log_and_the_tables_fit_in_80_columns(swept: tuple[Path, str]) -> None:
     folder, said = swept
     shown, _, _ = said[said.index("latency in ms") :].partition(str(folder))
     assert all(len(line) <= 80 for line in shown.splitlines())
@@ -150,13 +150,13 @@ def test_the_screen_shows_rows_then_tables_in_80_columns(swept: tuple[Path, str]
         assert [line.split()[0] for line in block[2:]] == ["standard", "bsbr", "linear"]
 
 
-def test_plots_are_there(swept: tuple[Path, str]) -> None:
+def test_plots_are_written(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     names = {f"{quantity}.{kind}" for quantity in ("latency", "throughput", "peak_memory", "speedup") for kind in ("png", "svg")}
     assert {path.name for path in (folder / "plots" / "seq_len").iterdir()} >= names
 
 
-def test_the_same_command_again_measures_nothing_and_says_the_same(swept: tuple[Path, str]) -> None:
+def test_the_same_command_again_measures_nothing_and_prints_the_same_tables(swept: tuple[Path, str]) -> None:
     folder, said = swept
     before, rows = measurements(folder, "seq_len"), table(folder, "seq_len")
     again = called(folder, *SWEEP)
@@ -178,7 +178,7 @@ def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept
         assert sum(one["called_s"] for one in own) < own[0]["round_s"]
 
 
-def test_a_torn_line_is_set_aside_and_told(swept: tuple[Path, str]) -> None:
+def test_a_torn_line_is_set_aside_with_a_warning(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     path = folder / "results" / "seq_len" / "samples.jsonl"
     before = measurements(folder, "seq_len")
@@ -190,7 +190,7 @@ def test_a_torn_line_is_set_aside_and_told(swept: tuple[Path, str]) -> None:
     assert measurements(folder, "seq_len") == before
 
 
-def test_more_rounds_are_added_to_those_there_are(certified: Path) -> None:
+def test_a_larger_budget_adds_rounds_to_those_in_the_ledger(certified: Path) -> None:
     arguments = ("attention=[standard,linear]", "shape.seq_len=50", "sampling.budget_s=1000")
     assert called(certified, *arguments, "sampling.max_rounds=2").returncode == 0
     before = measurements(certified)
@@ -202,7 +202,7 @@ def test_more_rounds_are_added_to_those_there_are(certified: Path) -> None:
     assert table(certified)["rounds"].tolist() == [3, 3]
 
 
-def test_a_dry_run_tells_what_is_left_and_leaves_nothing_behind(certified: Path) -> None:
+def test_a_dry_run_prints_what_is_left_and_writes_nothing(certified: Path) -> None:
     arguments = ("sweep=seq_len", "attention=[standard,linear]", "shape.seq_len=50,60", "sampling.budget_s=30")
     done = called(certified, *arguments, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
@@ -307,7 +307,7 @@ class Peeks(StandardAttention):
 '''
 
 
-def test_a_cell_that_fails_is_a_row_and_the_sweep_goes_on(certified: Path) -> None:
+def test_a_failure_is_a_row_and_the_sweep_continues(certified: Path) -> None:
     folder = certified / "mine" / "conf" / "attention"
     folder.mkdir(parents=True)
     (certified / "mine" / "trouble.py").write_text(TROUBLE)
@@ -339,7 +339,7 @@ def test_a_cell_that_fails_is_a_row_and_the_sweep_goes_on(certified: Path) -> No
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_it_keeps_what_it_has_and_goes_on_from_there(certified: Path, how: signal.Signals) -> None:
+def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how: signal.Signals) -> None:
     arguments = ("sweep=seq_len", "attention=[standard,linear]", "shape.seq_len=50,60")
     with subprocess.Popen(
         command(certified, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -416,7 +416,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """What the command writes when it exits with 2: one line on stderr, nothing on stdout."""
+    """Runs a command that must exit with 2; returns the line it writes on stderr."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     assert run.main() == 2
     out, said = capfd.readouterr()
@@ -437,7 +437,7 @@ def test_a_config_that_does_not_parse(tmp_path: Path, monkeypatch: pytest.Monkey
     assert re.match(r"error: while parsing .* in \".*mine.yaml\", line 2, column 1", said)
 
 
-def test_one_bad_place_of_a_sweep_stops_it(tmp_path: Path) -> None:
+def test_an_invalid_value_of_a_sweep_stops_it(tmp_path: Path) -> None:
     done = called(tmp_path, "sweep=seq_len", "shape.seq_len=-7,128")
     assert done.returncode == 2
     assert done.stderr == "error: shape.seq_len must be a positive integer, got -7\n"

@@ -1,4 +1,4 @@
-"""Every sweep that ships, and every config that cannot be measured."""
+"""Every sweep in conf/, and the messages for configs that cannot be measured."""
 
 import re
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ LEARNED = (
     "recall",
     "recall_length",
     "recall_sizes",
-)  # asked for by name alone: they take hours
-EXTRA = ("conversion",)  # asked for by name alone: it needs the extra `convert`
+)  # left out of sweep=all: they take hours
+EXTRA = ("conversion",)  # left out of sweep=all: it needs the extra `convert`
 SMALL = ("model.hidden_dim=32", "model.num_heads=2", "model.ff_dim=64", "shape.seq_len=40")
 
 
@@ -73,7 +73,7 @@ def jobs(name: str) -> list[list[str]]:
         (["shape.seq_len=1024", "model.num_heads=1,2,4"], 3, "model.num_heads"),
     ],
 )
-def test_jobs_are_counted_as_the_command_line_leaves_them(given: list[str], count: int, swept: str | None) -> None:
+def test_the_command_line_changes_the_number_of_jobs(given: list[str], count: int, swept: str | None) -> None:
     config = composed("sweep=seq_len")
     config.hydra.overrides.task = ["sweep=seq_len", *given]
     session = Session()
@@ -113,7 +113,7 @@ def test_sweep_all_is_every_other_one_in_a_folder_of_its_own() -> None:
     assert expand_sweep_all(["sweep=seq_len"]) == [["sweep=seq_len"]]
 
 
-def test_what_a_sweep_of_sizes_keeps_and_what_it_changes() -> None:
+def test_a_sweep_of_sizes_varies_one_size_and_keeps_the_others() -> None:
     def sizes(name: str) -> set[tuple[int, int, int]]:
         models = [read(*overrides).model for overrides in jobs(name)]
         return {(model.hidden_dim, model.num_heads, model.hidden_dim // model.num_heads) for model in models}
@@ -125,7 +125,7 @@ def test_what_a_sweep_of_sizes_keeps_and_what_it_changes() -> None:
         assert len({size[place] for size in sizes(name)}) == len(jobs(name))
 
 
-def test_threads_go_up_to_the_cores_there_are() -> None:
+def test_threads_go_up_to_the_number_of_cores() -> None:
     threads = [read(*overrides).device.threads for overrides in jobs("threads")]
     assert threads[0] == 1
     assert threads[-1] == core_count()
@@ -156,7 +156,7 @@ def test_settings_are_those_of_what_is_built(scope: str, own: set[str]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-def test_matched_parameters_are_alike_and_the_rest_is_named(scope: str) -> None:
+def test_matched_parameters_are_equal_and_the_rest_is_named(scope: str) -> None:
     names = "attention=[standard,bsbr,gau,linear]"
     plain, comparison = (read(f"model.scope={scope}", names, *match) for match in ([], ["match=params"]))
     plain_costs, costs = ({one.name: candidate_costs(asked, one) for one in asked.candidates} for asked in (plain, comparison))
@@ -169,7 +169,7 @@ def test_matched_parameters_are_alike_and_the_rest_is_named(scope: str) -> None:
     assert "parameters" not in [words.split()[0] for words in unmatched_costs(costs, comparison.relative_to)]
 
 
-def test_what_is_not_matched_is_told_with_its_extremes() -> None:
+def test_unmatched_costs_are_named_with_their_extremes() -> None:
     costs: dict[str, dict[str, float]] = {
         "a": {"parameter_bytes": 100, "flops": 100, "state_bytes": 100},
         "b": {"parameter_bytes": 150, "flops": 100.5, "state_bytes": 10},
@@ -249,7 +249,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
 
 
 @pytest.mark.parametrize("group", ["shape", "model", "device", "sampling", "workload"])
-def test_a_group_that_is_no_mapping(group: str) -> None:
+def test_a_group_that_is_not_a_mapping_is_refused(group: str) -> None:
     cfg = compose("config", [])
     cfg[group] = 3
     with pytest.raises(UsageError, match=f"^{group} must be a mapping with .*, got 3$"):

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees, what a log gets instead, and what scripts and shells are told."""
+"""The display of a sweep on a terminal and in a log, its final tables, `--help`, error messages and shell completion."""
 
 import io
 import os
@@ -36,7 +36,7 @@ HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
 
 
 class Terminal:
-    """What was written to a pseudo-terminal so far, and its modes."""
+    """A pseudo-terminal: what was written to it, and its modes."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Terminal:
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch, watch: Callable[[str], None] = lambda _: None) -> Iterator[Terminal]:
-    """Standard output and error of this process are a terminal of 80 columns. `watch` is told of everything written so far."""
+    """Makes a terminal of 80 columns the standard output and error; calls `watch` with all that was written so far."""
     monkeypatch.setenv("TERM", "xterm")
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -90,7 +90,7 @@ def words(folder: Path) -> list[str]:
     return ["run.py", "sweep=seq_len", "shape.seq_len=40,60", "attention=[standard,linear]", *small, *places]
 
 
-def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
+def test_a_terminal_shows_a_table_of_values_and_is_intact_after_ctrl_c(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = threading.Event()
@@ -132,7 +132,7 @@ def test_a_terminal_shows_a_table_with_its_figures_and_is_whole_after_ctrl_c(
     assert all(len(line.rstrip()) <= 80 for line in plain.splitlines() if str(folder) not in line)
 
 
-def test_quiet_it_says_what_came_out_alone(
+def test_quiet_prints_the_final_tables_only(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3", "quiet=true"])
@@ -174,7 +174,7 @@ def test_long_names_many_variants_and_many_values_fit_80_columns() -> None:
         assert len(figures) == len(lengths)
 
 
-def test_a_name_without_end_loses_its_middle() -> None:
+def test_a_very_long_name_loses_its_middle() -> None:
     text = formatting.align_columns(["", "a" * 60 + "b" * 60], [["ms", "1.00±12%"]])
     assert re.search(r"^a{30,}…b{30,} 1.00±12%$", text, flags=re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 80
@@ -192,7 +192,7 @@ def test_every_exit_code_is_documented_as_help_tells_it() -> None:
 @pytest.mark.parametrize(
     ("codes", "code", "made"), [([0, 3, 0, 0], 3, 4), ([0, 0, 0, 0], 0, 4), ([0, 3, 2, 0], 2, 3), ([130, 0, 0, 0], 130, 1)]
 )
-def test_many_sweeps_go_on_after_a_cell_that_failed_and_stop_at_all_else(
+def test_many_sweeps_continue_after_a_failed_row_and_stop_at_any_error(
     codes: list[int], code: int, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[list[str]] = []
@@ -220,7 +220,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return capsys.readouterr().out
 
 
-def test_help_names_all_that_conf_holds_in_80_columns(told: str) -> None:
+def test_help_lists_everything_in_conf_in_80_columns(told: str) -> None:
     assert max(map(len, told.splitlines())) <= 80
     for path in (CONF / "sweep").glob("*.yaml"):
         (line,) = re.findall(rf"^  {path.stem} +\S.*$", told, flags=re.MULTILINE)
@@ -236,7 +236,7 @@ def test_help_names_all_that_conf_holds_in_80_columns(told: str) -> None:
     assert all(f" {key}=" in joined for key in cfg)
 
 
-def test_help_gives_examples_that_can_be_run(told: str) -> None:
+def test_the_examples_of_help_are_valid(told: str) -> None:
     commands = re.findall(r"^  python -m evals.run (.*)$", told[told.index("Examples") :].replace("\\\n", ""), flags=re.MULTILINE)
     assert len(commands) >= 3
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -245,7 +245,7 @@ def test_help_gives_examples_that_can_be_run(told: str) -> None:
             assert read_job(compose("config", overrides)).candidates
 
 
-def test_help_knows_a_folder_of_one_s_own(
+def test_help_lists_the_user_s_own_sweeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sweep").mkdir()
@@ -286,7 +286,7 @@ def test_help_knows_a_folder_of_one_s_own(
         ("--config-dir {own} attention=[elsewhere]", r".*: module besides cannot be imported: .*; a module of your own lies in .*"),
     ],
 )
-def test_a_beginner_s_mistake_is_one_sentence_that_helps(
+def test_a_beginner_s_mistake_gets_one_helpful_sentence(
     arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     conf = tmp_path / "conf"

@@ -1,4 +1,4 @@
-"""The report in a real browser: it holds the data's values, answers what is clicked, asks for nothing, and runs no one's markup."""
+"""The report in a browser: it shows the values of the table, reacts to clicks, loads nothing, and escapes foreign markup."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 
 def opened(browser: Browser, path: Path) -> tuple[Page, list[str]]:
-    """The page once it is ready, and what it complained of or asked for beside itself."""
+    """Opens a page, and waits until it is ready; returns it with its console messages and requests."""
     page, complaints = browser.new_page(), []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -64,7 +64,7 @@ MARKS = """id => [...document.querySelectorAll(`#${id} [aria-roledescription=val
     const {x, y, datum} = mark.__data__; return {x, y, attention: datum.attention, place: datum.x, value: datum.y}})"""
 
 
-def test_it_asks_for_nothing_and_is_small(paper: tuple[Page, list[str], Path]) -> None:
+def test_it_loads_nothing_and_is_small(paper: tuple[Page, list[str], Path]) -> None:
     page, complaints, path = paper
     assert complaints == []
     data = page.evaluate("document.getElementById('data').textContent.length")
@@ -82,7 +82,7 @@ def test_charts_hold_the_values_of_the_table(paper: tuple[Page, list[str], Path]
         assert ordered == sorted(ordered, reverse=True)
 
 
-def test_a_variant_is_left_out_and_an_axis_is_made_linear(paper: tuple[Page, list[str], Path]) -> None:
+def test_an_attention_can_be_hidden_and_an_axis_made_linear(paper: tuple[Page, list[str], Path]) -> None:
     page, complaints, _ = paper
     page.get_by_label("bsbr", exact=True).uncheck()
     expect(page.locator("#chart-0-state [aria-roledescription=value]")).to_have_count(49)
@@ -102,7 +102,7 @@ def test_a_variant_is_left_out_and_an_axis_is_made_linear(paper: tuple[Page, lis
     assert complaints == []
 
 
-def test_the_table_filters_sorts_and_is_handed_on(paper: tuple[Page, list[str], Path]) -> None:
+def test_the_table_filters_sorts_and_downloads(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     results = pd.read_csv(PAPER / "results.csv")
     page.get_by_label("Filter").fill(f"bsbr {results['comparison'].iloc[-1]}")  # words of no other row
@@ -116,7 +116,7 @@ def test_the_table_filters_sorts_and_is_handed_on(paper: tuple[Page, list[str], 
         assert shown == sorted(results["latency_s"], reverse=direction == "descending")
 
 
-def test_what_is_hovered_over_is_told_within_the_window(paper: tuple[Page, list[str], Path]) -> None:
+def test_a_tooltip_stays_within_the_window(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     page.set_viewport_size({"width": 500, "height": 500})
     for place in (0, 7, 20, 55):  # near each side
@@ -130,7 +130,7 @@ def test_what_is_hovered_over_is_told_within_the_window(paper: tuple[Page, list[
     page.set_viewport_size({"width": 1280, "height": 720})
 
 
-def test_all_that_can_be_used_has_a_name_of_its_own(paper: tuple[Page, list[str], Path]) -> None:
+def test_every_control_has_a_name_of_its_own(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     session = page.context.new_cdp_session(page)
     session.send("Accessibility.enable")
@@ -142,7 +142,7 @@ def test_all_that_can_be_used_has_a_name_of_its_own(paper: tuple[Page, list[str]
     assert [one for one in set(names) if names.count(one) > 1] == []
 
 
-def test_printed_it_fits_the_page_and_holds_every_row(paper: tuple[Page, list[str], Path]) -> None:
+def test_a_print_fits_the_page_and_has_every_row(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 703, "height": 1000})  # A4 between its margins
@@ -214,7 +214,7 @@ def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Pat
         assert 0 < min(turns) < 0.2, name
 
 
-def test_of_two_sets_it_is_told_what_changed_and_whom_each_was_compared_with() -> None:
+def test_two_sets_show_what_changed_and_their_references() -> None:
     folders = [PAPER.parent / "cpu" / name for name in ("attention", "long")]
     (part,) = group_sources(read_sources(folders))
     (change,) = changes(part)
@@ -231,7 +231,7 @@ def test_conversions_are_refused_in_one_sentence(tmp_path: Path) -> None:
         write([PAPER.parent / "distillation"], tmp_path / "report.html")
 
 
-def test_what_is_no_folder_of_results_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"results.csv does not exist: give a folder that"):
         write([tmp_path], tmp_path / "report.html")
 
