@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.benchmark.interleave import measure
+from evals.cli.command import command
 from evals.errors import UsageError
 from evals.results.compare import compare_cells, parse_fraction, read_cells, regressions, render
 from evals.results.formatting import WIDTH
 
-# --- the command --------------------------------------------------------------------------------
+INTERRUPTED = "interrupted; rounds that both sides completed can be compared where they stand"
 
 
+@command(argparse.ArgumentError, interrupted=INTERRUPTED)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals.compare",
@@ -34,25 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="with --base: rounds of each (default: 10)")
     parser.add_argument("--threshold", default="5%", help="what may get worse without exit code 1 (default: 5%%)")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-        threshold = parse_fraction(options.threshold)
-        if options.base is None and (len(rest) != 2 or any(word.startswith("-") for word in rest)):
-            raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
-        folders = map(Path, rest) if options.base is None else measure(options.base, rest, options.rounds)
-        a, b = (read_cells(folder) for folder in folders)
-        rows = compare_cells(a, b)
-        if options.csv:
-            rows.to_csv(options.csv, index=False)
-    except (UsageError, argparse.ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; rounds that both sides completed can be compared where they stand", file=sys.stderr)
-        return 130
+    options, rest = parser.parse_known_args(arguments)
+    threshold = parse_fraction(options.threshold)
+    if options.base is None and (len(rest) != 2 or any(word.startswith("-") for word in rest)):
+        raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
+    folders = map(Path, rest) if options.base is None else measure(options.base, rest, options.rounds)
+    a, b = (read_cells(folder) for folder in folders)
+    rows = compare_cells(a, b)
+    if options.csv:
+        rows.to_csv(options.csv, index=False)
     print(render(a, b, rows))
     worse = regressions(rows, threshold)
     for line in worse:

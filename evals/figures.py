@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.cli.command import command
+from evals.errors import OK
 from evals.paper.draw import STUDY, draw_study
 from evals.plots.registry import draw_folder
 
-# --- the command ----------------------------------------------------------------------------------
 
-
+@command(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Redraws each folder given; returns 2, with one sentence on stderr, where it cannot."""
     parser = argparse.ArgumentParser(prog="python -m evals.figures", description="Redraws plots from results, without measuring.")
     parser.add_argument(
         "results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len; or paper: the study's"
@@ -26,16 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=Path("plots"), help="folder for the folders of plots (default: plots)")
     options = parser.parse_args(arguments)
     for folder in options.results:
-        try:
-            if folder == Path("paper"):
-                folder, paths = STUDY, draw_study(STUDY, options.plots / STUDY.name)
-            else:
-                paths = draw_folder(folder, options.plots / folder.resolve().name)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        if folder == Path("paper"):
+            folder, paths = STUDY, draw_study(STUDY, options.plots / STUDY.name)
+        else:
+            paths = draw_folder(folder, options.plots / folder.resolve().name)
         print(f"{folder}: {len(paths)} files in {paths[0].parent}")
-    return 0
+    return OK
 
 
 if __name__ == "__main__":

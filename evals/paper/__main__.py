@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.cli.command import command
+from evals.errors import OK
 from evals.paper.recipe import GPU, recipe
 from evals.paths import ROOT
 
@@ -49,30 +51,25 @@ def _of_gpu() -> str:
     return ", ".join(step.data for step in recipe() if step.gpu is not None)
 
 
+@command(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.paper", description=str(__doc__).partition("\n")[0])
     parser.add_argument("words", nargs="*", help="data to measure (default: all), results_dir=, plots_dir=, device=cuda, key=value")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and about how long it takes")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        commands, results, plots = plan(options.words, dry=options.dry_run)
-        for command in commands:
-            print(f"$ {command}", flush=True)
-            if options.dry_run and not command.startswith(RUN):
-                continue  # it cannot tell
-            code = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, check=False).returncode
-            if code:
-                return code
-        if not options.dry_run:
-            from evals.paper.draw import draw_study  # imports matplotlib, which measuring does not need
+    lines, results, plots = plan(options.words, dry=options.dry_run)
+    for line in lines:
+        print(f"$ {line}", flush=True)
+        if options.dry_run and not line.startswith(RUN):
+            continue  # it cannot tell
+        code = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, check=False).returncode
+        if code:
+            return code
+    if not options.dry_run:
+        from evals.paper.draw import draw_study  # imports matplotlib, which measuring does not need
 
-            print(f"{len(draw_study(results, plots))} files in {plots}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # the command that ran has said what is kept
-        return 130
-    return 0
+        print(f"{len(draw_study(results, plots))} files in {plots}")
+    return OK
 
 
 if __name__ == "__main__":
