@@ -1,11 +1,11 @@
-"""`python -m evals.compare A B`: did it get faster from A to B, with significance? A and B are folders of results.
+"""`python -m evals.compare A B`: compares two folders of results, and says what got faster or slower with significance.
 
     python -m evals.compare results/before results/after           two commits, or two machines
     python -m evals.compare --base main sweep=seq_len              another commit of this repository, interleaved with this one
 
-`--base REV` takes what `python -m evals.run` takes; a relative path in it, as in --config-dir, is looked up in either tree.
+`--base REV` takes the arguments of `python -m evals.run`. A relative path in them, as in --config-dir, is looked up in either tree.
 Exit code: 0; 1 if something got worse: slower with significance and by more than the threshold, more memory than the
-threshold allows, or a failure where there was a number; 2 if the two cannot be compared, in one sentence.
+threshold allows, or a failure in place of a number; 2 with one sentence if the two cannot be compared.
 """
 
 import argparse
@@ -16,10 +16,13 @@ from pathlib import Path
 
 from evals.benchmark.interleave import measure
 from evals.cli.command import command
-from evals.errors import UsageError
-from evals.results.compare import compare_cells, parse_fraction, read_cells, regressions, render
-from evals.results.formatting import WIDTH
+from evals.errors import OK, UsageError
+from evals.results.cells import read_cells
+from evals.results.compare import compare_cells
+from evals.results.compare_table import regressions, render
+from evals.results.formatting import WIDTH, parse_fraction
 
+REGRESSION = 1
 INTERRUPTED = "interrupted; rounds that both sides completed can be compared where they stand"
 
 
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", default="5%", help="what may get worse without exit code 1 (default: 5%%)")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     options, rest = parser.parse_known_args(arguments)
-    threshold = parse_fraction(options.threshold)
+    threshold = parse_fraction(options.threshold, "--threshold")
     if options.base is None and (len(rest) != 2 or any(word.startswith("-") for word in rest)):
         raise UsageError(f"two folders of results are compared, got {' '.join(rest) or 'none'}; or give --base REV")
     folders = map(Path, rest) if options.base is None else measure(options.base, rest, options.rounds)
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worse = regressions(rows, threshold)
     for line in worse:
         print(textwrap.fill(f"regression: {line}", WIDTH, subsequent_indent="   "))
-    return 1 if worse else 0
+    return REGRESSION if worse else OK
 
 
 if __name__ == "__main__":

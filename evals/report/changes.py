@@ -9,7 +9,9 @@ import pandas as pd
 from evals.errors import UsageError
 from evals.report.sources import CONTEXT, TRAINING, Part, Source
 from evals.report.summary import NO_DIFFERENCE, format_interval, format_metric, format_number, intervals_overlap
-from evals.results import compare, schema
+from evals.results import schema
+from evals.results.cells import read_cells
+from evals.results.compare import compare_cells
 from evals.results.formatting import format_setting
 from evals.results.metrics import ACCURACY, BITS_PER_BYTE, SPEEDUP
 
@@ -46,7 +48,7 @@ def _title(first: Source, other: Source) -> str:
 def _timing(first: Source, other: Source) -> Change:
     title = _title(first, other)
     try:
-        table = compare.compare_cells(compare.read_cells(first.folder), compare.read_cells(other.folder))
+        table = compare_cells(read_cells(first.folder), read_cells(other.folder))
     except UsageError as error:
         return Change(title, f"They cannot be compared. A is {first.label}, B is {other.label}: {error}.")
     both = table[~table["verdict"].isin(["only in A", "only in B"])]

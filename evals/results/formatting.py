@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evals.errors import UsageError
 from evals.results.metrics import BYTES, SECONDS, Metric
 
 if TYPE_CHECKING:
@@ -80,6 +81,21 @@ def format_estimate(value: float) -> str:
         if value >= 1024**power:
             return f"{float(f'{value / 1024**power:.2g}'):g}{unit}"
     return f"{float(f'{value:.2g}'):g}"
+
+
+def parse_fraction(text: str, option: str) -> float:
+    """Parses a fraction, written as '5%' or '0.05'.
+
+    Raises:
+        UsageError: naming the option, if it is not a number of at least 0 and below 1.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise UsageError(f"{option} must be a fraction such as 5% or 0.05, got '{text}'")
+    return value
 
 
 # --- text -----------------------------------------------------------------------------------------

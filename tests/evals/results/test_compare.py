@@ -23,8 +23,8 @@ from evals.benchmark import interleave
 from evals.compare import main
 from evals.errors import UsageError
 from evals.paths import ROOT
-from evals.results import compare
-from evals.results.compare import Cell
+from evals.results.cells import Cell
+from evals.results.compare import cell_ratio, compare_cells
 from evals.results.ledger import Ledger
 from tests.evals.commands import call
 
@@ -35,7 +35,7 @@ def cell(logs: Numbers, times: Sequence[float] = (), *, attention: str = "bsbr",
     return Cell(
         attention=attention,
         settings={"seq_len": 512, **settings},
-        where={"processor": "P", "torch": "2", "host": "h", "commit": "c", "folder": "f"},
+        origin={"processor": "P", "torch": "2", "host": "h", "commit": "c", "folder": "f"},
         options={},
         outcome="ok",
         detail="",
@@ -55,23 +55,23 @@ def in_turns(a: Numbers, b: Numbers, **other: Any) -> tuple[Cell, Cell]:
 
 
 def test_paired_rounds_give_students_t_on_their_differences() -> None:
-    ratio, paired = compare.speedup(*in_turns([0.1, 0.5, 0.3], [0.0, 0.3, 0.0]))
+    ratio, paired = cell_ratio(*in_turns([0.1, 0.5, 0.3], [0.0, 0.3, 0.0]))
     # By hand: differences 0.1, 0.2, 0.3 have mean 0.2 and deviation 0.1; t(0.975, 2) = 4.302653.
     distance = 4.302653 * 0.1 / math.sqrt(3)
     assert paired
     assert math.log(ratio.value) == pytest.approx(0.2)
     assert [math.log(ratio.low), math.log(ratio.high)] == pytest.approx([0.2 - distance, 0.2 + distance], rel=1e-6)
     # With 2 degrees of freedom, P(|T| > t) = 1 − t / √(2 + t²), here of t = 2√3.
-    assert ratio.p == pytest.approx(1 - 2 * math.sqrt(3) / math.sqrt(14))
+    assert ratio.p_value == pytest.approx(1 - 2 * math.sqrt(3) / math.sqrt(14))
 
 
 def test_unpaired_rounds_give_welchs_t() -> None:
     a, b = [0.31, 0.02, 0.17], [0.11, 0.09, 0.1, 0.12, 0.05]
-    ratio, paired = compare.speedup(cell(a), cell(b))
+    ratio, paired = cell_ratio(cell(a), cell(b))
     truth = ttest_ind(a, b, equal_var=False)  # scipy's own
     bounds = truth.confidence_interval(0.95)
     assert not paired
-    assert ratio.p == pytest.approx(truth.pvalue)
+    assert ratio.p_value == pytest.approx(truth.pvalue)
     assert [math.log(value) for value in (ratio.low, ratio.high)] == pytest.approx([bounds.low, bounds.high])
     assert math.log(ratio.value) == pytest.approx(np.mean(a) - np.mean(b))
 
@@ -79,33 +79,33 @@ def test_unpaired_rounds_give_welchs_t() -> None:
 @pytest.mark.parametrize("rounds", [(1, 5), (5, 1), (1, 1)])
 def test_nothing_is_known_from_one_round(rounds: tuple[int, int]) -> None:
     one, other = (cell([0.1] * number) for number in rounds)
-    ratio, _ = compare.speedup(one, other)
+    ratio, _ = cell_ratio(one, other)
     assert ratio.value == pytest.approx(1)
-    assert all(map(math.isnan, (ratio.low, ratio.high, ratio.p)))
-    assert compare.compare_cells([one], [other])["verdict"].tolist() == ["ambiguous"]
+    assert all(map(math.isnan, (ratio.low, ratio.high, ratio.p_value)))
+    assert compare_cells([one], [other])["verdict"].tolist() == ["ambiguous"]
 
 
 def test_rounds_pair_only_where_their_times_say_that_they_took_turns() -> None:
     a, b = in_turns([0.0] * 4, [0.0] * 4)
-    assert compare.speedup(a, b)[1]
-    assert compare.speedup(b, a)[1]
+    assert cell_ratio(a, b)[1]
+    assert cell_ratio(b, a)[1]
     after = cell([0.0] * 4, [100.0 + 20 * r for r in range(4)])
-    assert not compare.speedup(a, after)[1]
-    assert not compare.speedup(after, a)[1]
-    assert not compare.speedup(a, cell([0.0] * 4, [0.0] * 4))[1]
-    elsewhere = Cell(**{**vars(b), "where": {**b.where, "host": "other"}})
-    assert not compare.speedup(a, elsewhere)[1]
+    assert not cell_ratio(a, after)[1]
+    assert not cell_ratio(after, a)[1]
+    assert not cell_ratio(a, cell([0.0] * 4, [0.0] * 4))[1]
+    elsewhere = Cell(**{**vars(b), "origin": {**b.origin, "host": "other"}})
+    assert not cell_ratio(a, elsewhere)[1]
     # Base kept an old round 0 while here began again.
     restarted = Cell(**{**vars(b), "times": {**b.times, 0: 35.0}})
-    assert not compare.speedup(a, restarted)[1]
+    assert not cell_ratio(a, restarted)[1]
 
 
 def test_what_slows_a_round_of_both_cancels_when_they_are_paired() -> None:
     generator = np.random.default_rng(0)
     shared = generator.normal(0, 0.3, 8)
     a, b = shared + generator.normal(0, 0.005, 8), shared + 0.06 + generator.normal(0, 0.005, 8)
-    assert compare.compare_cells(*([one] for one in in_turns(a, b)))["verdict"].tolist() == ["slower"]
-    assert compare.compare_cells([cell(a)], [cell(b)])["verdict"].tolist() == ["ambiguous"]
+    assert compare_cells(*([one] for one in in_turns(a, b)))["verdict"].tolist() == ["slower"]
+    assert compare_cells([cell(a)], [cell(b)])["verdict"].tolist() == ["ambiguous"]
 
 
 # --- many cells ---------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_of_many_pairs_of_equal_sets_few_show_any_difference(paired: bool) -> No
     generator = np.random.default_rng(1)
     wrong = 0
     for _ in range(400):
-        verdicts = compare.compare_cells(*sets(generator, 6, 1.0, paired=paired))["verdict"]
+        verdicts = compare_cells(*sets(generator, 6, 1.0, paired=paired))["verdict"]
         wrong += bool(verdicts.isin(["faster", "slower"]).any())
     assert wrong <= 31  # of 20 expected where alpha is 5 %; more than 31 has a probability below 1 %
 
@@ -140,7 +140,7 @@ def test_of_many_pairs_of_equal_sets_few_show_any_difference(paired: bool) -> No
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_interval_holds_a_known_ratio(paired: bool) -> None:
     a, b = sets(np.random.default_rng(2), 2000, 1.3, paired=paired)
-    rows = compare.compare_cells(a, b)
+    rows = compare_cells(a, b)
     held = (rows["ratio_low"] <= 1 / 1.3) & (rows["ratio_high"] >= 1 / 1.3)
     assert 0.935 <= held.mean() <= 0.965
     assert rows["ratio"].median() == pytest.approx(1 / 1.3, rel=0.01)
@@ -149,16 +149,16 @@ def test_the_interval_holds_a_known_ratio(paired: bool) -> None:
 def test_a_known_ratio_is_found_in_every_cell() -> None:
     for paired in (True, False):
         a, b = sets(np.random.default_rng(3), 10, 1.5, paired=paired)
-        assert set(compare.compare_cells(a, b)["verdict"]) == {"slower"}
-        assert set(compare.compare_cells(b, a)["verdict"]) == {"faster"}
+        assert set(compare_cells(a, b)["verdict"]) == {"slower"}
+        assert set(compare_cells(b, a)["verdict"]) == {"faster"}
 
 
 def test_the_more_cells_the_more_evidence_each_needs() -> None:
     doubtful = in_turns([0.15, 0.5, 0.3, 0.25], [0.0, 0.3, 0.0, 0.1])
-    assert 0.01 < compare.speedup(*doubtful)[0].p_value < 0.02
+    assert 0.01 < cell_ratio(*doubtful)[0].p_value < 0.02
     flat = [in_turns([0.1, 0.0, 0.1, 0.0], [0.0, 0.1, 0.0, 0.1], seq_len=n) for n in range(2)]
-    alone = compare.compare_cells([doubtful[0]], [doubtful[1]])
-    among = compare.compare_cells([doubtful[0], *(a for a, _ in flat)], [doubtful[1], *(b for _, b in flat)])
+    alone = compare_cells([doubtful[0]], [doubtful[1]])
+    among = compare_cells([doubtful[0], *(a for a, _ in flat)], [doubtful[1], *(b for _, b in flat)])
     assert alone["verdict"].tolist() == ["faster"]
     assert among["verdict"].tolist() == ["ambiguous"] * 3
     assert among["p_holm"][0] == pytest.approx(3 * alone["p_holm"][0])
@@ -170,16 +170,16 @@ def test_the_more_cells_the_more_evidence_each_needs() -> None:
 def test_no_verdict_below_the_greater_of_the_noise_floors(floors: tuple[float, float], verdict: str) -> None:
     a = [cell([0.0, 0.001, -0.001, 0.0], floor=floors[0])]
     b = [cell([0.05, 0.051, 0.049, 0.05], floor=floors[1])]
-    rows = compare.compare_cells(a, b)
+    rows = compare_cells(a, b)
     assert rows["verdict"].tolist() == [verdict]
     assert rows["noise_floor"].tolist() == [max(floors)]
 
 
 def test_a_setting_that_one_set_does_not_know_is_no_difference_unless_it_varies() -> None:
     old, new = [cell([0.0, 0.1])], [cell([0.0, 0.1], match="none")]
-    assert len(compare.compare_cells(old, new)) == 1
+    assert len(compare_cells(old, new)) == 1
     with pytest.raises(UsageError, match=r"chunk_size is not given in A and 16, 32 in B"):
-        compare.compare_cells(old, [cell([0.0, 0.1], chunk_size=size) for size in (16, 32)])
+        compare_cells(old, [cell([0.0, 0.1], chunk_size=size) for size in (16, 32)])
 
 
 # --- folders ------------------------------------------------------------------------------------

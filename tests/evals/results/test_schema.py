@@ -19,7 +19,8 @@ from evals.cli.outputs import build_tables
 from evals.errors import UsageError
 from evals.paths import ROOT
 from evals.plots.style import FAILURES
-from evals.results import compare, frames
+from evals.results import frames
+from evals.results.cells import read_cells
 from evals.results.folder import ResultFolder
 from evals.results.schema import FOLDER, VERSION, kind_of, schema, version
 from evals.results.tables import write_table
@@ -183,7 +184,7 @@ def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         frames.read_table(tmp_path)
-    for reader in (compare.read_cells, ResultFolder, lambda folder: report.write([folder], tmp_path / "report.html")):
+    for reader in (read_cells, ResultFolder, lambda folder: report.write([folder], tmp_path / "report.html")):
         with pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
             reader(tmp_path)
     assert main([str(tmp_path)]) == 0

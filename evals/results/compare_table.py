@@ -1,0 +1,94 @@
+"""A comparison of two result folders as text: what limits it, the table of ratios, memory that changed, and regressions."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from evals.results.cells import MACHINE, Cell
+from evals.results.formatting import WIDTH, align_columns
+from evals.stats.intervals import CONFIDENCE
+
+
+def render(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
+    """Renders a comparison in 80 columns.
+
+    Args:
+        a, b: the cells of both folders.
+        rows: their comparison, from `compare_cells`.
+    """
+    ratios = [
+        ["ratio", *map(_format_ratio, rows["ratio"])],
+        ["low", *map(_format_ratio, rows["ratio_low"])],
+        ["high", *map(_format_ratio, rows["ratio_high"])],
+        ["floor", *("" if math.isnan(floor) else f"{floor:.1%}" if floor < 1 else ">99%" for floor in rows["noise_floor"])],
+        ["verdict", *rows["verdict"]],
+    ]
+    blocks = [
+        "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="   ") for line in _preamble(a, b, rows)),
+        f"time of A / time of B, above 1 where B is faster; low, high: {CONFIDENCE:.0%} interval\n"
+        + align_columns(_labels(rows), ratios),
+    ]
+    changed = rows[(rows["peak_bytes_a"] - rows["peak_bytes_b"]).abs() > 0]
+    if len(changed):
+        before, after = changed["peak_bytes_a"], changed["peak_bytes_b"]
+        memory = [[head, *(f"{peak / 2**20:.3f}" for peak in side)] for head, side in (("MiB in A", before), ("MiB in B", after))]
+        memory.append(["more", *(f"{more:+.1%}" for more in after / before - 1)])
+        blocks.append("peak memory where it changed\n" + align_columns(_labels(rows, changed.index), memory))
+    counts = rows["verdict"].value_counts().items()
+    return "\n\n".join([*blocks, f"{len(rows)} cells: {', '.join(f'{count} {verdict}' for verdict, count in counts)}"])
+
+
+def regressions(rows: pd.DataFrame, threshold: float) -> list[str]:
+    """A sentence for everything that got worse: slower or more memory by more than `threshold`, or a failure."""
+    sentences = []
+    for label, (_, row) in zip(_labels(rows)[1:], rows.iterrows(), strict=True):
+        name = " ".join(label.split())
+        if row["verdict"] == "slower" and 1 / row["ratio"] > 1 + threshold:
+            sentences.append(f"{name} takes {1 / row['ratio'] - 1:.1%} more time")
+        if row["peak_bytes_b"] > (1 + threshold) * row["peak_bytes_a"]:
+            sentences.append(f"{name} holds {row['peak_bytes_b']:.0f} bytes instead of {row['peak_bytes_a']:.0f}")
+        if row["outcome_a"] == "ok" and row["outcome_b"] not in ("ok", "absent"):
+            sentences.append(f"{name} was ok and is {row['outcome_b']}: {row['detail_b']}")
+    return sentences
+
+
+def _preamble(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> list[str]:
+    """Where A and B come from, and what limits their comparison."""
+    lines = [
+        f"{side}: {', '.join(_origins(cells, name) for name in ('folder', 'commit', *MACHINE))}"
+        for side, cells in (("A", a), ("B", b))
+    ]
+    if _origins(a, "processor") != _origins(b, "processor"):
+        lines.append("Their processors differ: the ratios compare these machines as much as the code.")
+    if rows["paired"].isin([False]).any():  # None for a cell that is not timed in both
+        lines.append("Rounds of A and B were not interleaved: all else that changed between the two runs is in the ratio too.")
+    if (rows["ratio"].notna() & rows["noise_floor"].isna()).any():
+        lines.append("Where there is no floor, nothing was measured against itself.")
+    options = {cell.attention: cell.options for cell in a}
+    changed = sorted({cell.attention for cell in b if options.get(cell.attention, cell.options) != cell.options})
+    if changed:
+        lines.append(f"Their options differ: {', '.join(changed)}.")
+    return lines
+
+
+def _origins(cells: Sequence[Cell], name: str) -> str:
+    return " and ".join(dict.fromkeys(cell.origin[name] for cell in cells))
+
+
+def _format_ratio(ratio: float) -> str:
+    if not ratio < 1000:
+        return "" if math.isnan(ratio) else ">999x"
+    return f"{ratio:.{3 if ratio < 2 else 2 if ratio < 10 else 1}f}x"
+
+
+def _labels(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[str]:
+    """A head, and a label a row: the attention and every setting in which rows differ. index: the rows to label."""
+    settings = list(rows.columns[: rows.columns.get_loc("ratio")])
+    varied = [name for name in settings if name == "attention" or rows[name].nunique(dropna=False) > 1]
+    chosen = rows if index is None else rows.loc[index]
+    columns = [[name, *("" if pd.isna(value) else str(value) for value in chosen[name].astype(object))] for name in varied]
+    widths = [max(map(len, column)) for column in columns]
+    return [" ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True)]
