@@ -42,9 +42,7 @@ class Engine(Job):
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
-        sampling = comparison.sampling
-        limits = [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed]
-        self.id = self.measurement_digest(*HARNESS, limits=limits)
+        self.id = self.measurement_digest(*HARNESS)
 
     def run(self, report: ProgressCallback) -> Iterator[Record]:
         forkserver.start()

@@ -1,7 +1,7 @@
 """`Job`: the work on one comparison, whose records go to a ledger; timing, a context search and training are kinds of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -91,17 +91,16 @@ class Job(ABC):
         """A record of this job, with the job's id and the time."""
         return {"kind": kind, self.kind: self.id, **values, "time": now()}
 
-    def measurement_digest(self, *modules: str, limits: Sequence[float | None]) -> str:
-        """Digest of all that decides a measurement: what is compared, the code that runs, and the machine.
+    def measurement_digest(self, *modules: str) -> str:
+        """Digest of all that decides a measurement: what is compared and how, the code that runs, and the machine.
 
         Args:
             modules: names of the modules of the harness whose code decides how the numbers come about.
-            limits: limits of time and memory, and the seed.
 
         Returns:
             16 hexadecimal digits.
         """
-        comparison = self.comparison
+        comparison, sampling = self.comparison, self.comparison.sampling
         return digest(
             {
                 "settings": comparison.settings,
@@ -110,7 +109,7 @@ class Job(ABC):
                 "relative_to": comparison.relative_to,
                 "code": self.code,
                 "harness": code_hash.modules_digest(*modules),
-                "limits": list(limits),
+                "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed],
                 "machine": self.machine,
             }
         )

@@ -71,9 +71,7 @@ class ContextSearch(Job):
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
         self.settings.pop("seq_len", None)  # it is what is searched
-        sampling = comparison.sampling
-        limits = [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed]
-        self.id = self.measurement_digest(*HARNESS, "evals.benchmark.max_context", limits=limits)
+        self.id = self.measurement_digest(*HARNESS, "evals.benchmark.max_context")
         # What exceeds the limit is still measured, up to this.
         self.stopped_at_bytes = min(int(0.8 * available_bytes()), 2 * self.memory_limit_bytes + 2**30)
 

@@ -1,4 +1,4 @@
-"""Which files a result depends on: all that its attention runs, and none that it does not."""
+"""The files that a result depends on: all that its attention runs, and no others."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_baseline_does_not_depend_on_bsbr() -> None:
     assert named(source_files(StandardAttention(16, 2))) == {"baselines/standard.py", *around}
 
 
-def test_what_is_imported_late_or_compiled_counts() -> None:
+def test_late_imports_and_compiled_files_count() -> None:
     found = named(source_files(BSBRAttention(16, 2)))
     assert found >= {
         "bsbr/attention.py",

@@ -1,4 +1,4 @@
-"""A sequence across processes: what the workload counts, and that its ranks wait quietly, tell what failed, and die."""
+"""A sequence across processes: the bytes that the workload counts; its ranks wait quietly, report failures, and die with it."""
 
 import os
 import socket
@@ -35,7 +35,7 @@ def inputs() -> Tensor:
     return torch.randn(3, 100, 32, generator=torch.Generator().manual_seed(0))
 
 
-def counted(cls: type[BSBRAttention | RingAttention], options: dict[str, int], ranks: int) -> dict[str, int]:
+def count_sent_bytes(cls: type[BSBRAttention | RingAttention], options: dict[str, int], ranks: int) -> dict[str, int]:
     torch.set_num_threads(1)
     work = context_parallel(cls(32, 4, **options), inputs(), ranks)  # type: ignore[arg-type]
     work.call()
@@ -44,13 +44,13 @@ def counted(cls: type[BSBRAttention | RingAttention], options: dict[str, int], r
 
 
 @two_cores
-def test_it_counts_what_one_call_sends() -> None:
-    bsbr = run_isolated(counted, BSBRAttention, {"chunk_size": 16, "compression_factor": 2}, 2, timeout_s=60)
+def test_the_bytes_that_one_call_sends_are_counted() -> None:
+    bsbr = run_isolated(count_sent_bytes, BSBRAttention, {"chunk_size": 16, "compression_factor": 2}, 2, timeout_s=60)
     shape: dict[str, Any] = {"kv_heads": 4, "head_dim": 8, "itemsize": 4, "batch_size": 3}
     assert bsbr.value == {"sent_bytes": sent_bytes([64, 36], 0, chunk_size=16, feature_dim=4, **shape)[0]}
-    ring = run_isolated(counted, RingAttention, {}, 2, timeout_s=60)
+    ring = run_isolated(count_sent_bytes, RingAttention, {}, 2, timeout_s=60)
     assert ring.value == {"sent_bytes": ring_sent_bytes([64, 36], 0, **shape)}
-    assert run_isolated(counted, RingAttention, {}, 1, timeout_s=60).value == {"sent_bytes": 0}
+    assert run_isolated(count_sent_bytes, RingAttention, {}, 1, timeout_s=60).value == {"sent_bytes": 0}
 
 
 class Broken(BSBRAttention):
@@ -68,11 +68,11 @@ class Alone(BSBRAttention):
 
 
 @two_cores
-def test_what_fails_on_a_rank_is_told() -> None:
-    failed = run_isolated(counted, Broken, {"chunk_size": 16}, 2, timeout_s=60)
+def test_a_failure_of_another_rank_is_reported() -> None:
+    failed = run_isolated(count_sent_bytes, Broken, {"chunk_size": 16}, 2, timeout_s=60)
     assert failed.outcome == "crash"
     assert "rank 1: ArithmeticError: no such number" in failed.detail
-    assert run_isolated(counted, Alone, {"chunk_size": 16}, 2, timeout_s=60).outcome == "unsupported"
+    assert run_isolated(count_sent_bytes, Alone, {"chunk_size": 16}, 2, timeout_s=60).outcome == "unsupported"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_rank_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
         context_parallel(BSBRAttention(32, 4, chunk_size=16), inputs(), 2)
 
 
-def in_turns() -> Iterator[list[int]]:
+def serve_pids() -> Iterator[list[int]]:
     torch.set_num_threads(1)
     work = context_parallel(BSBRAttention(32, 4, chunk_size=16), inputs(), 2)
     while True:
@@ -108,8 +108,8 @@ def in_turns() -> Iterator[list[int]]:
 
 @two_cores
 @linux
-def test_ranks_rest_between_turns_and_die_with_the_one_that_is_timed() -> None:
-    with Worker(in_turns) as worker:
+def test_ranks_rest_between_calls_and_die_with_rank_0() -> None:
+    with Worker(serve_pids) as worker:
         (pid,) = worker.result(60).value
         rank = psutil.Process(pid)
         assert worker.ask(None, 60).value == [pid]
@@ -150,7 +150,7 @@ def reported(attention: str, done: subprocess.CompletedProcess[str]) -> None:
     assert "sent in a call, MiB a rank:" in lines[3]
 
 
-def test_torchrun_starts_it() -> None:
+def test_torchrun_starts_the_command() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "evals.context_parallel"]
     reported("bsbr", subprocess.run([*torchrun, *SIZES], cwd=ROOT, capture_output=True, text=True, check=False))
 
@@ -161,7 +161,7 @@ def started(rank: int, port: int) -> subprocess.CompletedProcess[str]:
     return call(main, *SIZES, "--attention", "ring")
 
 
-def test_it_takes_another_attention() -> None:
+def test_another_attention_runs_across_ranks() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Worker(started, 0, port) as first, Worker(started, 1, port) as second:
@@ -169,7 +169,7 @@ def test_it_takes_another_attention() -> None:
         reported("ring", first.result(60).value)
 
 
-def test_without_torchrun_it_says_so() -> None:
+def test_without_torchrun_there_is_a_hint() -> None:
     done = call(main)
     assert done.returncode == 2
     assert done.stderr.startswith(

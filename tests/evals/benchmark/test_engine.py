@@ -1,4 +1,4 @@
-"""What makes two comparisons the same, and when the machine is measured again."""
+"""The id of a comparison, when the machine's peaks are measured again, and what a preflight finds."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def engine(folder: Path, *options: str) -> Engine:
     return Engine(comparison, Ledger(folder / "samples.jsonl"), Certificates(folder / "certificates.jsonl"))
 
 
-def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_path: Path) -> None:
+def test_the_id_depends_on_settings_and_not_on_the_budget(tmp_path: Path) -> None:
     first = engine(tmp_path).id
     assert engine(tmp_path, "sampling.budget_s=7").id == first
     assert engine(tmp_path, "sampling.max_rounds=3").id == first
@@ -35,33 +35,34 @@ def test_changed_settings_are_another_comparison_and_a_longer_budget_is_not(tmp_
         assert engine(tmp_path, changed).id != first
 
 
-def described(folder: Path, *, count: int, time: str, **settings: Any) -> Engine:
-    """An engine whose ledger holds the ceilings of so many comparisons before this one."""
-    made = engine(folder)
-    ceilings = {"flops_per_s": 1.0}
-    record = {"kind": "comparison", "comparison": "earlier", "swept": None, "peaks": ceilings, "time": time}
-    made.ledger.append(*[record | {"settings": made.settings | settings}] * count)
-    return made
+def engine_after(folder: Path, *, count: int, time: str, **settings: Any) -> Engine:
+    """An engine whose ledger holds the peaks of `count` earlier comparisons."""
+    current = engine(folder)
+    record = {"kind": "comparison", "comparison": "earlier", "swept": None, "peaks": {"flops_per_s": 1.0}, "time": time}
+    current.ledger.append(*[record | {"settings": current.settings | settings}] * count)
+    return current
 
 
-def test_ceilings_that_the_ledger_knows_are_not_measured_again(tmp_path: Path) -> None:
-    assert described(tmp_path, count=PEAKS_COUNT, time=now())._measured_peaks() is None
+def test_recent_peaks_of_this_machine_are_not_measured_again(tmp_path: Path) -> None:
+    assert engine_after(tmp_path, count=PEAKS_COUNT, time=now())._measured_peaks() is None
 
 
 @pytest.mark.parametrize(
     ("count", "time", "settings"),
     [(PEAKS_COUNT - 1, None, {}), (PEAKS_COUNT, "2020-01-01T00:00:00+00:00", {}), (PEAKS_COUNT, None, {"threads": 77})],
 )
-def test_few_old_or_other_ceilings_are(tmp_path: Path, count: int, time: str | None, settings: dict[str, Any]) -> None:
-    measured = described(tmp_path, count=count, time=time or now(), **settings)._measured_peaks()
-    assert measured is not None
-    assert measured["flops_per_s"] > 1e6
+def test_few_or_old_peaks_or_those_of_other_settings_are_measured_again(
+    tmp_path: Path, count: int, time: str | None, settings: dict[str, Any]
+) -> None:
+    peaks = engine_after(tmp_path, count=count, time=time or now(), **settings)._measured_peaks()
+    assert peaks is not None
+    assert peaks["flops_per_s"] > 1e6
 
 
 # --- certificates ---------------------------------------------------------------------------------
 
 
-def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Path) -> None:
+def test_an_attention_that_cannot_run_on_this_machine_is_unsupported_and_not_uncertified(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[standard,linear_fla]"]))
     measured = Engine(comparison, Ledger(tmp_path / "samples.jsonl"), Certificates(tmp_path / "certificates.jsonl"))
@@ -74,7 +75,7 @@ def test_what_runs_nowhere_here_is_unsupported_and_not_uncertified(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "impl"), [([], "cpp"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
 )
-def test_a_row_names_the_implementation_that_runs_in_its_precision(options: list[str], impl: str) -> None:
+def test_the_implementation_depends_on_precision_and_options(options: list[str], impl: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["attention=[bsbr]", *options]))
     assert implementation(comparison, comparison.candidates[0]) == impl

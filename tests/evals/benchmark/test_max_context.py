@@ -1,4 +1,4 @@
-"""The longest sequence that fits: the search itself, and on attentions whose memory is known."""
+"""The search for the longest sequence that fits: the bisection itself, and a search on attentions of known memory."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from evals.results.ledger import Ledger
 
 @pytest.mark.parametrize("start", [1, 7, 64, 1000, 65536])
 @pytest.mark.parametrize("edge", [1, 2, 3, 63, 64, 65, 999, 4096, 100_003])
-def test_the_search_ends_within_an_eighth_of_a_doubling(start: int, edge: int) -> None:
+def test_the_result_is_within_an_eighth_of_a_doubling_of_the_edge(start: int, edge: int) -> None:
     tried: list[int] = []
 
     def fits(seq_len: int) -> bool:
@@ -33,7 +33,7 @@ def test_the_search_ends_within_an_eighth_of_a_doubling(start: int, edge: int) -
     assert len(tried) <= 22  # 16 doublings between the ends, and 3 steps within the last
 
 
-def test_a_search_that_has_no_end_and_one_that_finds_nothing() -> None:
+def test_a_search_without_an_edge_and_one_in_which_nothing_fits() -> None:
     assert longest_fitting(lambda _: False, 100) is None
     assert longest_fitting(lambda seq_len: True, 100, max_tokens=1000) == 1600
 
@@ -44,15 +44,15 @@ def comparison(*overrides: str) -> Comparison:
         return read_job(compose("config", [*small, *overrides]))
 
 
-def searched(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
+def run_search(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
     ledger = Ledger(folder / "samples.jsonl")
     made = list(ContextSearch(asked, ledger, Certificates(folder / "certificates.jsonl")).run(lambda words, part: None))
     return made, max_context_table.build(ledger.read()[0])
 
 
-def test_what_is_found_fits_the_next_does_not_and_nothing_is_tried_twice(tmp_path: Path) -> None:
+def test_the_result_fits_and_the_next_length_does_not_and_no_length_is_tried_twice(tmp_path: Path) -> None:
     asked = comparison("attention=[standard]", "sampling.memory_limit_gib=0.0005")
-    _, table = searched(tmp_path, asked)
+    _, table = run_search(tmp_path, asked)
     (row,) = table.to_dict("records")
     assert (row["outcome"], row["next_outcome"]) == ("ok", "limit")
     assert row["peak_bytes"] <= row["limit_bytes"] == int(0.0005 * 2**30)
@@ -61,13 +61,13 @@ def test_what_is_found_fits_the_next_does_not_and_nothing_is_tried_twice(tmp_pat
     assert row["max_context"] <= (row["limit_bytes"] / 4 - 4 * 32 * 32) / (4 * 32)
     assert "needs " in row["detail"]
     assert max_context_table.render(table).splitlines()[1].split()[:2] == ["standard", str(row["max_context"])]
-    again, same = searched(tmp_path, asked)
+    again, same = run_search(tmp_path, asked)
     assert [record["kind"] for record in again] == ["search"]
     pd.testing.assert_frame_equal(same, table)
 
 
-def test_where_nothing_fits_the_row_says_why(tmp_path: Path) -> None:
-    _, table = searched(tmp_path, comparison("attention=[standard]", "sampling.memory_limit_gib=0.00001"))
+def test_if_nothing_fits_the_row_says_why(tmp_path: Path) -> None:
+    _, table = run_search(tmp_path, comparison("attention=[standard]", "sampling.memory_limit_gib=0.00001"))
     (row,) = table.to_dict("records")
     assert row["outcome"] == "limit"
     assert pd.isna(row["max_context"])

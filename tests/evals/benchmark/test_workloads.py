@@ -1,4 +1,4 @@
-"""What a workload's call does, and that what is declared as the least it costs is no more than what it costs."""
+"""The calls of workloads, and their minimum costs, which must not exceed what the calls really cost."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -42,7 +42,7 @@ def conf() -> Iterator[None]:
 
 
 @cache
-def asked(workload: str, scope: str, seq_len: int, *more: str) -> Comparison:
+def read(workload: str, scope: str, seq_len: int, *more: str) -> Comparison:
     own = (f"workload={workload}", f"model.scope={scope}", f"shape.seq_len={seq_len}")
     return read_job(compose("config", [*TINY, *own, *more]))
 
@@ -51,8 +51,8 @@ def candidate(comparison: Comparison, name: str) -> Candidate:
     return next(one for one in comparison.candidates if one.name == name)
 
 
-def of(name: str, workload: str, scope: str, seq_len: int, *more: str) -> tuple[Work, dict[str, int]]:
-    comparison = asked(workload, scope, seq_len, *more)
+def prepared(name: str, workload: str, scope: str, seq_len: int, *more: str) -> tuple[Work, dict[str, int]]:
+    comparison = read(workload, scope, seq_len, *more)
     one = candidate(comparison, name)
     return prepare(comparison, one), candidate_costs(comparison, one)
 
@@ -76,7 +76,7 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize(("workload", "scope"), PLACES)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_declared_is_no_more_than_counted_and_not_much_less(name: str, workload: str, scope: str) -> None:
-    work, declared = of(name, workload, scope, 109, *SHORT_BLOCKS)
+    work, declared = prepared(name, workload, scope, 109, *SHORT_BLOCKS)
     flops = counted(work.call) / work.steps
     assert 0.2 * flops <= declared["flops"] <= 1.001 * flops
     held = peak_allocated_bytes(work.call)
@@ -87,7 +87,7 @@ def test_declared_is_no_more_than_counted_and_not_much_less(name: str, workload:
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_declared_is_no_more_than_counted_where_blocks_are_not_full(name: str, workload: str, seq_len: int) -> None:
-    work, declared = of(name, workload, "attention", seq_len)
+    work, declared = prepared(name, workload, "attention", seq_len)
     assert 0 < declared["flops"] <= 1.001 * counted(work.call) / work.steps
     assert 0 < declared["held_bytes"] <= peak_allocated_bytes(work.call)
     assert declared["min_bytes"] > 0
@@ -101,7 +101,7 @@ def test_the_least_of_standard_attention_by_hand() -> None:
     fours = {key: 4 * value for key, value in {"weights": weights, "states": states}.items()}
 
     def least(workload: str, scope: str) -> tuple[int, ...]:
-        _, declared = of("standard", workload, scope, n, "attention=[standard]")
+        _, declared = prepared("standard", workload, scope, n, "attention=[standard]")
         return declared["flops"], declared["min_bytes"], declared["held_bytes"]
 
     assert least("attention", "attention") == (attend, 4 * fours["states"], fours["states"])
@@ -123,13 +123,13 @@ def test_the_least_of_standard_attention_by_hand() -> None:
 
 
 def test_a_token_of_bsbr_reads_its_chunk_and_not_the_states_of_others() -> None:
-    short, long = (of("bsbr", "decode", "attention", n, "attention.bsbr.chunk_size=16")[1] for n in (160, 1600))
+    short, long = (prepared("bsbr", "decode", "attention", n, "attention.bsbr.chunk_size=16")[1] for n in (160, 1600))
     assert long["state_bytes"] > 5 * short["state_bytes"]
     assert long["min_bytes"] == short["min_bytes"]
 
 
-def test_what_has_kernels_that_need_data_has_no_bound() -> None:
-    comparison = asked("prefill", "attention", 20)
+def test_kernels_that_need_data_have_no_bound() -> None:
+    comparison = read("prefill", "attention", 20)
     node = {"_target_": f"{__name__}.NeedsData"}
     declared = candidate_costs(comparison, Candidate("mine", node))
     assert (declared["flops"], declared["min_bytes"], declared["held_bytes"]) == (0, 0, 0)
@@ -159,7 +159,7 @@ def decoded(work: Work) -> tuple[Tensor, State]:
 
 @pytest.mark.parametrize(("name", "steps"), [("bsbr", 16), ("standard", 1)])
 def test_a_decoding_call_goes_through_a_block_around_the_context_and_leaves_its_state(name: str, steps: int) -> None:
-    comparison = asked("decode", "attention", 40, "attention.bsbr.chunk_size=16")
+    comparison = read("decode", "attention", 40, "attention.bsbr.chunk_size=16")
     torch.manual_seed(0)
     module = build_module(comparison, candidate(comparison, name))
     x = make_inputs(comparison)
@@ -178,13 +178,13 @@ def test_a_decoding_call_goes_through_a_block_around_the_context_and_leaves_its_
 
 
 def test_a_short_context_is_decoded_from_its_beginning() -> None:
-    work, _ = of("bsbr", "decode", "layer", 3)
+    work, _ = prepared("bsbr", "decode", "layer", 3)
     _, state = decoded(work)
     assert work.steps == int(state["position"]) == 6
 
 
 def test_the_period_is_the_block_of_what_has_blocks() -> None:
-    comparison = asked("decode", "model", 20)
+    comparison = read("decode", "model", 20)
     periods = {one.name: longest_block(build_module(comparison, one)) for one in comparison.candidates}
     assert periods == {**dict.fromkeys(("bsbr", "sliding_window", "sparse"), 128), "linear": 64, "delta_net": 64, "gau": 256} | {
         "standard": 1,
@@ -202,7 +202,7 @@ def test_a_training_step_is_that_of_adamw_and_its_moments_are_there_before(scope
         return made[-1]
 
     monkeypatch.setattr(torch.optim, "AdamW", kept)
-    work, _ = of("standard", "train_step", scope, 20)
+    work, _ = prepared("standard", "train_step", scope, 20)
     (optimizer,) = made
     weights = optimizer.param_groups[0]["params"]
     assert all({"exp_avg", "exp_avg_sq"} <= optimizer.state[weight].keys() for weight in weights)
@@ -217,7 +217,7 @@ def test_a_training_step_is_that_of_adamw_and_its_moments_are_there_before(scope
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_a_candidate_has_its_own_ff_dim(scope: str) -> None:
-    comparison = asked("prefill", scope, 20)
+    comparison = read("prefill", scope, 20)
     node = candidate(comparison, "linear").node
     widths = []
     for ff_dim in (None, 7):
@@ -255,7 +255,7 @@ class NeedsData(Attention):
     ("positions", "added", "rotary"), [("sinusoidal", True, False), ("rotary", False, True), ("none", False, False)]
 )
 def test_positions_are_the_decoders_or_every_attentions_own(positions: str, added: bool, rotary: bool) -> None:
-    comparison = asked("prefill", "model", 8, f"model.positions={positions}", "+attention.gau.rotary=false")
+    comparison = read("prefill", "model", 8, f"model.positions={positions}", "+attention.gau.rotary=false")
     assert comparison.settings.get("positions", "sinusoidal") == positions
     for one in comparison.candidates:
         model = build_module(comparison, one)

@@ -1,4 +1,4 @@
-"""Whatever happens in a child process comes back as a result, and nothing of it stays."""
+"""Whatever happens in a child process comes back as a result, and the process leaves nothing behind."""
 
 import ctypes
 import gc
@@ -36,7 +36,7 @@ def segfault() -> None:
     ctypes.string_at(0)
 
 
-def killed() -> None:
+def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -48,21 +48,21 @@ def hold(mebibytes: int) -> int:
     return len(torch.ones(mebibytes, 2**18))
 
 
-def not_made() -> None:
+def not_implemented() -> None:
     raise NotImplementedError("no backward for this")
 
 
-def chatter() -> int:
+def print_and_write() -> int:
     print("on stdout", flush=True)
     os.write(2, b"on stderr")
     return 1
 
 
-def test_a_value_comes_back() -> None:
+def test_the_value_is_returned() -> None:
     assert run_isolated(product, 6, 7, timeout_s=60) == Result("ok", 42)
 
 
-def test_a_child_does_not_inherit_what_the_parent_did() -> None:
+def test_a_child_does_not_inherit_the_state_of_its_parent() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 3)
@@ -111,13 +111,13 @@ def test_a_killed_command_leaves_no_process_behind() -> None:
     assert alive == []
 
 
-def imported(name: str) -> bool:
+def is_imported(name: str) -> bool:
     return name in sys.modules
 
 
-def test_a_child_starts_with_what_measuring_needs_and_not_with_what_draws() -> None:
-    assert run_isolated(imported, "torch._dynamo", timeout_s=60).value
-    assert not run_isolated(imported, "matplotlib", timeout_s=60).value
+def test_a_child_has_imported_what_measuring_needs_and_not_what_draws() -> None:
+    assert run_isolated(is_imported, "torch._dynamo", timeout_s=60).value
+    assert not run_isolated(is_imported, "matplotlib", timeout_s=60).value
     assert run_isolated(gc.get_freeze_count, timeout_s=60).value > 10_000
 
 
@@ -127,11 +127,11 @@ def test_a_child_starts_with_what_measuring_needs_and_not_with_what_draws() -> N
         (fail, "crash", r"KeyError: 'no such thing' \(test_worker.py:\d+\)"),
         (leave, "crash", "exited with code 7 before it had a result; its last words: the last thing it said"),
         (segfault, "crash", "killed by SIGSEGV"),
-        (killed, "oom", "killed by SIGKILL"),
-        (not_made, "unsupported", "NotImplementedError: no backward for this"),
+        (kill_itself, "oom", "killed by SIGKILL"),
+        (not_implemented, "unsupported", "NotImplementedError: no backward for this"),
     ],
 )
-def test_what_happened_is_typed_and_told(function: object, outcome: str, words: str) -> None:
+def test_a_failure_has_an_outcome_and_a_description(function: object, outcome: str, words: str) -> None:
     result = run_isolated(function, timeout_s=60)  # type: ignore[arg-type]
     assert result.outcome == outcome
     assert re.match(words, result.detail)
@@ -146,7 +146,7 @@ def test_a_hang_ends_at_its_time_limit_and_leaves_no_process() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
-def test_memory_beyond_the_limit_is_oom_and_below_it_is_fine() -> None:
+def test_memory_beyond_the_limit_is_oom_and_below_it_is_ok() -> None:
     limit = 256 * 2**20
     assert run_isolated(hold, 128, timeout_s=60, memory_limit_bytes=limit) == Result("ok", 128)
     result = run_isolated(hold, 300, timeout_s=60, memory_limit_bytes=limit)
@@ -155,7 +155,7 @@ def test_memory_beyond_the_limit_is_oom_and_below_it_is_fine() -> None:
 
 
 def test_a_child_does_not_write_on_the_parents_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_isolated(chatter, timeout_s=60).outcome == "ok"
+    assert run_isolated(print_and_write, timeout_s=60).outcome == "ok"
     assert capfd.readouterr() == ("", "")
 
 
@@ -170,5 +170,5 @@ def test_a_child_does_not_write_on_the_parents_terminal(capfd: pytest.CaptureFix
         (RuntimeError("shapes cannot be multiplied"), "crash"),
     ],
 )
-def test_exceptions_are_told_apart(error: Exception, outcome: str) -> None:
+def test_an_exception_is_oom_unsupported_or_a_crash(error: Exception, outcome: str) -> None:
     assert classify_error(error) == outcome
