@@ -123,7 +123,7 @@ def _scores(meta_query: Tensor, meta_keys: Sequence[Tensor], first: int) -> Tens
     # In float32, because scores rounded to bfloat16 would tie, and top_k would select other chunks than the best.
     wide = torch.promote_types(meta_query.dtype, torch.float32)
     # Query heads of a group are stacked as rows against the meta keys that they share.
-    grouped = meta_query.reshape(batch, kv_heads, -1, head_dim).to(wide) / math.sqrt(head_dim)
+    grouped = meta_query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim).to(wide) / math.sqrt(head_dim)
     scores: Tensor = torch.cat([grouped @ page.mT.to(wide) for page in meta_keys], dim=-1).unflatten(2, (heads // kv_heads, rows))
     chunks = scores.shape[-1]
     if first < chunks:
