@@ -116,7 +116,7 @@ def listed(kind: str) -> str:
     """The columns of a schema as a table; those that not every sweep has come last."""
     described, always = schema(kind)["properties"], schema(kind)["required"]
     rows = [
-        f"| `{name}` | {column.get('unit', '')} | {column['description']}{'' if name in always else ' (where it applies)'} |"
+        f"| `{name}` | {column.get('unit', '')} | {column['description']}{'' if name in always else ' Only where it applies.'} |"
         for name, column in described.items()
     ]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])

@@ -1,13 +1,10 @@
-"""TODO: what lives here."""
+"""Ids of comparisons, studies and runs: digests of what they depend on."""
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits that change when `value` (of JSON's types) does."""
+    """16 hexadecimal digits that change whenever `value`, which has JSON's types, changes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""An append-only file of JSON lines: what was measured, raw, and nothing that was measured is ever lost.
+"""The ledger: an append-only file of JSON lines with all raw measurements, safe against crashes and concurrent writers.
 
-On the shared folder of a cluster every node writes a file of its own, and a reader merges them: neither appending nor flock can
-be relied on between the clients of a network file system, and between the processes of one node both can.
+In a folder shared by the nodes of a cluster each node writes a file of its own, and a reader merges them: between the clients of
+a network file system neither appending nor flock is reliable. Between the processes of one node both are.
 """
 
 import fcntl
@@ -21,10 +21,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ledger:
-    """One JSON object a line. Any number of processes may append to it at once, and die while they do.
+    """A file of JSON objects, one a line. Any number of processes may append at once, and may be killed while they do.
 
-    path: the file of the command, as samples.jsonl. writer: the node that appends, to samples.<writer>.jsonl beside it; empty
-    where there is only this machine. Whoever reads sees all of them.
+    Attributes:
+        path: the main file, such as samples.jsonl. Readers also read the files of all nodes beside it.
+        writer: the node that appends, to samples.<writer>.jsonl; empty if there is only this machine, which appends to `path`.
     """
 
     path: Path
@@ -32,14 +33,18 @@ class Ledger:
 
     @property
     def own(self) -> Path:
-        """The file that this one appends to."""
+        """The file that this writer appends to."""
         return self.path.with_suffix(f".{self.writer}{self.path.suffix}") if self.writer else self.path
 
     def append(self, *records: Record) -> None:
-        """Adds a line each, whole or not at all, and returns when they are on the disk. Raises OSError where it cannot."""
+        """Appends records, all or none, and returns once they are on the disk.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
         self.own.parent.mkdir(parents=True, exist_ok=True)
-        # One writer at a time: whoever holds the lock knows where the file ends.
+        # One writer at a time, so that the end of the file does not move.
         with self.own.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._mend(file)
@@ -51,7 +56,11 @@ class Ledger:
                 raise
 
     def mend(self) -> str:
-        """Sets aside what a killed process left behind the last whole line; says so in words, empty if there was nothing."""
+        """Moves a line that a killed process left incomplete to another file.
+
+        Returns:
+            A sentence that says so; empty if there was none.
+        """
         if not self.own.exists():
             return ""
         with self.own.open("a+b", buffering=0) as file:
@@ -64,7 +73,7 @@ class Ledger:
             return ""
         content = os.pread(file.fileno(), end, 0)
         start = content.rfind(b"\n") + 1
-        if _parsed(content[start:]) is not None:  # whole but for its end
+        if _parsed(content[start:]) is not None:  # complete but for the newline
             _write(file, b"\n")
             return ""
         with self.torn.open("ab", buffering=0) as aside:
@@ -74,25 +83,26 @@ class Ledger:
 
     @property
     def torn(self) -> Path:
-        """Where torn lines go, as they were found."""
+        """The file that incomplete lines are moved to."""
         return self.own.with_suffix(".torn")
 
     def files(self) -> list[Path]:
-        """Those that there are, the command's own first."""
+        """The files that exist, the main one first."""
         nodes = sorted(self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}"))
         return [path for path in (self.path, *nodes) if path.exists()]
 
     def intact(self) -> list[Record]:
-        """The records of `read`; that there are damaged lines is a warning on standard error."""
+        """The records of `read`; prints a warning on standard error if lines are damaged."""
         records, damaged = self.read()
         if damaged:
             print(f"warning: {self.path} is damaged in line {', '.join(damaged)}, which is left out", file=sys.stderr)
         return records
 
     def read(self) -> tuple[list[Record], list[str]]:
-        """All records, and the numbers of the lines that are none: torn, or not ours. Those stay in their file.
+        """Reads all records, and the numbers of damaged lines, which stay in their file.
 
-        Records of one file keep their order; those of several are merged by their `time`, as far as the nodes' clocks agree.
+        Records of one file keep their order. Those of several files are merged by their `time`, as exactly as the clocks of
+        the nodes agree.
         """
         merged, damaged = [], []
         for path in self.files():
@@ -108,7 +118,7 @@ class Ledger:
 
 
 def node_name() -> str:
-    """This machine's name, as part of a file's."""
+    """The name of this machine in a form that file names allow."""
     return re.sub(r"[^\w-]+", "-", platform.node()) or "node"
 
 

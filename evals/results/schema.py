@@ -1,7 +1,7 @@
-"""What each table of results holds, from its JSON Schema in schemas/: which columns there are, of which type, unit and meaning.
+"""The JSON Schemas of the result tables in schemas/: columns, types, units, meanings and versions.
 
-The schemas are the one source: tables are made with their columns, in their order; the documentation shows their words; and
-what a table was written under stands in each of its rows, as `schema_version`.
+Tables are built with the columns of their schema in its order, the documentation shows its descriptions, and each row of a
+table holds the version of the schema that it was written under, as `schema_version`.
 """
 
 import json
@@ -20,18 +20,18 @@ DTYPES = {"string": "string", "integer": "Int64", "number": "float64", "boolean"
 
 @cache
 def schema(table: str) -> dict[str, Any]:
-    """The JSON Schema of a row of `table`: measured, scaling, crossovers, learned, curves, longest, converted or positions."""
+    """The JSON Schema of a row of a table: latency, accuracy, max_context, conversion, scaling, crossovers, curves or positions."""
     read: dict[str, Any] = json.loads((FOLDER / f"{table}.schema.json").read_text(encoding="utf-8"))
     return read
 
 
 def version(table: str) -> int:
-    """Which version of its schema this checkout writes and reads."""
+    """The version of a table's schema that this checkout writes and reads."""
     return int(schema(table)["properties"][VERSION]["const"])
 
 
 def columns(table: str) -> tuple[str, ...]:
-    """Those that every table of this kind has, in order, but for the version."""
+    """The columns that every table of this kind has, in order, without the version."""
     return tuple(name for name in schema(table)["required"] if name != VERSION)
 
 
@@ -64,14 +64,14 @@ def conform(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
 
 
 class SchemaVersionError(ValueError):
-    """A table that was written under another version of its schema: one sentence, which says what to do."""
+    """A table was written under another version of its schema; the message says what to do."""
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def kind_of(path: Path) -> str:
-    """Of which kind the table in a file is, by its name and its first line."""
+    """The kind of the table in a file, from the name of the file and the columns in its first line."""
     if path.stem != "results":
         return path.stem
     with path.open("rb") as file:
@@ -81,15 +81,20 @@ def kind_of(path: Path) -> str:
 
 
 def read(path: Path, **options: Any) -> "pd.DataFrame":
-    """The table in a CSV file, without its version. options: of pandas' read_csv.
+    """Reads the table in a CSV file, without its version.
 
-    Raises OtherVersion if this checkout has another version of its schema.
+    Args:
+        path: the file.
+        options: options of pandas' read_csv.
+
+    Raises:
+        SchemaVersionError: if the file was written under another version of its schema.
     """
     import pandas as pd  # not at start: it takes half a second, for which the first measurement would have to wait
 
     table: pd.DataFrame = pd.read_csv(path, **options)
     kind = kind_of(path)
-    if VERSION not in table:  # a table of one's own, or a part of one: whoever needs a column will say so
+    if VERSION not in table:  # a table of the user's own; check_table names the columns that it lacks
         return table
     other = [value for value in table[VERSION].unique() if value != version(kind)]
     if other:

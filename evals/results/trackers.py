@@ -1,6 +1,6 @@
-"""What was measured, for those who keep their experiments in TensorBoard, MLflow or Weights & Biases.
+"""Export of results to the experiment trackers TensorBoard, MLflow and Weights & Biases.
 
-A tracker is written from the finished tables, when nothing is timed any more, and each time anew: the ledger stays what counts.
+A tracker is written anew from the finished tables, after all measurements.
 """
 
 import shutil
@@ -19,7 +19,13 @@ from evals.results.frames import swept_column
 
 @dataclass(frozen=True)
 class Series:
-    """One run of a tracker, numbers by step: of results an attention over the swept setting, of curves a training run."""
+    """One run of a tracker: an attention over the swept setting, or the loss curve of a training run.
+
+    Attributes:
+        name: name of the run.
+        points: (step, values by column).
+        parameters: parameters of the run.
+    """
 
     name: str
     points: list[tuple[int, dict[str, float]]]
@@ -27,30 +33,33 @@ class Series:
 
 
 def to_series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterator[Series]:
-    """Every number of rows with outcome ok. What is swept is the step where it is a whole number, and else the row's place."""
+    """Converts tables to series: all numbers of rows with the outcome ok, and all loss curves.
+
+    The step is the value of the swept setting if that is a whole number, otherwise the index of the row.
+    """
     axis = swept_column(results)
     numbers = [str(column) for column in results.select_dtypes("number") if column != axis]
     for attention, rows in results[results["outcome"] == "ok"].groupby("attention", sort=False):
         points = []
-        for place, (_, row) in enumerate(rows.iterrows()):
+        for index, (_, row) in enumerate(rows.iterrows()):
             whole = pd.api.types.is_integer_dtype(results[axis])
-            step = int(row[axis]) if whole else place
+            step = int(row[axis]) if whole else index
             points.append((step, {column: float(row[column]) for column in numbers if pd.notna(row[column])}))
         yield Series(str(attention), points, {"swept": axis, **({} if whole else {axis: rows[axis].astype(str).tolist()})})
     if curves is None:
         return
     keys = ["attention", "learning_rate", "seed", *([axis] if axis in curves else [])]
     for key, points_of in curves.groupby(keys, sort=False):
-        told = dict(zip(keys, key, strict=True))
-        name = "/".join(["curves", *(str(value) for value in told.values())])
+        parameters = dict(zip(keys, key, strict=True))
+        name = "/".join(["curves", *(str(value) for value in parameters.values())])
         losses = [
             (int(step), {"loss_nats": float(loss)}) for step, loss in zip(points_of["step"], points_of["loss_nats"], strict=True)
         ]
-        yield Series(name, losses, told)
+        yield Series(name, losses, parameters)
 
 
 def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path) -> Path:
-    """Event files below <folder>/tensorboard, a run a series. Show them by: tensorboard --logdir <folder>/tensorboard."""
+    """Writes event files below <folder>/tensorboard. Show them with: tensorboard --logdir <folder>/tensorboard."""
     import_client("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
@@ -65,7 +74,7 @@ def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: st
 
 
 def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, uri: str | None = None) -> Path:
-    """Runs of the experiment bsbr/<sweep>. uri: of the tracking server; None is <folder>/mlflow.db."""
+    """Writes runs of the experiment bsbr/<sweep> to the tracking server at `uri`; None: to <folder>/mlflow.db."""
     place = folder / "mlflow.db"
     library = import_client("mlflow")
     library.set_tracking_uri(uri or f"sqlite:///{place.resolve()}")
@@ -79,7 +88,12 @@ def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, fo
 
 
 def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, mode: str = "offline") -> Path:
-    """Runs of the project bsbr, grouped by sweep. mode: offline, which `wandb sync` uploads later; or online."""
+    """Writes runs of the project bsbr, grouped by sweep.
+
+    Args:
+        results, curves, sweep, folder: tables, name of the sweep, and its result folder.
+        mode: offline, to be uploaded later by `wandb sync`; or online.
+    """
     library = import_client("wandb")
     for one in to_series(results, curves):
         settings = {"project": "bsbr", "group": sweep, "name": one.name, "dir": str(folder), "mode": mode}
@@ -90,7 +104,11 @@ def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, fol
 
 
 def import_client(name: str) -> ModuleType:
-    """The tracker's own library. Raises UsageError where it is not installed."""
+    """Imports the library of a tracker.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
     try:
         return import_module(name)
     except ImportError as error:
