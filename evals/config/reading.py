@@ -1,116 +1,28 @@
 """Reads a composed Hydra config into a `Comparison`; whatever is wrong with a setting is a UsageError that names it."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from evals.config.settings import DTYPES, POSITIONS, SCOPES, Candidate, Comparison, Device, Model, Sampling, Shape, Training
+from evals.config.rules import SIZE, Rule, check_fields, check_keys, mapping_with_target
+from evals.config.settings import Candidate, Comparison, Device, Model, Sampling, Shape, Training
 from evals.errors import UsageError
 from evals.isolation.affinity import core_count, thread_counts
 
 OmegaConf.register_new_resolver("thread_counts", thread_counts, replace=True)
 
-
-# --- the rules -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting must be: the words that complete "must be …", and the check."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-    def check(self, key: str, value: Any) -> None:
-        """Raises UsageError if a value breaks the rule."""
-        if not self.holds(value):
-            raise UsageError(f"{key} must be {self.expected}, got {value!r}")
-
-
-def is_number(value: Any, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def at_least(least: float) -> Rule:
-    return Rule(f"a number of at least {least:g}", lambda value: is_number(value) and value >= least)
-
-
-def one_of(known: Collection[str], expected: str = "one of {}") -> Rule:
-    return Rule(expected.format(", ".join(known)), lambda value: isinstance(value, str) and value in known)
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(rule.expected, lambda value: value is None or rule.holds(value))
-
-
-def list_of(kind: Any, expected: str) -> Rule:
-    return Rule(
-        f"a list of {expected} above 0",
-        lambda values: bool(values) and all(is_number(value, kind) and value > 0 for value in values),
-    )
-
-
-def mapping_with_target(example: str) -> Rule:
-    return Rule(
-        f"a mapping with a _target_, such as {example}",
-        lambda value: isinstance(value, dict) and isinstance(value.get("_target_"), str),
-    )
-
-
-SIZE = Rule("a positive integer", lambda value: is_number(value, int) and value >= 1)
-POSITIVE = Rule("a number above 0", lambda value: is_number(value) and value > 0)
-
-RULES: dict[str, dict[str, Rule]] = {
-    "shape": {"batch_size": SIZE, "seq_len": SIZE},
-    "model": {
-        "scope": one_of(SCOPES),
-        "positions": one_of(POSITIONS),
-        **dict.fromkeys(("hidden_dim", "num_heads", "head_dim", "conv_size"), optional(SIZE)),
-        **dict.fromkeys(("ff_dim", "num_layers", "vocab_size"), SIZE),
-    },
-    "device": {
-        "kind": Rule("cpu or cuda", lambda value: value in ("cpu", "cuda")),
-        "dtype": one_of(DTYPES),
-        "threads": optional(SIZE),
-        "mode": Rule("eager, or with device=cuda graph", lambda value: value in ("eager", "graph")),
-    },
-    "sampling": {
-        **dict.fromkeys(("budget_s", "target_rel_interval", "time_slice_s", "timeout_s"), POSITIVE),
-        **dict.fromkeys(("min_rounds", "time_slices"), SIZE),
-        "max_rounds": optional(SIZE),
-        "memory_limit_gib": optional(POSITIVE),
-        "seed": Rule("an integer", lambda value: is_number(value, int)),
-    },
-    "training": {
-        **dict.fromkeys(("steps", "seeds", "grad_accumulation_steps", "num_eval_examples"), SIZE),
-        "learning_rates": list_of((int, float), "numbers"),
-        "curriculum": list_of(int, "whole numbers"),
-        "eval_length_multiples": list_of(int, "whole numbers"),
-        "warmup_fraction": Rule("a part of the steps, from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
-        "weight_decay": at_least(0),
-        "grad_clip_norm": at_least(1e-9),
-        "checkpoint_s": at_least(0),
-    },
-}
-"""The keys of each group of settings, and the rule of each."""
-
-LISTS = ("learning_rates", "curriculum", "eval_length_multiples")
-"""The settings of `training` that are lists."""
-
-TOP: dict[str, Rule | None] = {
-    **dict.fromkeys(("attention", *RULES, "task", "relative_to", "swept", "sweep_name", "results_dir", "plots_dir", "tracker")),
+GROUPS = ("shape", "model", "device", "sampling", "training")
+TOP_LEVEL: dict[str, Rule | None] = {
+    **dict.fromkeys(("attention", *GROUPS, "task", "relative_to", "swept", "sweep_name", "results_dir", "plots_dir", "tracker")),
     "workload": mapping_with_target("evals.benchmark.workloads.prefill"),
-    "match": optional(one_of(("params",), "null or one of {}")),
-    "search": optional(one_of(("max_context",), "null or one of {}")),
+    "match": Rule("null or one of params", lambda value: value in (None, "params")),
+    "search": Rule("null or one of max_context", lambda value: value in (None, "max_context")),
     "quiet": Rule("true or false", lambda value: isinstance(value, bool)),
 }
-"""The keys of a config, and the rules of those that are no group."""
-
-
-# --- reading -------------------------------------------------------------------------------------
+"""The keys of a config, and the rules of those that are neither a group nor any text."""
 
 
 def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
@@ -134,10 +46,12 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
     if "block" in values:  # conf/attention/*.yaml have read it
         SIZE.check("block", values.pop("block"))
-    check_keys("", values, TOP)
-    for key, rule in TOP.items():
+    check_keys("", values, TOP_LEVEL)
+    for key, rule in TOP_LEVEL.items():
         if rule is not None:
             rule.check(key, values[key])
+    check_fields(Shape, "shape", values["shape"])
+    check_fields(Sampling, "sampling", values["sampling"])
     option = read_swept(cfg, values["swept"] or swept, required=values["swept"] is not None)
     model = read_model(values["model"])
     comparison = Comparison(
@@ -151,10 +65,10 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
         task=values["task"],
         training=read_training(values["training"]),
         workload=values["workload"],
-        shape=Shape(**checked("shape", values["shape"])),
+        shape=Shape(**values["shape"]),
         model=model,
         device=read_device(values["device"]),
-        sampling=Sampling(**checked("sampling", values["sampling"])),
+        sampling=Sampling(**values["sampling"]),
     )
     with torch.device("meta"):  # allocates nothing, whatever the size
         for candidate in comparison.candidates:
@@ -185,11 +99,14 @@ def read_candidates(nodes: Mapping[str, Any], *, rotary: bool) -> tuple[Candidat
 
 def read_model(values: Any) -> Model:
     """Reads the model's sizes; one of hidden_dim, num_heads and head_dim may be null, and follows from the other two."""
-    sizes = checked("model", values)
-    head_dim = sizes.pop("head_dim")
-    missing = [key for key in ("hidden_dim", "num_heads", "head_dim") if values[key] is None]
+    check_keys("model.", values, dict.fromkeys([*(field.name for field in fields(Model)), "head_dim"]))
+    sizes = {key: values[key] for key in ("hidden_dim", "num_heads", "head_dim")}
+    missing = [key for key, size in sizes.items() if size is None]
+    for key in sizes.keys() - missing:
+        SIZE.check(f"model.{key}", sizes[key])
     if len(missing) > 1:
         raise UsageError(f"of model.hidden_dim, num_heads and head_dim one may be null, got null for {' and '.join(missing)}")
+    head_dim = sizes.pop("head_dim")
     if missing == ["hidden_dim"]:
         sizes["hidden_dim"] = sizes["num_heads"] * head_dim
     elif missing == ["num_heads"]:
@@ -199,51 +116,33 @@ def read_model(values: Any) -> Model:
             f"model.hidden_dim must be num_heads times head_dim, got hidden_dim={sizes['hidden_dim']}, "
             f"num_heads={values['num_heads'] or 'null'}, head_dim={head_dim}; one of the three may be null"
         )
-    return Model(**sizes)
+    model = {key: value for key, value in values.items() if key != "head_dim"} | sizes
+    check_fields(Model, "model", model)
+    return Model(**model)
 
 
 def read_device(values: Any) -> Device:
-    device = checked("device", values)
-    if device["kind"] == "cuda" and not torch.cuda.is_available():
+    if isinstance(values, dict) and values.get("threads", 0) is None:
+        values["threads"] = torch.get_num_threads()
+    check_fields(Device, "device", values)
+    device = Device(**values)
+    if device.kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("device=cuda was asked for, but torch sees no CUDA device here; use device=cpu, or a CUDA build of torch")
-    if device["threads"] is None:
-        device["threads"] = torch.get_num_threads()
-    if device["threads"] > core_count():
+    if device.threads > core_count():
         raise UsageError(
-            f"device.threads must be at most {core_count()}, the cores that this process may use, got {device['threads']}"
+            f"device.threads must be at most {core_count()}, the cores that this process may use, got {device.threads}"
         )
-    if device["kind"] == "cpu" and device["mode"] != "eager":
-        raise UsageError(f"device.mode must be {RULES['device']['mode'].expected}, got {device['mode']!r}")
-    return Device(**device)
+    if device.kind == "cpu" and device.mode != "eager":
+        raise UsageError(f"device.mode must be eager, or with device=cuda graph, got {device.mode!r}")
+    return device
 
 
 def read_training(values: Any) -> Training:
     """Reads the training's settings; a single number may stand for a list of one."""
+    lists = ("learning_rates", "curriculum", "eval_length_multiples")
     if isinstance(values, dict):
-        values |= {key: [values[key]] for key in LISTS if key in values and not isinstance(values[key], list)}
-    training = checked("training", values)
-    if training["curriculum"][-1] != 1:
-        raise UsageError(f"training.curriculum must end with 1, the whole shape.seq_len, got {training['curriculum']!r}")
-    training |= {key: tuple(training[key]) for key in LISTS}
-    return Training(**training)
-
-
-def checked(group: str, values: Any) -> dict[str, Any]:
-    """A copy of a group's settings, if it has the right keys and every value obeys its rule."""
-    check_keys(f"{group}.", values, RULES[group])
-    for key, rule in RULES[group].items():
-        rule.check(f"{group}.{key}", values[key])
-    return dict(values)
-
-
-def check_keys(prefix: str, values: Any, expected: Collection[str]) -> None:
-    """Raises UsageError unless `values` is a mapping with the expected keys and no others."""
-    known = ", ".join(prefix + key for key in expected)
-    if not isinstance(values, dict):
-        raise UsageError(f"{prefix.rstrip('.')} must be a mapping with the keys {known}, got {values!r}")
-    for key in values:
-        if key not in expected:
-            raise UsageError(f"unknown config key '{prefix}{key}'; known are {known}")
-    for key in expected:
-        if key not in values:
-            raise UsageError(f"config key '{prefix}{key}' is missing; there must be {known}")
+        values |= {key: [values[key]] for key in lists if key in values and not isinstance(values[key], list)}
+    check_fields(Training, "training", values)
+    if values["curriculum"][-1] != 1:
+        raise UsageError(f"training.curriculum must end with 1, the whole shape.seq_len, got {values['curriculum']!r}")
+    return Training(**{**values, **{key: tuple(values[key]) for key in lists}})

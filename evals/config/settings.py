@@ -1,18 +1,21 @@
 """`Comparison`, the unit of work, and the settings it consists of."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from bsbr.interface import Attention
+from evals.config.rules import Positive, Rule, Size, at_least, is_number, list_of, one_of
 from evals.errors import UsageError, not_found, one_sentence
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scope = Literal["attention", "layer", "model"]
 Positions = Literal["sinusoidal", "rotary", "none"]
+Kind = Literal["cpu", "cuda"]
+Mode = Literal["eager", "graph"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
@@ -24,32 +27,32 @@ NEUTRAL = {"conv_size": None, "positions": "sinusoidal", "mode": "eager", "match
 class Shape:
     """Size of the input, [batch_size, seq_len] tokens."""
 
-    batch_size: int
-    seq_len: int
+    batch_size: Size
+    seq_len: Size
 
 
 @dataclass(frozen=True)
 class Model:
     """Size of the attention, and what is built around it; conf/model/base.yaml explains each setting."""
 
-    scope: Scope
-    hidden_dim: int
-    num_heads: int
-    ff_dim: int
-    num_layers: int
-    vocab_size: int
-    conv_size: int | None = None
-    positions: Positions = "sinusoidal"
+    scope: Annotated[Scope, one_of(SCOPES)]
+    hidden_dim: Size
+    num_heads: Size
+    ff_dim: Size
+    num_layers: Size
+    vocab_size: Size
+    conv_size: Size | None = None
+    positions: Annotated[Positions, one_of(POSITIONS)] = "sinusoidal"
 
 
 @dataclass(frozen=True)
 class Device:
     """Where and how a comparison is computed; conf/device/cuda.yaml explains each setting."""
 
-    kind: Literal["cpu", "cuda"]
-    dtype: str
-    threads: int
-    mode: Literal["eager", "graph"] = "eager"
+    kind: Annotated[Kind, Rule("cpu or cuda", lambda value: value in ("cpu", "cuda"))]
+    dtype: Annotated[str, one_of(DTYPES)]
+    threads: Size
+    mode: Annotated[Mode, Rule("eager, or with device=cuda graph", lambda value: value in ("eager", "graph"))] = "eager"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -60,32 +63,32 @@ class Device:
 class Sampling:
     """How long a comparison is timed, and the limits of its processes; conf/sampling/default.yaml explains each setting."""
 
-    budget_s: float
-    target_rel_interval: float
-    min_rounds: int
-    max_rounds: int | None
-    time_slices: int
-    time_slice_s: float
-    timeout_s: float
-    memory_limit_gib: float | None
-    seed: int
+    budget_s: Positive
+    target_rel_interval: Positive
+    min_rounds: Size
+    max_rounds: Size | None
+    time_slices: Size
+    time_slice_s: Positive
+    timeout_s: Positive
+    memory_limit_gib: Positive | None
+    seed: Annotated[int, Rule("an integer", lambda value: is_number(value, int))]
 
 
 @dataclass(frozen=True)
 class Training:
     """How every candidate is trained on a task; conf/training/default.yaml explains each setting."""
 
-    steps: int
-    learning_rates: tuple[float, ...]
-    seeds: int
-    warmup_fraction: float
-    weight_decay: float
-    grad_clip_norm: float
-    grad_accumulation_steps: int
-    num_eval_examples: int
-    curriculum: tuple[int, ...]
-    eval_length_multiples: tuple[int, ...]
-    checkpoint_s: float
+    steps: Size
+    learning_rates: Annotated[tuple[float, ...], list_of((int, float), "numbers")]
+    seeds: Size
+    warmup_fraction: Annotated[float, Rule("a part of the steps, from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)]
+    weight_decay: Annotated[float, at_least(0)]
+    grad_clip_norm: Annotated[float, at_least(1e-9)]
+    grad_accumulation_steps: Size
+    num_eval_examples: Size
+    curriculum: Annotated[tuple[int, ...], list_of(int, "whole numbers")]
+    eval_length_multiples: Annotated[tuple[int, ...], list_of(int, "whole numbers")]
+    checkpoint_s: Annotated[float, at_least(0)]
 
     @property
     def settings(self) -> dict[str, str | int | float]:

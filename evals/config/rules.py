@@ -1,0 +1,84 @@
+"""Rules that the values of settings obey, as annotations of the fields of the settings' dataclasses."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+from evals.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of a setting: the words that complete "must be …", and the check."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises UsageError if the value breaks the rule."""
+        if not self.holds(value):
+            raise UsageError(f"{key} must be {self.expected}, got {value!r}")
+
+
+def is_number(value: Any, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def at_least(least: float) -> Rule:
+    return Rule(f"a number of at least {least:g}", lambda value: is_number(value) and value >= least)
+
+
+def one_of(known: Collection[str]) -> Rule:
+    return Rule(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known)
+
+
+def list_of(kind: Any, kind_name: str) -> Rule:
+    return Rule(
+        f"a list of {kind_name} above 0",
+        lambda values: bool(values) and all(is_number(value, kind) and value > 0 for value in values),
+    )
+
+
+def mapping_with_target(example: str) -> Rule:
+    return Rule(
+        f"a mapping with a _target_, such as {example}",
+        lambda value: isinstance(value, dict) and isinstance(value.get("_target_"), str),
+    )
+
+
+SIZE = Rule("a positive integer", lambda value: is_number(value, int) and value >= 1)
+Size = Annotated[int, SIZE]
+Positive = Annotated[float, Rule("a number above 0", lambda value: is_number(value) and value > 0)]
+
+
+def check_fields(settings: type, group: str, values: Any) -> None:
+    """Checks a group of settings against the fields of its dataclass.
+
+    Args:
+        settings: a dataclass whose fields are annotated with rules; a field that may be None accepts null.
+        group: the group's name in the config.
+        values: the mapping that the config has there.
+
+    Raises:
+        UsageError: if a key is unknown or missing, or if a value breaks its rule.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    check_keys(f"{group}.", values, hints)
+    for key, hint in hints.items():
+        optional = type(None) in get_args(hint)
+        (rule,) = next(one for one in (hint, *get_args(hint)) if hasattr(one, "__metadata__")).__metadata__
+        if not (optional and values[key] is None):
+            rule.check(f"{group}.{key}", values[key])
+
+
+def check_keys(prefix: str, values: Any, expected: Mapping[str, Any]) -> None:
+    """Raises UsageError unless `values` is a mapping with the expected keys and no others."""
+    known = ", ".join(prefix + key for key in expected)
+    if not isinstance(values, dict):
+        raise UsageError(f"{prefix.rstrip('.')} must be a mapping with the keys {known}, got {values!r}")
+    for key in values:
+        if key not in expected:
+            raise UsageError(f"unknown config key '{prefix}{key}'; known are {known}")
+    for key in expected:
+        if key not in values:
+            raise UsageError(f"config key '{prefix}{key}' is missing; there must be {known}")
