@@ -1,9 +1,6 @@
-"""`python -m evals.figures results/<sweep> …`: results.csv -> plots/<sweep>/, without measuring anything; `paper`: the study's.
+"""`python -m evals.figures results/<sweep> …`: draws figures from tables, without measuring; `paper` draws those of the study.
 
-Which figures there are, and how their tables are read. Lines over the swept setting are drawn by
-`curves`, all else by `panels`, `pareto` and `longest`; what was learned, by `learning` and `depths`. Every figure is PNG and
-SVG, at the width of a paper. The same tables give the same bytes wherever the same matplotlib runs: its own fonts, and no
-setting of the user's.
+Figures are PNG and SVG, at the width of a paper. The same tables give the same bytes wherever the same matplotlib runs.
 """
 
 import argparse
@@ -12,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.cli.command import command
-from evals.errors import OK
 from evals.paper.draw import STUDY, draw_study
 from evals.plots.registry import draw_folder
 
 
 @command(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.figures", description="Redraws plots from results, without measuring.")
+    """Draws each folder given; returns 0, or 2 after one sentence on stderr if one cannot be drawn."""
+    parser = argparse.ArgumentParser(prog="python -m evals.figures", description="Draws figures from results, without measuring.")
     parser.add_argument(
-        "results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len; or paper: the study's"
+        "results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len; or paper: the study"
     )
-    parser.add_argument("--plots", type=Path, default=Path("plots"), help="folder for the folders of plots (default: plots)")
+    parser.add_argument("--plots", type=Path, default=Path("plots"), help="folder for the folders of figures (default: plots)")
     options = parser.parse_args(arguments)
     for folder in options.results:
         if folder == Path("paper"):
@@ -31,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             paths = draw_folder(folder, options.plots / folder.resolve().name)
         print(f"{folder}: {len(paths)} files in {paths[0].parent}")
-    return OK
+    return 0
 
 
 if __name__ == "__main__":

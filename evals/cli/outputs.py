@@ -43,7 +43,8 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
         The exit code: INCOMPLETE if an attention of this command has no number.
     """
     ledger = sweep_ledger(cfg)
-    tables = build_tables(ledger.intact())
+    records = ledger.intact()
+    tables = build_tables(records)
     if not tables:
         return OK
     kind, results = next(iter(tables.items()))
@@ -60,19 +61,20 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
     paths = [write_table(table, folder, name) for name, table in tables.items()]
     print(f"\n{paths[0]}: {len(results)} rows")
     print(report.write([folder], folder / "report.html"))
-    _print_figures(_draw(kind, tables, Path(cfg.plots_dir) / str(cfg.sweep_name)))
+    _print_figures(_draw(kind, tables, records, Path(cfg.plots_dir) / str(cfg.sweep_name)))
     if cfg.tracker and kind != "max_context":
         place = instantiate(cfg.tracker, results, tables.get("curves"), sweep=str(cfg.sweep_name), folder=folder)
         print(f"{place}: the same results, for {cfg.tracker._target_.rpartition('.')[2]}")
     return OK if _is_complete(kind, own) else INCOMPLETE
 
 
-def _draw(kind: str, tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
+def _draw(kind: str, tables: dict[str, pd.DataFrame], records: list[Record], folder: Path) -> list[Path]:
     if kind == "accuracy":
         return registry.draw_accuracy(tables["accuracy"], tables["curves"], folder)
     if kind == "max_context":
         return registry.draw_max_context(tables["max_context"], folder)
-    return registry.draw_sweep(tables["latency"], folder, scaling=tables.get("scaling"), crossovers=tables.get("crossovers"))
+    fits: dict[str, pd.DataFrame] = {name: tables[name] for name in ("scaling", "crossovers") if name in tables}
+    return registry.draw_sweep(tables["latency"], folder, fits, records)
 
 
 def _print_figures(paths: Sequence[Path]) -> None:

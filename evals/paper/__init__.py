@@ -1,4 +1,4 @@
-"""The study: what it is measured by, its figures with their captions, and what its page says of them.
+"""The study: its recipe, its figures with captions, and the findings of its page.
 
 `python -m evals.figures paper` draws it from results/paper; `python -m evals.paper` measures it first.
 """

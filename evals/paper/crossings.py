@@ -1,41 +1,26 @@
-"""Who is faster than whom, at which length: every pair of attentions, with the crossings that were found."""
+"""Pairwise crossovers: which attention is faster than which, and at which lengths."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
-from evals.plots.layout import (
-    EDGE,
-    LEFT,
-    LEGEND,
-    NAME,
-    SMALL,
-    WIDTH,
-    headed,
-    key_room,
-    keyed,
-    label,
-    placed,
-    subtitle,
-    weight,
-    wide,
-)
-from evals.plots.style import GREY
+from evals.plots.descriptions import subtitle
+from evals.plots.layout import name_rows, new_figure, short_name
+from evals.plots.style import GREY, style_of
 from evals.results.formatting import format_estimate
 from evals.results.frames import Sweep
 from evals.stats.intervals import CONFIDENCE
 
 SHADES = {"faster": "#e4ca6c", "slower": "#6a86b8", "unclear": "#f2f2f2"}
-ROW, FOOT = 0.27, 0.12  # inches
 
 
 class Stretch(NamedTuple):
-    """Lengths from low to high at which the first of a pair is `faster`, `slower`, or by its interval may be either."""
+    """A range of lengths at which the first of a pair is `faster`, `slower`, or `unclear`: within the interval of a crossing."""
 
     low: float
     high: float
@@ -43,64 +28,60 @@ class Stretch(NamedTuple):
 
 
 def crossings(sweep: Sweep) -> Figure | None:
-    """A matrix of pairs: in each cell the range of lengths, coloured by whether the row is faster than the column there.
+    """Draws a matrix of pairs: in each cell the range of lengths, coloured by whether the row is faster than the column.
 
-    None where nothing is swept, or no pair was looked at.
+    Returns:
+        None if nothing is swept, or no pair was compared.
     """
     if sweep.crossovers is None or sweep.discrete or sweep.crossovers.empty:
         return None
-    names = list(sweep.cells)
-    left, heads = max(LEFT, key_room(sweep.looks, names)), max(wide(label(sweep.looks, name), NAME) for name in names) * 0.64 + 0.1
-    width, height = WIDTH - left - EDGE - 0.35, ROW * len(names)
+    names, styles = list(sweep.by_attention), style_of(sweep.attentions)
     span = f"{sweep.at(0)} to {sweep.at(-1)}".replace(" tokens to", " to")
-    note = f"each cell: {span}, logarithmic; line: where they cross; unclear: within the {CONFIDENCE:.0%} interval of that"
-    words = subtitle(sweep, note, left=left)
-    picture = headed("Who is faster than whom, and from which length on", words, FOOT + height + heads + LEGEND - 0.1, left)
-    axes = placed(picture, left, FOOT, width, height)
+    note = (
+        f"each cell: {span}, logarithmic; line and number: where they cross; unclear: within the {CONFIDENCE:.0%} interval of that"
+    )
+    title = "Who is faster than whom, and from which length on"
+    figure = new_figure(title, subtitle(sweep, note), 0.9 + 0.28 * len(names))
+    axes = figure.subplots()
     for row, first in enumerate(names):
         for column, second in enumerate(names):
-            _cell(axes, row, column, sweep, first, second, width / len(names))
-    axes.set(xlim=(0, len(names)), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
-    axes.grid(False)
+            if first != second:
+                _draw_cell(axes, row, column, sweep, first, second)
+    name_rows(axes, names, styles)
+    axes.set_xlim(0, len(names))
+    axes.set_xticks(
+        np.arange(len(names)) + 0.5, [short_name(name) for name in names], rotation=35, ha="left", rotation_mode="anchor"
+    )
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    keyed(axes, sweep.looks, names, width)
-    for column, name in enumerate(names):
-        style: dict[str, Any] = {"size": NAME, "weight": weight(sweep.looks[name]), "rotation": 40, "rotation_mode": "anchor"}
-        axes.text(column + 0.35, -0.62, label(sweep.looks, name), ha="left", va="bottom", **style)
-    told = {"faster": "the row is faster", "slower": "the row is slower"}
-    keys = [Patch(facecolor=shade, edgecolor=GREY, linewidth=0.3, label=told.get(state, state)) for state, shade in SHADES.items()]
-    anchor = (left / WIDTH, (FOOT + height + heads + 0.02) / picture.get_figheight())
-    shape: dict[str, Any] = {"handletextpad": 0.5, "handlelength": 1.4, "handleheight": 0.9}
-    picture.legend(handles=keys, loc="lower left", bbox_to_anchor=anchor, ncols=3, borderaxespad=0, **shape)
-    return picture
+    labels = {"faster": "the row is faster", "slower": "the row is slower", "unclear": "unclear"}
+    keys = [Patch(facecolor=shade, edgecolor=GREY, linewidth=0.3, label=labels[state]) for state, shade in SHADES.items()]
+    axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    return figure
 
 
-def _cell(axes: Axes, row: int, column: int, sweep: Sweep, first: str, second: str, width: float) -> None:
-    if first == second:
-        return
-    low, high = math.log(sweep.x[0]), math.log(sweep.x[-1])
+def _draw_cell(axes: Axes, row: int, column: int, sweep: Sweep, first: str, second: str) -> None:
+    """Draws the stretches of one pair from left to right, with a line where they cross and the lengths in numbers."""
 
-    def across(n: float) -> float:
-        return column + 0.04 + 0.92 * (math.log(n) - low) / (high - low)
+    def across(length: float) -> float:
+        return column + 0.04 + 0.92 * math.log(length / sweep.x[0]) / math.log(sweep.x[-1] / sweep.x[0])
 
-    for stretch in stretches(sweep, first, second):
-        corner = across(stretch.low), row - 0.42
-        box = Rectangle(corner, across(stretch.high) - corner[0], 0.84, linewidth=0, facecolor=SHADES[stretch.state])
-        box.set_gid(f"{first} {second} {stretch.state}")
-        axes.add_patch(box)
-    found = sorted(across(at) for at in _pair(sweep, first, second)["at"] if sweep.x[0] <= at <= sweep.x[-1])
-    for before, at, after in zip([column, *found], found, [*found[1:], column + 1.0], strict=False):
-        axes.vlines(at, row - 0.42, row + 0.42, color="black", linewidth=0.8)
-        n = format_estimate(math.exp(low + (at - column - 0.04) / 0.92 * (high - low)))
-        room = (wide(n, SMALL) + 0.07) / width
-        # Right of its line, or left of it, or nowhere.
-        side = "left" if after - at > room else "right" if at - before > room else ""
-        if side:
-            axes.text(at + (0.04 if side == "left" else -0.04) / width, row, n, size=SMALL, ha=side, va="center_baseline")
+    for low, high, state in stretches(sweep, first, second):
+        span = (across(low), across(high) - across(low))
+        axes.broken_barh([span], (row - 0.42, 0.84), facecolor=SHADES[state], gid=f"{first} {second} {state}")
+    lengths = sorted(at for at in _pair(sweep, first, second)["at"] if sweep.x[0] <= at <= sweep.x[-1])
+    places = [column, *map(across, lengths), column + 1]
+    axes.vlines(places[1:-1], row - 0.42, row + 0.42, color="black", linewidth=0.8)
+    for length, (before, place, after) in zip(lengths, zip(places, places[1:], places[2:], strict=False), strict=True):
+        left, right = place - before, after - place
+        if max(left, right) > 0.42:  # has room for a number
+            offset, side = (0.04, "left") if right > left else (-0.04, "right")
+            axes.text(place + offset, row, format_estimate(length), size=6.5, ha=side, va="center")
 
 
 def _pair(sweep: Sweep, first: str, second: str) -> pd.DataFrame:
-    """The rows of the table of crossings that are of both, whichever comes first."""
+    """The rows of the table of crossovers that are of both attentions, in either order."""
     assert sweep.crossovers is not None
     names = sweep.crossovers[["first", "second"]]
     found: pd.DataFrame = sweep.crossovers[names.isin([first]).any(axis=1) & names.isin([second]).any(axis=1)]
@@ -108,13 +89,16 @@ def _pair(sweep: Sweep, first: str, second: str) -> pd.DataFrame:
 
 
 def stretches(sweep: Sweep, first: str, second: str) -> list[Stretch]:
-    """The range of the sweep, cut where it is doubtful who is faster. Empty where nothing is known of the pair."""
+    """Cuts the range of the sweep at the intervals of the crossings of a pair.
+
+    Returns:
+        The stretches in ascending order; empty if the pair was not compared.
+    """
     found = _pair(sweep, first, second)
-    ratio = (sweep.cells[first]["speedup"] / sweep.cells[second]["speedup"]).to_numpy(float)
-    # Without a common reference, latencies tell it; beside one, speed-ups do, which were taken in turns.
-    ratio = np.where(
-        np.isfinite(ratio), ratio, (sweep.cells[second]["latency_s"] / sweep.cells[first]["latency_s"]).to_numpy(float)
-    )
+    # Speed-ups were measured paired; latencies decide where there is no common reference.
+    paired = (sweep.by_attention[first]["speedup"] / sweep.by_attention[second]["speedup"]).to_numpy(float)
+    unpaired = (sweep.by_attention[second]["latency_s"] / sweep.by_attention[first]["latency_s"]).to_numpy(float)
+    ratio = np.where(np.isfinite(paired), paired, unpaired)
     known = np.isfinite(ratio) & (ratio > 0)
     if found.empty or not known.any():
         return []

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import style
 from matplotlib.figure import Figure
 
-from evals.paper.captions import caption, shown
+from evals.paper.captions import caption, typed_path
 from evals.paper.figures import FIGURES, StudyFigure
 from evals.paper.recipe import command_of
-from evals.paper.sources import Source, found
+from evals.paper.sources import Source, find_sources
+from evals.plots.distribution import raw_samples
 from evals.plots.save import FORMS, save
-from evals.plots.style import RC
+from evals.plots.style import render
 
 STUDY = Path("results/paper")
 
@@ -24,7 +24,7 @@ class Drawing:
 
     name: str
     picture: Figure
-    says: str
+    description: str
     sources: tuple[Source, ...]
 
 
@@ -65,9 +65,9 @@ def draw_half(results: Path, plots: Path, figures: Sequence[StudyFigure] = FIGUR
     for drawing in drawings(results, figures):
         paths += [save(drawing.picture, plots / f"{drawing.name}.{form}") for form in FORMS]
         paths.append(plots / f"{drawing.name}.md")
-        paths[-1].write_text(caption(drawing.name, drawing.says, drawing.sources, results), encoding="utf-8")
+        paths[-1].write_text(caption(drawing.name, drawing.description, drawing.sources, results), encoding="utf-8")
     if not paths:
-        raise ValueError(f"{shown(results)} holds no data of the study: `python -m evals.paper` measures it")
+        raise ValueError(f"{typed_path(results)} holds no data of the study: `python -m evals.paper` measures it")
     for path in {path for form in (*FORMS, "md") for path in plots.glob(f"*.{form}")} - {*paths}:
         path.unlink()
     return paths
@@ -77,11 +77,11 @@ def missing_data(results: Path, figures: Sequence[StudyFigure] = FIGURES) -> dic
     """Explains, for each figure that lacks data, which folder is missing and which command makes it."""
     explanations = {}
     for figure in figures:
-        absent = [data for data in figure.data if not found(results, data)]
+        absent = [data for data in figure.data if not find_sources(results, data)]
         if absent:
-            command = command_of(absent[0], shown(results))
+            command = command_of(absent[0], typed_path(results))
             made = f": `{command}` makes it" if command else ""
-            explanations[figure.name] = f"{figure.name} is not drawn, for there is no {shown(results)}/{absent[0]}{made}"
+            explanations[figure.name] = f"{figure.name} is not drawn, for there is no {typed_path(results)}/{absent[0]}{made}"
     return explanations
 
 
@@ -90,15 +90,14 @@ def drawings(results: Path, figures: Sequence[StudyFigure] = FIGURES) -> Iterato
     known = {
         source.folder: source
         for data in {data for figure in figures for data in (*figure.data, *figure.optional)}
-        for source in found(results, data)
+        for source in find_sources(results, data)
     }
     for figure in figures:
-        if all(found(results, data) for data in figure.data):
+        if all(find_sources(results, data) for data in figure.data):
             for name, sources, given in _draw_arguments(figure, results, known):
-                with style.context(["default", RC]):
-                    picture = figure.draw(*given)
+                picture = render(figure.draw, *given)
                 if picture is not None:
-                    yield Drawing(name, picture, figure.says, sources)
+                    yield Drawing(name, picture, figure.description, sources)
 
 
 def _draw_arguments(
@@ -107,10 +106,11 @@ def _draw_arguments(
     """The arguments of each call of `figure.draw`: every data set of one folder, or the first data set of several folders."""
     if len(figure.data) == 1 and not figure.optional:
         several = "*" in figure.data[0]
-        for source in found(results, figure.data[0]):
+        for source in find_sources(results, figure.data[0]):
             source = known[source.folder]
+            samples = [raw_samples(source.records)] if figure.samples else []
             for suffix, data in source.sets.items():
-                yield f"{figure.name}{f'-{source.folder.name}' if several else ''}{suffix}", (source,), [data]
+                yield f"{figure.name}{f'-{source.folder.name}' if several else ''}{suffix}", (source,), [data, *samples]
         return
     sources = [known.get(results / data) for data in (*figure.data, *figure.optional)]
     yield (

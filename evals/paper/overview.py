@@ -1,215 +1,172 @@
-"""Several quantities of one sweep in one figure: all attentions at a few lengths, panels over length, the dashboard."""
+"""Figures of several metrics: all attentions at a few lengths, decoding over the context, and the dashboard of the study."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from evals.plots.accuracy import AccuracySweep
-from evals.plots.layout import (
-    LEFT,
-    LEGEND,
-    NAME,
-    SMALL,
-    WIDTH,
-    headed,
-    key_room,
-    keyed,
-    label,
-    placed,
-    subtitle,
-    weight,
-)
-from evals.plots.lines import CEILING, LATENCY, MEMORY, SPEEDUP, Quantity, plot, scale_x, scale_y
+from evals.plots.descriptions import subtitle
+from evals.plots.layout import add_legend, name_rows, new_figure, scale_log, scale_metric, scale_settings
+from evals.plots.lines import draw_line
 from evals.plots.memory import representatives
-from evals.plots.style import FAILURES, GREY
-from evals.results.formatting import format_bytes
+from evals.plots.style import FAILURES, GREY, style_of
+from evals.results.formatting import format_setting
 from evals.results.frames import Sweep
+from evals.results.metrics import LATENCY, PEAK_MEMORY, ROOFLINE, SPEEDUP, STATE, Metric
+from evals.results.settings import training_phrase
 
-STATE = Quantity("state", "State that decoding keeps, lower is better", "state_bytes", tick=format_bytes, base=2, optional=True)
-FOOT, ABOVE, GAP, RIGHT = 0.42, 0.2, 0.62, 0.15
-"""Inches beneath a panel, above it for its title, between two for the ticks of the second, and right of the last."""
+TITLES = {PEAK_MEMORY: "Peak memory", ROOFLINE: "Fraction of roofline"}
+"""Titles of the panels whose metric has a label that is too long for them."""
 
-# --- all attentions at a few lengths --------------------------------------------------------------
+
+# --- all attentions at a few lengths -----------------------------------------------------------------
 
 
 def comparison(sweep: Sweep) -> Figure | None:
-    """Latency and peak memory, a panel each: a row an attention, a mark a length, at up to three lengths.
+    """Draws latency and peak memory of all attentions at the least, the middle and the greatest length.
 
-    None where there is no number of either. Rows are in the order of latency at the last of these lengths.
+    Returns:
+        None if nothing was measured at one of them.
     """
-    if not sweep.rows["latency_s"].gt(0).any() or not sweep.rows["peak_bytes"].gt(0).any():
+    places = representatives(sweep)
+    if any(sweep.rows.loc[sweep.rows[sweep.column] == sweep.values[at], "latency_s"].isna().all() for at in places):
         return None
-    at = representatives(sweep)
-    last = {name: rows["latency_s"].iloc[at[-1]] for name, rows in sweep.cells.items()}
-    names = sorted(sweep.cells, key=lambda name: (np.isnan(last[name]), last[name]))
-    left, row = max(LEFT, key_room(sweep.looks, names)), 0.21
-    width, height = (WIDTH - left - RIGHT - 0.25) / 2, row * len(names)
-    failed = [f"{name} at {sweep.at(i)} ({cell})" for i in at for name in names if (cell := _outcome(sweep, name, i)) in FAILURES]
-    words = subtitle(sweep, f"not shown: {', '.join(failed)}" if failed else "", sampled=True, left=left)
-    picture = headed("All attentions compared, left is better", words, FOOT + height + LEGEND + 0.08, left)
-    sizes = np.linspace(3.5, 7.0, len(at)) if len(at) > 1 else np.array([5.5])
-    for number, quantity in enumerate((LATENCY, MEMORY)):
-        axes = placed(picture, left + number * (width + 0.25), FOOT, width, height)
-        for place, name in enumerate(names):
-            _row(axes, place, sweep, name, at, sizes.tolist(), quantity)
-        axes.set(xscale="log", ylim=(len(names) - 0.5, -0.5), yticks=[])
-        axes.margins(x=0.06)
-        # A mark every two decades of what may be 128 times as long, or every 16-fold of memory.
-        axes.xaxis.set_major_locator(LogLocator(base=10 if quantity is LATENCY else 4, numticks=7))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, tick=quantity.tick: tick(value)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("latency" if quantity is LATENCY else "peak memory above inputs and parameters")
-        if number == 0:
-            keyed(axes, sweep.looks, names, width)
-    marks = [
-        Line2D([], [], marker="o", linestyle="none", color=GREY, markersize=size, label=sweep.at(place))
-        for place, size in zip(at, sizes, strict=True)
+    last = {name: cells["latency_s"].iloc[-1] for name, cells in sweep.by_attention.items()}
+    names, styles = sorted(last, key=lambda name: (np.isnan(last[name]), last[name])), style_of(last)
+    failed = [
+        f"{name} at {sweep.at(at)} ({outcome})"
+        for at in places
+        for name in names
+        if (outcome := sweep.by_attention[name]["outcome"].iloc[at]) in FAILURES
     ]
-    anchor = (left / WIDTH, (FOOT + height + 0.08) / picture.get_figheight())
-    picture.legend(handles=marks, loc="lower left", bbox_to_anchor=anchor, ncols=len(marks), borderaxespad=0, handletextpad=0.3)
-    return picture
+    words = subtitle(sweep, f"not shown: {', '.join(failed)}" if failed else "", sampled=True)
+    figure = new_figure("All attentions compared, left is better", words, 0.7 + 0.24 * len(names))
+    panels = figure.subplots(1, 2, sharey=True)
+    sizes = np.linspace(3.5, 7.0, len(places)).tolist()
+    for axes, metric in zip(panels, (LATENCY, PEAK_MEMORY), strict=True):
+        for row, name in enumerate(names):
+            cells, line = sweep.by_attention[name].iloc[places], styles[name].line(discrete=True)
+            values = cells[metric.column].to_numpy(float)
+            axes.plot(values, [row] * len(values), color=styles[name].colour, linewidth=0.8, alpha=0.6)
+            for value, size in zip(values, sizes, strict=True):
+                axes.plot([value], [row], gid=name, zorder=3, **line | {"markersize": size})
+            if metric.low and metric.high:
+                axes.hlines([row] * len(cells), cells[metric.low], cells[metric.high], styles[name].colour, linewidth=3, alpha=0.25)
+        axes.set(xscale="log", xlabel=metric.label)
+        axes.margins(x=0.08)
+        scale_log(axes.xaxis, 10 if metric is LATENCY else 4, metric.unit.format)
+    name_rows(panels[0], names, styles)
+    dots = [
+        Line2D([], [], marker="o", linestyle="none", color=GREY, markersize=size, label=sweep.at(at))
+        for at, size in zip(places, sizes, strict=True)
+    ]
+    panels[-1].legend(handles=dots, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    return figure
 
 
-def _outcome(sweep: Sweep, name: str, at: int) -> str:
-    return str(sweep.cells[name]["outcome"].iloc[at])
-
-
-def _row(axes: Axes, place: int, sweep: Sweep, name: str, at: Sequence[int], sizes: Sequence[float], quantity: Quantity) -> None:
-    """The marks of one attention, on a line from the first to the last."""
-    look, cells = sweep.looks[name], sweep.cells[name].iloc[list(at)]
-    values = cells[quantity.column].to_numpy(float)
-    axes.plot(values, [place] * len(values), color=look.colour, linewidth=look.width / 2, alpha=0.6, gid=f"{name} line", zorder=2)
-    for (_, cell), value, size in zip(cells.iterrows(), values, sizes, strict=True):
-        if quantity.low and quantity.high:
-            axes.hlines(place, cell[quantity.low], cell[quantity.high], color=look.colour, linewidth=3, alpha=0.25, zorder=1.9)
-        axes.plot([value], [place], gid=name, zorder=3, **look.line(discrete=True) | {"markersize": size})
-
-
-# --- panels over length ---------------------------------------------------------------------------
-
-
-def panels(sweep: Sweep, quantities: Sequence[Quantity], title: str) -> Figure | None:
-    """A panel a quantity, side by side, over the swept setting. None where a quantity has no number, or nothing is swept."""
-    if sweep.discrete or any(not sweep.rows[quantity.column].gt(0).any() for quantity in quantities):
-        return None
-    names = list(sweep.cells)
-    rows = _rows_of_keys(len(names))
-    width = (WIDTH - LEFT - RIGHT - GAP * (len(quantities) - 1)) / len(quantities)
-    plotted = 1.9
-    picture = headed(title, subtitle(sweep, sampled=True), FOOT + plotted + ABOVE + LEGEND * rows - 0.1)
-    for number, quantity in enumerate(quantities):
-        _over(placed(picture, LEFT + number * (width + GAP), FOOT, width, plotted), sweep, quantity)
-    _keys(picture, sweep, names, FOOT + plotted + ABOVE)
-    return picture
+# --- panels over the swept setting -------------------------------------------------------------------
 
 
 def decode(sweep: Sweep) -> Figure | None:
-    """What the next token costs behind a context: time, and the state that must be kept."""
-    quantities = (replace(LATENCY, title="Latency of a token"), STATE)
-    return panels(sweep, quantities, "Decoding one token behind a context, lower is better")
+    """Draws the latency of the next token and the decoding state over the context; None if one was not measured."""
+    metrics = (LATENCY, STATE)
+    if sweep.discrete or any(not sweep.rows[metric.column].gt(0).any() for metric in metrics):
+        return None
+    figure = new_figure("Decoding one token behind a context, lower is better", subtitle(sweep, sampled=True), 2.6)
+    panels = figure.subplots(1, 2)
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_metric(axes, sweep, metric)
+    add_legend(panels[-1], style_of(sweep.attentions), list(sweep.by_attention))
+    return figure
 
 
-def _over(axes: Axes, sweep: Sweep, quantity: Quantity) -> None:
-    """One quantity over the swept setting, in a panel that is named after it."""
-    for name, rows in sweep.cells.items():
-        plot(axes, sweep.x, rows, quantity, name, sweep)
-    scale_x(axes, sweep)
-    scale_y(axes, sweep.rows, quantity)
-    _titled(axes, quantity.title.format(reference=sweep.reference).partition(",")[0])
-    axes.set_xlabel(sweep.axis.partition(" (")[0], size=7)
+def _draw_metric(axes: Axes, sweep: Sweep, metric: Metric) -> None:
+    """Draws one metric over the swept setting in a panel that is named after it."""
+    styles = style_of(sweep.attentions)
+    for name, rows in sweep.by_attention.items():
+        draw_line(axes, sweep.x, rows, metric, styles[name], name)
+    scale_settings(axes, sweep.values, sweep.axis.partition(" (")[0])
+    scale_metric(axes, sweep.rows, metric)
+    if metric in (SPEEDUP, ROOFLINE):
+        axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=1)
+    axes.set_title(TITLES.get(metric) or metric.title(sweep.reference).partition(",")[0])
 
 
-def _titled(axes: Axes, title: str) -> None:
-    axes.set_title(title, size=NAME, loc="left", pad=4)
-    axes.tick_params(labelsize=SMALL)
-
-
-def _rows_of_keys(count: int) -> int:
-    return -(-count // 8)
-
-
-def _keys(picture: Figure, sweep: Sweep, names: Sequence[str], bottom: float) -> None:
-    """The names with their lines, right beneath the subtitle."""
-    anchor = (LEFT / WIDTH, bottom / picture.get_figheight())
-    lines = [Line2D([], [], label=label(sweep.looks, name), **sweep.looks[name].line(discrete=False)) for name in names]
-    shape: dict[str, Any] = {"handletextpad": 0.4, "columnspacing": 0.8, "handlelength": 1.6, "fontsize": SMALL}
-    legend = picture.legend(
-        handles=lines, loc="lower left", bbox_to_anchor=anchor, ncols=min(len(names), 8), borderaxespad=0, **shape
-    )
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_fontweight(weight(sweep.looks[name]))
-
-
-# --- the dashboard --------------------------------------------------------------------------------
+# --- the dashboard -----------------------------------------------------------------------------------
 
 
 def dashboard(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
-    """All that matters at a glance: time, speed-up, memory, part of the ceiling, exponents, and what is remembered with how much.
+    """Draws latency, speed-up, memory, fraction of the roofline, exponents, and accuracy against state, a panel each.
 
-    The last panel is left out where nothing was learned. None where nothing is swept.
+    Args:
+        sweep: timings over length.
+        learned: the data of accuracy, whose panel is left out without them.
+
+    Returns:
+        None if nothing is swept or nothing was measured.
     """
     if sweep.discrete or not sweep.rows["latency_s"].gt(0).any():
         return None
-    quantities = (LATENCY, SPEEDUP, replace(MEMORY, title="Peak memory"), replace(CEILING, title="Percent of the ceiling"))
-    over = [one for one in quantities if sweep.rows[one.column].gt(0).any()]
-    drawn: list[Any] = [lambda axes, one=one: _over(axes, sweep, one) for one in over]
+    draws: list[Callable[[Axes], None]] = [
+        partial(_draw_metric, sweep=sweep, metric=metric)
+        for metric in (LATENCY, SPEEDUP, PEAK_MEMORY, ROOFLINE)
+        if sweep.rows[metric.column].gt(0).any()
+    ]
+    notes = []
     if sweep.scaling is not None and len(sweep.scaling):
-        drawn.append(lambda axes: _exponents(axes, sweep))
-    notes = ["exponents: p of the law a + b·nᵖ that fits latency, with its interval; hollow: of the FLOPs that are declared"]
-    asked = None if learned is None else learned.at_last(learned.trained)
-    if learned is not None and asked is not None and asked["attention"].isin(list(sweep.cells)).any():
-        drawn.append(lambda axes: _recall(axes, sweep, asked))
-        task = (
-            f"{asked[name].iloc[0]:.0f} {what}" for name, what in (("num_pairs", "pairs"), ("seq_len", "tokens")) if name in asked
-        )
-        notes.append(f"recall: {', '.join([str(asked['task'].iloc[0]), *task])}")
-    columns, plotted, below = 3, 1.35, 0.5
-    rows = -(-len(drawn) // columns)
-    width = (WIDTH - LEFT - RIGHT - GAP * (columns - 1)) / columns
-    high = rows * (plotted + ABOVE) + (rows - 1) * below
-    picture = headed("The study at a glance", subtitle(sweep, *notes), FOOT + high + LEGEND * _rows_of_keys(len(sweep.cells)) - 0.1)
-    for number, draw in enumerate(drawn):
-        row, column = divmod(number, columns)
-        bottom = FOOT + (rows - 1 - row) * (plotted + ABOVE + below)
-        draw(placed(picture, LEFT + column * (width + GAP), bottom, width, plotted))
-    _keys(picture, sweep, list(sweep.cells), FOOT + high + 0.02)
-    return picture
+        draws.append(partial(_draw_exponents, sweep=sweep))
+        notes.append("exponents: p of the power law a + b·nᵖ fitted to latency, with its interval; hollow: p of the declared FLOPs")
+    rows = learned.at_last(learned.trained) if learned else pd.DataFrame(columns=["attention"])
+    rows = rows[rows["attention"].isin(list(sweep.by_attention))]
+    if len(rows):
+        draws.append(partial(_draw_recall, rows=rows))
+        task = [
+            training_phrase(name, format_setting(rows[name].iloc[0])) for name in ("task", "num_pairs", "seq_len") if name in rows
+        ]
+        notes.append(f"recall: {', '.join(task)}")
+    down = -(-len(draws) // 3)
+    figure = new_figure("The study at a glance", subtitle(sweep, *notes), 1.95 * down)
+    panels = figure.subplots(down, 3, squeeze=False)
+    for axes, draw in zip(panels.flat, draws, strict=False):
+        draw(axes)
+        axes.tick_params(labelsize=6.5)
+        axes.xaxis.label.set_size(7)
+    for axes in list(panels.flat)[len(draws) :]:
+        axes.set_axis_off()
+    add_legend(panels[0, -1], style_of(sweep.attentions), list(sweep.by_attention))
+    return figure
 
 
-def _exponents(axes: Axes, sweep: Sweep) -> None:
-    """A row an attention: the exponent of its latency with the interval, and the declared one."""
+def _draw_exponents(axes: Axes, sweep: Sweep) -> None:
+    """Draws the exponent of each attention's latency with its interval, and the declared one, a row an attention."""
     assert sweep.scaling is not None
-    fits: dict[Any, Any] = sweep.scaling[sweep.scaling["quantity"] == "latency"].set_index("attention").to_dict("index")
-    for row, name in enumerate(sweep.cells):
-        fit, look = fits.get(name, {}), sweep.looks[name]
-        axes.hlines(row, fit.get("exponent_low", np.nan), fit.get("exponent_high", np.nan), color=look.colour, linewidth=1.2)
-        axes.plot([fit.get("exponent", np.nan)], [row], gid=name, **look.line(discrete=True))
-        hollow = {"markerfacecolor": "none", "markeredgecolor": look.colour, "markeredgewidth": 0.9, "markersize": 6.5}
-        axes.plot([fit.get("declared_exponent", np.nan)], [row], gid=f"{name} declared", **look.line(discrete=True) | hollow)
-    axes.set(ylim=(len(sweep.cells) - 0.5, -0.5), yticks=[])
+    fits = sweep.scaling[sweep.scaling["quantity"] == "latency"].set_index("attention")
+    styles = style_of(sweep.attentions)
+    for row, name in enumerate(sweep.by_attention):
+        if name in fits.index:
+            style, fit = styles[name], fits.loc[name]
+            line = style.line(discrete=True)
+            axes.hlines(row, fit["exponent_low"], fit["exponent_high"], color=style.colour, linewidth=1.2)
+            axes.plot([fit["exponent"]], [row], gid=name, **line)
+            hollow = {"markerfacecolor": "none", "markeredgecolor": style.colour, "markeredgewidth": 0.9, "markersize": 6.5}
+            axes.plot([fit["declared_exponent"]], [row], gid=f"{name} declared", **line | hollow)
+    axes.set(ylim=(len(sweep.by_attention) - 0.5, -0.5), yticks=[], title="Exponent of latency", xlabel="p")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _titled(axes, "Exponent of latency")
-    axes.set_xlabel("p", size=7)
 
 
-def _recall(axes: Axes, sweep: Sweep, asked: pd.DataFrame) -> None:
-    """Accuracy against state, of those that the sweep has."""
-    for name, own in asked[asked["attention"].isin(list(sweep.cells))].groupby("attention", sort=False):
-        look, row = sweep.looks[str(name)], own.iloc[-1]
-        axes.vlines(row["state_bytes"], row["accuracy_low"], row["accuracy_high"], color=look.colour, linewidth=1.2, alpha=0.6)
-        axes.plot([row["state_bytes"]], [row["accuracy"]], gid=f"{name} recall", **look.line(discrete=True))
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-0.02, 1.04)
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(LogLocator(base=4, numticks=5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    _titled(axes, "Accuracy of recall")
-    axes.set_xlabel("state after the sequence", size=7)
+def _draw_recall(axes: Axes, rows: pd.DataFrame) -> None:
+    """Draws accuracy against decoding state, a point an attention."""
+    styles = style_of(rows["attention"])
+    for _, row in rows.iterrows():
+        style = styles[row["attention"]]
+        axes.vlines(row["state_bytes"], row["accuracy_low"], row["accuracy_high"], color=style.colour, linewidth=1.2, alpha=0.6)
+        axes.plot([row["state_bytes"]], [row["accuracy"]], gid=f"{row['attention']} recall", **style.line(discrete=True))
+    axes.margins(x=0.15)
+    axes.set(ylim=(-0.02, 1.04), title="Accuracy of recall", xlabel=STATE.label)
+    scale_log(axes.xaxis, 4, STATE.unit.format, ticks=4)

@@ -1,4 +1,4 @@
-"""A folder of results, as the study's figures take it: what is drawn of it, and where its numbers come from."""
+"""`Source`: a folder of results as the study uses it, with the data of its figures and their origin."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from evals.results.ledger import Ledger, Record
 from evals.results.metrics import BYTES
 
 Data = Any
-"""A Sweep, a Learned, or the two tables of conversions: what the functions of `figures` draw."""
+"""A Sweep, an AccuracySweep, or the two tables of a conversion: what the functions of figures draw."""
 
-DESCRIPTIONS = {"comparison": "comparison", "study": "study", "search": "search", "conversion": "run"}
-"""The kinds of record that say under what others were made, and the field that holds the hash of all their settings."""
+HASHES = {"comparison": "comparison", "study": "study", "search": "search", "conversion": "run"}
+"""The kinds of record that describe how others were made, and the field with the hash of all settings."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,18 @@ class Source:
 
     @cached_property
     def sets(self) -> dict[str, Data]:
-        """What belongs in one figure, by what tells it from the others ("" if nothing does). Raises ValueError as `figures`."""
+        """The data of each figure, by the suffix of its name ("" if there is one). Raises ValueError for an invalid table."""
         kind = schema.kind_of(self.folder / "results.csv")
         if kind == "conversion":
             return dict(registry.conversion_tables(self.table, schema.read(self.folder / "positions.csv")))
         if kind == "accuracy":
-            return dict(registry.accuracy_figures_data(self.table, schema.read(self.folder / "curves.csv")))
+            return dict(registry.checked_accuracy_sweeps(self.table, schema.read(self.folder / "curves.csv")))
         return dict(frames.sweeps(frames.read_table(self.folder), frames.read_fits(self.folder)))
+
+    @property
+    def first(self) -> Data:
+        """The data of the first figure."""
+        return next(iter(self.sets.values()))
 
     @cached_property
     def records(self) -> list[Record]:
@@ -46,59 +51,62 @@ class Source:
 
     @cached_property
     def descriptions(self) -> list[Record]:
-        """Of what the table's rows are of; all, where the table does not name them. The last of each, in their order."""
-        named = {kind: set(self.table[kind].dropna()) for kind in DESCRIPTIONS if kind in self.table}
+        """The records that describe the rows of the table, the last of each; all such records if the table names none."""
+        named = {kind: set(self.table[kind].dropna()) for kind in HASHES if kind in self.table}
         last: dict[str, Record] = {}
         for record in self.records:
             kind = str(record.get("kind"))
-            if kind in DESCRIPTIONS and (kind not in named or record[DESCRIPTIONS[kind]] in named[kind]):
-                last[str(record[DESCRIPTIONS[kind]])] = record
+            if kind in HASHES and (kind not in named or record[HASHES[kind]] in named[kind]):
+                last[str(record[HASHES[kind]])] = record
         return list(last.values())
 
     @property
     def hashes(self) -> list[str]:
-        """Of the settings and the code of each."""
-        return [str(record[DESCRIPTIONS[record["kind"]]]) for record in self.descriptions]
+        """The hashes of settings and code."""
+        return [str(record[HASHES[record["kind"]]]) for record in self.descriptions]
 
     @property
     def commands(self) -> list[str]:
-        """What was typed; none of a ledger that was made before ledgers kept it, and of `evals.distill`."""
-        return _once(record["command"] for record in self.records if record.get("kind") == "command")
+        """The commands as typed; older ledgers and those of `evals.distill` have none."""
+        return _unique(record["command"] for record in self.records if record.get("kind") == "command")
 
     @property
     def commits(self) -> list[str]:
-        facts = self._facts
-        return _once(f"{one['commit'][:12]}{', with changes' if one.get('dirty') else ''}" for one in facts if one.get("commit"))
+        return _unique(
+            f"{facts['commit'][:12]}{', with changes' if facts.get('dirty') else ''}"
+            for facts in self._provenance
+            if facts.get("commit")
+        )
 
     @property
     def processors(self) -> list[str]:
-        """What computed."""
-        return _once(str(one.get("gpu") or one["cpu"]) for one in self._facts)
+        """The processors or GPUs."""
+        return _unique(str(facts.get("gpu") or facts["cpu"]) for facts in self._provenance)
 
     @property
     def machines(self) -> list[str]:
-        """What computed, its memory, and what ran there."""
-        return _once(
-            f"{one.get('gpu') or one['cpu']}, {BYTES.format(one['memory_bytes'], digits=3)} of memory, "
-            f"{one['platform']}, Python {one['python']}, torch {one['torch']}"
-            for one in self._facts
+        """The processors or GPUs with their memory and software."""
+        return _unique(
+            f"{facts.get('gpu') or facts['cpu']}, {BYTES.format(facts['memory_bytes'], digits=3)} of memory, "
+            f"{facts['platform']}, Python {facts['python']}, torch {facts['torch']}"
+            for facts in self._provenance
         )
 
     @property
     def days(self) -> list[str]:
-        """On which it was begun, the first and the last."""
-        found = sorted(str(record["time"])[:10] for record in self.descriptions)
-        return _once([found[0], found[-1]]) if found else []
+        """The first and the last day on which something was begun."""
+        days = sorted(str(record["time"])[:10] for record in self.descriptions)
+        return _unique([days[0], days[-1]]) if days else []
 
     @property
-    def _facts(self) -> list[dict[str, Any]]:
+    def _provenance(self) -> list[dict[str, Any]]:
         return [record["provenance"] for record in self.descriptions if record.get("provenance")]
 
 
-def _once(texts: Iterable[str]) -> list[str]:
+def _unique(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def found(results: Path, pattern: str) -> Sequence[Source]:
-    """The folders of this name, or of names of this pattern, that hold a table; in the order of their names."""
+def find_sources(results: Path, pattern: str) -> Sequence[Source]:
+    """The folders of this name or pattern that hold a table, in the order of their names."""
     return [Source(path.parent) for path in sorted(results.glob(f"{pattern}/results.csv"))]

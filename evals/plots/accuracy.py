@@ -1,286 +1,239 @@
-"""Figures of what attentions learned: accuracy, what it costs to remember, bits per byte, losses.
-
-All show the best learning rate of each attention. Bands and bars are intervals over seeds.
-"""
+"""Figures of training: accuracy, its costs, bits per byte, and losses of the best learning rate of each attention."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from evals.plots.layout import EDGE, LEFT, NAME, WIDTH, Numbers, headed, label, lined, placed, spread, weight, wide
-from evals.plots.style import GREY, Style
-from evals.results.formatting import format_bytes, format_seconds, format_setting
+from evals.plots.layout import BODY, add_legend, legend_height, new_figure, scale_log, scale_settings
+from evals.plots.lines import draw_line
+from evals.plots.pareto import draw_front
+from evals.plots.style import GREY, Style, style_of
+from evals.results.formatting import format_setting
 from evals.results.frames import Sweep
-from evals.results.settings import AXIS_LABELS, TRAINING_SETTINGS, setting_name
+from evals.results.metrics import ACCURACY, BITS_PER_BYTE, LATENCY, LOSS, STATE, Metric
+from evals.results.settings import (
+    TRAINING_SETTINGS,
+    axis_label,
+    format_range,
+    group_by,
+    training_conditions,
+    training_phrase,
+    varying,
+)
 
-PLOT, FOOT = 2.6, 0.45  # heights in inches
 SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
-"""Of these settings that make another model, and leave what is asked of it as it is."""
+"""The settings that change the model and leave the task as it is."""
 
 
 class AccuracySweep(NamedTuple):
-    """The rows of one set of figures: those of the best learning rates that are ok, and the points of their losses."""
+    """The data of one set of figures.
+
+    Attributes:
+        rows: rows of an accuracy table with outcome ok, of the best learning rates.
+        curves: the training losses of all runs.
+        swept: column of the swept setting.
+        failed: the attentions that failed, with their outcomes, in words.
+    """
 
     rows: pd.DataFrame
     curves: pd.DataFrame
     swept: str
-    looks: Mapping[str, Style]
     failed: str
 
     @property
+    def styles(self) -> dict[str, Style]:
+        return style_of(self.rows["attention"].astype(str))
+
+    @property
     def whole(self) -> pd.DataFrame:
-        """Rows over all targets."""
+        """The rows over all targets, not over those at one depth or position."""
         return self.rows[self.rows["depth"].isna() & self.rows["position"].isna()]
 
     @property
     def trained(self) -> pd.DataFrame:
-        """Those at the length of training."""
+        """The rows over all targets at the length of training."""
         whole = self.whole
         return whole[whole["eval_seq_len"] == whole["seq_len"]]
 
     def at_last(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Where the sweep goes furthest."""
+        """The rows at the greatest value of the swept setting."""
         last: pd.DataFrame = rows[rows[self.swept] == rows[self.swept].max()]
         return last
 
     @property
-    def costed(self) -> pd.DataFrame:
-        """What a front compares, as all of it is asked the same: every size of the models; or where the sweep goes furthest."""
+    def comparable(self) -> pd.DataFrame:
+        """The rows with the same task: all sizes of the models, or those at the greatest value of another swept setting."""
         return self.trained if self.swept in SIZES else self.at_last(self.trained)
 
-    def words(self, rows: pd.DataFrame, *notes: str, left: float = LEFT) -> str:
-        said = (
-            TRAINING_SETTINGS[name].format(format_setting(rows[name].iloc[0]))
-            for name in TRAINING_SETTINGS
-            if name in rows and rows[name].dropna().nunique() == 1
-        )
+    @property
+    def measures_bits(self) -> bool:
+        return bool(self.rows["bits_per_byte"].notna().any())
+
+    def subtitle(self, rows: pd.DataFrame, *notes: str) -> list[str]:
+        """Describes the settings that all rows share, the number of seeds, the given notes, and what failed."""
         seeds = rows["seeds"].max() if "seeds" in rows else 0
         each = f"mean of {seeds:.0f} seeds and its 95 % interval" if seeds > 1 else "one seed" if seeds else ""
         failed = f"not shown: {self.failed}" if self.failed else ""
-        return lined([", ".join(said), "; ".join(filter(None, [each, *notes])), failed], left)
+        return [training_conditions(rows), "; ".join(filter(None, [each, *notes])), failed]
 
 
-class Line(NamedTuple):
-    x: Numbers
-    y: Numbers
-    low: Numbers
-    high: Numbers
+def accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame, swept: str) -> Iterator[tuple[str, AccuracySweep]]:
+    """Groups a checked accuracy table into the data of figures, and names each group ("" if there is one)."""
+    ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
+    bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
+    failed = ", ".join(f"{row['attention']} ({row['outcome']})" for _, row in bad.iterrows())
+    apart = varying(ok, (name for name in TRAINING_SETTINGS if name != swept))
+    for values, rows in group_by(ok, apart):
+        if len(rows):
+            yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, failed)
 
 
-def line(rows: pd.DataFrame, x: str, y: str, low: str, high: str) -> Line:
-    rows = rows.sort_values(x)
-    return Line(*(rows[column].to_numpy(float) for column in (x, y, low, high)))
+# --- lines -------------------------------------------------------------------------------------------
 
 
-ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
-BITS = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")
-
-
-def accuracy(learned: AccuracySweep) -> Figure | None:
-    """Over the swept setting, asked at the length of training; None where nothing is swept, or bits are the measure."""
-    rows = learned.trained
-    if rows[learned.swept].nunique() < 2 or rows["bits_per_byte"].notna().any():
+def accuracy(sweep: AccuracySweep) -> Figure | None:
+    """Draws accuracy at the length of training over the swept setting; None if nothing is swept or bits are measured."""
+    rows = sweep.trained
+    if rows[sweep.swept].nunique() < 2 or sweep.measures_bits:
         return None
-    lines = {str(name): line(own, learned.swept, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    axes = _lines("Accuracy, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
-    _of_accuracy(axes, rows, learned.swept)
-    _log_x(axes, rows[learned.swept].unique(), AXIS_LABELS.get(learned.swept, setting_name(learned.swept)))
-    return _named(axes, lines, learned.looks)
+    return _accuracy_over(sweep, rows, sweep.swept, "Accuracy, higher is better")
 
 
-def accuracy_by_length(learned: AccuracySweep) -> Figure | None:
-    """Over the length at which it was asked; None where that is one, or bits are the measure."""
-    rows = learned.at_last(learned.whole)
-    if rows["eval_seq_len"].nunique() < 2 or rows["bits_per_byte"].notna().any():
+def accuracy_by_length(sweep: AccuracySweep) -> Figure | None:
+    """Draws accuracy over the length of evaluation; None if there is one length or bits are measured."""
+    rows = sweep.at_last(sweep.whole)
+    if rows["eval_seq_len"].nunique() < 2 or sweep.measures_bits:
         return None
-    lines = {str(name): line(own, "eval_seq_len", *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    axes = _lines("Accuracy at lengths not trained at, higher is better", learned.words(rows, chance(rows)), lines, learned.looks)
-    _of_accuracy(axes, rows, "eval_seq_len")
-    _log_x(axes, rows["eval_seq_len"].unique(), AXIS_LABELS["seq_len"])
-    return _named(axes, lines, learned.looks)
+    return _accuracy_over(sweep, rows, "eval_seq_len", "Accuracy at lengths not trained at, higher is better")
 
 
-def bits_by_position(learned: AccuracySweep) -> Figure | None:
-    """Over bytes of context, asked at the greatest length; None where there are none."""
-    rows = learned.rows[learned.rows["position"].notna() & learned.rows["bits_per_byte"].notna()]
+def _accuracy_over(sweep: AccuracySweep, rows: pd.DataFrame, column: str, title: str) -> Figure:
+    figure, axes = _draw_lines(sweep, rows, column, ACCURACY, title, describe_chance(rows))
+    axes.set_ylim(-0.02, 1.04)
+    chance = rows.groupby(column)["chance"].first().sort_index()
+    axes.plot(chance.index, chance, color=GREY, linewidth=0.8, linestyle=(0, (2, 2)), gid="chance", zorder=1)
+    scale_settings(axes, sorted(rows[column].unique()), axis_label(column))
+    return figure
+
+
+def describe_chance(rows: pd.DataFrame) -> str:
+    """Says what accuracy guessing has, which is drawn where rows have no depth."""
+    low, high = rows["chance"].min(), rows["chance"].max()
+    dashed = "dashed: " if rows["depth"].isna().all() else ""
+    return f"{dashed}chance, {low:.2g}" if low == high else f"{dashed}chance"
+
+
+def bits_by_position(sweep: AccuracySweep) -> Figure | None:
+    """Draws bits per byte over bytes of context at the greatest length; None if they were not measured by position."""
+    rows = sweep.rows[sweep.rows["position"].notna() & sweep.rows["bits_per_byte"].notna()]
     if rows.empty:
         return None
-    rows = learned.at_last(rows)
+    rows = sweep.at_last(rows)
     rows = rows[rows["eval_seq_len"] == rows["eval_seq_len"].max()]
-    lines = {str(name): line(own, "position", *BITS) for name, own in rows.groupby("attention", sort=False)}
-    note = f"asked at {format_setting(rows['eval_seq_len'].iloc[0])} bytes; a point is of all bytes with that context, up to twice as much"
-    axes = _lines("Bits per byte, lower is better", learned.words(rows, note), lines, learned.looks)
-    _log_x(axes, rows["position"].unique(), "bytes of context (1k = 1024)")
-    axes.axvline(float(rows["seq_len"].iloc[0]), color=GREY, linewidth=0.8, dashes=(2, 2), zorder=1)
-    return _named(axes, lines, learned.looks)
+    length = format_setting(rows["eval_seq_len"].iloc[0])
+    note = f"evaluated at {length} bytes; a point: all bytes with that context or up to twice as much; dashed: length of training"
+    figure, axes = _draw_lines(sweep, rows, "position", BITS_PER_BYTE, BITS_PER_BYTE.title(), note)
+    scale_settings(axes, sorted(rows["position"].unique()), "bytes of context (1k = 1024)")
+    axes.axvline(float(rows["seq_len"].iloc[0]), color=GREY, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+    return figure
 
 
-def loss(learned: AccuracySweep) -> Figure | None:
-    """The training loss of the first seed over steps, where the sweep goes furthest."""
-    curves = learned.curves
-    if learned.swept in curves:
-        curves = learned.at_last(curves)
+def loss(sweep: AccuracySweep) -> Figure | None:
+    """Draws the training loss of the first seed over steps, at the greatest value of the swept setting."""
+    curves = sweep.at_last(sweep.curves) if sweep.swept in sweep.curves else sweep.curves
     curves = curves[curves["best"] & (curves["seed"] == 0)]
     if curves.empty:
         return None
-    rows = learned.at_last(learned.trained)
-    lines = {}
-    for name, own in curves.groupby("attention", sort=False):
-        y = own["loss_nats"].rolling(5, min_periods=1).mean().to_numpy(float)
-        lines[str(name)] = Line(own["step"].to_numpy(float), y, *np.full((2, len(y)), math.nan))
-    words = learned.words(rows.drop(columns="seeds"), "seed 0; means over five points, of which a run has up to 200")
-    axes = _lines("Training loss in nats, lower is better", words, lines, learned.looks, markers=False)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    smooth = curves.groupby("attention", sort=False)[LOSS.column].transform(lambda one: one.rolling(5, min_periods=1).mean())
+    curves = curves.assign(**{LOSS.column: smooth})
+    rows = sweep.at_last(sweep.trained).drop(columns="seeds")
+    notes = "seed 0; means over five points, of which a run has up to 200"
+    title = "Training loss in nats, lower is better"
+    figure, axes = _draw_lines(sweep, curves, "step", LOSS, title, notes, described=rows, markers=False)
+    scale_log(axes.yaxis, 10, lambda value: f"{value:g}")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step")
-    return _named(axes, lines, learned.looks)
+    return figure
 
 
-def recall_front(learned: AccuracySweep) -> Figure | None:
-    """Accuracy against the bytes to decode with, at the length of training; None where bits are the measure."""
-    rows = learned.costed
-    if rows.empty or rows["bits_per_byte"].notna().any():
-        return None
-    axis = "state after the sequence, all layers", format_bytes, LogLocator(base=2, numticks=8)
-    return _front(learned, rows, "state_bytes", "state", axis)
+def _draw_lines(
+    sweep: AccuracySweep,
+    rows: pd.DataFrame,
+    x: str,
+    metric: Metric,
+    title: str,
+    *notes: str,
+    described: pd.DataFrame | None = None,
+    markers: bool = True,
+) -> tuple[Figure, Axes]:
+    """A figure with a line an attention, and a legend in the order in which they end; the caller scales the axes."""
+    names = [str(name) for name in rows["attention"].unique()]
+    words = sweep.subtitle(rows if described is None else described, *notes)
+    figure = new_figure(title, words, max(BODY, legend_height(names)))
+    axes, ends = figure.subplots(), {}
+    absent = dict.fromkeys((column for column in (metric.low, metric.high) if column and column not in rows), math.nan)
+    for name, part in rows.assign(**absent).groupby("attention", sort=False):
+        own, style = part.sort_values(x, kind="stable"), sweep.styles[str(name)]
+        draw_line(axes, own[x].to_numpy(float), own, metric, style, str(name))
+        axes.lines[-1].set(clip_on=not markers, **{} if markers else {"marker": "none"})
+        ends[str(name)] = own[metric.column].iloc[-1]
+    add_legend(axes, sweep.styles, sorted(names, key=lambda name: -ends[name]))
+    return figure, axes
 
 
-def recall_latency(learned: AccuracySweep, decoded: Sweep) -> Figure | None:
-    """Accuracy against the time that the next token takes behind as long a context; None where bits are the measure.
+# --- accuracy against its cost -----------------------------------------------------------------------
 
-    decoded: what the same models take to decode. One that is not in both is left out.
+
+def recall_front(sweep: AccuracySweep) -> Figure | None:
+    """Draws accuracy against the bytes of decoding state at the length of training; None if bits are measured."""
+    return _front(sweep, sweep.comparable, STATE, "state after the sequence, all layers", base=2)
+
+
+def recall_latency(sweep: AccuracySweep, decoded: Sweep) -> Figure | None:
+    """Draws accuracy against the time of the next token behind a context as long as that of training.
+
+    Args:
+        sweep: what the models learned.
+        decoded: timings of decoding with the same models; an attention that is not in both is left out.
+
+    Returns:
+        None if bits are measured, or nothing is in both.
     """
-    rows = learned.costed
-    if rows.empty or rows["bits_per_byte"].notna().any():
-        return None
-    model = ["attention", *([learned.swept] if learned.swept in SIZES else [])]
-    times = decoded.rows[decoded.rows["seq_len"] == rows["seq_len"].iloc[0]].set_index(model)["latency_s"].dropna()
-    rows = rows.join(times, on=model).dropna(subset="latency_s")
+    rows = sweep.comparable
     if rows.empty:
         return None
-    return _front(learned, rows, "latency_s", "latency", ("median time of the next token", format_seconds, MaxNLocator(5)))
+    model = ["attention", *([sweep.swept] if sweep.swept in SIZES else [])]
+    times = decoded.rows[decoded.rows["seq_len"] == rows["seq_len"].iloc[0]].set_index(model)[LATENCY.column].dropna()
+    rows = rows.join(times, on=model).dropna(subset=LATENCY.column)
+    return _front(sweep, rows, LATENCY, "median time of the next token", base=10)
 
 
-def _front(
-    learned: AccuracySweep, rows: pd.DataFrame, column: str, cost: str, axis: tuple[str, Callable[[float], str], Locator]
-) -> Figure:
-    """Accuracy against a cost: a point a model, a line through the sizes of one attention. axis: its words, how it is written, and
-    where.
-    """
-    words, written, ticks = axis
-    lines = {str(name): line(own, column, *ACCURACY) for name, own in rows.groupby("attention", sort=False)}
-    note = "grey: the front; nobody on it remembers more with less"
-    places = [format_setting(one) for one in sorted(rows[learned.swept].unique())]
-    place = TRAINING_SETTINGS.get(learned.swept, f"{learned.swept} {{}}").format(
-        " to ".join(dict.fromkeys([places[0], places[-1]]))
-    )
-    axes = _lines(f"Accuracy against {cost}, {place}: upper left is better", learned.words(rows, note), lines, learned.looks)
-    points = [(x, y) for one in lines.values() for x, y in zip(one.x.tolist(), one.y.tolist(), strict=True)]
-    points.sort(key=lambda point: (point[0], -point[1]))  # of equal cost, the best first
-    best = [(x, y) for index, (x, y) in enumerate(points) if all(y > other for _, other in points[:index])]
-    corners = [(x, level) for (x, y), (_, before) in zip(best, [(0.0, 0.0), *best], strict=False) for level in (before, y)]
-    axes.set_xscale("log")
-    span = max(1.5, (points[-1][0] / points[0][0]) ** 0.08)
-    left, right = points[0][0] / span, points[-1][0] * span
-    axes.plot(*zip(*corners, (right, corners[-1][1]), strict=True), color="#9a9a9a", linewidth=1.6, zorder=1.5, gid="front")
-    axes.set(xlim=(left, right), ylim=(-0.02, 1.04))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(ticks)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(words)
-    return _named(axes, lines, learned.looks)
+def _front(sweep: AccuracySweep, rows: pd.DataFrame, cost: Metric, label: str, base: int) -> Figure | None:
+    """Draws accuracy against a cost: a point a model, a line through the sizes of one attention, and the Pareto front."""
+    if rows.empty or sweep.measures_bits:
+        return None
+    setting = training_phrase(sweep.swept, format_range(rows[sweep.swept]))
+    title = f"Accuracy against {'state' if cost is STATE else 'latency'}, {setting}: upper left is better"
+    note = "grey: the Pareto front; no other model remembers more than one on it with less"
+    figure, axes = _draw_lines(sweep, rows, cost.column, ACCURACY, title, note)
+    x = rows[cost.column].to_numpy(float)
+    margin = max(1.5, (x.max() / x.min()) ** 0.08)
+    axes.set(xlim=(x.min() / margin, x.max() * margin), ylim=(-0.02, 1.04), xlabel=label)
+    scale_log(axes.xaxis, base, cost.unit.format)
+    draw_front(axes, x, rows["accuracy"].to_numpy(float), higher_is_better=True)
+    return figure
 
 
-FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
+ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
     "accuracy": accuracy,
     "by_length": accuracy_by_length,
     "recall_front": recall_front,
     "bits_by_position": bits_by_position,
     "loss": loss,
 }
-"""One that has nothing to show is None, and is left out."""
-
-
-def accuracy_sweeps(
-    results: pd.DataFrame, curves: pd.DataFrame, swept: str, looks: Mapping[str, Style]
-) -> Iterator[tuple[str, AccuracySweep]]:
-    """The rows that belong in one figure, and what tells them from the others ("" if nothing does)."""
-    ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
-    bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
-    failed = ", ".join(f"{row['attention']} ({row['outcome']})" for _, row in bad.iterrows())
-    apart = [name for name in TRAINING_SETTINGS if name != swept and name in ok and ok[name].nunique(dropna=False) > 1]
-    for values, rows in ok.groupby(apart, dropna=False, sort=True) if apart else [((), ok)]:
-        if len(rows):
-            yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, looks, failed)
-
-
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def _lines(title: str, words: str, lines: Mapping[str, Line], looks: Mapping[str, Style], *, markers: bool = True) -> Axes:
-    """A line an attention with its band, and the names right of them."""
-    room = max(0.95, *(wide(label(looks, name), NAME, weight(looks[name])) for name in lines)) + 0.42
-    picture = headed(title, words, FOOT + PLOT + 0.02)
-    width = WIDTH - LEFT - room - EDGE
-    axes = placed(picture, LEFT, FOOT, width, PLOT)
-    for name, (x, y, low, high) in lines.items():
-        look = looks[name]
-        mark: dict[str, Any] = look.line(discrete=False) | ({} if markers else {"marker": "none"})
-        axes.plot(x, y, label=name, gid=name, zorder=2 + look.width, clip_on=not markers, **mark)
-        if len(x) > 1:
-            axes.fill_between(x, low, high, color=look.colour, alpha=0.16, linewidth=0)
-        else:
-            axes.vlines(x, low, high, color=look.colour, linewidth=1.2, zorder=2)
-    return axes
-
-
-def _named(axes: Axes, lines: Mapping[str, Line], looks: Mapping[str, Style]) -> Figure:
-    """The figure of these axes, whose limits are final, with the names right of them at the heights where lines end."""
-    bottom, top = (axes.transScale.transform((1, limit))[1] for limit in axes.get_ylim())
-    ends = sorted(((axes.transScale.transform((1, one.y[-1]))[1] - bottom) / (top - bottom), name) for name, one in lines.items())
-    width = axes.get_position().width * WIDTH
-    for height, (_, name) in zip(spread([end for end, _ in ends], 0.151 / PLOT), ends, strict=True):
-        key = Line2D([1 + inch / width for inch in (0.1, 0.2, 0.3)], [height] * 3, markevery=[1], **looks[name].line(False))
-        key.set(transform=axes.transAxes, clip_on=False)
-        axes.add_line(key)
-        said: dict[str, Any] = {"va": "center_baseline", "size": NAME, "weight": weight(looks[name])}
-        axes.text(1 + 0.36 / width, height, label(looks, name), transform=axes.transAxes, **said)
-    return axes.get_figure()  # type: ignore[return-value]  # these axes are of no subfigure
-
-
-def _of_accuracy(axes: Axes, rows: pd.DataFrame, x: str) -> None:
-    axes.set_ylim(-0.02, 1.04)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    chance = rows.groupby(x)["chance"].first().sort_index()
-    axes.plot(
-        chance.index.to_numpy(float), chance.to_numpy(float), color=GREY, linewidth=0.8, dashes=(2, 2), gid="chance", zorder=1
-    )
-
-
-def chance(rows: pd.DataFrame) -> str:
-    """What a subtitle says of it; it is drawn where there are no depths."""
-    low, high = rows["chance"].min(), rows["chance"].max()
-    dashed = "dashed: " if rows["depth"].isna().all() else ""
-    return f"{dashed}chance, {low:.2g}" if low == high else f"{dashed}chance"
-
-
-def _log_x(axes: Axes, places: Iterable[float], name: str) -> None:
-    found = sorted(float(one) for one in places)
-    axes.set_xscale("log", base=2)
-    margin = (found[-1] / found[0]) ** 0.03
-    axes.set_xlim(found[0] / margin, found[-1] * margin)
-    every = math.ceil(len(found) / 10)
-    axes.set_xticks(found[::-every][::-1], [format_setting(one) for one in found[::-every][::-1]])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(name)
+"""The figures of accuracy tables; one without data is None."""

@@ -1,155 +1,185 @@
-"""What all figures share: a sweep laid out along its swept setting, units, the words above a plot, and text that fits."""
+"""The layout of figures: a page with title and subtitle, legends, axes in human units, and marks of failures."""
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from evals.plots.style import GREY, Style
-from evals.results.frames import Sweep
-from evals.results.metrics import BYTES
-from evals.results.settings import conditions, format_range
-from evals.stats.intervals import CONFIDENCE
+from evals.plots.style import FAILURES, GREY, MARK, Style
+from evals.results.formatting import format_setting, shorten
+from evals.results.metrics import Metric
 
 Numbers = NDArray[np.float64]
 
-WIDTH, EDGE = 7.0, 0.06  # of a page, the full width of a paper, and its margin; inches, as all lengths here
-LEFT = 0.65  # of a plot whose y axis has ticks with units
-LINE, LEGEND = 0.12, 0.2  # heights of a line of the subtitle, and of a row of keys
-NAME, SMALL = 7.5, 6.5  # points: names of attentions, and the least size of any text
+WIDTH = 7.0
+"""Width of every figure in inches: that of a paper, so that points are points in print."""
+BODY = 3.3
+"""Height of a figure of one panel in inches, without title and subtitle."""
 
 
-# --- words -------------------------------------------------------------------------------------------
+# --- the page ----------------------------------------------------------------------------------------
 
 
-@cache
-def wide(text: str, size: float, weight: str = "normal") -> float:
-    """How many inches the longest line of a text takes, known before anything is drawn."""
-    font = FontProperties(family="DejaVu Sans", weight=weight)
-    lines = [TextPath((0, 0), line, size=size, prop=font) for line in text.split("\n") if line.strip()]
-    # Hinting at the pixels of a screen widens some letters.
-    return 1.02 * max((float(np.max(line.vertices[:, 0])) for line in lines), default=0.0) / 72
+def new_figure(title: str, subtitle: Iterable[str], body: float = BODY) -> Figure:
+    """Makes a figure with a title, a subtitle, and `body` inches beneath them, in which matplotlib arranges axes and legends.
 
-
-def wrapped(text: str, size: float, room: float) -> str:
-    """The text in lines that fit into `room` inches."""
-    if wide(text, size) <= room:
-        return text
-    return textwrap.fill(text, max(10, int(len(text) * room / wide(text, size)) - 2), break_on_hyphens=False)
-
-
-def abridged(text: str, size: float, room: float, weight: str = "normal") -> str:
-    """The text, without as much of its middle as does not fit into `room` inches: names differ at either end."""
-    kept = text
-    for length in range(len(text) - 1, 2, -1):
-        if wide(kept, size, weight) <= room:
-            break
-        kept = text[: (length + 1) // 2] + "…" + text[len(text) - length // 2 :]
-    return kept
-
-
-def weight(look: Style) -> str:
-    """Ours is in bold, as its line is thicker."""
-    return "bold" if look.width > 2 else "normal"
-
-
-def label(looks: Mapping[str, Style], name: str) -> str:
-    """An attention's name, as much of it as a page has room for."""
-    return abridged(name, NAME, 1.6, weight(looks[name]) if name in looks else "normal")
-
-
-def subtitle(sweep: Sweep, *notes: str, sampled: bool = False, left: float = LEFT) -> str:
-    """What the comparison was, in words: every setting but the swept one, where the numbers come from, what is unmatched.
-
-    In lines that fit between `left` and the edge of the page.
+    Args:
+        title: what is drawn, and which direction is better.
+        subtitle: machine, settings and remarks; empty ones are left out, long ones wrapped.
+        body: inches.
     """
-    lines = [conditions(sweep.rows, sweep.column)]
-    if sampled and sweep.rows["samples"].notna().any():
-        samples, rounds = (format_range(sweep.rows[name].dropna()) for name in ("samples", "rounds"))
-        rounds += " round" if rounds == "1" else " rounds"
-        lines.append(f"median of {samples} samples in {rounds}, with its {CONFIDENCE:.0%} interval")
-    return lined([*lines, *notes, "; ".join(matching(sweep))], left)
+    text = "\n".join(textwrap.fill(line, 134, break_on_hyphens=False) for line in subtitle if line)
+    head = 0.38 + 0.118 * (text.count("\n") + 1)
+    height = head + body
+    figure = Figure(figsize=(WIDTH, height))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, body / height), w_pad=0.06, h_pad=0.05)
+    figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, size=9.5, weight="bold", va="top")
+    figure.text(0.1 / WIDTH, 1 - 0.29 / height, text, size=7, color=GREY, va="top")
+    return figure
 
 
-def lined(lines: Iterable[str], left: float) -> str:
-    """Lines of a subtitle, those that say something, as wide as the page is right of `left`."""
-    return "\n".join(wrapped(line, 7, WIDTH - left - EDGE) for line in lines if line)
+def legend_height(names: Sequence[str], lines: int = 1) -> float:
+    """Height in inches of a legend of these names with so many lines of text each."""
+    return 0.3 + (0.04 + 0.115 * lines) * len(names)
 
 
-def matching(sweep: Sweep) -> list[str]:
-    """What was made equal between the candidates, as the table says it, and whether they have as many parameters."""
-    words = [str(word) for word in dict.fromkeys(sweep.rows["match"].dropna()) if str(word).strip()]
-    held = sweep.rows.groupby(sweep.column, sort=False)["parameter_bytes"].agg(["min", "max"]).dropna()
-    held = held[held["max"] > 1.01 * held["min"]]
-    if held.empty:
-        return words
-    if sweep.rows.groupby("attention")["parameter_bytes"].nunique().le(1).all():
-        least, most = float(held["min"].min()), float(held["max"].max())
-        high = BYTES.format(most, digits=2)
-        factor = next(factor for factor, suffix in BYTES.steps if high.endswith(suffix))
-        # In the unit of the greatest, as long as that leaves something of the least.
-        low = BYTES.format(least, digits=2) if least < 0.01 * most else f"{least / factor:.2g}"
-        return [*words, f"parameters not matched: {low} to {high}"]
-    apart = (held["max"] / held["min"].where(held["min"] > 0)).max()
-    return [*words, f"parameters not matched: up to {apart:.2g} times as many" if apart > 0 else "parameters not matched"]
+def add_legend(
+    axes: Axes,
+    styles: Mapping[str, Style],
+    names: Sequence[str],
+    details: Mapping[str, str] | None = None,
+    extra: Sequence[Any] = (),
+    *,
+    discrete: bool = False,
+) -> None:
+    """Adds a legend right of the axes.
 
-
-# --- drawing -----------------------------------------------------------------------------------------
-
-
-def headed(title: str, words: str, body: float, left: float = LEFT) -> Figure:
-    """A page with a title and a subtitle, and `body` inches free beneath them."""
-    height = 0.38 + LINE * (words.count("\n") + 1) + body
-    picture = Figure(figsize=(WIDTH, height))
-    picture.text(left / WIDTH, 1 - 0.08 / height, title, size=9.5, weight="bold", va="top")
-    picture.text(left / WIDTH, 1 - 0.29 / height, words, size=7, color=GREY, va="top")
-    return picture
-
-
-def placed(picture: Figure, left: float, bottom: float, width: float, height: float, **options: Any) -> Axes:
-    """Axes at a place on the page, in inches from its lower left corner."""
-    high = picture.get_figheight()
-    return picture.add_axes((left / WIDTH, bottom / high, width / WIDTH, height / high), **options)
-
-
-def keyed(axes: Axes, looks: Mapping[str, Style], names: Sequence[str], width: float) -> None:
-    """The names of rows left of axes that are `width` inches wide, each with its key; rows are at y = 0, 1, …"""
-    aside = axes.get_yaxis_transform()
-    for row, name in enumerate(names):
-        look = looks[name]
-        mark = look.line(discrete=True)
-        axes.add_line(Line2D([-0.1 / width], [row], transform=aside, clip_on=False, **mark))
-        said = label(looks, name)
-        axes.text(-0.19 / width, row, said, va="center_baseline", ha="right", size=NAME, weight=weight(look), transform=aside)
-
-
-def key_room(looks: Mapping[str, Style], names: Sequence[str]) -> float:
-    """Inches that `keyed` needs."""
-    return max((wide(label(looks, name), NAME, weight(looks[name])) for name in names), default=0) + 0.19 + EDGE
-
-
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """The heights nearest to `wanted` (ascending, in 0 … 1) that keep `gap` between neighbours.
-
-    Least squares under order: isotonic regression of wanted_i − i·gap, by its min-max formula.
+    Args:
+        axes: the rightmost of the figure.
+        styles: of the attentions.
+        names: the attentions, from top to bottom.
+        details: a second line beneath a name.
+        extra: more handles, such as of failures, beneath the names.
+        discrete: markers without lines.
     """
-    n = len(wanted)
-    level = [height - index * gap for index, height in enumerate(wanted)]
-    fitted = [max(min(float(np.mean(level[j : k + 1])) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
-    return [min(max(height, 0.02), max(0.98 - (n - 1) * gap, 0.02)) + index * gap for index, height in enumerate(fitted)]
+    details = details or {}
+    handles = []
+    for name in names:
+        label = "\n".join(filter(None, (short_name(name), details.get(name, ""))))
+        handles.append(Line2D([], [], label=label, **styles[name].line(discrete)))
+    legend = axes.legend(
+        handles=[*handles, *extra], loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=1 if discrete else 2.8
+    )
+    for text, name in zip(legend.get_texts(), names, strict=False):
+        text.set_fontweight("normal" if details.get(name) else styles[name].weight)
+        text.set_gid(f"{name} legend")
 
 
-def log_limits(least: float, most: float, span: float = 4.0) -> tuple[float, float]:
-    """Limits of a logarithmic axis around what it shows. A span under 4 would magnify noise into a landscape."""
-    span = max(1.06 * most / least, span)
-    middle = math.sqrt(least * most)
+def short_name(name: str) -> str:
+    """The name of an attention without its middle if it is too long for a legend."""
+    return shorten(name, 24)
+
+
+def name_rows(axes: Axes, names: Sequence[str], styles: Mapping[str, Style], first: float = 0.0) -> None:
+    """Names the rows of axes, from top to bottom: they are at y = first, first + 1, …"""
+    axes.set_yticks([row + first for row in range(len(names))], [short_name(name) for name in names], rotation=0)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight(styles[name].weight)
+    axes.set_ylim(len(names) - 0.5 + first, first - 0.5)
+    axes.set_ylabel("")
+
+
+# --- axes --------------------------------------------------------------------------------------------
+
+
+def scale_log(axis: XAxis | YAxis, base: int, write: Callable[[float], str], ticks: int = 7) -> None:
+    """Makes an axis logarithmic, with ticks at powers of `base` that `write` labels (1, 2, 5 times a power in a short range)."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=base)
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if base == 10 and high / low < 10**2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(base=base, subs=steps, numticks=ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def log_limits(low: float, high: float, span: float = 4.0) -> tuple[float, float]:
+    """Limits of a logarithmic axis around its data. A span under 4 would magnify noise."""
+    span = max(1.06 * high / low, span)
+    middle = math.sqrt(low * high)
     return middle / span**0.54, middle * span**0.54
+
+
+def scale_metric(axes: Axes, rows: pd.DataFrame, metric: Metric) -> None:
+    """Scales the y axis for a metric of which at least one row is above 0.
+
+    An interval that would flatten every line is cut: at a factor of 3 beyond the values.
+    """
+    values = rows[metric.column][rows[metric.column] > 0]
+    low, high = float(values.min()), float(values.max())
+    if metric.low and metric.high and rows[metric.low].notna().any():
+        low, high = max(float(rows[metric.low].min()), low / 3), min(float(rows[metric.high].max()), high * 3)
+    if metric.column == "roofline_fraction":
+        high = max(high, 1.0)  # the distance to the roofline is what the figure shows
+    axes.set_ylim(log_limits(low, high))
+    scale_log(axes.yaxis, metric.log_base, metric.unit.format, ticks=10)
+
+
+def scale_settings(axes: Axes, values: Sequence[Any], label: str, *, categories: bool = False) -> None:
+    """Scales the x axis for the values of a setting, and leaves out tick labels that have no room.
+
+    Args:
+        axes: the axes.
+        values: ascending numbers, or categories, which stand at 0, 1, …
+        label: name of the setting.
+        categories: whether the values are categories.
+    """
+    x = np.arange(len(values), dtype=float) if categories else np.asarray(values, float)
+    if categories:
+        axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.grid(visible=False, axis="x")
+        place = (x + 0.5) / len(x)
+    else:
+        log = x[0] > 0 and x[-1] > x[0]
+        scaled = np.log2(x) if log else x
+        margin = 0.03 * (scaled[-1] - scaled[0]) or 0.5
+        limits = np.array([scaled[0] - margin, scaled[-1] + margin])
+        if log:
+            axes.set_xscale("log", base=2)
+        axes.set_xlim(*(2**limits if log else limits))
+        place = (scaled - limits[0]) / (limits[1] - limits[0])
+    # Labels of small panels are as large as those of large ones.
+    room = 0.42 / (axes.get_position().width * WIDTH)
+    kept: list[int] = []
+    for index in reversed(range(len(x))):  # the last one counts most
+        if not kept or place[kept[-1]] - place[index] >= room or categories:
+            kept.append(index)
+    axes.xaxis.set_major_locator(FixedLocator(x[kept[::-1]].tolist()))
+    axes.set_xticks(x[kept[::-1]], [format_setting(values[index]) for index in kept[::-1]])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+
+
+# --- failures ----------------------------------------------------------------------------------------
+
+
+def mark_failures(axes: Axes, x: Numbers, outcomes: "pd.Series[str]", y: float, style: Style, name: str) -> None:
+    """Marks each failed place at height `y` in the colour of the attention."""
+    for outcome, marker in FAILURES.items():
+        failed = x[(outcomes == outcome).to_numpy()]
+        if len(failed):
+            axes.plot(failed, [y] * len(failed), marker=marker, color=style.colour, gid=f"{name} {outcome}", **MARK)
+
+
+def failure_handles(outcomes: Iterable[str]) -> list[Line2D]:
+    """Legend handles of those outcomes that are failures."""
+    found = set(outcomes)
+    return [Line2D([], [], marker=FAILURES[one], color="black", label=one, **MARK) for one in FAILURES if one in found]

@@ -1,56 +1,42 @@
-"""Where a needle is found: accuracy by depth and length."""
+"""Heatmaps of the needle task: accuracy by the depth of the needle and the length of the text."""
 
-import math
-
-from matplotlib.colors import LinearSegmentedColormap
+import seaborn as sns
 from matplotlib.figure import Figure
 
-from evals.plots.accuracy import AccuracySweep, chance
-from evals.plots.layout import LEFT, NAME, SMALL, WIDTH, headed, label, placed, weight, wide
-from evals.plots.style import SLOWER_TO_FASTER
+from evals.plots.accuracy import AccuracySweep, describe_chance
+from evals.plots.layout import new_figure, short_name
+from evals.plots.style import DARK_TO_LIGHT
 from evals.results.formatting import format_setting
-from evals.results.settings import AXIS_LABELS
-
-FOOT = 0.45  # inches
-SHADES = LinearSegmentedColormap.from_list("lost_to_found", SLOWER_TO_FASTER)
+from evals.results.settings import axis_label
 
 
-def needle_depth(learned: AccuracySweep) -> Figure | None:
-    """Accuracy by depth and length, a panel an attention; None where no needle was looked for."""
-    rows = learned.at_last(learned.rows[learned.rows["depth"].notna()])
+def needle_depth(sweep: AccuracySweep) -> Figure | None:
+    """Draws accuracy by depth and length, a panel an attention; None if accuracy was not measured by depth."""
+    rows = sweep.at_last(sweep.rows[sweep.rows["depth"].notna()])
     if rows.empty:
         return None
-    names, lengths, depths = (
-        list(dict.fromkeys(rows["attention"])),
-        sorted(rows["eval_seq_len"].unique()),
-        sorted(rows["depth"].unique()),
-    )
-    across = min(len(names), 4)
-    down = math.ceil(len(names) / across)
-    gap, high, title = 0.12, 0.11 * len(depths), 0.2
-    width = (WIDTH - LEFT - 0.75 - gap * (across - 1)) / across
-    body = FOOT + down * (high + title) + (down - 1) * 0.3
-    words = learned.words(rows, chance(rows))
-    picture = headed("Accuracy by the needle's depth and the length, brighter is better", words, body + 0.04)
-    for number, name in enumerate(names):
-        row, column = divmod(number, across)
-        bottom = FOOT + (down - 1 - row) * (high + title + 0.3)
-        axes = placed(picture, LEFT + column * (width + gap), bottom, width, high)
+    names, depths = list(dict.fromkeys(rows["attention"])), sorted(rows["depth"].unique())
+    lengths = sorted(rows["eval_seq_len"].unique())
+    columns = min(len(names), 4)
+    down = -(-len(names) // columns)
+    title = "Accuracy by the depth of the needle and the length of the text, brighter is better"
+    figure = new_figure(title, sweep.subtitle(rows, describe_chance(rows)), 0.35 + (0.11 * len(depths) + 0.35) * down)
+    panels = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, name in zip(panels.flat, names, strict=False):
         cells = rows[rows["attention"] == name].pivot_table(index="depth", columns="eval_seq_len", values="accuracy")
-        shown = axes.imshow(cells.reindex(depths, columns=lengths), cmap=SHADES, vmin=0, vmax=1, aspect="auto", gid=name)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=SMALL)
-        axes.set_title(label(learned.looks, name), size=NAME, weight=weight(learned.looks[name]), loc="left", pad=3)
-        every = max(1, math.ceil(len(lengths) * (wide("128k", SMALL) + 0.06) / width))
-        axes.set_xticks(range(0, len(lengths), every), [format_setting(one) for one in lengths[::every]])
-        shown_depths = range(0, len(depths), max(1, (len(depths) - 1) // 2))
-        axes.set_yticks(shown_depths, [f"{depths[one]:.0%}" for one in shown_depths] if column == 0 else [])
-        if column == 0:
-            axes.set_ylabel("depth", labelpad=2)
-    bar = picture.colorbar(shown, cax=placed(picture, WIDTH - 0.6, FOOT, 0.1, min(high, 1.2)), ticks=[0, 0.5, 1])
+        sns.heatmap(cells.reindex(depths, columns=lengths), vmin=0, vmax=1, cmap=DARK_TO_LIGHT, cbar=False, ax=axes, gid=name)
+        axes.set_title(short_name(name), weight=sweep.styles[name].weight)
+        axes.set(xlabel="", ylabel="")
+        axes.tick_params(length=0, labelsize=6.5, rotation=0)
+    for axes in list(panels.flat)[len(names) :]:
+        axes.set_axis_off()
+    every = -(-len(lengths) // 4)
+    panels[0, 0].set_xticks([index + 0.5 for index in range(0, len(lengths), every)], map(format_setting, lengths[::every]))
+    marked = range(0, len(depths), max(1, (len(depths) - 1) // 2))
+    panels[0, 0].set_yticks([index + 0.5 for index in marked], [f"{depths[index]:.0%}" for index in marked])
+    figure.supylabel("depth", size=8)
+    figure.supxlabel(axis_label("seq_len"), size=8)
+    bar = figure.colorbar(panels[0, 0].collections[0], ax=panels, ticks=[0, 0.5, 1], pad=0.01, fraction=0.03, aspect=12)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=2, labelsize=7)
-    middle = (LEFT + WIDTH - 0.75) / 2 / WIDTH
-    picture.text(middle, 0.06 / picture.get_figheight(), AXIS_LABELS["seq_len"], ha="center", va="bottom", size=8)
-    return picture
+    bar.ax.tick_params(labelsize=7)
+    return figure

@@ -1,253 +1,99 @@
-"""Latency against peak memory: who is beaten by nobody in both."""
+"""Latency against peak memory, and the Pareto front: the attentions that no other beats in both."""
 
-import itertools
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from evals.plots.layout import (
-    EDGE,
-    LEFT,
-    LEGEND,
-    NAME,
-    WIDTH,
-    Numbers,
-    headed,
-    label,
-    log_limits,
-    placed,
-    subtitle,
-    weight,
-    wide,
-)
-from evals.plots.style import FAILURES
-from evals.results.formatting import format_bytes, format_seconds
+from evals.plots.descriptions import subtitle
+from evals.plots.layout import Numbers, add_legend, log_limits, new_figure, scale_log
+from evals.plots.style import FAILURES, Style, style_of
 from evals.results.frames import Sweep
-from evals.results.metrics import BYTES
+from evals.results.metrics import BYTES, LATENCY, PEAK_MEMORY
 from evals.stats.pareto import pareto_front
 
-
-def front(latency: Numbers, memory: Numbers) -> list[int]:
-    """The points that no other beats in one and reaches in the other, by rising latency. NaN is no point."""
-    best = pareto_front(np.column_stack([latency, memory]).tolist())
-    return sorted((i for i, one in enumerate(best) if one), key=lambda i: (latency[i], memory[i]))
+X, Y = LATENCY.column, PEAK_MEMORY.column
 
 
-HALO = 0.16  # inches: the radius of the one that stands for the most parameters
+def pareto(sweep: Sweep, *, parameters: bool = False) -> Figure | None:
+    """Draws latency and peak memory at the greatest setting, or at each of the first three without an order.
 
+    Args:
+        sweep: a sweep of timings.
+        parameters: draws a disc around each point, whose area is proportional to the parameters.
 
-def pareto(sweep: Sweep, *, halos: bool = False) -> Figure | None:
-    """Latency and peak memory of every attention at the greatest place (or each of three without an order), and their front.
-
-    halos: around each point is a disc whose area is as large as its parameters.
-    None where no place has two attentions to choose from, or, with halos, parameters are not known.
+    Returns:
+        None if no setting has two attentions to choose from, or if the parameters to draw are unknown.
     """
-    most_parameters = float(sweep.rows["parameter_bytes"].max()) if halos else math.nan
-    if halos and not most_parameters > 0:
+    points = sweep.rows[(sweep.rows[X] > 0) & (sweep.rows[Y] > 0)]
+    choices = points[sweep.column].value_counts()
+    crowded = [place for place in sweep.values if choices.get(place, 0) > 1]
+    places = crowded[-1:] if sweep.ordered else crowded[:3]
+    most = points["parameter_bytes"].max()
+    if not places or (parameters and not most > 0):
         return None
-    crowded = [
-        at
-        for at in range(len(sweep.places))
-        if sum(bool(rows["latency_s"].iloc[at] > 0 and rows["peak_bytes"].iloc[at] > 0) for rows in sweep.cells.values()) > 1
-    ]
-    if not crowded:
-        return None
-    places = [crowded[-1]] if sweep.ordered else crowded[:3]
-    plot, gap, foot = 2.9, 0.36, 0.45
-    width = (WIDTH - LEFT - 0.2 - gap * (len(places) - 1)) / len(places)
-    shown = sweep.rows[sweep.rows[sweep.column].isin([sweep.places[at] for at in places])]
-    shown = shown[(shown["latency_s"] > 0) & (shown["peak_bytes"] > 0)]
-    # More than the marks need: names stand around them.
-    limits_x = log_limits(shown["latency_s"].min() / 1.15, shown["latency_s"].max() * 1.15)
-    limits_y = log_limits(shown["peak_bytes"].min() / 1.15, shown["peak_bytes"].max() * 1.15)
-    panels = [_Panel(sweep, at, width, plot, limits_x, limits_y, most_parameters) for at in places]
-    nameless = [name for name in sweep.cells if any(name in panel.nameless for panel in panels)]
+    points = points[points[sweep.column].isin(places)]
+    names = [sweep.at(sweep.values.index(place)) for place in places]
+    title = f"Latency and peak memory{f' at {names[0]}' if len(places) == 1 else ''}, lower left is better"
+    front = "line: the Pareto front; no other attention beats one on it in both"
+    disc = f"area of a disc: parameters, at most {BYTES.format(most, digits=2)}" if parameters else ""
+    absent = "; ".join(_describe_absent(sweep, place) for place in places)
+    note = "; ".join(filter(None, (front, disc, absent)))
+    figure = new_figure(title, subtitle(sweep, note))
+    panels = figure.subplots(1, len(places), sharex=True, sharey=True, squeeze=False)[0]
+    panels[0].set(xlim=log_limits(points[X].min(), points[X].max()), ylim=log_limits(points[Y].min(), points[Y].max()))
+    scale_log(panels[0].xaxis, 10, LATENCY.unit.format, ticks=9 // len(places))
+    scale_log(panels[0].yaxis, 2, PEAK_MEMORY.unit.format)
+    styles = style_of(sweep.attentions)
+    for axes, place, name in zip(panels, places, names, strict=True):
+        _draw_points(axes, points[points[sweep.column] == place], styles, parameters=parameters)
+        axes.set(xlabel=LATENCY.label, ylabel=PEAK_MEMORY.label, title=name if len(places) > 1 else "")
+        axes.label_outer()
+    add_legend(panels[-1], styles, [name for name in sweep.by_attention if name in set(points["attention"])], discrete=True)
+    return figure
 
-    told = [sweep.at(at) for at in places]
-    title = (
-        f"Latency{', ' if halos else ' and '}peak memory{' and parameters' if halos else ''}"
-        + (f" at {told[0]}" if len(places) == 1 else "")
-        + ", lower left is better"
+
+def _draw_points(axes: Axes, rows: pd.DataFrame, styles: Mapping[str, Style], *, parameters: bool) -> None:
+    """Draws the attentions of one setting with the intervals of their latencies, and their front."""
+    names = list(styles)
+    colours, markers = ({name: getattr(styles[name], part) for name in names} for part in ("colour", "marker"))
+    if parameters:
+        area = 550 * rows["parameter_bytes"] / rows["parameter_bytes"].max()
+        axes.scatter(rows[X], rows[Y], area, rows["attention"].map(colours), alpha=0.25, zorder=1.8, gid="parameters")
+    axes.hlines(
+        rows[Y],
+        rows[LATENCY.low],
+        rows[LATENCY.high],
+        colors=[colours[name] for name in rows["attention"]],
+        linewidth=1.2,
+        alpha=0.6,
     )
-    absent = "; ".join(filter(None, (_absent(sweep, at, told[i] if len(places) > 1 else "") for i, at in enumerate(places))))
-    note = f"; area of a disc: parameters, at most {BYTES.format(most_parameters, digits=2)}" if halos else ""
-    words = subtitle(sweep, f"line: the front; nobody on it is beaten in both{note}{'; not shown: ' if absent else ''}{absent}")
-    columns = max(1, int((WIDTH - LEFT) / 1.3))
-    rows = math.ceil(len(nameless) / columns)
-    titles = 0.2 if len(places) > 1 else 0.04
-    above = titles + 0.17 + LEGEND * rows
-    picture = headed(title, words, foot + plot + above)
-    if nameless:
-        keys = [Line2D([], [], label=label(sweep.looks, name), **sweep.looks[name].line(discrete=True)) for name in nameless]
-        anchor = (LEFT / WIDTH, (foot + plot + above - LEGEND * rows) / picture.get_figheight())
-        picture.legend(handles=keys, loc="lower left", bbox_to_anchor=anchor, ncols=columns, borderaxespad=0)
-    for number, (panel, place) in enumerate(zip(panels, told, strict=True)):
-        axes = placed(picture, LEFT + number * (width + gap), foot, width, plot)
-        panel.draw(axes)
-        if number:
-            axes.tick_params(labelleft=False)
-        if len(places) > 1:
-            axes.set_title(place, size=8, loc="left", pad=4)
-    over = (foot + plot + titles + 0.03) / picture.get_figheight()
-    picture.text(EDGE / WIDTH, over, "peak memory above inputs and parameters", size=8)
-    middle = (LEFT + WIDTH - 0.2) / 2 / WIDTH
-    picture.text(middle, 0.06 / picture.get_figheight(), "latency", ha="center", va="bottom", size=8)
-    return picture
+    by_name = {"hue": "attention", "style": "attention", "hue_order": names, "style_order": names}
+    sns.scatterplot(rows, x=X, y=Y, **by_name, palette=colours, markers=markers, s=45, zorder=3, legend=False, ax=axes)
+    draw_front(axes, rows[X].to_numpy(float), rows[Y].to_numpy(float))
 
 
-def _absent(sweep: Sweep, at: int, place: str) -> str:
-    """Who has no point here, and why."""
-    why = []
-    for name, rows in sweep.cells.items():
-        cell = rows.iloc[at]
+def draw_front(axes: Axes, x: Numbers, y: Numbers, *, higher_is_better: bool = False) -> None:
+    """Draws the Pareto front as steps from the upper or lower edge to the right one: less x is better, and less or more y."""
+    on_front = pareto_front(np.column_stack([x, y]).tolist(), (False, higher_is_better))
+    best = sorted(np.flatnonzero(on_front), key=lambda index: x[index])
+    edge = axes.get_ylim()[0 if higher_is_better else 1]
+    steps_x, steps_y = [x[best[0]], *x[best], axes.get_xlim()[1]], [edge, *y[best], y[best[-1]]]
+    axes.step(steps_x, steps_y, where="post", color="#9a9a9a", linewidth=1.6, zorder=1.5, gid="front")
+
+
+def _describe_absent(sweep: Sweep, place: Any) -> str:
+    """Names the attentions without a point at a setting, and the reasons."""
+    reasons = []
+    for name, cells in sweep.by_attention.items():
+        cell = cells.loc[place]
         if cell["outcome"] in FAILURES:
-            why.append(f"{name} ({cell['outcome']})")
-        elif not (cell["latency_s"] > 0 and cell["peak_bytes"] > 0):
-            why.append(f"{name} (not measured)")
-    return f"{', '.join(why)}{f' at {place}' if place else ''}" if why else ""
-
-
-Box = tuple[float, float, float, float]  # left, bottom, right, top in inches
-
-
-@dataclass(frozen=True)
-class Name:
-    """A name beside its point: where it begins, on the page of a panel in inches, and whether a line must lead to it."""
-
-    name: str
-    box: Box
-    point: tuple[float, float]
-    led: bool
-
-
-class _Panel:
-    """One place of the sweep: points, their front, and the names that find room."""
-
-    def __init__(
-        self,
-        sweep: Sweep,
-        at: int,
-        width: float,
-        height: float,
-        x: tuple[float, float],
-        y: tuple[float, float],
-        most_parameters: float,
-    ) -> None:
-        self.sweep, self.size, self.limits = sweep, (width, height), (x, y)
-        self.names = list(sweep.cells)
-        cells = [sweep.cells[name].iloc[at] for name in self.names]
-        self.latency, self.memory = (np.array([cell[of] for cell in cells], float) for of in ("latency_s", "peak_bytes"))
-        self.low, self.high = (np.array([cell[of] for cell in cells], float) for of in ("latency_low_s", "latency_high_s"))
-        # Without halos the most is NaN, and so is every radius.
-        self.radii = [HALO * math.sqrt(cell["parameter_bytes"] / most_parameters) for cell in cells]
-        self.front = front(self.latency, self.memory)
-        self.placed = self._place_names()
-        shown = [name for i, name in enumerate(self.names) if math.isfinite(self.latency[i] + self.memory[i])]
-        self.nameless = [name for name in shown if name not in {name.name for name in self.placed}]
-
-    def _inches(self, latency: float, memory: float) -> tuple[float, float]:
-        (left, right), (bottom, top) = self.limits
-        x = math.log(latency / left) / math.log(right / left) * self.size[0]
-        return x, math.log(memory / bottom) / math.log(top / bottom) * self.size[1]
-
-    def steps(self) -> tuple[list[float], list[float]]:
-        """The corners of the front, from the upper edge to the right one."""
-        (_, right), (_, top) = self.limits
-        x, y = [float(self.latency[self.front[0]])], [top]
-        for i in self.front:
-            x += [float(self.latency[i])] * 2
-            y += [y[-1], float(self.memory[i])]
-        return [*x[1:], right], [*y[1:], y[-1]]
-
-    def _place_names(self) -> list[Name]:
-        """Each name at the nearest of some places around its point where it covers nothing; without one, it is left out."""
-        taken: list[Box] = []
-        points = {}
-        for i, name in enumerate(self.names):
-            if math.isfinite(self.latency[i] + self.memory[i]):
-                x, y = points[name] = self._inches(self.latency[i], self.memory[i])
-                reach = max(0.05, np.nan_to_num(self.radii[i]))
-                taken.append((x - reach, y - reach, x + reach, y + reach))
-                if math.isfinite(self.low[i] + self.high[i]):
-                    ends = [self._inches(end, self.memory[i])[0] for end in (self.low[i], self.high[i])]
-                    taken.append((ends[0] - 0.04, y - 0.01, ends[1] + 0.04, y + 0.01))
-        corners = [self._inches(x, y) for x, y in zip(*self.steps(), strict=True)]
-        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-            taken.append((min(x0, x1) - 0.015, min(y0, y1) - 0.015, max(x0, x1) + 0.015, max(y0, y1) + 0.015))
-        found = []
-        for name, (x, y) in points.items():
-            said = wide(label(self.sweep.looks, name), NAME, weight(self.sweep.looks[name]))
-            box = next((box for box in _around(x, y, said, 0.12) if self._free(box, taken)), None)
-            if box is not None:
-                taken.append(box)
-                apart = math.hypot(max(box[0] - x, x - box[2], 0), max(box[1] - y, y - box[3], 0))
-                found.append(Name(name, box, (x, y), apart > 0.13))
-        return found
-
-    def _free(self, box: Box, taken: Iterable[Box]) -> bool:
-        inside = box[0] >= 0.03 and box[1] >= 0.03 and box[2] <= self.size[0] and box[3] <= self.size[1]
-        return inside and all(box[2] <= o[0] or o[2] <= box[0] or box[3] <= o[1] or o[3] <= box[1] for o in taken)
-
-    def draw(self, axes: Axes) -> None:
-        axes.set(xscale="log", xlim=self.limits[0], ylim=self.limits[1])
-        axes.set_yscale("log", base=2)
-        decades = math.log10(self.limits[0][1] / self.limits[0][0]) * 4 / self.size[0]
-        subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-        axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=10))
-        axes.yaxis.set_major_locator(LogLocator(base=2, numticks=10))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(NullLocator())
-        if self.front:
-            x, y = self.steps()
-            axes.plot(x, y, color="#9a9a9a", linewidth=1.6, zorder=1.5, gid="front")
-            axes.fill_between(x, y, self.limits[1][1], color="#f5f5f5", linewidth=0, zorder=0)
-        for i, name in enumerate(self.names):
-            look = self.sweep.looks[name]
-            axes.hlines(self.memory[i], self.low[i], self.high[i], color=look.colour, linewidth=1.2, alpha=0.6, zorder=2)
-            mark = look.line(discrete=True)
-            if self.radii[i] > 0:
-                disc: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 144 * self.radii[i],
-                    "markeredgewidth": 0.6,
-                    "markeredgecolor": look.colour,
-                }
-                axes.plot(
-                    self.latency[i], self.memory[i], gid=f"{name} parameters", color=look.colour, alpha=0.25, zorder=1.8, **disc
-                )
-            axes.plot(
-                self.latency[i], self.memory[i], gid=name, label=name, zorder=3, **mark | {"markersize": mark["markersize"] + 1.5}
-            )
-        for beside in self.placed:
-            self._write(axes, beside)
-
-    def _write(self, axes: Axes, name: Name) -> None:
-        look = self.sweep.looks[name.name]
-        left, bottom, right, top = name.box
-        inch: dict[str, Any] = {"transform": axes.transAxes}
-        width, height = self.size
-        words, middle = label(self.sweep.looks, name.name), (bottom + top) / 2 / height
-        axes.text(left / width, middle, words, size=NAME, weight=weight(look), va="center_baseline", **inch)
-        if name.led:
-            x, y = min(max(name.point[0], left), right), min(max(name.point[1], bottom), top)
-            ends = [name.point[0] / width, x / width], [name.point[1] / height, y / height]
-            axes.add_line(Line2D(*ends, color=look.colour, linewidth=0.5, alpha=0.6, **inch))
-
-
-def _around(x: float, y: float, width: float, height: float) -> Iterable[Box]:
-    """Places for a text of that size around a point, the nearest first; right of it before left, above before below."""
-    for far in (0.1, 0.14, 0.22, 0.32, 0.45, 0.6):
-        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-            slant = 0.75 if across and up else 1.0
-            left = x + across * far * slant - (0.5 - across / 2) * width
-            bottom = y + up * far * slant - (0.5 - up / 2) * height
-            yield left, bottom, left + width, bottom + height
+            reasons.append(f"{name} ({cell['outcome']})")
+        elif not (cell[X] > 0 and cell[Y] > 0):
+            reasons.append(f"{name} (not measured)")
+    at = f" at {sweep.at(sweep.values.index(place))}" if not sweep.ordered else ""
+    return f"not shown{at}: {', '.join(reasons)}" if reasons else ""

@@ -1,148 +1,151 @@
-"""TODO: what lives here."""
+"""The registry of figures: which figures each kind of results table has, and how a folder of results is drawn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import style
 from matplotlib.figure import Figure
 
-from evals.plots import accuracy, conversion
+from evals.plots import conversion
+from evals.plots.accuracy import ACCURACY_FIGURES as OVER_ALL_TARGETS
+from evals.plots.accuracy import AccuracySweep, accuracy_sweeps
+from evals.plots.distribution import distribution, raw_samples
 from evals.plots.heatmap import speedup_heatmap
-from evals.plots.lines import QUANTITIES, line_plot, scaling_plot
+from evals.plots.lines import LINE_METRICS, line_plot, scaling_plot
 from evals.plots.max_context import max_context_plot
 from evals.plots.memory import memory_split
 from evals.plots.needle import needle_depth
 from evals.plots.pareto import pareto
-from evals.plots.save import _save
-from evals.plots.style import RC, style_of
+from evals.plots.save import save_all
+from evals.plots.style import render
 from evals.results import schema
 from evals.results.formatting import format_setting
-from evals.results.frames import (
-    Sweep,
-    check_table,
-    read_fits,
-    read_table,
-    sweeps,
-    swept_column,
-)
-from evals.results.settings import SETTINGS
+from evals.results.frames import Sweep, check_table, read_fits, read_table, sweeps, swept_column
+from evals.results.ledger import Ledger, Record
+from evals.results.settings import SETTINGS, group_by, varying
 
 FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
-    **{quantity.name: partial(line_plot, quantity=quantity) for quantity in QUANTITIES},
+    **{metric.name: partial(line_plot, metric=metric) for metric in LINE_METRICS},
     "speedup_heatmap": speedup_heatmap,
     "memory_split": memory_split,
-    "scaling": partial(scaling_plot, which="latency"),
-    "scaling_memory": partial(scaling_plot, which="memory"),
+    "scaling": partial(scaling_plot, quantity="latency"),
+    "scaling_memory": partial(scaling_plot, quantity="memory"),
     "pareto": pareto,
 }
-"""All figures. One that has nothing to show is None, and is left out."""
+"""The figures of a table of timings; one without data is None. `distribution`, which needs raw samples, joins them."""
 
-ACCURACY_FIGURES = {**accuracy.FIGURES, "needle_depth": needle_depth}
-"""All figures of what was learned."""
-
-
-# --- drawing --------------------------------------------------------------------------------------
+ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {**OVER_ALL_TARGETS, "needle_depth": needle_depth}
+"""The figures of an accuracy table; one without data is None."""
 
 
-def sweep_figures(results: pd.DataFrame, fits: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Figure]]:
-    """Every figure that the tables have something to show in, with its name (latency, or latency-decode)."""
+def sweep_figures(
+    results: pd.DataFrame, fits: Mapping[str, pd.DataFrame], samples: pd.DataFrame | None = None
+) -> Iterator[tuple[str, Figure]]:
+    """Draws every figure of a checked table of timings that has data; yields its name (latency, latency-decode) and the figure."""
     for suffix, sweep in sweeps(results, fits):
-        for name, make in FIGURES.items():
-            with style.context(["default", RC]):
-                picture = make(sweep)
-            if picture is not None:
-                yield f"{name}{suffix}", picture
+        figures: dict[str, Callable[[Sweep], Figure | None]] = {**FIGURES, "distribution": partial(distribution, samples=samples)}
+        for name, draw in figures.items():
+            figure = render(draw, sweep)
+            if figure is not None:
+                yield f"{name}{suffix}", figure
 
 
 def draw_sweep(
-    results: pd.DataFrame, folder: Path, *, scaling: pd.DataFrame | None = None, crossovers: pd.DataFrame | None = None
+    results: pd.DataFrame,
+    folder: Path,
+    fits: Mapping[str, pd.DataFrame] | None = None,
+    records: Iterable[Record] = (),
 ) -> list[Path]:
-    """Writes every figure of FIGURES as png and svg into folder, in place of those drawn there; returns the paths.
+    """Writes the figures of a table of timings as PNG and SVG, in place of those drawn there before.
 
-    Rows that differ in another setting than the swept one go to figures of their own, named after it
-    (latency-decode.svg). Figures that need a table or a column which is not there are left out. Raises
-    ValueError as `check_table`, and if one attention has two rows at one place.
+    Rows that differ in another setting than the swept one get figures of their own, named after it (latency-decode.svg).
+    Figures whose table or column is missing are left out.
+
+    Args:
+        results: a latency table.
+        folder: made if it does not exist.
+        fits: the tables scaling and crossovers, if there are any.
+        records: the records of the ledger, for the distribution of samples.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: if a table lacks a required column or holds an invalid value, or an attention has two rows at one setting.
     """
-    results = check_table(results)
-    given = {"scaling": scaling, "crossovers": crossovers}
-    fits = {name: check_table(table, name) for name, table in given.items() if table is not None}
-    return _save(sweep_figures(results, fits), folder, FIGURES)
+    fits = {kind: check_table(fit, kind) for kind, fit in (fits or {}).items()}
+    figures = sweep_figures(check_table(results), fits, raw_samples(records))
+    return save_all(figures, folder, [*FIGURES, "distribution"])
 
 
 def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes max_context.{png,svg} into folder from a table of `max_context_table.build`; returns the paths.
+    """Writes max_context.{png,svg} from a table of the longest contexts; one figure for each combination of settings.
 
-    Rows that differ in a setting go to figures of their own, as those of `draw`. Raises ValueError if a column is missing,
-    there is no row, a number is none, or one attention has two rows.
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: if a column is missing, there is no row, a number is invalid, or an attention has two rows.
     """
     results = check_table(results, "max_context")
-    chosen = style_of(results["attention"].astype(str))
-    apart = [name for name in (*SETTINGS, "limit_bytes") if name in results and results[name].nunique(dropna=False) > 1]
-    groups = results.groupby(apart, dropna=False, sort=True) if apart else [((), results)]
     named = []
-    for values, rows in groups:
+    for values, rows in group_by(results, varying(results, (*SETTINGS, "limit_bytes"))):
         twice = rows["attention"][rows["attention"].duplicated()]
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
-        with style.context(["default", RC]):
-            named.append((f"max_context{''.join(f'-{format_setting(value)}' for value in values)}", max_context_plot(rows, chosen)))
-    return _save(named, folder, ["max_context"])
+        figure = render(max_context_plot, rows)
+        if figure is not None:
+            named.append((f"max_context{''.join(f'-{format_setting(value)}' for value in values)}", figure))
+    return save_all(named, folder, ["max_context"])
 
 
-def accuracy_figures_data(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, accuracy.AccuracySweep]]:
-    """The rows that belong in one figure of what was learned, and what tells them from the others ("" if nothing does).
-
-    Raises ValueError if a column is missing or a number is none.
-    """
+def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, AccuracySweep]]:
+    """Groups an accuracy table into the data of figures. Raises ValueError if a column is missing or a number is invalid."""
     results = check_table(results, "accuracy")
-    yield from accuracy.accuracy_sweeps(results, curves, swept_column(results), style_of(results["attention"].astype(str)))
+    yield from accuracy_sweeps(results, curves, swept_column(results))
 
 
 def draw_accuracy(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes every figure of `learning` into folder from the tables of `scores`; returns the paths.
-
-    Rows that differ in another setting than the swept one go to figures of their own. Raises ValueError as `learned`.
-    """
-    named = []
-    for suffix, rows in accuracy_figures_data(results, curves):
-        for name, make in ACCURACY_FIGURES.items():
-            with style.context(["default", RC]):
-                picture = make(rows)
-            if picture is not None:
-                named.append((f"{name}{suffix}", picture))
-    return _save(named, folder, ACCURACY_FIGURES)
+    """Writes the figures of an accuracy table and its training losses; raises ValueError as `checked_accuracy_sweeps`."""
+    named = [
+        (f"{name}{suffix}", figure)
+        for suffix, sweep in checked_accuracy_sweeps(results, curves)
+        for name, draw in ACCURACY_FIGURES.items()
+        if (figure := render(draw, sweep)) is not None
+    ]
+    return save_all(named, folder, ACCURACY_FIGURES)
 
 
 def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
-    """The rows of both tables that belong in one figure of conversions, and what tells them from the others.
-
-    Raises ValueError if a column or every row is missing.
-    """
-    results = check_table(results, "conversion")
-    for overlap, rows in results.groupby("chunk_overlap"):
+    """Groups the rows of both tables of a conversion by chunk overlap. Raises ValueError if a column or every row is missing."""
+    for overlap, rows in check_table(results, "conversion").groupby("chunk_overlap"):
         yield f"-overlap-{overlap}", (rows, positions[positions["chunk_overlap"] == overlap])
 
 
 def draw_conversion(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes every figure of `conversion` into folder from the tables of `python -m evals.distill`; returns the paths.
-
-    Raises ValueError as `conversions`.
-    """
-    named = []
-    for suffix, tables in conversion_tables(results, positions):
-        for name, make in conversion.FIGURES.items():
-            with style.context(["default", RC]):
-                named.append((f"{name}{suffix}", make(*tables)))
-    return _save(named, folder, conversion.FIGURES)
+    """Writes the figures of `python -m evals.distill`'s tables; raises ValueError as `conversion_tables`."""
+    named = [
+        (f"{name}{suffix}", figure)
+        for suffix, tables in conversion_tables(results, positions)
+        for name, draw in conversion.FIGURES.items()
+        if (figure := render(draw, *tables)) is not None
+    ]
+    return save_all(named, folder, conversion.FIGURES)
 
 
 def draw_folder(results: Path, plots: Path) -> list[Path]:
-    """`draw` from the tables in a folder of results: results.csv, and scaling.csv and crossovers.csv where they are.
+    """Writes the figures of a folder of results, by the kind of its results.csv.
 
-    `draw_contexts` where results.csv is of a search for the longest context, `draw_learned` where it is of training,
-    `draw_conversions` where it is of conversions.
+    Args:
+        results: a folder with results.csv and the tables and the ledger that belong to it.
+        plots: the folder for the figures.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: if there is no table, or it cannot be drawn.
     """
     path = results / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""
@@ -152,4 +155,4 @@ def draw_folder(results: Path, plots: Path) -> list[Path]:
         return draw_conversion(schema.read(path), schema.read(results / "positions.csv"), plots)
     if kind == "accuracy":
         return draw_accuracy(schema.read(path), schema.read(results / "curves.csv"), plots)
-    return draw_sweep(read_table(results), plots, **read_fits(results))
+    return draw_sweep(read_table(results), plots, read_fits(results), Ledger(results / "samples.jsonl").read()[0])

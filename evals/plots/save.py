@@ -1,4 +1,4 @@
-"""TODO: what lives here."""
+"""Writes figures as PNG and SVG; unchanged data give unchanged bytes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,21 +11,28 @@ from evals.plots.style import RC
 FORMS = ("png", "svg")
 
 
-def _save(named: Iterable[tuple[str, Figure]], folder: Path, kinds: Iterable[str]) -> list[Path]:
-    """Writes the pictures in place of all of these kinds that were there."""
+def save_all(figures: Iterable[tuple[str, Figure]], folder: Path, kinds: Iterable[str]) -> list[Path]:
+    """Writes named figures into a folder, and deletes earlier figures of the given kinds.
+
+    Args:
+        figures: pairs of file name, without suffix, and figure.
+        folder: made if it does not exist.
+        kinds: prefixes of the names; other files stay.
+
+    Returns:
+        The paths written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stale = {path for kind in kinds for form in FORMS for path in folder.glob(f"{kind}*.{form}")}
-    paths = []
-    for name, picture in named:
-        paths += [save(picture, folder / f"{name}.{form}") for form in FORMS]
+    paths = [save(figure, folder / f"{name}.{form}") for name, figure in figures for form in FORMS]
     for path in stale - {*paths}:
         path.unlink()
     return paths
 
 
-def save(picture: Figure, path: Path) -> Path:
-    """Writes a picture in the form that the path's suffix names; returns the path."""
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure in the format of the path's suffix; returns the path."""
     with style.context(["default", RC]):
         # No date: unchanged data must give unchanged bytes.
-        picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

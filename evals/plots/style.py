@@ -1,30 +1,41 @@
-"""How an attention is drawn: the same colour, marker and dashes in every figure there is, and the style around them."""
+"""The style of every figure: colour, marker and dashes of each attention, marks of failures, and the matplotlib settings."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
+import seaborn as sns
+from matplotlib import style
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.path import Path as Shape
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an attention is drawn, everywhere. Marker and dashes tell it apart where colour cannot."""
+    """How one attention is drawn in every figure. Marker and dashes tell it apart where colour cannot."""
 
     colour: str
     marker: str
     dashes: tuple[float, ...] = ()
     width: float = 1.2
 
-    def line(self, discrete: bool) -> dict[str, Any]:
-        """As matplotlib's properties of a line; points alone where `discrete`."""
-        style = "none" if discrete else (0, self.dashes) if self.dashes else "solid"
+    def line(self, discrete: bool = False) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot`; markers without a line if `discrete`."""
+        dashes = "none" if discrete else (0, self.dashes) if self.dashes else "solid"
         size = 3.5 + self.width / 2
-        return {"color": self.colour, "marker": self.marker, "linestyle": style, "linewidth": self.width, "markersize": size}
+        return {"color": self.colour, "marker": self.marker, "linestyle": dashes, "linewidth": self.width, "markersize": size}
+
+    @property
+    def weight(self) -> str:
+        """Font weight of the name: bold for the attention whose line is thicker."""
+        return "bold" if self.width > 2 else "normal"
 
 
-# After Okabe & Ito 2008 and Tol 2021, told apart under protanopia and deuteranopia (tests/evals/test_figures.py).
+# After Okabe & Ito 2008 and Tol 2021, distinguishable under protanopia and deuteranopia (tests/evals/plots/test_style.py).
 STYLES = {
     "bsbr": Style("#d55e00", "o", width=2.6),
     "standard": Style("#000000", "s"),
@@ -49,21 +60,24 @@ FAILURES: dict[str, str | Shape] = {
     "impossible": UNEQUAL,
     "lost": "1",
 }
+"""The marker of each outcome that gives no number."""
 MARK: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.1, "markeredgecolor": "auto", "linestyle": "none", "clip_on": False}
 
 GREY = "#555555"
-
-# Dark to light, so that the order survives in print, and from blue to yellow, which no colour-blindness confuses.
-SLOWER_TO_FASTER = ("#12306a", "#6a86b8", "#b0b0b0", "#e4ca6c", "#fff6c8")
-# Three that are no attention's, and that are as far apart in grey as in colour.
+DARK_TO_LIGHT = LinearSegmentedColormap.from_list("dark_to_light", ("#12306a", "#6a86b8", "#b0b0b0", "#e4ca6c", "#fff6c8"))
+"""The colour map of heatmaps: blue over grey to yellow, which no colour-blindness confuses, and which rises in print too."""
 PARTS = {"parameters": "#26384a", "activations": "#8ba0b4", "state": "#dfe7ee"}
-RC = {
-    "font.size": 8,
+"""Colours of the parts of memory: no attention's, and as far apart in grey as in colour."""
+
+RC: dict[str, Any] = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("paper", font_scale=0.83),
+    "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: figures must not depend on installed fonts
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.grid": True,
-    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "xtick.color": GREY,
@@ -76,11 +90,7 @@ RC = {
     "lines.markeredgecolor": "white",
     "legend.frameon": False,
     "legend.fontsize": 7,
-    "legend.borderpad": 0,
-    "legend.borderaxespad": 0.4,
-    "legend.handletextpad": 0.1,
-    "legend.columnspacing": 1.2,
-    "hatch.linewidth": 0.6,
+    "legend.title_fontsize": 7,
     "savefig.dpi": 200,
     # Ids in an SVG are random without it, and redrawing would change every file.
     "svg.hashsalt": "bsbr",
@@ -88,17 +98,17 @@ RC = {
 
 
 def style_of(attentions: Iterable[str]) -> dict[str, Style]:
-    """A look for each name: fixed for the built-in, by a stable hash for others, the next one free where two hashes meet.
+    """Chooses a style for each name: fixed for the built-in attentions, by a stable hash for others.
 
-    No two are alike. With up to 8 of other names, no two share a colour.
+    No two of the names share a style, and no two of up to 8 other names share a colour.
     """
     names = set(attentions)
-    chosen = {name: look for name, look in STYLES.items() if name in names}
+    chosen = {name: style for name, style in STYLES.items() if name in names}
     for name in sorted(names - chosen.keys()):
         start, attempt = zlib.crc32(name.encode()), 0
-        while (look := _spare(start, attempt)) in chosen.values():
+        while (style := _spare(start, attempt)) in chosen.values():
             attempt += 1
-        chosen[name] = look
+        chosen[name] = style
     return chosen
 
 
@@ -107,3 +117,16 @@ def _spare(start: int, attempt: int) -> Style:
     turn, step = divmod(attempt, len(SPARE_COLOURS))
     index = (start + step) % len(SPARE_COLOURS)
     return Style(SPARE_COLOURS[index], SPARE_MARKERS[(index + turn) % len(SPARE_MARKERS)], (2 + 1.5 * turn, 1))
+
+
+def render(draw: Callable[P, Figure | None], *arguments: P.args, **options: P.kwargs) -> Figure | None:
+    """Calls a function that draws a figure under the settings of all figures, and fixes its layout.
+
+    Without the fixed layout, the same figure would be placed differently by each file format.
+    """
+    with style.context(["default", RC]):
+        figure = draw(*arguments, **options)
+        if figure is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        return figure

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from evals.results import schema
 from evals.results.formatting import format_setting
 from evals.results.settings import SETTINGS, axis_label, group_by, is_number
-
-if TYPE_CHECKING:
-    from evals.plots.style import Style
 
 NEEDED = {
     "latency": (
@@ -206,21 +203,6 @@ class Sweep:
         """Writes one value of the swept setting: 8k tokens, batch 4, chunk size = 64."""
         phrase = SETTINGS.get(self.column, f"{self.column.replace('_', ' ')} = {{}}").format(self.ticks[index])
         return phrase.removesuffix("s") if phrase.startswith("1 ") else phrase
-
-    # Until the figures use the names above.
-    @property
-    def places(self) -> list[Any]:
-        return self.values
-
-    @property
-    def cells(self) -> dict[str, pd.DataFrame]:
-        return self.by_attention
-
-    @property
-    def looks(self) -> "Mapping[str, Style]":
-        from evals.plots.style import style_of
-
-        return style_of(self.attentions)
 
 
 def sweeps(results: pd.DataFrame, fits: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Sweep]]:

@@ -5,13 +5,12 @@ import math
 
 import numpy as np
 import pandas as pd
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from evals.plots.registry import FIGURES
-from evals.plots.style import RC
+from evals.plots.style import render
 from evals.results.frames import check_table, sweeps
 
 LENGTHS = (1, 128, 1000, 8192)
@@ -98,13 +97,18 @@ def attempted(
     given = {"scaling": scaling, "crossovers": crossovers}
     fits = {kind: check_table(fit, kind) for kind, fit in given.items() if fit is not None}
     ((_, sweep),) = sweeps(check_table(results), fits)
-    with style.context(["default", RC]):
-        return FIGURES[name](sweep)
+    return render(FIGURES[name], sweep)
 
 
 def line(axes: Axes, gid: str) -> Line2D:
     (found,) = [line for line in axes.lines if line.get_gid() == gid]
     return found
+
+
+def legend(axes: Axes) -> list[str]:
+    """The texts of the legend, from top to bottom."""
+    found = axes.get_legend()
+    return [] if found is None else [text.get_text() for text in found.get_texts()]
 
 
 def data(line: Line2D) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""The study's figures are those of the committed data, and say where it comes from; what is computed for them is right."""
+"""The study's figures and findings belong to the committed data, and captions name its origin."""
 
 import io
 import itertools
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -19,15 +18,17 @@ from evals.paper.captions import caption
 from evals.paper.crossings import crossings, stretches
 from evals.paper.draw import STUDY, draw_half, drawings, missing_data
 from evals.paper.figures import FIGURES
-from evals.paper.findings import FINDINGS, source, speed
+from evals.paper.findings import FINDINGS
+from evals.paper.findings.data import required_source
+from evals.paper.findings.speed import speed
 from evals.paper.overview import comparison, dashboard, decode
-from evals.paper.radar import WORST, radar, respects
+from evals.paper.radar import RINGS, radar, respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source
 from evals.paths import ROOT
 from evals.plots.pareto import pareto
 from evals.plots.save import FORMS, save
-from evals.plots.style import RC
+from evals.plots.style import render
 from evals.results.frames import Sweep, check_table, sweeps
 from tests.evals.learned import losses, recalled, sized
 from tests.evals.sweeps import crossing, data, failing, fitted, line, table, words
@@ -57,7 +58,7 @@ def test_every_figure_is_the_one_of_the_committed_data(tmp_path: Path) -> None:
     drawn = {}
     for drawing in drawings(RESULTS):
         drawn[drawing.name] = save(drawing.picture, tmp_path / f"{drawing.name}.svg").read_text(encoding="utf-8")
-        told = caption(drawing.name, drawing.says, drawing.sources, RESULTS)
+        told = caption(drawing.name, drawing.description, drawing.sources, RESULTS)
         assert (PLOTS / f"{drawing.name}.md").read_text(encoding="utf-8") == told, drawing.name
     assert {path.name for path in PLOTS.iterdir()} == {f"{name}.{form}" for name in drawn for form in (*FORMS, "md")}
     for name, now in drawn.items():
@@ -122,7 +123,9 @@ def test_a_caption_says_where_its_data_come_from(tmp_path: Path) -> None:
 
 def test_a_ledger_without_a_command_takes_the_recipe_s(tmp_path: Path) -> None:
     one = ledger(tmp_path / "seq_len", described("aaaa", "1" * 40, dirty=False, day="2026-01-02"))
-    assert f"command: `python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}`" in caption("a", "b", [one], tmp_path)
+    assert f"command: `python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}`" in caption(
+        "a", "b", [one], tmp_path
+    )
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) 
     assert {one.name for one in FIGURES} == {*told}
     assert told["speedup"] == (
         f"speedup is not drawn, for there is no {tmp_path}/seq_len: "
-        f"`python -m evals.run sweep=seq_len results_dir={tmp_path}` makes it"
+        f"`python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}` makes it"
     )
     assert "sweep=recall " in told["recall_front"]  # a pattern's first step
     with pytest.raises(ValueError, match=r"holds no data of the study: `python -m evals\.paper`"):
@@ -189,11 +192,11 @@ def test_a_ring_of_the_radar_is_twice_as_bad() -> None:
     assert picture is not None
     levels = {panel.get_title(): data(line(panel, panel.get_title()))[1] for panel in picture.axes}
     keys = [axis.key for axis in respects(sweep)]
-    for key, ring in (("latency", WORST - 1), ("memory", WORST - 1), ("growth", WORST), ("weights", WORST)):
+    for key, ring in (("latency", RINGS - 1), ("memory", RINGS - 1), ("growth", RINGS), ("weights", RINGS)):
         assert levels["bsbr"][keys.index(key)] == pytest.approx(ring)
-        assert levels["standard"][keys.index(key)] == pytest.approx(WORST)
-    told = words(picture)
-    assert all(f"{axis.key}: {axis.words}" in told for axis in respects(sweep))
+        assert levels["standard"][keys.index(key)] == pytest.approx(RINGS)
+    told = " ".join(words(picture).split())
+    assert all(f"{axis.key}: {axis.meaning}" in told for axis in respects(sweep))
 
 
 def test_what_failed_has_no_corner_and_no_mark() -> None:
@@ -207,10 +210,11 @@ def test_what_failed_has_no_corner_and_no_mark() -> None:
 
 def test_a_disc_s_area_is_its_parameters() -> None:
     sizes = {"standard": 2**20, "bsbr": 2**22, "linear": 2**20}
-    picture = pareto(swept(table().assign(parameter_bytes=table()["attention"].map(sizes))), halos=True)
+    picture = pareto(swept(table().assign(parameter_bytes=table()["attention"].map(sizes))), parameters=True)
     assert picture is not None
-    discs = {name: line(picture.axes[0], f"{name} parameters").get_markersize() for name in sizes}
-    assert (discs["bsbr"] / discs["standard"]) ** 2 == pytest.approx(4)
+    (discs,) = (found for found in picture.axes[0].collections if found.get_gid() == "parameters")
+    areas = dict(zip(sizes, discs.get_sizes(), strict=True))  # type: ignore[attr-defined]
+    assert areas["bsbr"] / areas["standard"] == pytest.approx(4)
 
 
 def test_text_can_be_read_in_print() -> None:
@@ -219,8 +223,7 @@ def test_text_can_be_read_in_print() -> None:
     pairs = tuple((a, b, 500.0, 300.0, 900.0) for a, b in itertools.combinations(every, 2))
     sweep = swept(results, *pairs, fits=fitted(every))
     for make in (comparison, dashboard, decode, radar, crossings):
-        with style.context(["default", RC]):
-            picture = make(sweep)
+        picture = render(make, sweep)
         assert picture is not None
         assert picture.get_figwidth() == 7
         assert_readable(picture, make.__name__)
@@ -270,7 +273,10 @@ def test_the_gpu_half_has_a_folder_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(["seq"], "unknown data seq; known are seq_len, "), (["distillation", "device=cuda"], "healing is measured on a CPU alone")],
+    [
+        (["seq"], "unknown data seq; known are seq_len, "),
+        (["distillation", "device=cuda"], "distillation is measured on a CPU only"),
+    ],
 )
 def test_what_cannot_be_measured_is_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(given) == 2
@@ -292,12 +298,12 @@ def test_sentences_say_what_the_table_holds(tmp_path: Path) -> None:
     assert f"is {last['speedup']:.3g} [{last['speedup_low']:.3g}, {last['speedup_high']:.3g}] times as fast as `standard`" in told
     assert "faster at 128, 1000 and 8k tokens, slower at 1." in told
     assert "They cross at 10 [5, 20] tokens." in told
-    losing = {row.split("|")[1].strip(): row for row in FINDINGS["losses"](tmp_path).splitlines()}
+    losing = {row.split("|")[1].strip(): row for row in FINDINGS["disadvantages"](tmp_path).splitlines()}
     assert "| `standard` | 2.0× | 1 of 2 |" in losing["latency at 8k tokens"]
 
 
 def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
-    source.cache_clear()
+    required_source.cache_clear()
     with pytest.raises(ValueError, match=r"seq_len holds no results, .* `python -m evals\.run sweep=seq_len .*` makes it"):
         FINDINGS["speed"](tmp_path)
     learned = ("recall", "recall_wider", "recall_sizes", "retrieval", "retrieval_length", "extrapolation", "needle", "language")
@@ -306,7 +312,7 @@ def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
 
 
 def test_a_table_of_recall_says_the_state_once_or_with_every_size(tmp_path: Path) -> None:
-    source.cache_clear()
+    required_source.cache_clear()
     rows = recalled()
     for name, found in {"recall": rows, "recall_sizes": sized(rows)}.items():
         (tmp_path / name).mkdir()

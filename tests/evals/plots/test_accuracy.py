@@ -1,24 +1,24 @@
-"""What figures of learning show: the numbers of the table, of the best rates alone, and nothing where there is nothing."""
+"""Figures of accuracy draw the rows of the best learning rates, and are left out without data."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from evals import figures
 from evals.plots import accuracy, registry
 from evals.plots.needle import needle_depth
-from evals.plots.style import style_of
 from evals.results import frames
 from tests.evals import sweeps
 from tests.evals.learned import NAMES, losses, recalled, sized
 
 
 def learned(rows: pd.DataFrame, swept: str = "num_pairs") -> accuracy.AccuracySweep:
-    ((suffix, found),) = accuracy.accuracy_sweeps(rows, losses(), swept, style_of(NAMES))
+    ((suffix, found),) = accuracy.accuracy_sweeps(rows, losses(), swept)
     assert suffix == ""
     return found
 
@@ -58,7 +58,7 @@ def test_the_front_leaves_out_who_needs_more_and_remembers_less() -> None:
         rows[column] = rows["attention"].map({name: point[index] for name, point in at.items()})
     front = drawn(accuracy.recall_front(learned(rows)), "front")
     corners = set(zip(np.asarray(front.get_xdata()).tolist(), np.asarray(front.get_ydata()).tolist(), strict=True))
-    assert {(1000.0, 0.8), (3000.0, 0.8), (3000.0, 0.9)} <= corners
+    assert {(1000.0, 0.8), (3000.0, 0.9)} <= corners
     assert not any(y == 0.5 for _, y in corners)
     assert np.asarray(drawn(accuracy.recall_front(learned(rows)), "linear").get_xdata()).tolist() == [2000.0]
 
@@ -105,7 +105,8 @@ def test_a_needle_map_has_every_depth_and_length_of_every_attention() -> None:
     rows = recalled("depth", places=(4,), lengths=(64, 128))
     picture = needle_depth(learned(rows))
     assert picture is not None
-    images = {image.get_gid(): np.asarray(image.get_array()) for axes in picture.axes for image in axes.get_images()}
+    maps = [(axes.get_title(), mesh) for axes in picture.axes for mesh in axes.collections if isinstance(mesh, QuadMesh)]
+    images = {name: np.asarray(mesh.get_array()) for name, mesh in maps}
     assert {*images} >= {*NAMES}
     for name in NAMES:
         own = best(rows, name)[lambda one: one["depth"].notna()]

@@ -1,3 +1,5 @@
+"""The registry draws every figure that a table has data for: readable, reproducible, and in the same styles."""
+
 import io
 import itertools
 import math
@@ -101,9 +103,9 @@ FITTED = {"scaling", "scaling_memory"}
     ("without", "left"),
     [
         ((), ALL - FITTED),
-        (NEW, ALL - FITTED - {"memory_split", "ceiling"}),
+        (NEW, ALL - FITTED - {"memory_split", "roofline"}),
         (("state_bytes",), ALL - FITTED - {"memory_split"}),
-        (("roofline_fraction",), ALL - FITTED - {"ceiling"}),
+        (("roofline_fraction",), ALL - FITTED - {"roofline"}),
         (("verdict", "bound", "match"), ALL - FITTED),
     ],
 )
@@ -145,13 +147,13 @@ def test_a_number_that_goes_with_the_swept_setting_splits_nothing() -> None:
     assert "hidden 8 to 64k" in words(drawn(results))
 
 
-def test_one_look_everywhere() -> None:
+def test_one_style_everywhere() -> None:
     few, many = table(("linear", "mine", "bsbr")), table((*STYLES, "mine"))
     looked = {
         (name, str(found.get_color()), found.get_marker())
         for results in (few, many)
         for name in ("bsbr", "mine")
-        for kind in ("latency", "peak_memory", "ceiling", "scaling", "pareto")
+        for kind in ("latency", "peak_memory", "roofline", "scaling")
         for found in [line(drawn(results, kind, fitted((*STYLES, "mine"))).axes[0], name)]
     }
     assert looked == {(name, style_of([name])[name].colour, style_of([name])[name].marker) for name in ("bsbr", "mine")}
@@ -221,11 +223,11 @@ def shown(picture: Figure) -> list[Text]:
 def test_redrawing_changes_no_byte_and_no_setting(tmp_path: Path) -> None:
     some = ("standard", "bsbr", "mine")
     results = failing(table(some), "bsbr", 8192, "timeout")
-    given = {"scaling": fitted(some), "crossovers": crossing(("standard", "bsbr", 500, 300, 900))}
+    fits = {"scaling": fitted(some), "crossovers": crossing(("standard", "bsbr", 500, 300, 900))}
     before = dict(mpl.rcParams)
-    first = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "a", **given)}
+    first = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "a", fits)}
     with mpl.rc_context({"font.size": 20, "lines.linewidth": 9, "axes.facecolor": "red", "font.family": "serif"}):
-        second = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "b", **given)}
+        second = {path.name: path.read_bytes() for path in draw_sweep(results, tmp_path / "b", fits)}
     assert dict(mpl.rcParams) == before
     assert set(first) == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
     assert first == second
@@ -236,7 +238,7 @@ def test_redrawing_changes_no_byte_and_no_setting(tmp_path: Path) -> None:
 def test_redrawing_replaces_what_was_there_and_leaves_the_tables_alone(tmp_path: Path) -> None:
     results, scaling = table(("standard", "bsbr")), fitted()
     copies = results.copy(), scaling.copy()
-    draw_sweep(results, tmp_path, scaling=scaling)
+    draw_sweep(results, tmp_path, {"scaling": scaling})
     old = (tmp_path / "latency.svg").read_bytes()
     (tmp_path / "mine.png").write_bytes(b"kept")
     paths = draw_sweep(results.assign(latency_s=results["latency_s"] * 2), tmp_path)
@@ -254,7 +256,7 @@ def test_a_folder_draws_what_its_tables_draw(tmp_path: Path, capsys: pytest.Capt
     for name, written in {"results": results, **given}.items():
         written.to_csv(source / f"{name}.csv", index=False)
     assert main([str(source), "--plots", str(tmp_path / "plots")]) == 0
-    direct = draw_sweep(results, tmp_path / "direct", **given)
+    direct = draw_sweep(results, tmp_path / "direct", given)
     for path in direct:
         assert (tmp_path / "plots" / "seq_len" / path.name).read_bytes() == path.read_bytes()
     assert f"{2 * len(FIGURES)} files" in capsys.readouterr().out
@@ -290,7 +292,7 @@ def test_tables_of_fits_without_a_row_fit_nothing(content: bytes, tmp_path: Path
     [
         ({}, None),
         ({"parameter_bytes": [2**20, 2**20 + 9000, 2**20]}, None),  # within 1 %
-        ({"parameter_bytes": [272630, 1363149, 2**20]}, "parameters not matched: 0.26 to 1.3 MiB"),
+        ({"parameter_bytes": [272630, 1363149, 2**20]}, "parameters not matched: 270 KiB to 1.3 MiB"),
         ({"parameter_bytes": [2**10, 2**20, 2**20]}, "parameters not matched: 1 KiB to 1 MiB"),
         ({"match": ["parameters matched within 1 %", "", ""]}, "parameters matched within 1 %"),
     ],
@@ -305,7 +307,7 @@ def test_every_figure_says_what_is_not_matched(change: dict[str, list[object]], 
         assert said is None or said in told
 
 
-def test_the_colours_on_the_page_are_those_of_the_looks() -> None:
+def test_the_colours_on_the_page_are_those_of_the_styles() -> None:
     axes = drawn(table(("gau", "mine"))).axes[0]
     for name, look in style_of(["gau", "mine"]).items():
         assert to_hex(line(axes, name).get_color()) == look.colour

@@ -1,3 +1,5 @@
+"""Styles are distinguishable, also for the colour-blind and without colour, and do not change."""
+
 import itertools
 import subprocess
 import sys
@@ -10,18 +12,18 @@ from evals.paths import ROOT
 from evals.plots.style import SPARE_COLOURS, SPARE_MARKERS, STYLES, style_of
 
 
-def test_other_names_get_looks_of_their_own_that_do_not_move() -> None:
+def test_other_names_get_styles_of_their_own_that_do_not_change() -> None:
     assert style_of(["mine"])["mine"] == style_of(["mine", *STYLES])["mine"]
     names = [f"variant_{number}" for number in range(len(SPARE_COLOURS))]
     chosen = style_of([*names, *STYLES])
     assert chosen == style_of([*STYLES, *reversed(names)])
-    assert len({look.colour for look in chosen.values()}) == len(chosen)
+    assert len({style.colour for style in chosen.values()}) == len(chosen)
     crowd = style_of(f"variant_{number}" for number in range(60))
     assert len(set(crowd.values())) == 60
 
 
-def test_looks_do_not_depend_on_the_interpreter() -> None:
-    command = "from evals.plots.style import looks; print(looks(['mine'])['mine'].colour)"
+def test_styles_do_not_depend_on_the_interpreter() -> None:
+    command = "from evals.plots.style import style_of; print(style_of(['mine'])['mine'].colour)"
     seen = {
         subprocess.run(
             [sys.executable, "-c", command],
@@ -35,11 +37,11 @@ def test_looks_do_not_depend_on_the_interpreter() -> None:
     assert len(seen) == 1
 
 
-def test_built_in_looks_differ_without_colour_too() -> None:
-    assert len({look.marker for look in STYLES.values()}) == len(STYLES)
-    assert len({(look.dashes, look.width) for look in STYLES.values()}) == len(STYLES)
-    assert not {look.marker for look in STYLES.values()} & set(SPARE_MARKERS)
-    assert not {look.colour for look in STYLES.values()} & set(SPARE_COLOURS)
+def test_built_in_styles_differ_without_colour_too() -> None:
+    assert len({style.marker for style in STYLES.values()}) == len(STYLES)
+    assert len({(style.dashes, style.width) for style in STYLES.values()}) == len(STYLES)
+    assert not {style.marker for style in STYLES.values()} & set(SPARE_MARKERS)
+    assert not {style.colour for style in STYLES.values()} & set(SPARE_COLOURS)
 
 
 # Machado, Oliveira & Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision Deficiency", severity 1.
