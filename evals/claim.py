@@ -18,6 +18,7 @@ from evals.cli.command import command
 from evals.errors import UsageError
 from evals.results.claim_grammar import EXAMPLE, GRAMMAR, parse
 from evals.results.claims import decide
+from evals.results.schema import kind_of
 
 EXIT_CODES = {"supported": 0, "refuted": 1, "undecided": 3}
 DEFAULT_FOLDERS = ("*/results.csv", "paper/*/results.csv")
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     claim = parse(options.claim)
-    default = [sorted(path.parent for path in Path("results").glob(pattern)) for pattern in DEFAULT_FOLDERS]
+    tables = [sorted(Path("results").glob(pattern)) for pattern in DEFAULT_FOLDERS]
+    default = [[path.parent for path in paths if kind_of(path) == "latency"] for paths in tables]
     first, *rest = [options.results] if options.results else default
     try:
         decision = decide(claim, first)

@@ -1,1 +1,1 @@
-"""TODO: what lives here."""
+"""Results: the ledger of raw measurements, the tables computed from it, and comparisons, claims and exports of tables."""
