@@ -7,6 +7,7 @@ namespace {
 
 // --- states of chunks ---------------------------------------------------------------------------
 
+/// F_s = φ(K_s)ᵀ V_s of every chunk; φ(k) is the key or its unit norm.
 template <class T>
 index chunk_states(const ChunkSizes& s, Tensor keys, Tensor v, Tensor states, T* memory) {
     const index depth = s.chunk_size;
@@ -35,6 +36,7 @@ index chunk_states(const ChunkSizes& s, Tensor keys, Tensor v, Tensor states, T*
     });
 }
 
+/// Gradients of keys and values, from that of the states.
 template <class T>
 index chunk_states_backward(const ChunkSizes& s, Tensor keys, Tensor v, Tensor d_states, Tensor d_keys, Tensor d_v, T* memory) {
     const index row = s.features + WIDTH<T>;
@@ -118,6 +120,7 @@ void substitute(
     });
 }
 
+/// Pseudo-values U of the delta rule, (I + L) U = diag(beta) V, of every chunk.
 template <class T>
 index pseudo_values(const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor pseudo, T* memory) {
     const index count = s.chunk_size;
@@ -146,8 +149,8 @@ index pseudo_values(const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Ten
 /// With W = (I + L)^-T dU: dV = diag(beta) W, dL = -tril(W U^T, -1), and the gradients of beta and K follow from dL.
 template <class T>
 index pseudo_values_backward(
-    const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor pseudo, Tensor gradient, Tensor d_keys, Tensor d_v, Tensor d_beta,
-    T* memory
+    const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor pseudo, Tensor gradient, Tensor d_keys, Tensor d_v,
+    Tensor d_beta, T* memory
 ) {
     const index count = s.chunk_size, dim = s.head_dim, row = score_row<T>(count);
     return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
@@ -167,16 +170,16 @@ index pseudo_values_backward(
 
         pack_transposed(key, keys.row, s.features, count, packed_keys);
         T* u_by_column = scratch.take(dim * padded<T>(count));
-        T* columns_of_w = scratch.take(dim * padded<T>(count));
+        T* w_by_column = scratch.take(dim * padded<T>(count));
         pack_transposed(u, pseudo.row, dim, count, u_by_column);
-        pack_transposed(w, dim, dim, count, columns_of_w);
-        T* rows_of_keys = scratch.take(count * padded<T>(s.features));
-        pack(key, keys.row, count, s.features, rows_of_keys);
+        pack_transposed(w, dim, dim, count, w_by_column);
+        T* keys_by_row = scratch.take(count * padded<T>(s.features));
+        pack(key, keys.row, count, s.features, keys_by_row);
         T *before = scratch.take(ROWS * row), *after = scratch.take(ROWS * row);
         by_rows(count, [&](index i, auto m) {
             products<T, m()>(key + i * keys.row, keys.row, packed_keys, s.features, 0, i + m, weights, row);
             products<T, m()>(w + i * dim, dim, u_by_column, dim, 0, i + m, before, row);
-            products<T, m()>(u + i * pseudo.row, pseudo.row, columns_of_w, dim, i, count, after, row);
+            products<T, m()>(u + i * pseudo.row, pseudo.row, w_by_column, dim, i, count, after, row);
             for (int a = 0; a < m; ++a) {
                 T *earlier = before + a * row, *later = after + a * row;
                 const T* own = w + (i + a) * dim;
@@ -189,7 +192,7 @@ index pseudo_values_backward(
             }
             for (index column = 0; column < s.features; column += WIDTH<T>) {
                 Tile<T, m()> tile;
-                tile.add_product(before, row, 1, rows_of_keys + column * count, count);
+                tile.add_product(before, row, 1, keys_by_row + column * count, count);
                 tile.store(at<T>(d_keys, item, head, start + i) + column, d_keys.row, s.features - column);
             }
         });
@@ -201,6 +204,7 @@ index pseudo_values_backward(
 /// How many chunks row i sees.
 inline index visible_chunks(const RetrievalSizes& s, index i) { return std::clamp<index>(s.seen + i, 0, s.chunks); }
 
+/// Indices of the s.size highest scores of each row, by insertion: the highest first and the earliest of equals.
 template <class T>
 index select_top_k(const RetrievalSizes& s, Tensor scores, Tensor selected, T* memory) {
     return in_parallel(s.batch * s.heads * s.rows, s, memory, [&](index task, Scratch<T> scratch) {
@@ -221,6 +225,7 @@ index select_top_k(const RetrievalSizes& s, Tensor scores, Tensor selected, T* m
     });
 }
 
+/// Σ_s weights[s] states[s] of each row, over the chunks that it sees.
 template <class T>
 index mix_states(const RetrievalSizes& s, Tensor weights, Tensor states, Tensor mixed, T* memory) {
     const index group = s.heads / s.kv_heads, parts = panels(s.size, COLUMNS);
@@ -277,6 +282,7 @@ T weight(bool differ) {
     return differ ? std::sqrt(T(2)) : T(1);
 }
 
+/// Products of the unit vector's numbers i and i + step, for step = 0, 1, …, in this order.
 template <class T>
 index quadratic_features(const FeatureSizes& s, Tensor x, Tensor features, T* memory) {
     return for_each_unit_row(s, x, memory, [&](index item, index head, index token, const T* unit, T, T* line) {
@@ -290,6 +296,7 @@ index quadratic_features(const FeatureSizes& s, Tensor x, Tensor features, T* me
     });
 }
 
+/// Gradient of `quadratic_features` with respect to x.
 template <class T>
 index quadratic_features_backward(const FeatureSizes& s, Tensor d_features, Tensor x, Tensor d_x, T* memory) {
     return for_each_unit_row(s, x, memory, [&](index item, index head, index token, const T* unit, T inverse, T* d_unit) {
@@ -323,6 +330,7 @@ void score(const T* query, index row, const T* keys, index head_dim, T scale, in
     }
 }
 
+/// softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄. The division by the softmax's sum comes last, so the read-out is first scaled up by it.
 template <class T>
 index attend(const ChunkSizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor out, T* memory) {
     const index row = score_row<T>(max_keys(s)), group = s.heads / s.kv_heads;
@@ -364,9 +372,12 @@ index attend(const ChunkSizes& s, Tensor q, Tensor k, Tensor v, Tensor features,
     });
 }
 
+/// Gradients of `attend`. The softmax is computed again, so that the forward pass keeps nothing but its inputs.
 template <class T>
-index attend_backward(const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q,
-                     Tensor d_k, Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory) {
+index attend_backward(
+    const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q, Tensor d_k,
+    Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory
+) {
     const index row = score_row<T>(max_keys(s)), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
     // Chunks that overlap add to the gradients of the same keys; then one thread takes all chunks of a head, in order.
@@ -471,19 +482,19 @@ index attend_backward(const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Ten
 
 }  // namespace
 
-#define FUNCTION(NAME, SIZES, TYPE, T, ...)                                                                             \
-    std::int64_t NAME##_scratch_##TYPE(const SIZES* s) { return scratch_size<T>(*s); }                                  \
+#define FUNCTION(NAME, SIZES, TYPE, T, ...)                                                                           \
+    std::int64_t NAME##_scratch_##TYPE(const SIZES* s) { return scratch_size<T>(*s); }                                \
     std::int64_t NAME##_##TYPE(const SIZES* s, const Tensor* x, T* memory) { return NAME(*s, __VA_ARGS__, memory); }
-#define FUNCTIONS(TYPE, T)                                                                                              \
-    FUNCTION(chunk_states, ChunkSizes, TYPE, T, x[0], x[1], x[2])                                                                   \
-    FUNCTION(chunk_states_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                              \
-    FUNCTION(pseudo_values, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3])                                                           \
-    FUNCTION(pseudo_values_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])                          \
-    FUNCTION(select_top_k, RetrievalSizes, TYPE, T, x[0], x[1])                                                                       \
-    FUNCTION(mix_states, RetrievalSizes, TYPE, T, x[0], x[1], x[2])                                                                    \
-    FUNCTION(quadratic_features, FeatureSizes, TYPE, T, x[0], x[1])                                                                   \
-    FUNCTION(quadratic_features_backward, FeatureSizes, TYPE, T, x[0], x[1], x[2])                                                    \
-    FUNCTION(attend, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                                \
+#define FUNCTIONS(TYPE, T)                                                                                            \
+    FUNCTION(chunk_states, ChunkSizes, TYPE, T, x[0], x[1], x[2])                                                     \
+    FUNCTION(chunk_states_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                \
+    FUNCTION(pseudo_values, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3])                                              \
+    FUNCTION(pseudo_values_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])             \
+    FUNCTION(select_top_k, RetrievalSizes, TYPE, T, x[0], x[1])                                                       \
+    FUNCTION(mix_states, RetrievalSizes, TYPE, T, x[0], x[1], x[2])                                                   \
+    FUNCTION(quadratic_features, FeatureSizes, TYPE, T, x[0], x[1])                                                   \
+    FUNCTION(quadratic_features_backward, FeatureSizes, TYPE, T, x[0], x[1], x[2])                                    \
+    FUNCTION(attend, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                         \
     FUNCTION(attend_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
 extern "C" {
 FUNCTIONS(float32, float)

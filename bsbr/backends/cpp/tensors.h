@@ -35,6 +35,7 @@ struct FeatureSizes {
 
 namespace {
 
+/// The address of a row.
 template <class T>
 T* at(const Tensor& x, index item, index head, index row) {
     return static_cast<T*>(x.data) + item * x.batch + head * x.head + row * x.row;
@@ -64,6 +65,7 @@ struct Scratch {
     }
 };
 
+/// Columns rounded up to whole panels.
 template <class T>
 index padded(index columns) {
     return panels(columns, WIDTH<T>) * WIDTH<T>;
@@ -75,6 +77,7 @@ index score_row(index keys) {
     return padded<T>(keys) + 2 * WIDTH<T>;
 }
 
+/// The most keys that a chunk attends to.
 index max_keys(const ChunkSizes& s) { return std::min(s.chunk_size, s.time) + s.overlap; }
 
 /// Elements of scratch memory that one thread needs for the most demanding function: a whole number of cache lines.
