@@ -1,14 +1,17 @@
 """The rules that end sampling, on synthetic histories, and the number of time slices in a round."""
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
+from baselines.standard import StandardAttention
 from evals.benchmark.rounds import stop_reason, within_budget
-from evals.benchmark.timing import FirstCall, summarize_calls
+from evals.benchmark.timing import CallFirst, FirstCall, TimedProcess, summarize_calls
 from evals.cli.jobs import read_job
 from evals.measure.clock import Stopwatch, TimeSlice
 from evals.paths import CONF
@@ -97,3 +100,26 @@ def test_called_s_is_the_time_of_all_calls_and_not_of_samples_alone() -> None:
     first = FirstCall(tokens=8, steps=2, seconds=10.0)
     record = summarize_calls(first, [TimeSlice([1.0, 2.0], called_s=4.0), TimeSlice([3.0], called_s=3.0)])
     assert record == {"tokens": 8, "steps": 2, "first_call_s": 5.0, "called_s": 17.0, "time_slices": [[1.0, 2.0], [3.0]]}
+
+
+class Hanging(StandardAttention):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        threading.Event().wait()
+        return hidden_states
+
+
+def test_a_process_that_takes_too_long_does_not_run_on_beside_the_others() -> None:
+    node = f"+attention.hanging={{_target_: {__name__}.Hanging}}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        comparison = read_job(compose("config", ["attention=[standard]", node, "shape.seq_len=8", "device.threads=1"]))
+    timed = TimedProcess(comparison, comparison.candidates[1], 2**30)
+    with timed.worker:
+        timed.wait_until_built()
+        assert timed.ok
+        timed._timeout_s = 0.2
+        timed.ask(CallFirst())
+        assert timed.record() == {"outcome": "timeout", "detail": "took longer than 0.2 s"}
+        timed.worker._process.join(60)
+        assert not timed.worker._process.is_alive()
+        timed.ask(CallFirst())  # it has failed for good
+    assert timed.record()["outcome"] == "timeout"
