@@ -73,7 +73,7 @@ def test_projections_match_the_definition(time: int, options: dict[str, Any]) ->
             features = np.einsum("bhti,oi->bhto", values, weights.get("features.projection.weight", np.eye(4)))
         else:
             weight = weights[f"features.{name}.weight"]
-            kinds = {4: 3, 2: 2, 1: 1}[feature_dim]  # 3 of 2, 1 of 1, and of 3 the first 4 of their 6 products
+            kinds = {4: 3, 2: 2, 1: 1}[feature_dim]  # factors: 3 have 6 products, of which the first 4 are used; 2 have 3; 1 has 1
             features = np.einsum("bti,hdi->bhtd", x, weight.reshape(-1, kinds, 16))
         unit = features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-6)
         if options.get("feature_map") == "linear":
@@ -183,7 +183,7 @@ def test_gradients_reach_all_past_and_no_future_tokens(options: dict[str, Any]) 
 
 
 def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
-    # Nothing of v but the token's own chunk: what remains is retrieval, of complete earlier chunks.
+    # The values of the token's own chunk are 0: what remains is retrieved from complete earlier chunks.
     attention = build()
     for end in (CHUNK + 2, 2 * CHUNK, 3 * CHUNK):
         x = hidden(end + 1)
@@ -211,7 +211,7 @@ def alone(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
 
 
 def test_the_delta_rule_replaces_the_value_of_a_repeated_key() -> None:
-    # A key twice in a chunk, with 1 and then with 5; read in the next: 5 with β = 1, their sum without.
+    # A key is stored twice in a chunk, with 1 and then 5. The next chunk reads 5 with β = 1, and their sum without β.
     for options, wanted in (({"retrieval_norm": False}, 5), ({"retrieval_norm": False, "chunk_states": "sum"}, 6)):
         attention, tensors = alone(**options)
         key = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
@@ -227,7 +227,7 @@ def test_the_delta_rule_replaces_the_value_of_a_repeated_key() -> None:
 
 @pytest.mark.parametrize("chunks", [2, 7, 40])
 def test_normalised_retrieval_does_not_fade_with_the_number_of_chunks(chunks: int) -> None:
-    # One value of norm 2 = √head_dim under one key, among chunks of nothing: read whole, or divided by their number.
+    # One value of norm 2 = √head_dim under one key, among empty chunks: read in full, or divided by the number of chunks.
     key, value = torch.eye(4, dtype=torch.float64)[0], torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)
     for norm, wanted in ((True, value), (False, value / (chunks - 1))):
         attention, _ = alone(retrieval_norm=norm)
@@ -243,7 +243,7 @@ def test_normalised_retrieval_does_not_fade_with_the_number_of_chunks(chunks: in
 
 @options_of_all_kinds
 def test_dropout_is_off_in_eval_and_unbiased_in_training(options: dict[str, Any]) -> None:
-    options = options | {"retrieval_norm": False}  # of what is normalised the mean is another
+    options = options | {"retrieval_norm": False}  # the mean of normalised states is not the normalised mean
     attention, runs, time = build(dropout=0.3, **options), 4000, 2 * CHUNK + 2
     x = hidden(time, batch=1)
     expected = attention.eval()(x)
@@ -253,7 +253,7 @@ def test_dropout_is_off_in_eval_and_unbiased_in_training(options: dict[str, Any]
     torch.manual_seed(1)
     samples = attention.train()(x.expand(runs, -1, -1)).detach()
     assert not torch.equal(samples[0], samples[1])
-    # 192 means of 4000 draws: one of them strays by more than 6 standard errors in 10^6 such tests.
+    # 192 means of 4000 draws: in one of 10^6 such tests a mean is off by more than 6 standard errors.
     stray = (samples.mean(dim=0) - expected[0]).abs() / (samples.std(dim=0) / runs**0.5)
     assert stray.max() < 6
 
@@ -267,7 +267,7 @@ def test_dropout_acts_on_both_softmaxes() -> None:
     exact = attention.eval().attend(q, k, v, *rest)
     inside = local_only.eval().attend(q, k, v, *rest)
     outside = exact - inside
-    # Without retrieval the first part is seen alone; without local values, the second: all or nothing, twice the size.
+    # Without retrieval only the local part is left; with local values of 0 only the retrieved part: dropped, or doubled.
     assert not torch.allclose(local_only.train().attend(q, k, v, *rest), inside)
     attention.train()
     v = torch.cat([v[:, :, :CHUNK], torch.zeros_like(v[:, :, CHUNK:])], dim=2)
@@ -324,12 +324,12 @@ def test_declared_flops_equal_a_count_over_the_masks(time: int, options: dict[st
         chunk = i // CHUNK
         seen = sum(chunk * CHUNK - overlap <= j <= i for j in range(time))
         total += heads * seen * 2 * (2 * dim)  # a score and a weighted value
-        total += kv_heads * 2 * feature_dim * dim * (chunk < chunks - 1)  # into F, where a later chunk can ask for it
-        total += heads * 2 * feature_dim * dim * (chunk > 0)  # out of F̄
+        total += kv_heads * 2 * feature_dim * dim * (chunk < chunks - 1)  # stored in F, if a later chunk can retrieve it
+        total += heads * 2 * feature_dim * dim * (chunk > 0)  # read out of F̄
     for chunk in range(chunks):
         if options.get("chunk_states") != "sum" and chunk < chunks - 1:
             for i in range(CHUNK):
-                total += kv_heads * i * 2 * (feature_dim + dim)  # a product of keys, and what of a value is known already
+                total += kv_heads * i * 2 * (feature_dim + dim)  # a product of keys, and the part of the value that the state holds
         total += heads * 2 * dim * chunk
         total += heads * 2 * feature_dim * dim * (chunk if top_k is None else min(top_k, chunk))
     assert attention.flops(time) == total
@@ -338,15 +338,15 @@ def test_declared_flops_equal_a_count_over_the_masks(time: int, options: dict[st
 
 @options_of_all_kinds
 def test_counted_flops_are_at_most_three_times_those_declared(options: dict[str, Any]) -> None:
-    # Masked products are computed and thrown away: half of a chunk's square, half of C × C, and, with overlap, more. Heads of
-    # 16 fill a register of doubles; of narrower ones most that is multiplied is padding, as wide as the processor at hand.
+    # Masked products are computed and discarded: half of a chunk's square, half of C × C, and more with overlap. Heads of 16 fill
+    # a register of doubles; narrower ones are padded to the registers of the processor, which would count too.
     heads, head_dim, chunk, time = 4, 16, 16, 40 * 16
     attention = BSBRAttention(heads * head_dim, heads, **options | {"chunk_size": chunk}).double()
     tensors = attention.project(torch.randn(2, time, heads * head_dim, dtype=torch.float64))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         attention.attend(*tensors)
     counted = counter.get_total_flops()
-    if attention.retrieval_top_k in (None, 100):  # the counter knows nothing of embedding_bag
+    if attention.retrieval_top_k in (None, 100):  # the counter does not count embedding_bag
         assert counted >= attention.flops(time, batch_size=2)
     assert counted < 3 * attention.flops(time, batch_size=2)
     n_by_n = 4 * heads * head_dim * time * time * 2

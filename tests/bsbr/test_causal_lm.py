@@ -182,7 +182,7 @@ def test_samples_follow_the_softmax(temperature: float, top_k: int | None) -> No
     )
     found = np.bincount(sampled.flatten().numpy(), minlength=VOCAB) / draws
     assert (found[expected == 0] == 0).all()
-    # Five standard errors of a frequency.
+    # Within five standard errors of a frequency.
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12).all()
 
 
@@ -240,7 +240,7 @@ def test_a_repeating_sequence_is_learned_and_continued(name: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    # What follows a 1 is 4 or 5: without attention, 2/7 of the tokens cost ln 2 each, 0.198 on average.
+    # A 1 is followed by 4 or 5: without attention, 2/7 of the tokens cost ln 2 each, 0.198 on average.
     assert first > 1.5
     assert lm.loss(ids).item() < 0.198 / 2
     assert torch.equal(lm.generate(sequence[None, :12], 9), sequence[None, 12:21])

@@ -27,7 +27,7 @@ from evals.isolation import forkserver
 pytestmark = pytest.mark.xdist_group("parallel")
 CHUNK, BATCH, HEADS, HEAD_DIM = 4, 2, 4, 6
 
-# Name -> lengths of shards, sizes and options.
+# Lengths of shards, sizes and options, by name.
 FUNCTIONS: dict[str, tuple[list[int], dict[str, int], dict[str, int]]] = {
     "two whole": ([8, 4], {}, {"normalise": True}),
     "two, an incomplete last chunk": ([8, 7], {}, {}),

@@ -18,7 +18,7 @@ def states(time: int, batch: int = 2, hidden_dim: int = 3) -> Tensor:
 def test_it_matches_its_definition(size: int, time: int) -> None:
     convolution = ShortConvolution(3, size).double()
     x = states(time)
-    weight = convolution.weight.detach()[:, 0].flip(1)  # of x_t first
+    weight = convolution.weight.detach()[:, 0].flip(1)  # the weight of x_t first
     expected = x.clone()
     for t in range(time):
         for i in range(min(size, t + 1)):

@@ -105,12 +105,12 @@ def test_more_chunks_than_one_panel_of_states() -> None:
 def test_any_strides_are_supported() -> None:
     tensors = inputs(3 * CHUNK + 1, features=3)
     plain = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
-    # No contiguous rows; a single item that stands for both.
+    # Tensors without contiguous rows; then an expanded upstream gradient.
     scattered = {name: x.mT.contiguous().mT if x.dim() == 4 else x for name, x in tensors.items()}
     torch.testing.assert_close(bsbr_attention(**scattered, chunk_size=CHUNK, impl="cpp"), plain, rtol=0, atol=1e-13)
     leaf = tensors["q"].detach().requires_grad_()
     out = bsbr_attention(**(tensors | {"q": leaf}), chunk_size=CHUNK, impl="cpp")
-    by_sum = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]  # its upstream is one number, expanded
+    by_sum = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]  # the upstream gradient is one expanded number
     assert torch.equal(by_sum, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
 
 
@@ -148,7 +148,7 @@ def test_a_later_overflow_changes_no_earlier_output() -> None:
     tensors = inputs(CHUNK, dtype=torch.float32)
     before = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     tensors["k"] = tensors["k"].clone()
-    tensors["k"][:, :, -1, 0] = 3e38  # times a query, beyond what float32 holds
+    tensors["k"][:, :, -1, 0] = 3e38  # its product with a query overflows float32
     after = bsbr_attention(**tensors, chunk_size=CHUNK, impl="cpp")
     assert torch.equal(before[:, :, :-1], after[:, :, :-1])
 
@@ -199,7 +199,7 @@ def test_without_a_compiler_it_warns_and_runs_the_torch_backend(
 def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert not isinstance(build.library(), str)
-    (built,) = (tmp_path / "bsbr").iterdir()  # and nothing else: what was half done is not left there
+    (built,) = (tmp_path / "bsbr").iterdir()  # and nothing else: no temporary file is left
     written = built.stat().st_mtime_ns
     build.library.cache_clear()
     assert not isinstance(build.library(), str)

@@ -141,7 +141,7 @@ def masks(time: int) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"rotary": True, "chunk_overlap": 3}, {"use_checkpointing": True}], ids=str)
 def test_the_model_is_padding_invariant(options: dict[str, Any]) -> None:
     model, mask = small(**options).double(), masks(17)
-    ids = tokens(17, batch=6).masked_fill(mask == 0, -100)  # no token at all: it must never be looked up
+    ids = tokens(17, batch=6).masked_fill(mask == 0, -100)  # an invalid token id, which must never be looked up
     out = model(ids, mask)
     for row, real, result in zip(ids, mask != 0, out, strict=True):
         assert (result[~real] == 0).all()
@@ -190,7 +190,7 @@ def test_residual_dropout_zeroes_or_doubles_each_number_of_a_branch(silent: str)
         branch = layer.eval()(x) - x
         ratio = (layer.train()(x) - x) / branch
     assert {round(number, 6) for number in ratio.flatten().tolist()} == {0, 2}
-    # 5120 coins: the mean strays by more than 5 standard errors once in a million seeds.
+    # 5120 coin tosses: their mean is off by more than 5 standard errors once in a million seeds.
     assert abs(ratio.mean().item() - 1) < 5 / ratio.numel() ** 0.5
 
 

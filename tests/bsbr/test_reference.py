@@ -58,7 +58,7 @@ def bsbr_oracle(
     belongs = (np.arange(chunks)[:, None] == chunk_of[None, :]).astype(float)
     if beta is None:
         states = np.einsum("sj,bhjr,bhjd->bhsrd", belongs, phi_k, v)
-    else:  # what a token wrote, times I − β φ(k) φ(k)ᵀ of each that follows in its chunk
+    else:  # what a token writes is multiplied by I − β φ(k) φ(k)ᵀ of each later token of its chunk
         states = np.zeros((*q.shape[:2], chunks, phi_k.shape[3], head_dim))
         beta = np.repeat(beta, heads // beta.shape[1], axis=1)[..., None, None]
         erased = np.eye(phi_k.shape[3]) - beta * phi_k[..., :, None] * phi_k[..., None, :]
@@ -67,7 +67,7 @@ def bsbr_oracle(
             for later in range(token + 1, min(time, (chunk_of[token] + 1) * chunk_size)):
                 new = erased[:, :, later] @ new
             states[:, :, chunk_of[token]] += new
-    scores = np.zeros((*q.shape[:2], chunks, chunks))  # the last chunk has no meta key; nobody may ask for it
+    scores = np.zeros((*q.shape[:2], chunks, chunks))  # the last chunk has no meta key, because no chunk retrieves it
     scores[..., : h.shape[2]] = np.einsum("bhtd,bhsd->bhts", r, h[:, :, :chunks]) / math.sqrt(head_dim)
     t, s = np.arange(chunks)[:, None], np.arange(chunks)[None, :]
     outside = np.broadcast_to(s < t, scores.shape)
@@ -177,11 +177,11 @@ def test_both_softmaxes_scale_by_the_root_of_head_dim(function: Any) -> None:
 
 @pytest.mark.parametrize("function", [bsbr_attention, reference.bsbr_attention])
 def test_default_features_read_the_value_of_an_equal_key(function: Any) -> None:
-    # Unit norm: (6, 8) asks for (3, 4) whatever the lengths, and (-8, 6) is at right angles to it.
+    # With unit norm the query (6, 8) matches the key (3, 4), and (-8, 6) is orthogonal to it.
     q = torch.tensor([[0, 0], [6, 8], [-8, 6]], dtype=torch.float64).view(1, 1, 3, 2)
     k = torch.tensor([[3, 4], [0, 0], [0, 0]], dtype=torch.float64).view(1, 1, 3, 2)
     v = torch.tensor([[7, 1], [20, 30], [40, 50]], dtype=torch.float64).view(1, 1, 3, 2)
-    # Chunks of one token; the third retrieves the first alone, far better scored.
+    # Chunks of one token; the third retrieves only the first, whose score is far higher.
     r = torch.tensor([[0, 0], [0, 0], [1e3, 0]], dtype=torch.float64).view(1, 1, 3, 2)
     h = torch.tensor([[1, 0], [0, 0]], dtype=torch.float64).view(1, 1, 2, 2)
     expected = torch.tensor([[7, 1], [20 + 7, 30 + 1], [40, 50]], dtype=torch.float64).view(1, 1, 3, 2)
@@ -355,7 +355,7 @@ def test_a_token_reads_exactly_what_the_masks_allow(function: Any, overlap: int)
             {i} if len(inside) > 1 else set(),  # q; of a single visible key the weight is 1
             inside if len(inside) > 1 else set(),
             inside | earlier,
-            {chunk} if retrieves else set(),  # r: its own chunk's
+            {chunk} if retrieves else set(),  # r: that of its own chunk
             set(range(chunk)) if retrieves else set(),  # h: those of complete chunks, never its own
             {i} if chunk else set(),
             earlier,  # φ(k): the own chunk is never retrieved

@@ -111,7 +111,7 @@ def test_gradients_flow_through_the_state() -> None:
 
 def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
     attention, x = build(retrieval_top_k=2), hidden(60 * CHUNK)
-    x[:, ::CHUNK] = 0  # every meta query is 0, so every score is
+    x[:, ::CHUNK] = 0  # every meta query is 0, and so is every score
     output, _ = in_pieces(attention.extend, x, [CHUNK] * 60)
     torch.testing.assert_close(output, attention(x), rtol=0, atol=1e-10)
 
@@ -120,7 +120,7 @@ def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
 def test_in_training_dropout_acts_on_new_tokens_too(options: dict[str, Any]) -> None:
     attention = build(dropout=0.3, **options).train()
     with torch.no_grad():
-        attention.retrieval_gain.fill_(3)  # so that neither softmax's dropout hides behind the other's
+        attention.retrieval_gain.fill_(3)  # large enough that the dropout of both softmaxes shows
         x = hidden(2 * CHUNK + 2)[:1].expand(8000, -1, -1)
         torch.manual_seed(1)
         whole, pieces = attention(x), in_pieces(attention.extend, x, [3, 4, 1, 4])[0]
@@ -172,7 +172,7 @@ def test_a_state_holds_the_declared_bytes_and_keeps_no_other_memory_alive(dtype:
             _, in_two = in_pieces(attention.extend, x[:, :time], [time // 2, time - time // 2][time < 2 :])
             for state in (by_token, at_once, in_two):
                 assert state["position"].tolist() == time
-                kept = [tensor for key, tensor in state.items() if key != "position"]  # a counter, the same in every attention
+                kept = [tensor for key, tensor in state.items() if key != "position"]  # a counter that every attention has
                 assert sum(tensor.nbytes for tensor in kept) == attention.state_bytes(time, batch_size=2)
                 assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == attention.state_bytes(time, 2)
 
