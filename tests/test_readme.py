@@ -9,7 +9,7 @@ import pytest
 
 from evals.paths import ROOT
 from evals.results import latency_table
-from evals.results.frames import read
+from evals.results.frames import read_table
 from tests.evals.commands import typed
 
 pytestmark = pytest.mark.xdist_group("readme")
@@ -34,7 +34,7 @@ def test_the_model_example_runs() -> None:
 
 
 def test_the_excerpt_of_a_sweep_is_what_the_committed_results_say() -> None:
-    results = read(ROOT / "results" / "paper" / "seq_len").assign(detail="")
+    results = read_table(ROOT / "results" / "paper" / "seq_len").assign(detail="")
     printed = latency_table.render(results).splitlines()
     excerpt = block("", "speed-up over standard").splitlines()
     assert excerpt

@@ -1,4 +1,4 @@
-"""Verdicts against synthetic rounds whose truth is known: a table and a ledger in the form that evals.run writes."""
+"""Verdicts on claims about synthetic rounds with known truth: a table and a ledger as evals.run writes them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ BYTES: dict[str, Time] = {"standard": lambda n: 4.0 * n * n, "linear": lambda n:
 def write(
     folder: Path, times: Mapping[str, Time] = TIMES, *, noise: float = 0.01, rounds: int = 6, ledger: bool = True, **columns: Any
 ) -> Path:
-    """One comparison a length. A round slows all who ran in it alike (by up to 30 %), and each a little for itself."""
+    """Writes one comparison per length. Each round slows all attentions alike by up to 30 %, and each a little on its own."""
     generator = np.random.default_rng(0)
     rows, reference = [], "standard"
     for n in SIZES:
@@ -130,7 +130,7 @@ def test_the_grammar(text: str, claim: Claim) -> None:
         ("a faster than a", "compared with itself"),
     ],
 )
-def test_what_is_no_claim_is_said_in_one_sentence(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_is_no_claim_is_refused_in_one_sentence(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match=message):
         parse(text)
     assert main([text]) == 2
@@ -179,7 +179,7 @@ def test_verdicts(measured: Path, text: str, verdict: str, capsys: pytest.Captur
     assert ("would decide it: " in said) == (verdict == "undecided")
 
 
-def test_the_evidence_of_one_place(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evidence_at_one_setting(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bsbr 10x faster than standard at seq_len 4096", str(measured)])
     first, second, *_ = capsys.readouterr().out.splitlines()
     table = pd.read_csv(measured / "results.csv").query("attention == 'bsbr' and seq_len == 4096").iloc[0]
@@ -188,17 +188,17 @@ def test_the_evidence_of_one_place(measured: Path, capsys: pytest.CaptureFixture
     assert second.strip() == f"paired, 6 rounds; noise floor {table['noise_floor']:.1%}"
 
 
-def test_without_a_place_the_worst_speaks(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_setting_the_worst_one_decides(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bsbr faster than standard", str(measured)])
     said = capsys.readouterr().out
     assert "at seq_len 128" in said.splitlines()[0]
     assert "the worst of 6 settings: 4 supported, 2 refuted, 0 undecided" in said
 
 
-def test_two_that_are_not_the_reference_are_paired_by_the_ledger(
+def test_two_attentions_other_than_the_reference_are_paired_from_the_ledger(
     measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rounds differ by 30 %, which cancels only in pairs."""
+    """The drift of 30 % between rounds cancels only in pairs."""
     claim = "bsbr 80% faster than linear at seq_len 4096"
     assert main([claim, str(measured)]) == 0
     assert "\n  paired, 6 rounds" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_an_undecided_claim_says_how_many_rounds_it_takes() -> None:
     assert "about 20 rounds" in weigh(ratio, 1.0, 0.02, 5)[1]
 
 
-def test_noise_never_supports_a_difference_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_supports_no_claim_about_equal_attentions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = dict.fromkeys(TIMES, TIMES["standard"])
     folder = str(write(tmp_path / "same", same, noise=0.05))
     for text in (
@@ -247,8 +247,8 @@ def test_noise_never_supports_a_difference_that_is_not_there(tmp_path: Path, cap
     assert "supported: " not in capsys.readouterr().out
 
 
-def test_widths_that_equalise_parameters_are_no_setting(tmp_path: Path) -> None:
-    """match=params gives every candidate an ff_dim of its own: they were measured side by side all the same."""
+def test_ff_dims_of_matched_parameters_are_not_a_setting(tmp_path: Path) -> None:
+    """With match=params each candidate has an ff_dim of its own, and they are still measured side by side."""
     folder = write(tmp_path, ledger=False, match="params")
     table = pd.read_csv(folder / "results.csv")
     table["ff_dim"] = table["attention"].map({"standard": 1024, "linear": 1000, "bsbr": 900})
@@ -256,7 +256,7 @@ def test_widths_that_equalise_parameters_are_no_setting(tmp_path: Path) -> None:
     assert main(["bsbr uses less memory than standard at seq_len 512", str(folder)]) == EXIT_CODES["supported"]
 
 
-def test_a_failure_is_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_row_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "seq_len")
     table = pd.read_csv(folder / "results.csv")
     failed = (table["attention"] == "standard") & (table["seq_len"] == 4096)
@@ -285,7 +285,7 @@ def test_a_failure_is_no_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
     ],
 )
-def test_what_was_not_measured_is_named_with_what_was(
+def test_an_unmeasured_name_or_setting_is_reported_with_the_measured_ones(
     measured: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([text, str(measured)]) == 2
@@ -294,7 +294,7 @@ def test_what_was_not_measured_is_named_with_what_was(
     assert pd.Series([said]).str.contains(message).all()
 
 
-def test_own_sweeps_come_before_the_paper(
+def test_own_sweeps_are_searched_before_those_of_the_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Two sets of results whose truth is known, and two commits of which one really is worse."""
+"""Comparison of two folders with known truth, and of two commits of which one is worse."""
 
 import csv
 import json
@@ -77,7 +77,7 @@ def test_unpaired_rounds_give_welchs_t() -> None:
 
 
 @pytest.mark.parametrize("rounds", [(1, 5), (5, 1), (1, 1)])
-def test_nothing_is_known_from_one_round(rounds: tuple[int, int]) -> None:
+def test_one_round_gives_no_interval(rounds: tuple[int, int]) -> None:
     one, other = (cell([0.1] * number) for number in rounds)
     ratio, _ = cell_ratio(one, other)
     assert ratio.value == pytest.approx(1)
@@ -85,7 +85,7 @@ def test_nothing_is_known_from_one_round(rounds: tuple[int, int]) -> None:
     assert compare_cells([one], [other])["verdict"].tolist() == ["ambiguous"]
 
 
-def test_rounds_pair_only_where_their_times_say_that_they_took_turns() -> None:
+def test_rounds_are_paired_only_if_their_times_alternate() -> None:
     a, b = in_turns([0.0] * 4, [0.0] * 4)
     assert cell_ratio(a, b)[1]
     assert cell_ratio(b, a)[1]
@@ -100,7 +100,7 @@ def test_rounds_pair_only_where_their_times_say_that_they_took_turns() -> None:
     assert not cell_ratio(a, restarted)[1]
 
 
-def test_what_slows_a_round_of_both_cancels_when_they_are_paired() -> None:
+def test_drift_between_rounds_cancels_in_pairs() -> None:
     generator = np.random.default_rng(0)
     shared = generator.normal(0, 0.3, 8)
     a, b = shared + generator.normal(0, 0.005, 8), shared + 0.06 + generator.normal(0, 0.005, 8)
@@ -112,7 +112,7 @@ def test_what_slows_a_round_of_both_cancels_when_they_are_paired() -> None:
 
 
 def sets(generator: np.random.Generator, cells: int, ratio: float, *, paired: bool) -> tuple[list[Cell], list[Cell]]:
-    """B takes `ratio` times as long. Noise of both is unlike; the interleaved ones share what befalls a round."""
+    """Two folders in which B takes `ratio` times as long, with noise of each cell, and of each round if they are paired."""
     a, b = [], []
     for number in range(cells):
         rounds = (6, 6) if paired else (5, 8)
@@ -128,7 +128,7 @@ def sets(generator: np.random.Generator, cells: int, ratio: float, *, paired: bo
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_of_many_pairs_of_equal_sets_few_show_any_difference(paired: bool) -> None:
+def test_equal_folders_rarely_differ(paired: bool) -> None:
     generator = np.random.default_rng(1)
     wrong = 0
     for _ in range(400):
@@ -138,7 +138,7 @@ def test_of_many_pairs_of_equal_sets_few_show_any_difference(paired: bool) -> No
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_interval_holds_a_known_ratio(paired: bool) -> None:
+def test_intervals_cover_a_known_ratio(paired: bool) -> None:
     a, b = sets(np.random.default_rng(2), 2000, 1.3, paired=paired)
     rows = compare_cells(a, b)
     held = (rows["ratio_low"] <= 1 / 1.3) & (rows["ratio_high"] >= 1 / 1.3)
@@ -146,14 +146,14 @@ def test_the_interval_holds_a_known_ratio(paired: bool) -> None:
     assert rows["ratio"].median() == pytest.approx(1 / 1.3, rel=0.01)
 
 
-def test_a_known_ratio_is_found_in_every_cell() -> None:
+def test_a_large_ratio_is_found_in_every_cell() -> None:
     for paired in (True, False):
         a, b = sets(np.random.default_rng(3), 10, 1.5, paired=paired)
         assert set(compare_cells(a, b)["verdict"]) == {"slower"}
         assert set(compare_cells(b, a)["verdict"]) == {"faster"}
 
 
-def test_the_more_cells_the_more_evidence_each_needs() -> None:
+def test_verdicts_are_corrected_for_the_number_of_cells() -> None:
     doubtful = in_turns([0.15, 0.5, 0.3, 0.25], [0.0, 0.3, 0.0, 0.1])
     assert 0.01 < cell_ratio(*doubtful)[0].p_value < 0.02
     flat = [in_turns([0.1, 0.0, 0.1, 0.0], [0.0, 0.1, 0.0, 0.1], seq_len=n) for n in range(2)]
@@ -167,7 +167,7 @@ def test_the_more_cells_the_more_evidence_each_needs() -> None:
 @pytest.mark.parametrize(
     ("floors", "verdict"), [((0.01, 0.02), "slower"), ((0.01, 0.07), "ambiguous"), ((0.07, 0.01), "ambiguous")]
 )
-def test_no_verdict_below_the_greater_of_the_noise_floors(floors: tuple[float, float], verdict: str) -> None:
+def test_no_verdict_below_the_higher_noise_floor(floors: tuple[float, float], verdict: str) -> None:
     a = [cell([0.0, 0.001, -0.001, 0.0], floor=floors[0])]
     b = [cell([0.05, 0.051, 0.049, 0.05], floor=floors[1])]
     rows = compare_cells(a, b)
@@ -175,7 +175,7 @@ def test_no_verdict_below_the_greater_of_the_noise_floors(floors: tuple[float, f
     assert rows["noise_floor"].tolist() == [max(floors)]
 
 
-def test_a_setting_that_one_set_does_not_know_is_no_difference_unless_it_varies() -> None:
+def test_a_setting_unknown_to_one_folder_counts_only_if_it_varies() -> None:
     old, new = [cell([0.0, 0.1])], [cell([0.0, 0.1], match="none")]
     assert len(compare_cells(old, new)) == 1
     with pytest.raises(UsageError, match=r"chunk_size is not given in A and 16, 32 in B"):
@@ -187,7 +187,7 @@ def test_a_setting_that_one_set_does_not_know_is_no_difference_unless_it_varies(
 
 @dataclass
 class Made:
-    """What evals.run would have measured: the latencies of its rounds in seconds, and the rest."""
+    """Writes a result folder as evals.run does, from the latencies of its rounds in seconds."""
 
     attention: str = "bsbr"
     rounds: Sequence[float] = (0.0100, 0.0101, 0.0099, 0.0100, 0.0100)
@@ -242,7 +242,7 @@ def slowed(by: float) -> list[float]:
     ("factor", "threshold", "code"),
     [(1.0, "5%", 0), (0.8, "5%", 0), (1.04, "5%", 0), (1.2, "5%", 1), (1.2, "0.25", 0), (1.04, "3%", 1)],
 )
-def test_exit_code_is_1_where_it_is_slower_by_more_than_the_threshold(
+def test_exit_code_1_for_a_slowdown_above_the_threshold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, threshold: str, code: int
 ) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made(rounds=slowed(factor))], start=1000)
@@ -253,14 +253,14 @@ def test_exit_code_is_1_where_it_is_slower_by_more_than_the_threshold(
     assert "not interleaved" in out
 
 
-def test_where_nothing_was_measured_against_itself_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_noise_floor_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made(floor=None)]), write(tmp_path / "b", [Made(floor=None, rounds=slowed(1.2))], start=1000)
     code, out, _ = said(capsys, a, b)
     assert code == 1
     assert "Where there is no floor, nothing was measured against itself." in out
 
 
-def test_a_missing_folder_for_the_rows_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_of_the_csv_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
     code, _, err = said(capsys, a, b, "--csv", tmp_path / "nowhere" / "rows.csv")
     assert code == 2
@@ -268,7 +268,7 @@ def test_a_missing_folder_for_the_rows_is_one_sentence(tmp_path: Path, capsys: p
     assert len(err.splitlines()) == 1
 
 
-def test_folders_of_interleaved_rounds_are_paired_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interleaved_folders_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise = [1.0, 1.5, 0.7, 1.2, 0.9]
     a = write(tmp_path / "a", [Made(rounds=[0.01 * by for by in noise])])
     b = write(tmp_path / "b", [Made(rounds=[0.0108 * by * (1 + 0.001 * n) for n, by in enumerate(noise)])], start=25)
@@ -278,7 +278,7 @@ def test_folders_of_interleaved_rounds_are_paired_without_being_told(tmp_path: P
     assert "not interleaved" not in out
 
 
-def test_cells_that_are_not_in_both_are_listed_and_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_one_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = Made("sparse", outcome="oom", detail="needs 9 GiB of 8", peak_bytes=None, settings={"seq_len": 8192})
     a = write(
         tmp_path / "a", [Made(), Made("linear"), Made("gau", outcome="crash", peak_bytes=None), Made("old", outcome="timeout")]
@@ -315,7 +315,7 @@ def test_a_cell_that_fails_only_in_b_is_a_regression(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("peak", "code", "shown"), [(2**20, 0, False), (2**20 + 4096, 0, True), (2**21, 1, True), (2**19, 0, True)]
 )
-def test_memory_is_shown_where_it_changed_and_may_not_grow(
+def test_changed_memory_is_printed_and_growth_is_a_regression(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], peak: int, code: int, shown: bool
 ) -> None:
     a = write(tmp_path / "a", [Made(), Made("linear")])
@@ -328,7 +328,7 @@ def test_memory_is_shown_where_it_changed_and_may_not_grow(
     assert "linear" not in block
 
 
-def test_other_machines_and_long_names_are_told_in_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_machines_and_long_names_fit_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "a_variant_with_a_very_long_name_of_48_characters"
     many = [Made(name, settings={"seq_len": n, "dtype": dtype}) for n in (512, 1024) for dtype in ("float32", "bfloat16")]
     a, b = (
@@ -345,7 +345,7 @@ def test_other_machines_and_long_names_are_told_in_80_columns(tmp_path: Path, ca
     assert f"{name} 1024    bfloat16" in out
 
 
-def test_a_torn_line_is_told_and_the_rest_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_line_is_reported_and_the_rest_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
     with (a / "samples.jsonl").open("a") as file:
         file.write('{"kind": "lat')
@@ -389,7 +389,7 @@ def test_a_folder_without_usable_results_is_one_sentence_and_code_2(
 
 
 @pytest.mark.parametrize("latency", ["0.0", "-1", "null", '"fast"', "1e999", "[]"])
-def test_a_sample_that_is_no_latency_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], latency: str) -> None:
+def test_an_invalid_latency_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], latency: str) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
     lines = (b / "samples.jsonl").read_text().splitlines()
     record = json.loads(lines[1])
@@ -467,7 +467,7 @@ def git(tree: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This code as a repository of its own, in which an attention holds 1 MiB more than it did when it was committed."""
+    """A repository with this code, in whose working tree an attention holds 1 MiB more than in its last commit."""
     tree = tmp_path_factory.mktemp("compare").resolve() / "repository"
     for name in ("bsbr", "baselines", "evals", "conf", "schemas"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -492,7 +492,7 @@ def launch(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @of_a_repository
-def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(repository: Path) -> None:
+def test_the_base_runs_its_own_code_and_b_that_of_the_working_tree(repository: Path) -> None:
     done = launch(repository, "--base", "HEAD", "--rounds", "2", *SMALL)
     folder = repository / "results" / "compare" / git(repository, "rev-parse", "HEAD")[:12]
     base, here = (Ledger(folder / side / "samples.jsonl").read()[0] for side in ("base", "here"))
@@ -512,7 +512,7 @@ def test_base_runs_the_code_of_the_base_and_here_that_of_the_working_tree(reposi
 
 
 @of_a_repository
-def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
+def test_ctrl_c_removes_the_checkout_of_the_base(repository: Path) -> None:
     command = [sys.executable, "-m", "evals.compare", "--base", "HEAD", *SMALL]
     with subprocess.Popen(command, cwd=repository, env=environment(repository), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -526,7 +526,7 @@ def test_ctrl_c_leaves_no_tree_behind(repository: Path) -> None:
 
 
 @of_a_repository
-def test_a_base_that_cannot_be_measured_is_told_with_its_last_words(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_cannot_be_measured_is_reported_with_its_error(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(tree: Path, *more: str) -> str:
         """What is said in `tree` by a command that is not started there: its own imports are none of what is asked."""
         monkeypatch.chdir(tree)

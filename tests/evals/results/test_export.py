@@ -1,4 +1,4 @@
-"""The exported tables hold the numbers of the results, say why one is missing, and are set by LaTeX whatever a name holds."""
+"""Exported tables hold the numbers of the results, the reasons for missing ones, and compile in LaTeX whatever a name holds."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ REASON = "it needed 9 GiB, more than the 8 GiB of sampling.memory_limit_gib"
 
 
 def failing() -> pd.DataFrame:
-    """The paper's sweep, with a hostile name, and cells that failed for two reasons."""
+    """The study's sweep with a hostile name, and with cells that failed for two reasons."""
     results = pd.read_csv(PAPER / "seq_len" / "results.csv").replace({"attention": {"linear": HOSTILE}})
     results["detail"] = results["detail"].astype(object)
     for name, length, outcome, detail in (
@@ -34,7 +34,7 @@ def failing() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("form", "separator"), [(markdown, "|"), (latex, "&")])
-def test_every_latency_stands_in_its_place(form: object, separator: str) -> None:
+def test_every_latency_is_in_its_cell(form: object, separator: str) -> None:
     results = read_table(PAPER / "seq_len")
     table = form(next(latency_tables(results)))  # type: ignore[operator]
     lengths = sorted(results["seq_len"].unique())
@@ -49,14 +49,14 @@ def test_every_latency_stands_in_its_place(form: object, separator: str) -> None
             assert float(number) == pytest.approx(rows.loc[length, "latency_s"] * 1e3, abs=0.501 * last, rel=0)
 
 
-def test_a_hostile_name_is_text() -> None:
+def test_a_hostile_name_is_escaped() -> None:
     (table, *_) = latency_tables(failing())
     assert r"| \[\*\]&lt;script&gt;\|a\_b&amp;50%\\ \$x{--^\~\`" + '"ü注\u202e |' in markdown(table)
     assert r"{[}{*}{]}\textless{}script\textgreater{}\textbar{}a\_b\&50\%\textbackslash{} \$x\{-{}-" in latex(table)
     assert escape_latex("ü注").count("U+") == 2
 
 
-def test_a_failure_is_its_outcome_with_a_footnote_that_says_why() -> None:
+def test_a_failed_cell_holds_its_outcome_and_a_footnote_with_the_reason() -> None:
     latency, *_ = latency_tables(failing())
     row = next(row for row in latency.rows if row[0] == "hopfield")
     assert row[-2:] == ["oom¹", "oom¹"]
@@ -67,7 +67,7 @@ def test_a_failure_is_its_outcome_with_a_footnote_that_says_why() -> None:
     assert r"$^{1}$ it needed 9 GiB, more than" in latex(latency)
 
 
-def test_rows_under_other_settings_are_other_tables() -> None:
+def test_rows_of_other_settings_are_separate_tables() -> None:
     results = read_table(PAPER / "seq_len")
     both = list(latency_tables(pd.concat([results, results.assign(threads=1)])))
     assert len(both) == 2 * len(list(latency_tables(results)))
@@ -79,7 +79,7 @@ def test_rows_under_other_settings_are_other_tables() -> None:
         list(latency_tables(pd.concat([results, results])))
 
 
-def test_what_was_learned_is_told_with_its_interval_over_seeds() -> None:
+def test_accuracy_has_its_interval_over_seeds() -> None:
     accuracy, state = tables_of(PAPER / "retrieval")
     assert accuracy.rows[0] == ["num_pairs", "16"]
     # The table of README's section on retrieval, to three digits.
@@ -89,7 +89,7 @@ def test_what_was_learned_is_told_with_its_interval_over_seeds() -> None:
     assert ["delta_net", "4 KiB"] in state.rows
 
 
-def test_a_rate_that_failed_is_told_only_where_none_did_better() -> None:
+def test_a_failed_learning_rate_is_shown_only_if_all_failed() -> None:
     results = pd.read_csv(PAPER / "retrieval" / "results.csv")
     results = results[results["outcome"] == "ok"].astype({"detail": object})
     gone = results["attention"] == "linear"
@@ -100,7 +100,7 @@ def test_a_rate_that_failed_is_told_only_where_none_did_better() -> None:
     assert accuracy.footnotes == ["¹ seed 0: the loss was nan at step 3"]
 
 
-def test_a_folder_of_folders_is_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_above_result_folders_exports_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(PAPER)]) == 0
     said = capsys.readouterr().out
     titles = re.findall(r"^\*\*(\S+): ", said, flags=re.MULTILINE)
@@ -112,7 +112,7 @@ def test_a_folder_of_folders_is_all_of_them(capsys: pytest.CaptureFixture[str]) 
     assert r"\caption{latency in ms, lower is better" in capsys.readouterr().out
 
 
-def test_the_longest_context_is_told_with_what_does_not_fit(tmp_path: Path) -> None:
+def test_the_longest_context_stands_beside_the_next_length(tmp_path: Path) -> None:
     shared = {"sweep": "max_context", "limit_bytes": 2.0**30, "workload": "prefill", "dtype": "float32"}
     found = {"attention": "bsbr", "outcome": "ok", "max_context": 4096, "peak_bytes": 2.0**29}
     rows = [found | {"next_seq_len": 4467, "next_outcome": "limit", "detail": "needs 1.1 GiB"}]
@@ -124,8 +124,8 @@ def test_the_longest_context_is_told_with_what_does_not_fit(tmp_path: Path) -> N
     assert table.title == "longest context within 1 GiB, higher is better"
 
 
-def test_latex_sets_every_table(tmp_path: Path) -> None:
-    """Really: an error ends the run, and neither a character is missing nor a line too long for the page."""
+def test_latex_compiles_every_table(tmp_path: Path) -> None:
+    """Runs LaTeX: no error, no missing character, no line wider than the page."""
     engine = shutil.which("pdflatex") or shutil.which("tectonic")
     if engine is None:
         pytest.skip("NOT TESTED: no LaTeX to set the exported tables with: apt install texlive-latex-base")
@@ -152,6 +152,6 @@ def test_latex_sets_every_table(tmp_path: Path) -> None:
         assert REASON.partition(",")[0] in text
 
 
-def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_results_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

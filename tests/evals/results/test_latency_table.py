@@ -1,4 +1,4 @@
-"""From records of a ledger to rows: synthetic rounds with known truth."""
+"""The tables of latencies and of fits, from synthetic rounds with known truth."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ CEILINGS = {
 
 
 def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float = 0.01, **trial: Any) -> list[Record]:
-    """The records of a sweep in which each attention takes these seconds at these lengths."""
+    """The records of a sweep, from the latencies in seconds of each attention at each length."""
     generator = np.random.default_rng(0)
     records: list[Record] = []
     for n, seconds in lengths.items():
@@ -46,7 +46,7 @@ def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float
     return records
 
 
-def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> None:
+def test_drift_of_the_machine_cancels_in_speed_ups() -> None:
     rows = latency_table.build(sweep({128: {"standard": 0.01, "twice": 0.005, "same": 0.01}})).set_index("attention")
     assert rows.loc["twice", "speedup"] == pytest.approx(2, rel=0.02)
     assert rows.loc["twice", "speedup_high"] / rows.loc["twice", "speedup_low"] < 1.05
@@ -56,7 +56,7 @@ def test_what_the_machine_drifts_by_is_in_latencies_and_not_in_speed_ups() -> No
     assert (rows["stop_reason"] == "target").all()
 
 
-def test_a_row_says_how_near_it_is_to_what_the_machine_can_do() -> None:
+def test_a_row_has_its_fraction_of_the_roofline() -> None:
     # 1e8 FLOPs at 1e11 a second, 1e7 bytes at 1e11 a second at most: compute binds, a thousandth of a second.
     row = latency_table.build(sweep({128: {"standard": 0.01}}, flops=10**8, min_bytes=10**7)).iloc[0]
     assert row["bound"] == "compute"
@@ -80,7 +80,7 @@ def test_an_impossible_number_is_not_published(preflight: dict[str, int], object
     assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
 
 
-def test_a_candidate_that_failed_later_is_a_failure() -> None:
+def test_a_candidate_that_fails_in_a_later_round_has_no_number() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
     shared = {"comparison": "comparison 128", "attention": "other", "is_control": False, "round": 9, "round_s": 1.0}
     records.append({"kind": "latency", **shared, "outcome": "oom", "detail": "killed"})
@@ -89,7 +89,7 @@ def test_a_candidate_that_failed_later_is_a_failure() -> None:
     assert math.isnan(rows.loc["other", "latency_s"])
 
 
-def test_what_attentions_differ_in_is_named() -> None:
+def test_unmatched_costs_are_named() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
     for record in records:
         if record["kind"] == "preflight" and record["attention"] == "other":
@@ -115,8 +115,8 @@ def test_exponents_and_crossings_of_known_curves() -> None:
     assert crossing.loc[("standard", "slow"), "note"] == "none in range"
 
 
-def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> None:
-    """match=params gives every attention an ff_dim of its own, and another one at every size of the model."""
+def test_attentions_with_matched_parameters_are_compared() -> None:
+    """With match=params each attention has an ff_dim of its own, which changes with the size of the model."""
     lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
     records = sweep(lengths, noise=0.02)
     rows = latency_table.build(records)
@@ -129,7 +129,7 @@ def test_attentions_whose_parameters_are_matched_are_compared_all_the_same() -> 
         pd.testing.assert_frame_equal(matched[kind], alike[kind])
 
 
-def test_what_is_swept_and_no_number_has_no_exponent() -> None:
+def test_a_swept_setting_that_is_no_number_has_no_exponent() -> None:
     records = sweep({128: {"standard": 0.01}})
     for record in records:
         if record["kind"] == "comparison":

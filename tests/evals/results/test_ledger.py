@@ -1,4 +1,4 @@
-"""Nothing that was measured is lost, whatever happens to the process, the disk or the file."""
+"""The ledger loses no measurement, whatever happens to the process, the disk or the file."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "sweep" / "samples.jsonl")
 
 
-def test_what_is_appended_is_read_in_order(ledger: Ledger) -> None:
+def test_records_are_read_in_the_order_of_appending(ledger: Ledger) -> None:
     assert ledger.read() == ([], [])
     for record in RECORDS:
         ledger.append(record)
@@ -28,7 +28,7 @@ def test_what_is_appended_is_read_in_order(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, len(json.dumps(RECORDS[0]))))
-def test_a_torn_last_line_is_told_and_costs_nothing_else(ledger: Ledger, cut: int) -> None:
+def test_an_incomplete_last_line_is_reported_and_loses_nothing_else(ledger: Ledger, cut: int) -> None:
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
         file.write(json.dumps(RECORDS[0])[:cut])
@@ -39,7 +39,7 @@ def test_a_torn_last_line_is_told_and_costs_nothing_else(ledger: Ledger, cut: in
     assert ledger.mend() == ""
 
 
-def test_mending_sets_a_torn_line_aside_and_says_so_once(ledger: Ledger) -> None:
+def test_mending_moves_an_incomplete_line_and_reports_it_once(ledger: Ledger) -> None:
     assert ledger.mend() == ""
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
@@ -62,7 +62,7 @@ def test_a_whole_last_line_without_its_newline_still_counts(ledger: Ledger) -> N
 
 
 @pytest.mark.parametrize("garbage", [b"\x00\xff\xfe", b"[1, 2]", b"nonsense", b"3", b"{'a': 1}", b""])
-def test_lines_that_are_no_records_are_told(ledger: Ledger, garbage: bytes) -> None:
+def test_damaged_lines_are_reported(ledger: Ledger, garbage: bytes) -> None:
     ledger.append(RECORDS[0])
     with ledger.path.open("ab") as file:
         file.write(garbage + b"\n")
@@ -70,7 +70,7 @@ def test_lines_that_are_no_records_are_told(ledger: Ledger, garbage: bytes) -> N
     assert ledger.read() == ([RECORDS[0], RECORDS[1]], ["2"])
 
 
-def test_what_is_no_json_is_refused_and_leaves_the_file_alone(ledger: Ledger) -> None:
+def test_a_record_that_is_not_json_leaves_the_file_unchanged(ledger: Ledger) -> None:
     ledger.append(RECORDS[0])
     with pytest.raises(ValueError, match="Out of range float"):
         ledger.append({"latency_s": float("nan")})
@@ -124,7 +124,7 @@ def test_nodes_write_files_of_their_own_and_readers_merge_them_by_time(tmp_path:
     assert sorted(found.name for found in tmp_path.iterdir()) == ["samples.jsonl", "samples.node-a.jsonl", "samples.node-b.jsonl"]
 
 
-def test_the_order_of_a_file_holds_whatever_its_clock_says(tmp_path: Path) -> None:
+def test_records_of_one_file_keep_their_order_whatever_the_clock(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     Ledger(path, "late").append({"number": 0, "time": "9"}, {"number": 1, "time": "1"})
     Ledger(path, "early").append({"number": 2, "time": "5"})
@@ -133,7 +133,7 @@ def test_the_order_of_a_file_holds_whatever_its_clock_says(tmp_path: Path) -> No
     assert numbers.index(0) < numbers.index(1)
 
 
-def test_a_torn_line_of_a_node_is_named_with_its_file_and_mended_by_that_node_alone(tmp_path: Path) -> None:
+def test_an_incomplete_line_of_a_node_is_mended_by_that_node_alone(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     node = Ledger(path, "node-a")
     node.append(RECORDS[0])

@@ -1,4 +1,4 @@
-"""Every row of results is what its JSON Schema says, and what is not is noticed: by column, by type, by version."""
+"""All committed tables conform to their JSON Schemas, and rows with a wrong column, type or version do not."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def objections(row: dict[str, Any], kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_column_says_what_it_is_and_in_which_unit(kind: str) -> None:
+def test_every_column_has_a_description_and_numbers_a_unit(kind: str) -> None:
     Draft202012Validator.check_schema(schema(kind))
     assert schema(kind)["$id"] == f"urn:bsbr:{kind}:{version(kind)}"
     known = schema(kind)["properties"]
@@ -72,7 +72,7 @@ def test_a_changed_schema_has_a_new_version() -> None:
         )
 
 
-def test_outcomes_are_those_that_figures_know() -> None:
+def test_figures_know_all_outcomes() -> None:
     assert schema("latency")["properties"]["outcome"]["enum"] == ["ok", *FAILURES]
 
 
@@ -80,7 +80,7 @@ def test_outcomes_are_those_that_figures_know() -> None:
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: str(path.relative_to(PAPER)))
-def test_every_committed_row_is_what_its_schema_says(path: Path) -> None:
+def test_every_committed_row_conforms_to_its_schema(path: Path) -> None:
     found = list(read_rows(path))
     # Of the thousands of points of a loss curve, some.
     for row in found[:: 1 + len(found) // 100]:
@@ -88,7 +88,7 @@ def test_every_committed_row_is_what_its_schema_says(path: Path) -> None:
     assert pq.read_table(path.with_suffix(".parquet")).to_pylist() == found
 
 
-def test_columns_of_parquet_are_of_the_schema_s_types_also_where_they_are_empty() -> None:
+def test_parquet_columns_have_the_types_of_the_schema_even_if_empty() -> None:
     kinds = {
         "string": pa.types.is_string,
         "integer": pa.types.is_int64,
@@ -104,7 +104,7 @@ def test_columns_of_parquet_are_of_the_schema_s_types_also_where_they_are_empty(
             assert kinds[kind](of_type) or (kind == "string" and pa.types.is_large_string(of_type)), f"{path}: {name} is {of_type}"
 
 
-def test_rows_of_a_sweep_with_a_failure_and_of_an_option_of_one_s_own(tmp_path: Path) -> None:
+def test_rows_with_a_failure_and_with_an_option_of_the_user_conform(tmp_path: Path) -> None:
     records = records_of_a_sweep({n: {"standard": 0.01 * n, "twice": 0.005 * n} for n in (128, 512, 1024, 2048)})
     failed = next(one for one in records if one["kind"] == "latency" and one["attention"] == "twice")
     failed.update(outcome="oom", detail="it needed 9 GiB")
@@ -149,7 +149,7 @@ def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: 
     assert objection in "\n".join(objections(wrong, kind_of(path)))
 
 
-def test_a_cell_of_csv_is_what_json_has() -> None:
+def test_parsing_cells_of_csv() -> None:
     assert [parse_cell("2.0", "integer"), parse_cell("2.5", "integer"), parse_cell("1e-3", "number"), parse_cell("", "string")] == [
         2,
         2.5,
@@ -173,7 +173,7 @@ def test_a_cell_of_csv_is_what_json_has() -> None:
 # --- another version ----------------------------------------------------------------------------
 
 
-def test_a_table_of_another_version_is_told_in_one_sentence_and_made_again(
+def test_a_table_of_another_version_is_refused_in_one_sentence_and_can_be_rebuilt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("results.csv", "samples.jsonl"):

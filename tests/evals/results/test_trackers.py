@@ -1,4 +1,4 @@
-"""What a tracker holds is read back by the tracker's own reader, and compared with the table that it was written from."""
+"""Each tracker's own reader finds the numbers of the table that was exported to it."""
 
 import math
 import struct
@@ -100,13 +100,13 @@ def logged(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_a_setting_that_is_no_number_is_told_beside_its_place() -> None:
+def test_a_setting_that_is_no_number_is_a_parameter_of_the_run() -> None:
     table = RESULTS.assign(swept="device.dtype", dtype=["float32", "float32", "bfloat16", "bfloat16", "float32"])
     standard = next(one for one in trackers.to_series(table) if one.name == "standard")
     assert [step for step, _ in standard.points] == [0, 1]
     assert standard.parameters == {"swept": "dtype", "dtype": ["float32", "bfloat16"]}
 
 
-def test_a_client_that_is_not_there_is_one_sentence() -> None:
+def test_a_missing_client_is_one_sentence() -> None:
     with pytest.raises(UsageError, match=r"^tracker=no_such needs its client, which is not installed: pip install no_such$"):
         trackers.import_client("no_such")
