@@ -44,7 +44,7 @@ def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, i
 
     Returns:
         parameter_bytes; state_bytes, of all layers after the sequence; flops, min_bytes and held_bytes, the `MinimumCost` of a
-        step; and ff_dim, where there is a feed-forward part.
+        step; and ff_dim, if there is a feed-forward part.
     """
     model, shape, dtype = comparison.model, comparison.shape, comparison.device.torch_dtype
     with torch.device("meta"):

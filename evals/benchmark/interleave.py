@@ -56,7 +56,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
     verify = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
     commit = _run_checked(verify, ROOT, f"'{revision}' is no commit of {ROOT}")
     folder = _new_folder(commit[:12])
-    # In one place, so that both sides share their certificates. Further rounds than `rounds`, or fewer, are not made.
+    # Both sides write to one place, so that they share certificates. They stop after exactly so many rounds.
     options = [f"{key}='{folder.parent.resolve()}'" for key in ("results_dir", "plots_dir")]
     options += [f"sampling.min_rounds={rounds}", f"sampling.max_rounds={rounds}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed then, too

@@ -1,4 +1,4 @@
-"""`Job`: the work on one comparison, whose records go to a ledger; timing, a context search and training are kinds of it."""
+"""`Job`, the base class of all work on one comparison: timing, the context search and training. Its records go to a ledger."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class Job(ABC):
     settings: dict[str, Any]
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
-        """Takes up the work on a comparison; starts nothing.
+        """Prepares the work on a comparison; starts nothing.
 
         Args:
             comparison: what is compared.

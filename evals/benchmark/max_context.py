@@ -107,11 +107,11 @@ class ContextSearch(Job):
     def _search(self, candidate: Candidate, report: Callable[[str], None]) -> list[Record]:
         """Probes one candidate where the ledger does not know the result; returns the new records."""
         known = self._known_probes(candidate)
-        made: list[Record] = []
+        added: list[Record] = []
 
         def add(record: Record) -> None:
             known[record["seq_len"]] = record
-            made.append(self.append(record))
+            added.append(self.append(record))
 
         def fits(seq_len: int) -> bool:
             if seq_len not in known:
@@ -126,7 +126,7 @@ class ContextSearch(Job):
                 add(self._probe_record(candidate, 0, certified.outcome, certified.detail))
         if 0 not in known:
             longest_fitting(fits, self.comparison.shape.seq_len)
-        return made
+        return added
 
     def _probe(self, candidate: Candidate, seq_len: int) -> Record:
         """Makes one call at one length, in a process of its own."""

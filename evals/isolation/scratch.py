@@ -1,4 +1,4 @@
-"""The scratch folder of a process: its temporary files lie there, and go with it, or with the next command if it was killed."""
+"""The scratch folder of a process: its temporary files are removed at its end, or by the next command if it was killed."""
 
 import fcntl
 import functools

@@ -1,4 +1,4 @@
-"""Worker processes: a function runs in a fresh child process, which may hang, crash or run out of memory alone."""
+"""Worker processes: a function runs in a fresh child process, whose hang, crash or lack of memory does not harm the command."""
 
 import contextlib
 import os
