@@ -1,16 +1,21 @@
-"""What MkDocs does not do by itself: mathematics without JavaScript, and measured numbers that nobody types.
+"""MkDocs hooks: LaTeX formulas become MathML, and directives are replaced by numbers, tables and figures of the results.
 
-In a page, `$…$` and, as a paragraph of its own, `$$…$$` are LaTeX, which becomes MathML here and is drawn by the browser.
-`{{ table results/<folder> <column> }}` is the table of one quantity, and `{{ cell results/<folder> <attention> <place> <column> }}`
-one number of it, both as `python -m evals.export` prints them and read when the site is built. `{{ columns <schema> }}` lists the
-columns that schemas/<schema>.schema.json describes, and `{{ checks }}` the checks of the certificate.
+Formulas: `$…$` inside a line, and `$$…$$` as a paragraph of its own. The browser draws MathML without JavaScript.
 
-The study's page says more: `{{ finding <name> }}` is a sentence or table of `evals.paper.findings`, `{{ figure <name> }}` a figure
-of `evals.paper.figures` with its caption, and `{{ recipe }}` the commands of conf/paper.yaml.
+Directives, which are expanded when the site is built:
+
+    {{ value results/<folder> <attention> <setting> <column> }}    one number, formatted as `python -m evals.export` prints it
+    {{ table results/<folder> <column> }}                          one metric of all attentions over the swept setting
+    {{ columns <schema> }}                                         the columns described by schemas/<schema>.schema.json
+    {{ checks }}                                                   the checks of the certificate
+    {{ finding <name> }}                                           a sentence or table of `evals.paper.findings`
+    {{ figure <name> [optional] }}                                 a figure of `evals.paper.figures` with its caption
+    {{ recipe }}                                                   the commands of conf/paper.yaml
 """
 
 import re
 import xml.etree.ElementTree as etree
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +30,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from evals.certification.checks import CHECKS
-from evals.paper import figures as study
 from evals.paper.draw import STUDY, missing_data
+from evals.paper.figures import FIGURES
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
 from evals.results.formatting import format_value
@@ -40,15 +45,18 @@ DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [^{}\s]+)*) \}\}")
 
 
 class Mathematics(Extension):
-    """`$…$` and `$$…$$` -> MathML."""
+    """Converts `$…$` and `$$…$$` to MathML."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        # Before backslash escapes (180), after code in backticks (190): both have a meaning of their own in LaTeX.
+        # The priority lies between code in backticks (190), whose dollars are no formulas, and backslash escapes (180), which would
+        # eat the backslashes of LaTeX.
         md.inlinePatterns.register(Formula(r"\$\$(.+?)\$\$", md, "block"), "displayed_formula", 186)
         md.inlinePatterns.register(Formula(r"(?<![\w$])\$(?! )([^$\n]+?)(?<! )\$(?![\w$])", md, "inline"), "formula", 185)
 
 
 class Formula(InlineProcessor):
+    """Converts one kind of formula. display: block or inline."""
+
     def __init__(self, pattern: str, md: Markdown, display: str) -> None:
         super().__init__(pattern, md)
         self.display = display
@@ -56,7 +64,7 @@ class Formula(InlineProcessor):
     def handleMatch(self, match: re.Match[str], data: str) -> tuple[etree.Element, int, int]:
         formula = convert_to_element(match[1], display=self.display)
         for element in formula.iter():
-            # The library passes on what it does not know.
+            # latex2mathml copies commands that it does not know into the output.
             if element.text and "\\" in element.text:
                 raise PluginError(f"not known to latex2mathml: {element.text} in {match[0]}")
             element.text = element.text and AtomicString(element.text)
@@ -69,99 +77,112 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The committed figures are files of the site, under the paths that they have in the repository."""
+    """Adds the committed figures to the site, under their paths in the repository."""
     for path in sorted((ROOT / "plots" / "paper").rglob("*.svg")):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(text: str, **_: object) -> str:
-    return DIRECTIVE.sub(filled, text)
+    return DIRECTIVE.sub(expand_directive, text)
 
 
-def filled(directive: re.Match[str]) -> str:
-    """What stands in the site in place of a directive. Raises PluginError if it is unknown, or the results do not hold it."""
+def expand_directive(match: re.Match[str]) -> str:
+    """Returns the Markdown of a directive. Raises PluginError if the directive is unknown or the results lack its data."""
+    name, arguments = match[1], match[2].split()
     try:
-        return DIRECTIVES[directive[1]](*directive[2].split())
+        return DIRECTIVES[name](*arguments)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise PluginError(f"{directive[0]}: {error!r}") from error
+        raise PluginError(f"{match[0]}: {error!r}") from error
 
 
-def one_cell(folder: str, name: str, value: str, column: str) -> str:
+# --- directives ------------------------------------------------------------------------------------
+
+
+def value(folder: str, attention: str, setting: str, column: str) -> str:
     """One metric of one attention at one value of the swept setting."""
-    return format_value(_cells(table_of(folder))[name, value], METRICS[column])
+    return format_value(rows_by_name_and_setting(folder)[attention, setting], METRICS[column])
 
 
-def one_table(folder: str, column: str) -> str:
+def metric_table(folder: str, column: str) -> str:
     """One metric of all attentions over the swept setting."""
-    results, metric = table_of(folder), METRICS[column]
-    cells = _cells(results)
-    names, values = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    results, metric, rows = sorted_results(folder), METRICS[column], rows_by_name_and_setting(folder)
+    names, settings = (list(dict.fromkeys(keys)) for keys in zip(*rows, strict=True))
     reference = next(iter(results["relative_to"].dropna()), "the reference")
-    rows = [[name, *(format_value(cells.get((name, value)), metric) for value in values)] for name in names]
-    return markdown(Table(metric.table_title(reference), [[swept_column(results), *values], *rows]))
+    lines = [[name, *(format_value(rows.get((name, setting)), metric) for setting in settings)] for name in names]
+    return markdown(Table(metric.table_title(reference), [[swept_column(results), *settings], *lines]))
 
 
-def _cells(results: pd.DataFrame) -> dict[tuple[str, str], "pd.Series[Any]"]:
-    return {(name, str(value)): row for (name, value), row in rows_by_cell(results, swept_column(results)).items()}
-
-
-def checks() -> str:
-    """The checks of the certificate as a table."""
-    rows = [f"| {check.name} | {check.description} |" for check in CHECKS]
-    return "\n".join(["| check | what it demands |", "|---|---|", *rows])
-
-
-def listed(kind: str) -> str:
-    """The columns of a schema as a table; those that not every sweep has come last."""
-    described, always = schema(kind)["properties"], schema(kind)["required"]
+def column_table(name: str) -> str:
+    """The columns of a schema with unit and meaning; columns that only some sweeps have come last."""
+    properties, required = schema(name)["properties"], schema(name)["required"]
     rows = [
-        f"| `{name}` | {column.get('unit', '')} | {column['description']}{'' if name in always else ' Only where it applies.'} |"
-        for name, column in described.items()
+        f"| `{column}` | {about.get('unit', '')} | {about['description']}{'' if column in required else ' Only in some sweeps.'} |"
+        for column, about in properties.items()
     ]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
 
 
-def figure(name: str, *optional: str) -> str:
-    """The pictures of a figure, what they draw, and where that comes from; nothing where an `optional` one has no data."""
-    shown = {one.name: one for one in study.FIGURES}[name]
-    absent = missing_data(ROOT / STUDY, [shown])
-    if absent and optional == ("optional",):
-        return ""
-    if absent:
-        raise ValueError(absent[name])
+def check_table() -> str:
+    """The checks of the certificate, in the order in which they run."""
+    rows = [f"| {check.name} | {check.description} |" for check in CHECKS]
+    return "\n".join(["| check | what it demands |", "|---|---|", *rows])
+
+
+def finding(name: str) -> str:
+    """A sentence or table of the study."""
+    return FINDINGS[name](ROOT / STUDY)
+
+
+def figure(name: str, *options: str) -> str:
+    """The pictures of one figure of the study with their captions; empty if it is `optional` and has no data."""
+    is_optional = options == ("optional",)
+    (study_figure,) = (one for one in FIGURES if one.name == name)
+    missing = missing_data(ROOT / STUDY, [study_figure])
+    if missing and not is_optional:
+        raise ValueError(missing[name])
     folder = ROOT / "plots" / STUDY.name
     paths = [path for path in sorted(folder.glob(f"{name}*.svg")) if path.stem == name or path.stem.startswith(f"{name}-")]
-    if not paths and "optional" not in optional:
+    if not paths and not is_optional:
         raise ValueError(f"{name} is not in plots/{STUDY.name}: run `python -m evals.figures paper`")
-    return "\n\n".join(map(embedded, paths))
+    return "" if missing else "\n\n".join(map(picture_with_caption, paths))
 
 
-def embedded(path: Path) -> str:
-    """One picture; its caption, of which all but the first sentence opens with a click."""
-    _, says, *origin = path.with_suffix(".md").read_text(encoding="utf-8").strip().split("\n\n")
-    picture = f"![{says}](../{path.relative_to(ROOT).as_posix()})"
-    return "\n\n".join([picture, f'<details markdown="1"><summary>{says}</summary>', *origin, "</details>"])
+def picture_with_caption(path: Path) -> str:
+    """One picture, and below it a fold with its caption: the first sentence is visible, the source of the data opens on a click."""
+    _, description, *source = path.with_suffix(".md").read_text(encoding="utf-8").strip().split("\n\n")
+    picture = f"![{description}](../{path.relative_to(ROOT).as_posix()})"
+    return "\n\n".join([picture, f'<details markdown="1"><summary>{description}</summary>', *source, "</details>"])
 
 
-def commands() -> str:
-    """All that the study is measured by, as a block for a shell."""
-    lines = [f"# {step.what}\n" + "\n".join(step.lines(STUDY.as_posix())) for step in recipe()]
-    return "\n\n".join(["```sh", *lines, "```"])
+def recipe_commands() -> str:
+    """All commands of the study as one block of shell."""
+    steps = ["\n".join([f"# {step.what}", *step.lines(STUDY.as_posix())]) for step in recipe()]
+    return "\n\n".join(["```sh", *steps, "```"])
 
 
-DIRECTIVES = {
-    "cell": one_cell,
-    "checks": checks,
-    "columns": listed,
-    "table": one_table,
-    "finding": lambda name: FINDINGS[name](ROOT / STUDY),
+DIRECTIVES: dict[str, Callable[..., str]] = {
+    "value": value,
+    "table": metric_table,
+    "columns": column_table,
+    "checks": check_table,
+    "finding": finding,
     "figure": figure,
-    "recipe": commands,
+    "recipe": recipe_commands,
 }
 
 
+# --- results ---------------------------------------------------------------------------------------
+
+
 @cache
-def table_of(folder: str) -> pd.DataFrame:
+def sorted_results(folder: str) -> pd.DataFrame:
+    """The table of results of a folder, sorted by the swept setting."""
     results = read_table(ROOT / folder)
     return results.sort_values(swept_column(results), kind="stable")
+
+
+def rows_by_name_and_setting(folder: str) -> "dict[tuple[str, str], pd.Series[Any]]":
+    """The rows of a folder's results by attention and value of the swept setting, both as text."""
+    results = sorted_results(folder)
+    return {(name, str(setting)): row for (name, setting), row in rows_by_cell(results, swept_column(results)).items()}

@@ -132,7 +132,7 @@ def hooks() -> ModuleType:
 def test_a_number_on_a_page_is_the_one_in_the_results(hooks: ModuleType) -> None:
     results = pd.read_csv(ROOT / "results" / "paper" / "seq_len" / "results.csv")
     row = results[(results["attention"] == "linear") & (results["seq_len"] == 128)].iloc[0]
-    assert hooks.on_page_markdown("at {{ cell results/paper/seq_len linear 128 flops }} M") == f"at {row['flops'] / 1e6:.1f} M"
+    assert hooks.on_page_markdown("at {{ value results/paper/seq_len linear 128 flops }} M") == f"at {row['flops'] / 1e6:.1f} M"
     table = hooks.on_page_markdown("{{ table results/paper/seq_len speedup }}")
     (line,) = [line for line in table.splitlines() if line.startswith("| linear |")]
     assert line.split("|")[2].strip().startswith(f"{row['speedup']:.2f}±")
@@ -146,13 +146,13 @@ def test_every_check_of_the_certificate_is_listed(hooks: ModuleType) -> None:
 def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> None:
     lines = hooks.on_page_markdown("{{ columns crossovers }}").splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == [*columns("crossovers"), VERSION]
-    assert lines[2] == "| `first` |  | one attention |"
+    assert lines[2] == "| `first` |  | the first attention |"
 
 
 @pytest.mark.parametrize(
     "directive",
     [
-        "cell results/paper/seq_len linear 129 flops",
+        "value results/paper/seq_len linear 129 flops",
         "table results/none speedup",
         "table results/paper/seq_len speed",
         "columns none",
