@@ -146,7 +146,7 @@ def test_every_check_of_the_certificate_is_listed(hooks: ModuleType) -> None:
 def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> None:
     lines = hooks.on_page_markdown("{{ columns crossovers }}").splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == [*columns("crossovers"), VERSION]
-    assert lines[2] == "| `first` |  | the first attention |"
+    assert lines[2] == "| `first` |  | One attention. |"
 
 
 @pytest.mark.parametrize(
