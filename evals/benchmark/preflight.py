@@ -46,6 +46,8 @@ class Preflight:
         self.code = code
         self.certificates = certificates
         self.memory_limit_bytes = memory_limit_bytes
+        # Here and not in the threads of `run`: ast.parse of Python 3.11 fails if two threads parse at once.
+        self.checks_digest = modules_digest(*CERTIFICATE)
 
     def run(self, candidates: Sequence[Candidate]) -> Iterator[Record]:
         """Makes the preflight of some candidates, as many at once as there are cores, since nothing is timed meanwhile.
@@ -109,7 +111,7 @@ class Preflight:
 
     def _key(self, candidate: Candidate) -> str:
         model, device = self.comparison.model, self.comparison.device
-        facts = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, modules_digest(*CERTIFICATE)]
+        facts = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, self.checks_digest]
         # Kernels that run only on a GPU are certified there, in the comparison's precision.
         return digest(facts if device.kind == "cpu" else [*facts, device.kind, device.dtype])
 

@@ -144,7 +144,7 @@ def test_the_log_and_the_tables_fit_in_80_columns(swept: tuple[Path, str]) -> No
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "[1/2] seq_len=60" in said
     assert "[2/2] seq_len=129" in said
-    for title in ("latency in ms", "speed-up over standard", "peak memory in MiB"):
+    for title in ("latency in ms", "speed-up over standard", "peak memory above inputs"):
         block = shown[shown.index(title) :].split("\n\n")[0].splitlines()
         assert block[1].split() == ["seq_len", "60", "129"]
         assert [line.split()[0] for line in block[2:]] == ["standard", "bsbr", "linear"]
