@@ -15,12 +15,7 @@ from evals.training.tasks.base import IGNORED, Batch
 
 
 class TargetScores(NamedTuple):
-    """Scores of a batch's targets, in order of example and position.
-
-    Attributes:
-        losses: [targets] float32, cross-entropy in nats.
-        correct: [targets] bool, whether the target is the likeliest token of the vocabulary.
-    """
+    """Scores of a batch's targets, in order of example and position: losses in nats; correct where it is the likeliest token."""
 
     losses: Tensor
     correct: Tensor

@@ -13,15 +13,7 @@ from evals.training import checkpoint
 
 
 class OptimizerSettings(NamedTuple):
-    """Settings of one optimization with AdamW.
-
-    Attributes:
-        steps: optimizer steps.
-        learning_rate: the highest that `learning_rate_at` reaches.
-        warmup_fraction: part of the steps in which the learning rate rises.
-        grad_clip_norm: largest norm of the gradient.
-        checkpoint_s: least seconds between two checkpoints.
-    """
+    """Settings of an optimization with AdamW; the learning rate rises in the first `warmup_fraction` of the steps."""
 
     steps: int
     learning_rate: float

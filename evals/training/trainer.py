@@ -36,13 +36,7 @@ class Diverged(ArithmeticError):
 
 
 class TrainingProgress(NamedTuple):
-    """State of a running training run.
-
-    Attributes:
-        step: optimizer steps taken.
-        loss: mean training loss in nats since the last point of the loss curve.
-        remaining_s: estimated seconds until the last step.
-    """
+    """Steps taken, mean training loss in nats since the last point of the loss curve, and estimated seconds until the last step."""
 
     step: int
     loss: float

@@ -19,12 +19,7 @@ HELD_OUT = {"validation": 0.05, "test": 0.05}
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text.
-
-    Attributes:
-        splits: bytes of each split.
-        sha256: digest of the bytes of all splits, in order.
-    """
+    """Bytes of a text's splits, and the digest of all of them in order."""
 
     splits: Mapping[Split, NDArray[np.uint8]]
     sha256: str
