@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_a_closed_pipe_ends_every_command_silently(name: str, tmp_path: Path, mo
     with os.fdopen(writer, "w") as closed_pipe, (tmp_path / "stderr").open("w") as stderr:
         monkeypatch.setattr(sys, "stdout", closed_pipe)
         monkeypatch.setattr(sys, "stderr", stderr)
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # by another test
             runpy.run_module(f"evals.{name}", run_name="__main__", alter_sys=True)
         closed_pipe.flush()  # as Python does at its exit
         monkeypatch.undo()
