@@ -58,11 +58,11 @@ def test_a_closed_pipe_ends_every_command_silently(name: str, tmp_path: Path, mo
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with os.fdopen(writer, "w") as closed_pipe, (tmp_path / "stderr").open("w") as stderr:
+    with os.fdopen(writer, "w") as closed_pipe, (tmp_path / "stderr").open("w") as stderr, warnings.catch_warnings():
         monkeypatch.setattr(sys, "stdout", closed_pipe)
         monkeypatch.setattr(sys, "stderr", stderr)
-        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # by another test
+        warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # by another test
+        with pytest.raises(SystemExit) as end:
             runpy.run_module(f"evals.{name}", run_name="__main__", alter_sys=True)
         closed_pipe.flush()  # as Python does at its exit
         monkeypatch.undo()
