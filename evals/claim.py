@@ -5,7 +5,7 @@
     <a> scales as n^<p> [in latency|memory]
     <a> overtakes <b> before|after seq_len <n>
 
-A claim may end in "at <setting> <value> [and <setting> <value> ...]". Without that it must hold at every measured setting.
+A claim may end in `at <setting> <value> [and <setting> <value> ...]`. Without that it must hold at every measured setting.
 Exit code: 0 supported, 1 refuted, 3 undecided; 2 with one sentence if the claim cannot be read or was not measured.
 """
 

@@ -1,10 +1,10 @@
 """`python -m evals.run sweep=seq_len`: measures the comparisons of a sweep, and shows and draws the results.
 
-Raw samples go to results/<sweep>/samples.jsonl as soon as they are measured. The results of all samples are in
-results/<sweep>/results.csv, on the screen, in the report results/<sweep>/report.html and in plots/<sweep>/.
+Raw samples go to `results/<sweep>/samples.jsonl` as soon as they are measured. The results of all samples are in
+`results/<sweep>/results.csv`, on the screen, in the report `results/<sweep>/report.html` and in `plots/<sweep>/`.
 
 Ctrl-C stops after the running round and shows the results so far; a second Ctrl-C stops at once. The same command then continues
-where it stopped. --dry-run prints what would be measured.
+where it stopped. `--dry-run` prints what would be measured.
 """
 
 import sys
