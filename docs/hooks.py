@@ -137,7 +137,7 @@ def finding(name: str) -> str:
 def figure(name: str, *options: str) -> str:
     """The pictures of one figure of the study with their captions; empty if it is `optional` and has no data."""
     is_optional = options == ("optional",)
-    (study_figure,) = (one for one in FIGURES if one.name == name)
+    study_figure = {one.name: one for one in FIGURES}[name]
     missing = missing_data(ROOT / STUDY, [study_figure])
     if missing and not is_optional:
         raise ValueError(missing[name])
