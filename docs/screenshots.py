@@ -1,18 +1,18 @@
-"""`python docs/screenshots.py`: pictures of the report for the documentation, docs/assets/report-*.png.
+"""`python docs/screenshots.py`: makes the pictures of the report that the documentation shows, docs/assets/report-*.png.
 
-Made of results/paper, in light, in dark, and as it is printed. It takes a chromium, as the tests of the report do, and pdftoppm (of
-poppler-utils) for the printed page. Run it after a change of the report or of those results.
+The reports are those of results/paper. The command needs chromium, as the tests of the report do. Run it after a change of the
+report or of these results.
 """
 
 import io
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,50 +22,58 @@ from evals.report import write  # noqa: E402  the checkout is not installed
 
 ASSETS = ROOT / "docs" / "assets"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-SWEEPS = ("seq_len", "retrieval")
-SIZE = {"width": 1200, "height": 1300}
-MOST_BYTES = 200_000
+MAX_BYTES = 200_000
+"""Size that a picture of a web page should not exceed."""
+
+Look = Literal["light", "dark", "print"]
+PICTURES: tuple[tuple[str, Look], ...] = (("seq_len", "light"), ("seq_len", "print"), ("retrieval", "dark"))
+"""The sweep and the look of each picture."""
+SCREEN = {"width": 1200, "height": 1300}
+PAPER = {"width": 704, "height": 885}
+MARGIN = (45, 53)
+"""Sizes in CSS pixels at 96 per inch. Paper: the width of A4 without the report's margins of 12 and 14 mm, down to the first charts."""
 
 
-def tool(*names: str) -> str:
-    path = next(filter(None, map(shutil.which, names)), None)
+def find_browser() -> str:
+    """Returns the path of a browser: that of the environment variable CHROMIUM, or the first one that is installed."""
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        sys.exit(f"error: {names[0]} is not installed: apt install chromium poppler-utils")
+        sys.exit("error: no chromium found: apt install chromium, or set CHROMIUM to its path")
     return path
 
 
-def saved(picture: bytes, name: str) -> None:
-    """As docs/assets/<name>.png, in 256 colours."""
-    path = ASSETS / f"{name}.png"
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-    if path.stat().st_size > MOST_BYTES:
-        sys.exit(f"error: {path} has {path.stat().st_size} bytes, more than the {MOST_BYTES} that a page should load: lower SIZE")
-    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e3:.0f} kB")
-
-
-def pictures(browser: Browser, sweep: str, folder: Path) -> None:
-    report = write([ROOT / "results" / "paper" / sweep], folder / f"{sweep}.html")
-    page = browser.new_page(viewport=SIZE)
+def photograph(browser: Browser, report: Path, look: Look) -> Image.Image:
+    """Opens a report and returns a picture of the upper part of its page."""
+    page = browser.new_page(viewport=PAPER if look == "print" else SCREEN)
     page.set_default_timeout(300_000)  # ms
+    if look == "print":
+        page.emulate_media(media="print")
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
-    for theme in ("light", "dark"):
-        page.get_by_role("radio", name=theme).check()
+    if look != "print":
+        page.get_by_role("radio", name=look).check()
         page.mouse.move(0, 0)
-        saved(page.screenshot(), f"report-{sweep}-{theme}")
-    printed = folder / f"{sweep}.pdf"
-    page.pdf(path=printed, format="A4")
-    first = [tool("pdftoppm"), "-png", "-r", "90", "-f", "1", "-l", "1", str(printed)]
-    saved(subprocess.run(first, check=True, capture_output=True).stdout, f"report-{sweep}-print")
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     page.close()
+    return ImageOps.expand(picture, MARGIN, "white") if look == "print" else picture
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Saves a picture with 256 colours."""
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        sys.exit(f"error: {path} has {size} bytes, more than {MAX_BYTES}: make the page smaller")
+    print(f"{path.relative_to(ROOT)}: {size / 1e3:.0f} kB")
 
 
 def main() -> None:
     ASSETS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=os.environ.get("CHROMIUM") or tool(*BROWSERS), args=["--no-sandbox"])
-        for sweep in SWEEPS:
-            pictures(browser, sweep, Path(folder))
+        browser = play.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        for sweep, look in PICTURES:
+            report = write([ROOT / "results" / "paper" / sweep], Path(folder) / f"{sweep}.html")
+            save(photograph(browser, report, look), ASSETS / f"report-{sweep}-{look}.png")
 
 
 if __name__ == "__main__":
