@@ -31,7 +31,7 @@ PICTURES: tuple[tuple[str, Look], ...] = (("seq_len", "light"), ("seq_len", "pri
 SCREEN = {"width": 1200, "height": 1300}
 PAPER = {"width": 704, "height": 885}
 MARGIN = (45, 53)
-"""Sizes in CSS pixels at 96 per inch. Paper: the width of A4 without the report's margins of 12 and 14 mm, down to the first charts."""
+"""Sizes in CSS pixels. PAPER is A4 without the report's margins of 12 and 14 mm, and ends below the first charts."""
 
 
 def find_browser() -> str:

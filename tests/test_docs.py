@@ -1,4 +1,4 @@
-"""The documentation's examples run, block by block; what other pages tell to type can be composed; numbers are data."""
+"""The examples of the documentation run, the commands on all pages compose, and directives are replaced by committed data."""
 
 import importlib.util
 import re
@@ -34,13 +34,13 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all pages: they compare the same attentions, and to certify these takes longest."""
+    """Path of the certificates that all pages share: they compare the same attentions, and certifying these takes longest."""
     return tmp_path_factory.mktemp("certificates") / "certificates.jsonl"
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
 def test_every_block_of_the_examples_runs(page: Path, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block with a title is a file; Python shares its names over the page; commands, split by a shell, must all succeed."""
+    """A block with a title is written to that file. Python blocks of a page share their names. Every command must succeed."""
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
     Path("results/certificates.jsonl").symlink_to(certificates)
@@ -57,15 +57,15 @@ def test_every_block_of_the_examples_runs(page: Path, certificates: Path, tmp_pa
             assert language == "sh"
             for line in text.replace("\\\n", " ").splitlines():
                 command, _, file = line.partition(" > ")
-                apart = subprocess.run(["bash", "-euc", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
-                done = typed(*apart.stdout.splitlines())
+                words = subprocess.run(["bash", "-euc", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+                done = typed(*words.stdout.splitlines())
                 assert (done.returncode, done.stderr) == (0, ""), f"{line}\n{done.stdout}\n{done.stderr}"
                 if file:
                     Path(file).write_text(done.stdout, encoding="utf-8")
 
 
 def commands() -> list[str]:
-    """Every `python -m evals.run …` of the README, the pages, and the study's recipe: what follows, up to a comment."""
+    """The arguments of every `python -m evals.run …` in the README, the pages and the study's recipe."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     lines = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ").splitlines()
     lines += plan([])[0] + plan(["device=cuda"])[0]
@@ -76,21 +76,21 @@ COMMAND = re.compile(r"python -m evals\.run (?!.*(sweep=all|--config-dir|--help)
 
 
 @pytest.mark.parametrize("command", commands())
-def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every option is known, and the first of its comparisons can be measured, up to a GPU that may not be there."""
+def test_every_command_of_the_pages_composes(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting is known, and the first comparison can be measured, apart from a missing GPU."""
     monkeypatch.chdir(tmp_path)
-    Path("my.txt").write_text("a text of one's own " * 10_000)
-    words = [word for word in shlex.split(command) if not word.startswith("-")]
-    if "launcher=ray" in words:
+    Path("my.txt").write_text("a text of the user's " * 10_000)
+    arguments = [word for word in shlex.split(command) if not word.startswith("-")]
+    if "launcher=ray" in arguments:
         pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="NOT TESTED: launcher=ray is not installed")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create()
-        firsts = [first_of(override) for override in parser.parse_overrides(words)]
-        given = {word.partition("=")[0] for word in firsts}
-        params = swept_by(*(word for word in firsts if word.startswith("sweep=")))
+        overrides = [first_value(override) for override in parser.parse_overrides(arguments)]
+        given = {word.partition("=")[0] for word in overrides}
+        params = swept_settings(*(word for word in overrides if word.startswith("sweep=")))
         swept = [f"{key}={value}" for key, value in params.items() if key not in given]
-        firsts += [first_of(override) for override in parser.parse_overrides(swept)]
-        config = compose("config", firsts)
+        overrides += [first_value(override) for override in parser.parse_overrides(swept)]
+        config = compose("config", overrides)
     if config.device.kind == "cuda" and not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no CUDA device"):
             read_job(config)
@@ -99,23 +99,23 @@ def test_what_the_pages_tell_to_run_can_be_run(command: str, tmp_path: Path, mon
 
 
 @cache
-def swept_by(*sweep: str) -> dict[str, object]:
-    """What a sweep varies by itself."""
+def swept_settings(*sweep: str) -> dict[str, object]:
+    """The settings that a sweep varies, with their values."""
     return dict(compose("config", [*sweep], return_hydra_config=True).hydra.sweeper.params or {})
 
 
-def first_of(override: Override) -> str:
-    """The override itself, or the first of the values that it sweeps over."""
+def first_value(override: Override) -> str:
+    """Returns an override with only the first of the values that it sweeps over."""
     if not override.is_sweep_override():
         return str(override.input_line)
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
-# --- what MkDocs does not do by itself ------------------------------------------------------------
+# --- docs/hooks.py --------------------------------------------------------------------------------
 
 
 def loaded(name: str) -> ModuleType:
-    """docs/<name>.py, which MkDocs loads by its path as well."""
+    """Imports docs/<name>.py by its path, as MkDocs does."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -161,19 +161,19 @@ def test_columns_are_listed_as_the_schema_describes_them(hooks: ModuleType) -> N
         "fact 1",
     ],
 )
-def test_a_number_that_is_not_there_ends_the_build(hooks: ModuleType, directive: str) -> None:
+def test_a_directive_without_data_ends_the_build(hooks: ModuleType, directive: str) -> None:
     with pytest.raises(PluginError, match=directive):
         hooks.on_page_markdown(f"{{{{ {directive} }}}}")
 
 
-def test_a_figure_stands_with_its_caption_and_the_recipe_as_it_is(hooks: ModuleType) -> None:
-    told = hooks.on_page_markdown("{{ figure speedup }}")
-    assert "](../plots/paper/speedup.svg)" in told
-    assert "config hash: " in told
+def test_a_figure_has_its_caption_and_the_recipe_is_complete(hooks: ModuleType) -> None:
+    figure = hooks.on_page_markdown("{{ figure speedup }}")
+    assert "](../plots/paper/speedup.svg)" in figure
+    assert "config hash: " in figure
     assert plan([])[0] == [line for line in hooks.on_page_markdown("{{ recipe }}").splitlines() if line.startswith("python ")]
 
 
-def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) -> None:
+def test_formulas_become_mathml_and_other_dollars_stay(hooks: ModuleType) -> None:
     def html(text: str) -> str:
         return markdown(text, extensions=[hooks.Mathematics()])
 
@@ -184,7 +184,7 @@ def test_formulas_become_mathml_and_dollars_elsewhere_stay(hooks: ModuleType) ->
         html(r"$\unknowable x$")
 
 
-def test_the_quickstart_shows_what_the_committed_results_say() -> None:
+def test_the_quickstart_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "getting-started" / "quickstart.md").read_text(encoding="utf-8")
     results = read_table(ROOT / "results" / "paper" / "seq_len").assign(detail="")
     assert f"\n{latency_table.render(results)}\n" in page

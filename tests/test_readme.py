@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The commands, code and excerpts of the README are correct as they are written there."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_model_example_runs() -> None:
     assert list(names["answer"].shape) == [1, 20]  # type: ignore[attr-defined]
 
 
-def test_the_excerpt_of_a_sweep_is_what_the_committed_results_say() -> None:
+def test_the_excerpt_of_a_sweep_shows_the_committed_results() -> None:
     results = read_table(ROOT / "results" / "paper" / "seq_len").assign(detail="")
     printed = latency_table.render(results).splitlines()
     excerpt = block("", "speed-up over standard").splitlines()
@@ -43,7 +43,7 @@ def test_the_excerpt_of_a_sweep_is_what_the_committed_results_say() -> None:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's two files where the README says that they lie, outside the repository."""
+    """The folder `mine` outside the repository, with the two files of the README."""
     folder = tmp_path_factory.mktemp("user") / "mine"
     (folder / "conf" / "attention").mkdir(parents=True)
     assert "`mine/cosine.py`:" in README
@@ -54,7 +54,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_written(holding: str, mine: Path, *more: str) -> "CompletedProcess[str]":
-    """Runs the line of the README that holds this, with `mine` where it really is."""
+    """Runs the command of the README that contains `holding`, with the real path of `mine`."""
     (line,) = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if holding in line]
     words = [word.strip("'").replace("mine/conf", str(mine / "conf")) for word in line.split("#")[0].split()]
     return typed(*words, *more)
@@ -68,7 +68,7 @@ def test_the_added_attention_is_certified(mine: Path) -> None:
 
 
 def test_the_added_attention_is_compared_like_the_others(mine: Path) -> None:
-    places = (f"results_dir={mine / 'results'}", f"plots_dir={mine / 'plots'}")
+    folders = (f"results_dir={mine / 'results'}", f"plots_dir={mine / 'plots'}")
     small = (
         "shape.seq_len=100,200",
         "model.hidden_dim=32",
@@ -77,7 +77,7 @@ def test_the_added_attention_is_compared_like_the_others(mine: Path) -> None:
         "sampling.time_slices=2",
         "sampling.budget_s=0.01",
     )
-    done = as_written("evals.run --config-dir", mine, *places, *small)
+    done = as_written("evals.run --config-dir", mine, *folders, *small)
     assert (done.returncode, done.stderr) == (0, "")
     rows = pd.read_csv(mine / "results" / "seq_len" / "results.csv")
     assert rows[rows["attention"] == "cosine"]["outcome"].tolist() == ["ok", "ok"]
