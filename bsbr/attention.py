@@ -1,7 +1,7 @@
 """Block Sparse attention with Block Retrieval: softmax inside a chunk, retrieval of compressed states between chunks.
 
-`bsbr_attention` is the attention alone, `BSBRAttention` the module around it. `bsbr.reference` has the same function written
-as its definition reads; the two share no code.
+`bsbr_attention` is the attention as a function of tensors, `BSBRAttention` the module with projections around it.
+`bsbr.reference` implements the same function slowly, from its definition, without shared code.
 """
 
 import math
@@ -45,7 +45,7 @@ def bsbr_attention(
 
     Time is cut into C = ⌈time / chunk_size⌉ chunks, the last of any length. M_in is causal inside a chunk, and each token also
     sees the `chunk_overlap` tokens before its chunk. M_out is strictly lower triangular over chunks: a chunk retrieves earlier
-    chunks only, and the first chunk retrieves nothing.
+    chunks only, and the first chunk retrieves nothing. ⊙ M means that pairs outside the mask M get the score −∞.
 
     With β, F_s is the state that the delta rule makes of the chunk, S ← S + β_i φ(k_i) (v_i − Sᵀ φ(k_i))ᵀ from S = 0: a key that
     is stored again has its value replaced, and similar keys interfere less (arXiv:2406.06484).
@@ -53,25 +53,25 @@ def bsbr_attention(
     Args:
         q: queries [batch, heads, time, head_dim].
         k, v: keys and values [batch, kv_heads, time, head_dim]; kv_heads divides heads.
-        meta_query: r [batch, heads, C, head_dim], one a chunk, known at the chunk's first token.
+        meta_query: r [batch, heads, C, head_dim], one per chunk. To be causal it may depend on tokens up to the chunk's first.
         meta_key: h [batch, kv_heads, C − 1 or more, head_dim], one for each chunk that a later chunk can retrieve.
         chunk_size: tokens in a chunk.
         q_features, k_features: φ(q), φ(k) [batch, heads or kv_heads, time, d_r]; by default `unit_norm` of q and k.
         beta: β [batch, kv_heads, time], in [0, 1] where φ(k) has unit norm; by default F_s is the plain sum.
         gain: g [heads], the weight of the retrieved term; by default 1.
-        chunk_overlap: tokens before its chunk that a token also sees.
+        chunk_overlap: number of tokens before its chunk that a token also sees.
         top_k: how many chunks each chunk retrieves, those with the highest scores, the earliest of equals; by default all.
-        normalise: whether F̄_t is scaled to the norm √head_dim, however many states it is a mean of.
+        normalise: whether F̄_t is scaled to the Frobenius norm √head_dim before the gain.
         dropout_p: dropout probability of the weights of both softmaxes; it acts before `normalise`.
         impl: "torch", "cpp" (CPU) or "triton" (GPU); "auto" takes the fastest that supports the inputs.
 
     Returns:
         [batch, heads, time, head_dim]. Costs per head O(n·(chunk_size + chunk_overlap)·d) for local attention, O(n·d_r·d) for
-        states and read-out, O(n·chunk_size·(d_r + d)) for the delta rule, and O(C²·d_r·d) for mixing, or O(C·top_k·d_r·d) with
-        top_k. Memory is linear in n but for the C² retrieval weights.
+        states and read-out, O(n·chunk_size·(d_r + d)) for the delta rule, and O(C²·d_r·d) for retrieval, or
+        O(C²·d + C·top_k·d_r·d) with top_k. Memory is linear in n except for the C² retrieval scores.
 
     Raises:
-        ValueError: if shapes do not fit, chunk_size or top_k is below 1, or chunk_overlap below 0.
+        ValueError: if shapes do not fit, chunk_size or top_k is below 1, chunk_overlap is below 0, or `impl` is unknown.
         NotImplementedError: if the backend that `impl` names does not support the inputs.
     """
     inputs = BSBRInputs(q, k, v, meta_query, meta_key, q_features, k_features, beta, gain)
@@ -86,8 +86,8 @@ def _attend(inputs: BSBRInputs, options: BSBROptions, impl: dispatch.Impl) -> Te
 # --- the module ---------------------------------------------------------------------------------
 
 GAIN_SCALE = 16
-"""The factor between the gain and its parameter. The gain starts at 0 and must grow to order 1 within the steps of a training,
-each of the size of the learning rate, if one chunk among all is to be heard; scaled, it gets there 16 times as fast."""
+"""The gain divided by its parameter. The gain starts at 0 and must grow to about 1 before retrieval contributes. An optimizer
+such as Adam changes a parameter by about the learning rate per step; with this factor the gain grows 16 times as fast."""
 
 Pooling = Literal["mean", "last"]
 ChunkStates = Literal["delta", "sum"]
@@ -96,27 +96,27 @@ ChunkStates = Literal["delta", "sum"]
 class BSBRAttention(MultiHeadAttention):
     """`bsbr_attention` between learned projections: causal, for any length, streamable.
 
-    The meta query r_t is the query of a chunk's first token and the meta key h_s the mean key of a chunk, both before any
-    rotation. φ is the `feature_map` (see `bsbr.features`). The write strength is β_t = σ(w·x_t + b), one per kv head, σ(2) at
-    first. The gain is g = `GAIN_SCALE`·γ with one learned γ per head. It starts at 0, so that a new model attends inside chunks
-    only: what it would retrieve before training is noise, larger than the rest. With rotary=True the local part is rotated;
-    retrieval is by content and is not.
+    By default the meta query r_t is the query of a chunk's first token and the meta key h_s is the mean key of a chunk, both
+    before any rotation. φ is the `feature_map` (see `bsbr.features`). The write strength is β_t = σ(w·x_t + b), one per kv head,
+    with w = 0 and b = 2 at initialisation. The gain is g = `GAIN_SCALE`·γ with one learned γ per head. It starts at 0, so a new
+    model attends inside chunks only: before training, the retrieved term is noise and larger than the local term. With
+    rotary=True, queries and keys of the local part are rotated; those of retrieval are not.
 
-    Where no gradients are wanted, `forward` and `extend` process a long sequence in segments, so that the memory needed beside
-    input, output and chunk states does not grow with the length.
+    Without gradients, `forward` and `extend` process a long sequence in segments: apart from input, output and chunk states,
+    memory does not grow with the length.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
         chunk_size: B, tokens in a chunk.
-        compression_factor: d_r = head_dim / compression_factor, which must divide; None is 1.
-        chunk_overlap: tokens before its chunk that a token also sees.
+        compression_factor: head_dim / d_r, a divisor of head_dim; None means 1.
+        chunk_overlap: number of tokens before its chunk that a token also sees.
         retrieval_top_k: `top_k` of `bsbr_attention`.
         feature_map: "quadratic" or "linear", see `bsbr.features`.
-        chunk_states: F_s by the "delta" rule, with β, or as the "sum".
+        chunk_states: "delta" computes F_s by the delta rule with β, "sum" as the plain sum.
         retrieval_norm: `normalise` of `bsbr_attention`.
-        initial_gain: g at first.
-        meta_projections: whether meta queries and meta keys have projections of their own, instead of those of q and k.
-        meta_pooling: whether the meta key is that of the "mean" of a chunk's hidden states or of the "last" one.
+        initial_gain: g at initialisation.
+        meta_projections: whether meta queries and meta keys have separate projections instead of sharing those of q and k.
+        meta_pooling: which hidden state of a chunk is projected to its meta key: the "mean" or the "last".
         impl: see `bsbr_attention`.
 
     Raises:
@@ -188,7 +188,7 @@ class BSBRAttention(MultiHeadAttention):
 
     @property
     def options(self) -> BSBROptions:
-        """The settings of `bsbr_attention` as they act now: without dropout in eval mode."""
+        """The current settings of `bsbr_attention`; in eval mode without dropout."""
         return BSBROptions(self.chunk_size, self.chunk_overlap, self.retrieval_top_k, self.retrieval_norm, self.dropout_p)
 
     # --- whole sequences ---
@@ -246,7 +246,7 @@ class BSBRAttention(MultiHeadAttention):
     # --- projections ---
 
     def _project_tokens(self, hidden_states: Tensor, start: int) -> TokenInputs:
-        """What each token brings; the first token is at position `start`."""
+        """Tensors with one row per token, of hidden states that begin at position `start`."""
         q, k, v = self.project_heads(hidden_states)
         q_features, k_features = self.features(hidden_states, q, k)
         if self.rotary:
@@ -261,9 +261,9 @@ class BSBRAttention(MultiHeadAttention):
         return tokens.with_meta(self._meta_query(hidden_states[:, :: self.chunk_size]), self._meta_key(pooled))
 
     def _project_first_chunk(self, hidden_states: Tensor) -> BSBRInputs:
-        """Inputs of a sequence of one chunk, where nothing is retrieved: features and β are not computed, and never read.
+        """Inputs of a sequence of one chunk, which retrieves nothing: placeholders stand for features and β, which are not read.
 
-        Not for gradients, because the parameters that make features and β would have none instead of zeros.
+        Not for training: the parameters of features and β would have gradients None instead of 0.
         """
         q, k, v = super().project(hidden_states)
         placeholders = q[..., : self.feature_dim], k[..., : self.feature_dim], None if self.beta_proj is None else k[..., 0]
@@ -291,13 +291,14 @@ class BSBRAttention(MultiHeadAttention):
 
     @property
     def _segment_length(self) -> int:
-        """Tokens that are processed at a time where no gradients are wanted."""
+        """Number of tokens that are processed together without gradients."""
         return streaming.PAGE * self.chunk_size
 
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `Attention.extend`; the state is a `bsbr.streaming.StreamingState`.
 
-        A token costs O((chunk_size + d_r)·head_dim) a head; a chunk's first token also mixes the states of all chunks.
+        A token costs O((chunk_size + chunk_overlap + d_r)·head_dim) per head; a chunk's first token also mixes the states of all
+        earlier chunks.
         """
         check_hidden_states(hidden_states, self.hidden_dim)
         current = StreamingState.empty(hidden_states, self._head_sizes) if state is None else StreamingState.from_state(state)
@@ -312,7 +313,7 @@ class BSBRAttention(MultiHeadAttention):
         return output, current.to_state()
 
     def _extend(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
-        """`extend` by one segment: its first tokens continue the open chunk, the others open new ones."""
+        """`extend` by one segment: its first tokens continue the open chunk, the others begin new chunks."""
         room = -state.position % self.chunk_size  # in the open chunk, if there is one
         attended = []
         if room:

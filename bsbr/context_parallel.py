@@ -1,8 +1,8 @@
-"""BSBR over a sequence that is cut into shards, one a rank: ranks send meta keys and chunk states instead of keys and values.
+"""BSBR over a sequence that is cut into shards, one per rank: ranks send meta keys and chunk states instead of keys and values.
 
-A rank attends inside its own chunks and makes their states as if it were alone. What it needs of earlier ranks is what BSBR
-keeps of a chunk anyway, h_s and F_s: (d_r + 1)·d numbers instead of the 2·B·d of its keys and values. Ranks send point to
-point and only to later ranks; gradients go the opposite way.
+A rank attends inside its own chunks and computes their states without the others. Of each earlier chunk it only needs h_s and
+F_s, per kv head (d_r + 1)·d numbers instead of the 2·B·d of the chunk's keys and values. Messages are point to point: forward to
+later ranks only, in the backward pass to earlier ranks only.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ def context_parallel_bsbr_attention(
     *,
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """`bsbr_attention` of all ranks' inputs joined along time; returns this rank's shard of the result.
+    """Computes this rank's shard of `bsbr_attention` over the shards of all ranks, joined along time, on the torch backend.
 
     Every rank must call it and, for gradients, every rank must call backward: each gets the gradient of the sum of all ranks'
-    losses. Differentiable once. A rank holds the states of all chunks before it; `sent_bytes` is what it sends.
+    losses. Differentiable once. A rank holds the states of all chunks before its shard and sends `sent_bytes` bytes.
 
     Args:
-        inputs: the tensors of this rank's shard. Every shard but the last is whole chunks; none is empty. There is a meta key
-            for every chunk; only on the last rank may that of the last chunk be missing, which no chunk retrieves.
+        inputs: the tensors of this rank's shard. Every shard but the last consists of whole chunks; none is empty. There is a
+            meta key for every chunk, except that it may be missing for the last chunk of the last rank.
         options: see `BSBROptions`, the same on all ranks.
         group: the ranks in the order of their shards; None is the default process group. A `SequenceGroup` counts sent bytes.
         lengths: tokens of each rank's shard; if neither this nor `group` gives them, the ranks exchange them.
@@ -47,7 +47,8 @@ def context_parallel_bsbr_attention(
         [batch, heads, time of the shard, head_dim].
 
     Raises:
-        ValueError: on all ranks alike, if shards are not whole chunks; else as `bsbr_attention`.
+        RuntimeError: if there is no process group.
+        ValueError: if shards are not whole chunks (on all ranks), or as `bsbr_attention`.
     """
     group = group if isinstance(group, SequenceGroup) else SequenceGroup(group)
     lengths = group.shard_lengths(inputs.q.shape[-2], inputs.q.device, options.chunk_size, lengths)
@@ -91,13 +92,13 @@ def context_parallel_bsbr_attention(
 class ContextParallel(nn.Module):
     """An attention over a sequence cut into shards: `ContextParallel(attention)(shard)` is the shard of `attention(sequence)`.
 
-    A rank's parameters get the gradient of its own part; summed over ranks these are the gradients of the whole sequence. The
-    caller sums them: by all_reduce of every `grad`, or by DistributedDataParallel around this module, whose mean is that sum
-    if each rank's loss is multiplied by the number of ranks. It must have a process group of its own, so that its messages and
-    these cannot overtake each other.
+    A rank's parameters get the gradient of its own part. The sum over ranks is the gradient of the whole sequence, and the caller
+    has to take it: by all_reduce of every `grad`, or by DistributedDataParallel around this module. DistributedDataParallel
+    takes the mean, so multiply each rank's loss by the number of ranks. Give it a separate process group, so that its messages
+    cannot be confused with those of this module.
 
     Args:
-        attention: any that implements `Attention.context_parallel_forward`, with the same parameters on every rank.
+        attention: one that implements `Attention.context_parallel_forward`, with the same parameters on every rank.
         group: a `SequenceGroup`, or the process group to make one from; None is the default process group.
     """
 
@@ -115,18 +116,18 @@ class ContextParallel(nn.Module):
 
 
 class Route(NamedTuple):
-    """What a rank sends to a later one: which of its chunks, and, for the overlap, which of its tokens."""
+    """The part of its shard that a rank sends to a later one: chunks (h and F), and tokens of the overlap (k and v)."""
 
     chunks: slice
     tokens: slice
 
     def parts(self, number: int) -> list[slice]:
-        """Along time, for the first `number` of the shared tensors h, F, k and v."""
+        """Slices along dimension 2 of the first `number` of the shared tensors h, F, k and v."""
         return [self.chunks, self.chunks, self.tokens, self.tokens][:number]
 
 
 Routes = dict[tuple[int, int], Route]
-"""By sender and receiver."""
+"""Routes by (sender, receiver)."""
 
 
 def _routes(lengths: Sequence[int], options: BSBROptions) -> Routes:
@@ -154,8 +155,9 @@ def sent_bytes(
 ) -> tuple[int, int]:
     """Bytes that `rank` sends in a forward and in a backward pass.
 
-    For each chunk and kv head (d_r + 1)·d numbers go to each later rank, and as gradients to each earlier one; so do 2·d numbers
-    for each token that a later rank's overlap sees. Shard lengths, 8 bytes to each other rank, come on top if they are exchanged.
+    Forward, `rank` sends to each later rank (d_r + 1)·d numbers per own chunk and kv head, and 2·d per own token in that rank's
+    overlap. Backward, it sends to each earlier rank the gradients of what it received from it. If shard lengths are not known,
+    8 bytes to each other rank are added.
 
     Args:
         lengths: tokens of each rank's shard.
@@ -163,6 +165,9 @@ def sent_bytes(
         chunk_size, chunk_overlap: see `BSBROptions`.
         kv_heads, head_dim, feature_dim, batch_size: sizes of the tensors; feature_dim is d_r.
         itemsize: bytes of a number.
+
+    Returns:
+        (forward, backward), without the exchange of lengths.
     """
     forward = backward = 0
     for (sender, receiver), (chunks, tokens) in _routes(lengths, BSBROptions(chunk_size, chunk_overlap)).items():
@@ -177,11 +182,11 @@ class _Exchange(torch.autograd.Function):
     """Sends parts of the shared tensors to later ranks and returns the local tensors and the parts of all earlier ranks.
 
     Shared tensors [batch, heads, chunks or tokens, ...] are h, F and, if there is an overlap, k and v. Backward sends the
-    gradient of each part to where the part came from, and sums the gradients that come back.
+    gradient of each part to the rank that sent the part, and sums the gradients that come back.
 
-    The local tensors are returned unchanged. They tie this function to every output and every parameter: on a rank where it had
-    no part in the result, such as the first, which receives nothing, its backward would not run, and the other ranks would wait
-    for it. So every rank also has a gradient for all parameters, zero where it had no part.
+    The local tensors are returned unchanged. They make every output depend on this function, so that its backward runs on every
+    rank. Without them it would not run on the first rank, which receives nothing, and the other ranks would wait for it. As a
+    consequence every rank has a gradient for all parameters, zero for those without influence.
     """
 
     @staticmethod
@@ -228,11 +233,11 @@ class _Earlier(NamedTuple):
 
 
 def _by_kind(received: Sequence[Tensor], number: int) -> _Earlier:
-    """Sorts `received`, which has `number` parts of one rank after those of another."""
+    """Sorts `received`, which holds `number` parts per rank, rank after rank."""
     return _Earlier(*(received[index::number] if index < number else () for index in range(4)))
 
 
 def _empty_parts(shared: Sequence[tuple[Tensor, torch.Size]], parts: Sequence[slice]) -> list[Tensor]:
-    """Uninitialised tensors for these parts along time of tensors like these."""
+    """Uninitialised tensors for parts along dimension 2 of the shared tensors."""
     sizes = (part.stop - part.start for part in parts)
     return [like.new_empty(*shape[:2], size, *shape[3:]) for (like, shape), size in zip(shared, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""What BSBR costs by its definition: floating point operations of the attention, and bytes of the decoding state."""
+"""Cost of BSBR by its definition: floating point operations of the attention, and bytes of the decoding state."""
 
 from dataclasses import dataclass
 
@@ -18,15 +18,15 @@ class HeadSizes:
 def attention_flops(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, delta_rule: bool = False) -> int:
     """Matrix-product FLOPs of `bsbr_attention` on one sequence, a multiply-add counted as 2, causal work only.
 
-    Per head: 4·d for each visible pair of tokens, 2·d for each score of two chunks, 2·d_r·d for each state that is mixed and
-    for each token that reads out. Per kv head: 2·d_r·d for each token of a chunk that can be retrieved, and with the delta rule
-    2·(d_r + d) for each pair of tokens of such a chunk.
+    With d = head_dim, per head: 4·d for each visible pair of tokens, 2·d for each score of two chunks, 2·d_r·d for each state
+    that is mixed and for each token after the first chunk (its read-out). Per kv head: 2·d_r·d for each token of a chunk that can
+    be retrieved, and with the delta rule 2·(d_r + d) for each pair of different tokens of such a chunk.
 
     Args:
         seq_len: n, tokens.
-        sizes: of the heads.
-        options: chunk_size, chunk_overlap and top_k count.
-        delta_rule: whether states are made by the delta rule, with β, instead of the sum.
+        sizes: sizes of the heads.
+        options: chunk_size, chunk_overlap and top_k are read.
+        delta_rule: whether states are computed by the delta rule, with β, instead of the sum.
     """
     chunk_size, overlap = options.chunk_size, options.chunk_overlap
     chunks = options.num_chunks(seq_len)
@@ -47,10 +47,10 @@ def state_bytes(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, hidden_
 
     Args:
         seq_len: n, tokens.
-        sizes: of the heads.
-        options: chunk_size and chunk_overlap count.
-        hidden_dim: numbers of a hidden state, whose sum over the open chunk is kept.
-        itemsize: bytes of a number; sums are kept in at least 4.
+        sizes: sizes of the heads.
+        options: chunk_size and chunk_overlap are read.
+        hidden_dim: width of the hidden states, of which the state holds the sum over the open chunk.
+        itemsize: bytes of a number in the parameters' dtype; sums take at least 4.
     """
     state = sizes.feature_dim * sizes.head_dim
     cached = 2 * sizes.num_kv_heads * options.cached_tokens(seq_len) * sizes.head_dim
@@ -61,7 +61,7 @@ def state_bytes(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, hidden_
 
 
 def _visible_pairs(seq_len: int, chunk_size: int, overlap: int) -> int:
-    """Pairs of a token and a token that it attends to, itself included."""
+    """Number of pairs of a token and a token that it attends to, itself included."""
     full, rest = divmod(seq_len, chunk_size)
     inside = full * chunk_size * (chunk_size + 1) // 2 + rest * (rest + 1) // 2
     # Chunks that begin before token `overlap` see less than a whole overlap: they are counted one by one.

@@ -1,6 +1,6 @@
-"""Feature maps φ of BSBR: what a key is stored under in its chunk's state, and what a query reads from the state with.
+"""Feature maps φ of BSBR: a chunk's state F = Σ φ(k) vᵀ stores values under features of keys, and φ(q)ᵀ F reads them.
 
-"What it can remember" in the documentation has measurements of how much each map recalls for how many bytes.
+"What it can remember" in the documentation shows how many associations each map recalls for how many bytes of state.
 """
 
 from typing import Literal, get_args
@@ -18,7 +18,7 @@ FeatureMap = Literal["quadratic", "linear"]
 
 
 class LinearFeatures(nn.Module):
-    """φ(x) = unit_norm(P x) of the heads' own queries and keys; P is shared by both, and the identity where d_r = head_dim."""
+    """φ(x) = unit_norm(P x) for x = q and x = k, with one P for both and all heads; P is the identity if d_r = head_dim."""
 
     def __init__(self, head_dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class LinearFeatures(nn.Module):
 
 
 class QuadraticFeatures(nn.Module):
-    """φ(q) = `quadratic_features`(W_q x) and φ(k) of W_k x, x being the hidden state: φ(q)·φ(k) ≈ (q̂·k̂)².
+    """φ(q)·φ(k) ≈ (q̂·k̂)² with φ(q) = `quadratic_features`(W_q x) and φ(k) = `quadratic_features`(W_k x) of hidden states x.
 
-    The square separates the keys that a state holds: for unrelated unit vectors it is much smaller than the product itself, so
-    many more keys fit. W_q and W_k are projections of their own, to p numbers a head, of which p (p + 1) / 2 products make up
-    the d_r features. With p ≈ √(2 d_r) they cost little. These are the second-order features of Based (arXiv:2402.18668,
-    section 4.1) without the terms of order 0 and 1.
+    q̂ and k̂ are W_q x and W_k x scaled to unit norm. W_q and W_k are separate projections to p ≈ √(2 d_r) numbers per head; d_r of
+    their p (p + 1) / 2 pairwise products are the features. For unrelated unit vectors, (q̂·k̂)² is much smaller than |q̂·k̂|, so the
+    keys in a state interfere less and many more fit. These are the second-order features of Based (arXiv:2402.18668, section
+    4.1) without the terms of order 0 and 1.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl) -> None:
@@ -57,7 +57,7 @@ class QuadraticFeatures(nn.Module):
 def build_feature_map(
     kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl
 ) -> LinearFeatures | QuadraticFeatures:
-    """The module of a feature map.
+    """Builds the module of a feature map.
 
     Args:
         kind: "quadratic" or "linear".
@@ -76,12 +76,12 @@ def build_feature_map(
 
 
 def quadratic_features(x: Tensor, size: int) -> Tensor:
-    """`pairwise_products` of `unit_norm` of x [batch, heads, time, p]: [batch, heads, time, size]."""
+    """`pairwise_products`(`unit_norm`(x), size): [batch, heads, time, p] -> [batch, heads, time, size]."""
     return pairwise_products(unit_norm(x), size)
 
 
 def num_factors(feature_dim: int) -> int:
-    """The smallest p with at least `feature_dim` products of two of p factors, p (p + 1) / 2 ≥ feature_dim."""
+    """The smallest p with p (p + 1) / 2 ≥ feature_dim."""
     size = 1
     while size * (size + 1) // 2 < feature_dim:
         size += 1
@@ -89,13 +89,13 @@ def num_factors(feature_dim: int) -> int:
 
 
 def pairwise_products(x: Tensor, size: int) -> Tensor:
-    """The first `size` products of two numbers of x [..., p]: [..., size].
+    """The first `size` pairwise products of the entries of x: [..., p] -> [..., size].
 
-    They come in the order x_i², then √2 x_i x_{i+1}, then √2 x_i x_{i+2}, …, with indices modulo p. All p (p + 1) / 2 of them
-    give pairwise_products(x)·pairwise_products(y) = (x·y)².
+    Order: x_i² for all i, then √2 x_i x_{i+1}, then √2 x_i x_{i+2}, …, with indices modulo p. With all p (p + 1) / 2 products,
+    pairwise_products(x)·pairwise_products(y) = (x·y)².
     """
     steps = -(-size // x.shape[-1])
-    shifted = torch.cat([x, x[..., : steps - 1]], dim=-1).unfold(-1, x.shape[-1], 1)  # row j is x from its j-th number on
+    shifted = torch.cat([x, x[..., : steps - 1]], dim=-1).unfold(-1, x.shape[-1], 1)  # row j is x shifted by j
     weights = torch.full((steps, 1), 2**0.5, dtype=x.dtype, device=x.device)
     weights[0] = 1
     return (shifted * (weights * x.unsqueeze(-2))).flatten(-2)[..., :size]

@@ -16,7 +16,7 @@ class BSBRInputs(NamedTuple):
         q: queries [batch, heads, time, head_dim].
         k: keys [batch, kv_heads, time, head_dim]; kv_heads divides heads.
         v: values, of the shape of k.
-        meta_query: r [batch, heads, C, head_dim], one a chunk; a chunk's meta query is known at its first token.
+        meta_query: r [batch, heads, C, head_dim], one per chunk; to be causal it may depend on tokens up to the chunk's first.
         meta_key: h [batch, kv_heads, C − 1 or more, head_dim], one for each chunk that a later chunk can retrieve.
         q_features: φ(q) [batch, heads, time, d_r]; None means the unit norm of q.
         k_features: φ(k) [batch, kv_heads, time, d_r]; None means the unit norm of k.
@@ -48,7 +48,7 @@ class BSBRInputs(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """The tensors of `BSBRInputs` that have one row a token, of tokens at any position."""
+    """The tensors of `BSBRInputs` that have one row per token; the tokens may begin inside a chunk."""
 
     q: Tensor
     k: Tensor
@@ -58,7 +58,7 @@ class TokenInputs(NamedTuple):
     beta: Tensor | None = None
 
     def with_meta(self, meta_query: Tensor, meta_key: Tensor) -> BSBRInputs:
-        """The inputs of these tokens as chunks with these meta queries and meta keys."""
+        """Adds meta queries and meta keys; the tokens must begin at a chunk boundary."""
         return BSBRInputs(self.q, self.k, self.v, meta_query, meta_key, self.q_features, self.k_features, self.beta)
 
 
@@ -68,9 +68,9 @@ class BSBROptions:
 
     Attributes:
         chunk_size: B, tokens in a chunk.
-        chunk_overlap: tokens before its chunk that a token also attends to.
+        chunk_overlap: number of tokens before its chunk that a token also attends to.
         top_k: how many chunks each chunk retrieves, those with the highest scores, the earliest of equals; None means all.
-        normalise: whether the retrieved state is scaled to the norm √head_dim.
+        normalise: whether the retrieved state F̄ is scaled to the Frobenius norm √head_dim.
         dropout_p: dropout probability of the weights of both softmaxes.
 
     Raises:
@@ -96,7 +96,7 @@ class BSBROptions:
         return -(-time // self.chunk_size)
 
     def cached_tokens(self, position: int) -> int:
-        """How many tokens before `position` the token at `position` attends to: its open chunk and the overlap before it."""
+        """Number of earlier tokens that the token at `position` attends to: those of its chunk and of the overlap before it."""
         in_chunk = position % self.chunk_size
         return in_chunk + min(self.chunk_overlap, position - in_chunk)
 
@@ -126,7 +126,7 @@ EMPTY_MEMORY = ChunkMemory()
 
 
 class Segment(NamedTuple):
-    """What a backend computes for a segment: tokens that begin at a chunk boundary and may follow earlier chunks.
+    """Result of a backend for a segment: tokens that begin at a chunk boundary and may follow earlier chunks.
 
     Attributes:
         output: [batch, heads, time, head_dim].

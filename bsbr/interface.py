@@ -1,7 +1,7 @@
 """The contract of every attention that is certified, compared and stacked into a model.
 
 `Attention` is the contract itself. `MultiHeadAttention` adds the query, key and value projections that nearly every variant
-shares, so that a new variant is an `attend` and its true cost.
+shares, so that a new variant only has to define `attend` and `flops`.
 """
 
 from abc import ABC, abstractmethod
@@ -32,8 +32,8 @@ class Attention(nn.Module, ABC):
     """
 
     reference: ClassVar[Callable[..., Tensor] | None] = None
-    """`attend` as the mathematics reads, called as `reference(self, *tensors)`: slow, float64, no shared code. The certificate
-    compares `attend` with it if there is one."""
+    """Slow float64 implementation of `attend` that follows the definition and shares no code with it, called as
+    `reference(self, *tensors)`. If a variant has one, the certificate compares `attend` with it."""
 
     out_proj: nn.Module
 
@@ -45,24 +45,16 @@ class Attention(nn.Module, ABC):
 
     @property
     def block_length(self) -> int:
-        """The length at whose multiples the computation changes (chunk, window, block); the certificate tests around it.
-
-        64, a length like any other, for a variant without such a length.
-        """
+        """Length of the variant's chunk, window or block; 64 for a variant without one. The certificate tests lengths around it."""
         return 64
 
     @abstractmethod
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        """Computes the tensors that `attend` takes.
-
-        Args:
-            hidden_states: [batch, time, hidden_dim].
-            start: position of the first token.
-        """
+        """Projects hidden states [batch, time, hidden_dim] to the tensors that `attend` takes; `start` is the first position."""
 
     @abstractmethod
     def attend(self, *tensors: Tensor) -> Tensor:
-        """The attention without its projections: what a kernel benchmark times."""
+        """Computes the attention without its projections. A kernel benchmark times this method."""
 
     def implementation(self, *tensors: Tensor) -> str:
         """Name of the implementation that `attend` runs for these tensors, as results record it."""
@@ -70,11 +62,13 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Outputs of tokens that follow those of `state`; any split of a sequence into calls gives what `forward` gives.
+        """Computes the outputs of tokens that follow those of `state`.
+
+        However a sequence is split into calls, the outputs are those of `forward` on the whole sequence.
 
         Args:
-            hidden_states: of the new tokens [batch, new, hidden_dim].
-            state: what an earlier call returned, which is left unchanged; None at the beginning of a sequence.
+            hidden_states: new tokens, [batch, new, hidden_dim].
+            state: the state that an earlier call returned, which is not changed; None at the beginning of a sequence.
 
         Returns:
             [batch, new, hidden_dim], and the state after the new tokens.
@@ -89,7 +83,7 @@ class Attention(nn.Module, ABC):
         """Bytes that `extend` must keep after `seq_len` tokens, in the precision of the parameters."""
 
     def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
-        """`forward` of a sequence that is cut into shards, one a rank: this rank's shard of the output.
+        """Computes this rank's shard of the output of a sequence that is cut into shards, one shard per rank.
 
         Every rank must call it, with the same parameters. Not every variant implements it.
 
@@ -135,21 +129,21 @@ class MultiHeadAttention(Attention):
     """Query, key and value projections around an `attend(q, k, v)`, with optional grouped heads and rotary positions.
 
     `attend` takes q [batch, num_heads, time, head_dim] and k, v [batch, num_kv_heads, time, head_dim] and returns the shape of q.
-    Where q has fewer rows than k and v, they are the last positions.
+    If q has fewer rows than k and v, its rows are the last positions.
 
-    `extend` keeps every key and value, which is right for any such attention and cheapest for few; override it where less
-    is enough. They are kept in pages, most of which one state shares with the next. `attend_pages` joins the pages for `attend`;
-    a variant that can read the pages one by one overrides it.
+    `extend` stores every key and value; a variant that needs fewer overrides it. The store is split into pages, and successive
+    states share most pages. `attend_pages` concatenates the pages for `attend`; a variant that can read them one by one
+    overrides it.
 
     Args:
         hidden_dim: width of the hidden states, a multiple of num_heads.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads; None means num_heads.
-        rotary: whether q and k are rotated by their positions, see `rotate`.
-        dropout: dropout probability of attention weights in training.
+        rotary: whether q and k are rotated by their positions, see `rotate`; needs an even head_dim.
+        dropout: dropout probability of attention weights in training, in [0, 1).
 
     Raises:
-        ValueError: if sizes do not divide or an option is out of range.
+        ValueError: if a size does not divide as above, or an option is out of range.
     """
 
     def __init__(
@@ -185,7 +179,7 @@ class MultiHeadAttention(Attention):
 
     @property
     def dropout_p(self) -> float:
-        """The dropout probability that acts now: 0 in eval mode."""
+        """The current dropout probability: `dropout` in training mode, 0 in eval mode."""
         return self.dropout if self.training else 0.0
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
@@ -196,7 +190,7 @@ class MultiHeadAttention(Attention):
         return q, k, v
 
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v without positions."""
+        """q, k and v before any rotation."""
         return (
             split_heads(self.q_proj(hidden_states), self.num_heads),
             split_heads(self.k_proj(hidden_states), self.num_kv_heads),
@@ -218,7 +212,7 @@ class MultiHeadAttention(Attention):
         return self.output(attended), {**pages, "position": position_counter(position + hidden_states.shape[1])}
 
     def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """`attend` of the last positions to keys and values in pages, which follow each other in time."""
+        """Attention of queries at the last positions, with keys and values in pages that follow each other in time."""
         return self.attend(q, *(pages[0] if len(pages) == 1 else torch.cat(pages, dim=2) for pages in (keys, values)))
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
@@ -240,15 +234,15 @@ def merge_heads(heads: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: the pair (x_i, x_{i + d/2}) of the token at position p turns by p·base^(−2i/d) (arXiv:2104.09864, eq. 34).
+    """Rotary positions: rotates the pair (x_i, x_{i + d/2}) at position p by p·base^(−2i/d) radians (arXiv:2104.09864, eq. 34).
 
     Args:
-        x: [..., time, head_dim], head_dim even.
-        start: position of row 0; any length works, because there is no table.
-        base: of the frequencies.
+        x: [..., time, head_dim] with an even head_dim = d.
+        start: position of row 0. Angles are computed and not looked up, so any position works.
+        base: base of the frequencies.
     """
     half = x.shape[-1] // 2
-    # In float64: angles reach `position` radians, which float32 holds to 1e-3 only at a million tokens.
+    # In float64: an angle reaches `position` radians, and at a million radians float32 rounds by up to 0.03.
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)
     angles = torch.outer(positions, frequencies)
@@ -258,8 +252,7 @@ def rotate(x: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
 
 
 def position_counter(position: int) -> Tensor:
-    """A position as a state holds it: a tensor, because a state has only tensors, on the CPU, so that reading it never waits for
-    a GPU."""
+    """A position as an int64 tensor, because a state holds only tensors; on the CPU, so that reading it never waits for a GPU."""
     return torch.tensor(position, dtype=torch.int64)
 
 
@@ -287,7 +280,7 @@ def check_hidden_states(hidden_states: Tensor, hidden_dim: int) -> None:
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError unless q is [batch, heads, time, head_dim] and k and v fit it.
 
-    k and v must agree in all but head_dim, have the batch size of q, a divisor of its heads, and at least its time.
+    k must have the batch size and head_dim of q, a divisor of its heads, and at least its time; v may differ from k in head_dim.
     """
     shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:

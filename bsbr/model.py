@@ -24,15 +24,19 @@ BuildAttention = Callable[..., Attention]
 class TransformerLayer(nn.Module):
     """One decoder layer: x ← x + dropout(attention(norm(x))), then x ← x + dropout(feed_forward(norm(x))).
 
-    From arXiv:1706.03762, with the norms before the sublayers as in arXiv:2002.04745.
+    From arXiv:1706.03762, with the norms before the sublayers as in arXiv:2002.04745. With conv_size, the attention's
+    input is convolution(norm(x)).
 
     Args:
         hidden_dim: width of the hidden states.
         num_heads: heads of the attention.
         ff_dim: inner width of the feed-forward sublayer.
-        attention: builds the attention.
-        dropout: dropout probability of what each sublayer adds.
-        conv_size: taps of a `ShortConvolution` before the attention; None for no convolution.
+        attention: function that builds the attention.
+        dropout: dropout probability of the output of each sublayer.
+        conv_size: taps of a `ShortConvolution`; None for no convolution.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
     """
 
     def __init__(
@@ -86,8 +90,11 @@ class TransformerModel(nn.Module):
         vocab_size: number of token ids.
         num_layers: number of layers.
         hidden_dim, num_heads, ff_dim, attention, dropout, conv_size: see `TransformerLayer`; dropout also acts on embeddings.
-        positions: whether `sinusoids` are added to the embeddings; False for attentions that bring their own positions.
-        use_checkpointing: whether the backward pass recomputes each layer instead of keeping its activations.
+        positions: whether `sinusoids` are added to the embeddings; False for attentions that encode positions, such as rotary ones.
+        use_checkpointing: whether the backward pass recomputes each layer instead of storing its activations.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
     """
 
     def __init__(
@@ -118,7 +125,7 @@ class TransformerModel(nn.Module):
         self.use_checkpointing = use_checkpointing
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states after the last norm.
+        """Computes the hidden states after the last norm.
 
         Args:
             input_ids: integers [batch, time].
@@ -148,7 +155,7 @@ class TransformerModel(nn.Module):
     def extend(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Hidden states of new tokens [batch, new] that follow those of `state`, and the state after them.
 
-        The state has the entries of each layer's state under `layers.<i>.`; like these it is a value and can be saved.
+        The entries of layer i's state have the prefix `layers.<i>.`. See `bsbr.interface.State`.
         """
         check_input_ids(input_ids)
         position = next_position(state)
@@ -169,11 +176,11 @@ class TransformerModel(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Next-token logits of a decoder: W h, where h are its hidden states.
+    """Language model: next-token logits W h of a decoder's hidden states h.
 
     Args:
         model: the decoder.
-        tied: whether W is the embedding matrix; otherwise the head has a weight of its own.
+        tied: whether W is the embedding matrix; otherwise W is a separate parameter.
     """
 
     def __init__(self, model: TransformerModel, *, tied: bool = True) -> None:
@@ -229,10 +236,10 @@ class CausalLM(nn.Module):
         Args:
             input_ids: [batch, time].
             max_new_tokens: how many tokens to add.
-            state: a prefix that input_ids continue, such as a long document that `extend` has read.
+            state: state of a prefix that input_ids continue, as `extend` returned it.
             temperature: 0 takes the most likely token; above 0, tokens are sampled from softmax(logits / temperature).
-            top_k: samples from the top_k most likely tokens only.
-            generator: randomness of the samples.
+            top_k: number of most likely tokens to sample from; None for all.
+            generator: random generator of the samples.
 
         Returns:
             The new tokens [batch, max_new_tokens].
@@ -260,7 +267,7 @@ class BSBRLayer(TransformerLayer):
     Args:
         hidden_dim, num_heads, ff_dim: see `TransformerLayer`.
         chunk_size: see `BSBRAttention`.
-        dropout: dropout probability of attention weights and of what each sublayer adds.
+        dropout: dropout probability of attention weights and of the output of each sublayer.
         **options: further options of `BSBRAttention`.
     """
 
@@ -277,7 +284,7 @@ class BSBRModel(TransformerModel):
     Args:
         vocab_size, hidden_dim, num_layers, num_heads, ff_dim, conv_size, positions, use_checkpointing: see `TransformerModel`.
         chunk_size, compression_factor: see `BSBRAttention`.
-        dropout: dropout probability of attention weights, embeddings and what each sublayer adds.
+        dropout: dropout probability of attention weights, embeddings and the output of each sublayer.
         **options: further options of `BSBRAttention`, such as chunk_overlap and retrieval_top_k.
     """
 
@@ -320,12 +327,12 @@ class BSBRModel(TransformerModel):
 def sinusoids(like: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
     """Sinusoidal positions: sin(p·base^(−2i/d)) for all i, then the cosines (arXiv:1706.03762, section 3.5).
 
-    They are computed for the length at hand, so there is no table and no longest sequence.
+    They are computed and not looked up, so there is no longest sequence.
 
     Args:
-        like: [batch, time, hidden_dim], which gives sizes, dtype and device.
+        like: [batch, time, hidden_dim = d], which gives sizes, dtype and device.
         start: p of row 0.
-        base: of the frequencies.
+        base: base of the frequencies.
 
     Returns:
         [time, hidden_dim].

@@ -1,4 +1,4 @@
-"""Removal of padding, so that no attention has to know about it."""
+"""Removal of padding before an attention, so that attentions need no mask."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,8 @@ from torch import Tensor
 def pack(hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Moves the real tokens of every row to its front, in order, with zeros after them.
 
-    A causal attention gives each real token what it would give without the padding, because everything after the last real token
-    is in its future. So no variant ever sees a mask: each takes its fast causal path, and chunk boundaries are where they would
-    be without padding.
+    After packing, all padding is in the future of all real tokens, so a causal attention computes for them what it computes without
+    padding. No variant needs a mask: each takes its fast causal path, with chunk boundaries as without padding.
 
     Args:
         hidden_states: [batch, time, ...].
@@ -35,7 +34,7 @@ def pack(hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Callabl
         return index.reshape(*index.shape, *(1,) * (like.dim() - 2)).expand_as(like)
 
     packed = hidden_states.gather(1, expand(order, hidden_states))
-    # Selected, not multiplied: a NaN at a padded position must vanish.
+    # Selected, not multiplied: 0·NaN at a padded position would be NaN.
     packed = packed.where(expand(real_packed, packed), 0)
 
     def unpack(outputs: Tensor) -> Tensor:

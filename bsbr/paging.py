@@ -1,4 +1,4 @@
-"""Pages of a key-value cache: tensors that follow each other along time, most of which one decoding state shares with the next."""
+"""Pages of a key-value cache: tensors that follow each other along time. Successive decoding states share most of them."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 SMALLEST_PAGE, LARGEST_PAGE = 256, 1024
-"""Tokens in a page: powers of two. Smaller pages mean less to copy for a token, larger ones fewer pages to attend to."""
+"""Tokens in a page, powers of two. With smaller pages a new token copies less; with larger ones there are fewer pages to read."""
 
 
 def page_lengths(time: int) -> list[int]:
-    """Lengths of the pages of `time` tokens: the largest pages, then the halves of them that fit, then the open page.
+    """Lengths of the pages of `time` tokens: pages of LARGEST_PAGE, then smaller powers of two, then the open page.
 
-    A new token copies the open page only. Now and then equal pages merge into one of twice the length, as the digits of a binary
-    counter carry, so every token is copied log₂(LARGEST_PAGE / SMALLEST_PAGE) more times, however long the context.
+    A new token copies the open page only. Two pages of equal length merge into one, as bits carry in a binary counter, so every
+    token is copied log₂(LARGEST_PAGE / SMALLEST_PAGE) more times at any context length.
     """
     lengths, rest, length = [LARGEST_PAGE] * (time // LARGEST_PAGE), time % LARGEST_PAGE, LARGEST_PAGE // 2
     while length >= SMALLEST_PAGE:
@@ -24,7 +24,7 @@ def page_lengths(time: int) -> list[int]:
 
 
 def append_to_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
-    """Pages of `page_lengths` with `new` [batch, heads, time, dim] after the last token; unchanged pages are the same tensors."""
+    """Appends `new` [batch, heads, time, dim] to pages of `page_lengths`; unchanged pages stay the same tensors."""
     before = [page.shape[2] for page in pages]
     after = page_lengths(sum(before) + new.shape[2])
     same = 0
@@ -33,7 +33,7 @@ def append_to_pages(pages: list[Tensor], new: Tensor) -> list[Tensor]:
     changed = torch.cat([*pages[same:], new], dim=2) if same < len(pages) else new
     if same + 1 == len(after):
         return [*pages[:same], changed.contiguous()]
-    # Cloned: a page that is a view would keep all of `changed` alive.
+    # Cloned: a page that is a view would keep all of `changed` in memory.
     cut = changed.split(after[same:], dim=2)
     return [*pages[:same], *(page.clone(memory_format=torch.contiguous_format) for page in cut)]
 

@@ -1,4 +1,4 @@
-"""The process group of one sequence that is cut into shards, one a rank: who holds which shard, and counted messages."""
+"""Process group of one sequence that is cut into shards, one per rank: shard lengths, messages, and the bytes they send."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -13,14 +13,14 @@ if TYPE_CHECKING:  # builds of torch without distributed support lack the name, 
 
 
 class SequenceGroup:
-    """The ranks that share a sequence, seen from one of them; rank i holds the i-th shard.
+    """The ranks that share a sequence, with this process as one of them; rank i holds the i-th shard.
 
     Args:
         group: a process group of torch.distributed (gloo or NCCL); None is the default one.
-        lengths: tokens of each rank's shard, if known; otherwise the ranks exchange them in every call, 8 bytes to each other.
+        lengths: tokens of each rank's shard, if known; otherwise in every call each rank sends its own, 8 bytes, to each other.
 
     Attributes:
-        rank, size: of this process in the group, and of the group.
+        rank, size: rank of this process in the group, and number of ranks.
         sent_bytes: bytes of all tensors that this rank has sent, counted once for each receiver.
 
     Raises:
@@ -45,16 +45,17 @@ class SequenceGroup:
         self.sent_bytes = 0
 
     def shard_lengths(self, time: int, device: torch.device, block: int = 1, lengths: Sequence[int] | None = None) -> list[int]:
-        """Tokens of each rank's shard, exchanged between the ranks if they are not known.
+        """Number of tokens of each rank's shard; the ranks exchange the numbers if they are not known.
 
         Args:
             time: tokens of this rank's shard.
-            device: of the tensors that the group exchanges.
+            device: device of the tensors that the group exchanges.
             block: every shard but the last must be a multiple of it.
             lengths: the result, if the caller knows it.
 
         Raises:
-            ValueError: on all ranks alike, if a shard is empty, is not a multiple of `block`, or is not as long as known.
+            ValueError: on all ranks, if a shard is empty, or one before the last is not a multiple of `block`; on this rank, if
+                `time` is not what the known lengths say.
         """
         known = self.lengths if lengths is None else list(lengths)
         lengths = self._exchange_lengths(time, device) if known is None else known
@@ -110,9 +111,9 @@ def split_evenly(seq_len: int, ranks: int, block: int) -> list[int]:
 
 
 def ring_sent_bytes(lengths: Sequence[int], rank: int, *, kv_heads: int, head_dim: int, itemsize: int, batch_size: int = 1) -> int:
-    """Bytes that `rank` sends in a forward pass of ring attention: it passes on every shard of K and V but the next rank's own.
+    """Bytes that `rank` sends in a forward pass of ring attention: the K and V of all shards except the next rank's own.
 
-    With equal shards that is 2·(P − 1)·(n/P)·kv_heads·head_dim numbers (arXiv:2310.01889, section 3).
+    With P shards of n/P tokens that is 2·(P − 1)·(n/P)·kv_heads·head_dim numbers per sequence (arXiv:2310.01889, section 3).
     """
     passed_on = sum(lengths) - lengths[(rank + 1) % len(lengths)]
     return 2 * passed_on * batch_size * kv_heads * head_dim * itemsize

@@ -1,6 +1,6 @@
-"""BSBR as its definition reads: float64, loops over heads and tokens, no code shared with `bsbr.attention` and the backends.
+"""Reference implementation of BSBR: float64, loops over heads and tokens, no code shared with `bsbr.attention` or a backend.
 
-It is slow on purpose. Every fast implementation is compared with it, so it is written to be checked by eye.
+Every fast implementation is compared with it, so it is written to be checked by eye, not to be fast.
 """
 
 import math
@@ -27,9 +27,9 @@ def bsbr_attention(
 ) -> Tensor:
     """o_i = Σ_j softmax_j(q_i·k_j/√d) v_j + g φ(q_i)ᵀ F̄_t,  F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s,  F_s = Σ_{j in s} φ(k_j) v_jᵀ.
 
-    With β, F_s grows by β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ at each of its tokens; with `normalise`, F̄_t has the norm √head_dim.
+    With β, each token j of chunk s adds β_j φ(k_j) (v_j − F_sᵀ φ(k_j))ᵀ to F_s; with `normalise`, F̄_t has the norm √head_dim.
 
-    Arguments, shapes and result are those of `bsbr.bsbr_attention`, in float64 whatever the inputs are; differentiable.
+    Arguments and shapes are those of `bsbr.bsbr_attention`, without dropout_p and impl. The result is float64 and differentiable.
     """
     q, k, v, r, h = (tensor.double() for tensor in (q, k, v, meta_query, meta_key))
     phi_q = unit_norm(q) if q_features is None else q_features.double()
@@ -75,10 +75,7 @@ def _delta_rule(features: Tensor, values: Tensor, beta: Tensor) -> Tensor:
 
 
 def _retrieve(r_t: Tensor, h: Tensor, states: list[Tensor], top_k: int | None) -> Tensor:
-    """F̄_t [batch, d_r, d] of one head: r_t [batch, d] scores the meta keys h [batch, t, d] of all t earlier chunks.
-
-    states: F_s [batch, d_r, d] of these chunks.
-    """
+    """F̄_t [batch, d_r, d] of one head, from r_t [batch, d] and the h [batch, t, d] and F_s [batch, d_r, d] of t earlier chunks."""
     scores = torch.einsum("bd,bsd->bs", r_t, h) / math.sqrt(r_t.shape[-1])
     if top_k is not None and top_k < scores.shape[1]:
         dropped = scores.argsort(dim=1, descending=True, stable=True)[:, top_k:]  # stable: the earliest of equals is kept

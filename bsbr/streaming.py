@@ -1,7 +1,7 @@
 """Streaming BSBR: the state after the tokens so far, and the output of tokens that follow them.
 
-A state keeps the keys and values of the open chunk, that is the chunk that is not complete yet, and of the overlap before it;
-the meta keys and states of all complete chunks; what the open chunk retrieved; and running sums over the open chunk.
+The open chunk is the one that is not complete yet. A state holds the keys and values of the open chunk and of the overlap
+before it, the meta keys and states of all complete chunks, the retrieved state of the open chunk, and running sums over it.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from bsbr.interface import State, next_position, position_counter
 from bsbr.paging import state_pages
 
 PAGE = 64
-"""Chunks whose meta keys and states are in one tensor of a state. A new chunk copies the last page; full pages are shared."""
+"""Number of chunks per page, a tensor of meta keys or states. A new chunk copies the last page; states share full pages."""
 
 
 class StreamingState(NamedTuple):
-    """What decoding keeps between calls. Sums are in float32 or wider, the rest in the dtype of the parameters.
+    """Decoding state of one attention. Sums are in float32 or wider, the rest in the dtype of the parameters.
 
     Attributes:
-        keys, values: of the open chunk and the overlap before it [batch, kv_heads, tokens, head_dim].
+        keys, values: those of the open chunk and the overlap before it [batch, kv_heads, tokens, head_dim].
         retrieved: g F̄ of the open chunk [batch, heads, d_r, head_dim].
         open_state: F of the open chunk so far [batch, kv_heads, d_r, head_dim].
         open_hidden: sum of the hidden states of the open chunk so far [batch, hidden_dim].
         memory: meta keys and states of the complete chunks, in pages of `PAGE` chunks.
-        position: tokens so far.
+        position: number of tokens so far.
     """
 
     keys: Tensor
@@ -80,12 +80,12 @@ class StreamingState(NamedTuple):
 def open_chunks(
     inputs: BSBRInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions, impl: Impl
 ) -> tuple[Tensor, StreamingState]:
-    """Tokens that begin at a chunk boundary: the parallel form, with the earlier chunks in the retrieval.
+    """Computes, in parallel, the output of tokens that begin at a chunk boundary.
 
     Args:
-        inputs: of the new tokens, with a meta query for each of their chunks and a meta key for each complete one.
-        hidden_states: of the new tokens [batch, time, hidden_dim].
-        state: before them, with no open chunk.
+        inputs: those of the new tokens, with a meta query for each of their chunks and a meta key for each complete one.
+        hidden_states: those of the new tokens [batch, time, hidden_dim].
+        state: the state before them, without an open chunk.
         options, impl: see `bsbr_attention`.
 
     Returns:
@@ -101,7 +101,7 @@ def open_chunks(
     after = StreamingState(
         keys=keys,
         values=values,
-        retrieved=segment.retrieved.clone(),  # a view would keep what every chunk retrieved alive
+        retrieved=segment.retrieved.clone(),  # a view would keep the retrieved states of all chunks in memory
         open_state=_updated(empty, inputs.k_features[:, :, rest:], inputs.v[:, :, rest:], beta),
         open_hidden=hidden_states[:, rest:].to(state.open_hidden.dtype).sum(dim=1),
         memory=_with_chunks(state.memory, inputs.meta_key, segment.states),
@@ -113,14 +113,14 @@ def open_chunks(
 def continue_chunk(
     tokens: TokenInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions
 ) -> tuple[Tensor, StreamingState]:
-    """Tokens of the open chunk, its last one perhaps included; then `close_chunk` must follow.
+    """Computes the output of tokens that continue the open chunk. If they complete it, call `close_chunk` next.
 
-    A token costs O((chunk_size + chunk_overlap + d_r)·head_dim) a head; no other chunk is touched.
+    A token costs O((chunk_size + chunk_overlap + d_r)·head_dim) per head; states of other chunks are not read.
 
     Args:
-        tokens: the new tokens.
-        hidden_states: theirs [batch, time, hidden_dim].
-        state: before them, with an open chunk that has room for all of them.
+        tokens: those of the new tokens.
+        hidden_states: those of the new tokens [batch, time, hidden_dim].
+        state: the state before them, whose open chunk has room for all of them.
         options: see `BSBROptions`.
 
     Returns:
@@ -142,7 +142,7 @@ def continue_chunk(
 
 
 def close_chunk(state: StreamingState, meta_key: Tensor) -> StreamingState:
-    """Moves the open chunk, which is complete, into the memory under its meta key [batch, kv_heads, 1, head_dim]."""
+    """Moves the open chunk, now complete, into the memory with its meta key [batch, kv_heads, 1, head_dim]."""
     return state._replace(
         memory=_with_chunks(state.memory, meta_key, state.open_state.to(state.values.dtype).unsqueeze(2)),
         open_state=torch.zeros_like(state.open_state),
@@ -157,21 +157,21 @@ def _updated(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) 
 
 
 def _with_visible_tokens(state: StreamingState, options: BSBROptions) -> StreamingState:
-    """The state with only those keys and values that its next token attends to."""
+    """Drops the keys and values that the next token does not attend to."""
     start = state.keys.shape[2] - options.cached_tokens(state.position)
     keys, values = state.keys, state.values
-    if start:  # cloned: a view would keep all keys alive, and could not be saved
+    if start:  # cloned: a view would keep all keys in memory and could not be saved
         keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
     return state._replace(keys=keys.contiguous(), values=values.contiguous())
 
 
 def _with_chunks(memory: ChunkMemory, meta_key: Tensor, states: Tensor) -> ChunkMemory:
-    """The memory with the meta keys and states of more chunks."""
+    """Appends the meta keys and states of more chunks to the memory."""
     return ChunkMemory(_with_rows(memory.meta_keys, meta_key), _with_rows(memory.states, states))
 
 
 def _with_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
-    """Pages of at most `PAGE` rows along dimension 2, with `new` after the last row."""
+    """Appends `new` to pages of at most `PAGE` rows along dimension 2."""
     if not new.shape[2]:
         return [*pages]
     if pages and pages[-1].shape[2] < PAGE:
@@ -184,5 +184,5 @@ def _with_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
 
 
 def _joined(before: Tensor, after: Tensor) -> Tensor:
-    """Both along time; `after` itself, without a copy, if nothing is before it."""
+    """Concatenates along time; returns `after` itself, not a copy, if `before` is empty."""
     return torch.cat([before, after], dim=2) if before.shape[2] else after

@@ -10,7 +10,7 @@ def check_inputs(inputs: BSBRInputs, options: BSBROptions, *, retrievable: int) 
     Args:
         inputs: the tensors.
         options: the settings, which give the number of chunks.
-        retrievable: how many meta keys there must be at least.
+        retrievable: number of chunks that a later chunk can retrieve, the least number of meta keys.
 
     Raises:
         ValueError: if a shape does not fit; the message names the tensor, its shape and the expected one.
