@@ -10,13 +10,13 @@ from bsbr.backends.cpp import segment as cpp
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
 Impl = Literal["auto", "torch", "cpp", "triton"]
-"""What a user can ask for: a backend by its name, or the fastest one."""
+"""Values of the option `impl`: the name of a backend, or "auto" for the fastest that supports the inputs."""
 
 _UNSUPPORTED: dict[Impl, Callable[[BSBRInputs, BSBROptions], str | None]] = {
     "triton": triton.unsupported,
     "cpp": cpp.unsupported,
 }
-"""Backends that do not take every input, the fastest first, each with the function that says why not."""
+"""Backends that do not support every input, the fastest first, each with a function that returns the reason, or None."""
 
 
 def check_impl(impl: str) -> None:
@@ -30,7 +30,7 @@ def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl
 
     Args:
         impl: a backend, or "auto" for the fastest that supports the inputs.
-        inputs: the tensors, of which dtypes, devices and sizes count.
+        inputs: the tensors; their dtypes, devices and sizes decide.
         options: see `BSBROptions`.
 
     Raises:
@@ -59,7 +59,7 @@ def attend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
 def attend_segment(impl: Impl, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
     """BSBR of a segment after the chunks of `past`, see `bsbr.backends.pytorch.segment`, on the selected backend.
 
-    Where Triton would be selected the torch backend runs: the kernels take no earlier chunks.
+    If Triton is selected the torch backend runs, because the kernels do not support earlier chunks.
     """
     return _segment(select_backend(impl, inputs, options), inputs, options, past)
 

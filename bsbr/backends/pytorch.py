@@ -1,7 +1,7 @@
 """BSBR in torch operations on whole tensors: any device, any dtype, dropout, differentiable twice.
 
-It has four steps: softmax attention inside chunks, the states of chunks, retrieval between chunks, and the read-out of what
-was retrieved by each token. Retrieval is in `bsbr.backends.retrieval`.
+Its four steps are softmax attention inside chunks, the states of chunks, retrieval between chunks, and the read-out of the
+retrieved state by each token. Retrieval is in `bsbr.backends.retrieval`.
 """
 
 import torch
@@ -16,8 +16,8 @@ def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_
     """BSBR of tokens that begin at a chunk boundary, with the chunks of `past` before them.
 
     Args:
-        inputs: the tensors; k and v may hold up to `chunk_overlap` earlier tokens in front. There is a meta key for each chunk
-            whose state is wanted: all complete chunks, or all but the last.
+        inputs: the tensors; k and v may hold up to `chunk_overlap` earlier tokens in front. The chunks that have a meta key get a
+            state: all complete chunks, or all but the last.
         options: see `BSBROptions`.
         past: meta keys and states of all earlier chunks.
     """
@@ -103,7 +103,8 @@ def local_mask(start: int, stop: int, first_key: int, chunk_size: int, chunk_ove
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float, *, is_causal: bool | None = None) -> Tensor:
-    """softmax(qkᵀ/√d) v over the `visible` pairs; `visible` None means causal, of equal lengths, unless is_causal is False."""
+    """softmax(qkᵀ/√d) v over the pairs in the mask `visible`. None means causal attention over equally many queries and keys, or,
+    with is_causal=False, attention without a mask."""
     is_causal = visible is None if is_causal is None else is_causal
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
@@ -114,13 +115,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: flo
 
 
 def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int, beta: Tensor | None = None) -> Tensor:
-    """States of the first `chunks` chunks: F_s = φ(K_s)ᵀ V_s, or with β the state that the delta rule makes of the chunk.
+    """States of the first `chunks` chunks: F_s = φ(K_s)ᵀ V_s, or with β the delta rule's state after the chunk, from 0.
 
     Args:
         k_features: φ(k) [batch, kv_heads, time, d_r].
         v: [batch, kv_heads, time, head_dim].
         chunk_size: tokens in a chunk.
-        chunks: how many chunks, all complete.
+        chunks: number of chunks, all complete.
         beta: β [batch, kv_heads, time], or None.
 
     Returns:
@@ -155,7 +156,7 @@ def pseudo_values(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | N
         values = values - keys @ state.to(wide)
     if v.shape[-2] == 1:  # a single token, as in decoding, has no earlier token in the system
         return (rates * values).to(v.dtype)
-    # By substitution. A sum over powers of the matrix is shorter, but with similar keys its terms grow like binomials and cancel.
+    # By substitution. The Neumann series of the inverse is shorter, but with similar keys its terms grow like binomials and cancel.
     overlaps = (rates * (keys @ keys.mT)).tril(-1)
     solved: Tensor = torch.linalg.solve_triangular(overlaps, rates * values, upper=False, unitriangular=True)
     return solved.to(v.dtype)
@@ -185,8 +186,9 @@ def read_out(q_features: Tensor, retrieved: Tensor, chunk_size: int) -> Tensor:
 def unit_norm(x: Tensor) -> Tensor:
     """x / sqrt(|x|² + 1e-6) along the last dimension: the default feature map φ.
 
-    With it a query equal to a stored key reads that key's value at its own size, and the retrieved term is bounded by the sum
-    of |v| over a chunk whatever the inputs; its weight is left to one gain per head. The 1e-6 keeps zero inputs finite.
+    With it, a query equal to a stored key reads that key's value unscaled, and the norm of a read-out is at most the sum of |v|
+    over a chunk, for any queries and keys. One gain per head sets the weight of the retrieved term. The 1e-6 keeps zero inputs
+    finite.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)

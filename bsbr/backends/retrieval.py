@@ -1,6 +1,6 @@
 """Retrieval between chunks in torch operations: scores, softmax or top-k selection, and the weighted sum of chunk states.
 
-The torch backend and the C++ backend share it; the C++ backend brings its own top-k selection and its own sum.
+The torch backend and the C++ backend use it; the C++ backend replaces the top-k selection and the sum by functions in C++.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 from bsbr.inputs import ChunkMemory
 
 SelectTopK = Callable[[Tensor, int, int], Tensor]
-"""`select_top_k`, or another function of the same arguments."""
+"""Type of `select_top_k` and its replacements."""
 
 MixStates = Callable[[Tensor, Sequence[int], Sequence[Tensor], int], Tensor]
-"""`mix_states`, or another function of the same arguments."""
+"""Type of `mix_states` and its replacements."""
 
 
 def select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
@@ -25,8 +25,8 @@ def select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
 
     Args:
         scores: [batch, heads, rows, chunks].
-        top_k: how many to select.
-        first: chunks that row 0 sees; row i sees `first` + i. Not needed here, where the scores of other chunks are the lowest.
+        top_k: number of scores to select.
+        first: number of chunks that row 0 sees; row i sees `first` + i. Not read here: the other chunks have the lowest scores.
     """
     # Not torch.topk: which of equal scores it selects depends on the number of columns, that is, on the future.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
@@ -37,9 +37,9 @@ def mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], 
 
     Args:
         weights: [batch, heads, rows, chunks].
-        sizes: how many chunks of each page of `states` count.
+        sizes: number of chunks in each page of `states`; a page may have room for more.
         states: pages [batch, kv_heads, chunks, d_r · head_dim].
-        first: as in `select_top_k`; not needed here, where the weights of other chunks are 0.
+        first: as in `select_top_k`. Not read here: the weights of the other chunks are 0.
 
     Returns:
         [batch · kv_heads, heads / kv_heads · rows, d_r · head_dim].
@@ -65,16 +65,16 @@ def retrieve(
     select: SelectTopK = select_top_k,
     mix: MixStates = mix_states,
 ) -> Tensor:
-    """g F̄_t, F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s. A chunk that sees no other retrieves zero.
+    """g F̄_t with F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s for the chunks t ≥ `first`. Chunk 0 retrieves zero.
 
     Args:
         meta_query: r [batch, heads, rows, head_dim]; row i is that of chunk `first` + i, which sees all chunks before it.
         memory: h and F of all chunks from chunk 0 on.
-        first: chunks before those of `meta_query`.
+        first: number of chunks before those of `meta_query`.
         top_k, normalise, dropout_p: see `BSBROptions`; dropout acts before the normalisation.
         gain: g [heads]; None means 1.
-        select: finds the `top_k` best chunks of each row.
-        mix: sums the states, where all chunks count.
+        select: selects the `top_k` best chunks of each row.
+        mix: sums the states if all chunks are mixed.
 
     Returns:
         [batch, heads, rows, d_r, head_dim].
@@ -89,7 +89,7 @@ def retrieve(
         selected = select(scores.detach().flatten(1, 2), top_k, first).view(*scores.shape[:4], top_k)
         scores = scores.gather(-1, selected)
     # The softmax gives chunks that a row does not see the weight 0, except in a row that sees none: that row is set to 0.
-    # The gain joins this factor, because autograd would keep the product of it and all weights.
+    # The gain joins this factor: as a separate factor of all weights it would make autograd store one more product.
     factor = (torch.arange(first, first + rows, device=scores.device) > 0).to(scores.dtype).view(rows, 1)
     if gain is not None and not normalise:
         factor = factor * gain.view(kv_heads, heads // kv_heads, 1, 1)
@@ -108,9 +108,9 @@ def retrieve(
 def norm_factors(mixed: Tensor) -> Tensor:
     """Factors that scale each F̄ [batch, heads, rows, d_r, head_dim] to the norm √head_dim: [batch, heads, rows, 1, 1].
 
-    A state that holds one value of numbers around 1 under a key of unit norm has this norm. The mean of C states of which
-    one holds the value that is looked for shrinks as 1/C; without the normalisation its signal would fade as the text grows,
-    most of all in texts longer than those of training. The 1e-12 keeps the gradient of a state of zeros finite.
+    A state that stores one value with entries of about ±1 under a key of unit norm has this norm. In the mean of C unrelated
+    states, the share of any one state is 1/C: without normalisation the retrieved term would shrink as the sequence grows, also
+    beyond the lengths of training. The 1e-12 keeps the gradient of a zero state finite.
     """
     wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
     return math.sqrt(mixed.shape[-1]) * torch.rsqrt(wide.square().sum(dim=(-2, -1), keepdim=True) + 1e-12)
@@ -134,10 +134,9 @@ def _scores(meta_query: Tensor, meta_keys: Sequence[Tensor], first: int) -> Tens
 
 
 def _mix_selected(weights: Tensor, selected: Tensor, sizes: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-    """Σ_i weights[…, i] states[selected[…, i]]: reads the selected states only, and holds no copy of them.
+    """Σ_i weights[…, i] states[selected[…, i]], without copies of the states: [batch · heads · rows, d_r · head_dim].
 
     weights, selected: [batch, kv_heads, group, rows, top_k]; sizes, states: as in `mix_states`.
-    Returns [batch · heads · rows, d_r · head_dim].
     """
     # embedding_bag sums rows of a table under weights. The rows of a page's table are its states, of all items and heads.
     weights = weights.flatten(0, 3)

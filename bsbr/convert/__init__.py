@@ -1,4 +1,4 @@
-"""Pretrained transformers with BSBR in place of their attention. Needs the extra `convert`: Hugging Face transformers."""
+"""Conversion of pretrained Hugging Face models: BSBR replaces their self-attention. Needs the extra `convert` (transformers)."""
 
 try:
     import transformers as _transformers  # noqa: F401

@@ -1,6 +1,6 @@
-"""BSBR as transformers' attention "bsbr": the attention function, the mask function, and the hook that passes the cache layer.
+"""BSBR as the attention "bsbr" of transformers: attention function, mask function, and the hook that passes the cache layer.
 
-Importing this module registers them.
+Importing this module registers both functions with transformers.
 """
 
 import math
@@ -21,7 +21,7 @@ ATTENTION_NAME = "bsbr"
 """Name of the attention in `config._attn_implementation`."""
 
 LAYER_KEYWORD = "bsbr_cache_layer"
-"""Keyword by which an attention's cache layer reaches the attention function, past the library's own code."""
+"""Keyword argument that carries the cache layer through the library's attention module to the attention function."""
 
 
 def attention(
@@ -37,15 +37,15 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention function of a converted model, called by the library's attention modules.
 
-    Padding changes nothing: chunks begin where they would without it. Cross-attention, whose module has no `Retrieval`, stays
-    softmax attention.
+    Padding does not change the outputs of tokens: chunks begin where they would without it. A module without a `Retrieval` is a
+    cross-attention and computes softmax attention.
 
     Args:
         module: the library's attention module; a converted one has a `retrieval`.
         query: [batch, heads, time, head_dim].
         key, value: [batch, kv_heads, time, head_dim].
-        attention_mask: [batch, time], from `padding_mask`, True for tokens. They may be anywhere in a row, except in T5, whose bias
-            counts distances: there, together.
+        attention_mask: [batch, time], from `padding_mask`, True for tokens, anywhere in a row. In T5, whose bias depends on
+            distances, the tokens of a row must be contiguous.
         scaling: factor on the scores; None for 1/√head_dim.
         dropout: dropout probability.
         position_bias: T5's relative bias, [1, heads, time, time].
@@ -55,7 +55,7 @@ def attention(
         [batch, time, heads, head_dim], and None for the weights.
 
     Raises:
-        NotImplementedError: for a mask or a cache that BSBR would not honour.
+        NotImplementedError: for a mask that is not padding, padding after a cached prefix, or padding between tokens of a T5 row.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
@@ -119,7 +119,7 @@ def _bsbr(
 ) -> Tensor:
     """BSBR of tokens at the front of their rows, causal or not as the module is."""
     bias = None
-    if position_bias is not None:  # a function of distance alone: the first chunk's is every chunk's
+    if position_bias is not None:  # it depends on distances only, so all chunks have the bias of the first
         size = retrieval.chunk_size
         bias = position_bias[:, :, :size, :size]
         bias = F.pad(bias, (0, size - bias.shape[3], 0, size - bias.shape[2]))
@@ -146,7 +146,7 @@ def padding_mask(
         [batch, kv_length], True for tokens; None if all are tokens.
 
     Raises:
-        NotImplementedError: for a mask of anything but padding. BSBR has its own order and would ignore it.
+        NotImplementedError: for a mask other than causal or bidirectional with padding, or a cache other than DynamicCache.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise NotImplementedError(
@@ -161,7 +161,7 @@ def padding_mask(
 
 
 def pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of each converted attention: makes its layer of the cache a `StreamingLayer`, and passes it on."""
+    """Forward pre-hook of each converted attention: passes its cache layer, as a `StreamingLayer`, to `attention`."""
     cache = kwargs.get("cache")
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

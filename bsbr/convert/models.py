@@ -24,9 +24,9 @@ class Architecture(NamedTuple):
 
     Attributes:
         attention: class name of its attention modules.
-        head_dim: attribute of such a module that is its head_dim.
-        cross_attention: part of the name of cross-attentions, where they share the class; None if there are none.
-        is_causal: whether all self-attentions see the past alone.
+        head_dim: name of the attribute in which such a module stores its head_dim.
+        cross_attention: part of the module names of cross-attentions that have the same class; None if there are none.
+        is_causal: whether all self-attentions are causal.
     """
 
     attention: str
@@ -50,7 +50,7 @@ AUTO_CLASSES = (
     *("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"),
 )
-"""Auto classes that load converted models, once `register` ran."""
+"""Auto classes that load converted models; see `register`."""
 
 
 def convert_to_bsbr(
@@ -66,25 +66,25 @@ def convert_to_bsbr(
     The converted model keeps its dtype, device, tokenizer, `generate`, `save_pretrained` and `from_pretrained`. After
     `import bsbr.convert`, `AutoModelForCausalLM.from_pretrained` and the other auto classes load what it saved.
 
-    Retrieval begins behind gates at 0. Until it is trained, a token sees its chunk and the `chunk_overlap` tokens before the chunk,
-    and a sequence of at most one chunk has the logits of the original model. BERT and T5's encoder retrieve from the chunks on both
-    sides. T5's cross-attention stays softmax attention. In a model with a sliding window, as Mistral, retrieval takes the place of
-    everything outside the local part.
+    The gates of retrieval begin at 0: until they are trained, a token sees only its chunk and the `chunk_overlap` tokens before the
+    chunk. A sequence of at most one chunk has the logits of the original model. BERT and T5's encoder retrieve from the chunks on
+    both sides. T5's cross-attention stays softmax attention. In a model with a sliding window, such as Mistral, the local part
+    and retrieval replace the window.
 
     Args:
         model_or_name: a GPT-2, Llama, Mistral, Qwen 2, Qwen 3, BERT or T5 model, or the name or folder of one, whose weights are
             read from safetensors.
         chunk_size: tokens of a chunk.
-        chunk_overlap: tokens before its chunk that a token sees, too. For causal models without position bias.
-        retrieval_top_k: chunks that are mixed, the most similar ones; None for all.
+        chunk_overlap: number of tokens before its chunk that a token also sees. For causal models without position bias.
+        retrieval_top_k: number of chunks that a chunk retrieves, those with the highest scores; None for all.
         compression_factor: head_dim / d_r, a divisor of the model's head_dim.
 
     Returns:
         The converted model, in the mode (train or eval) of the original.
 
     Raises:
-        ValueError: for another architecture, or options that do not fit the model, such as chunk_size + chunk_overlap above its
-            sliding window.
+        ValueError: for an unsupported architecture, a name or folder without safetensors, or options that do not fit the model,
+            such as chunk_size + chunk_overlap above its sliding window.
     """
     if not isinstance(model_or_name, PreTrainedModel):
         return convert_to_bsbr(
@@ -113,7 +113,7 @@ def convert_to_bsbr(
 
 
 def _copy_weights(model: PreTrainedModel, converted: PreTrainedModel, architecture: Architecture) -> None:
-    """Copies all parameters and buffers of a model into its conversion, and retrieval to their device and dtype."""
+    """Copies all parameters and buffers of a model into its conversion, and moves retrieval to their device and dtype."""
     # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)
@@ -130,7 +130,7 @@ def _copy_weights(model: PreTrainedModel, converted: PreTrainedModel, architectu
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """Loads a pretrained model from safetensors, as the class that it was saved as.
+    """Loads a pretrained model from safetensors, as the class that its config names.
 
     Raises:
         ValueError: if the architecture is not supported, the class is unknown, or there are no safetensors.
@@ -149,7 +149,7 @@ def load_model(name: str) -> PreTrainedModel:
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Architecture of a model. Raises ValueError unless it is in `ARCHITECTURES`."""
+    """Looks up a model's architecture. Raises ValueError if it is not in `ARCHITECTURES`."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"a model to convert must be one of {', '.join(ARCHITECTURES)}, got model_type={config.model_type!r}")
     return ARCHITECTURES[config.model_type]
@@ -167,7 +167,7 @@ def self_attentions(model: nn.Module, architecture: Architecture) -> Iterator[nn
 
 
 class ConvertedModel:
-    """Mixin of a library's model class: adds to each self-attention a `Retrieval` with the options in `config.bsbr`."""
+    """Mixin for a model class of transformers: adds to each self-attention a `Retrieval` with the options in `config.bsbr`."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config._attn_implementation = attention_interface.ATTENTION_NAME
@@ -209,11 +209,11 @@ def converted_config(config: PreTrainedConfig, num_local_tokens: int) -> PreTrai
     """Copies a config as its converted class, without sliding windows.
 
     Args:
-        config: of the original model.
-        num_local_tokens: the most tokens that the local part sees.
+        config: config of the original model.
+        num_local_tokens: chunk_size + chunk_overlap.
 
     Raises:
-        ValueError: if these are more than the model's sliding window.
+        ValueError: if num_local_tokens exceeds the model's sliding window.
     """
     values = deepcopy(config.to_dict())
     window = values.get("sliding_window")
@@ -231,7 +231,7 @@ def converted_config(config: PreTrainedConfig, num_local_tokens: int) -> PreTrai
 
 
 def register() -> None:
-    """Registers the converted classes with transformers' auto classes, so that these load what converted models save."""
+    """Registers the converted classes with transformers' auto classes, so that these load saved converted models."""
     for model_type in ARCHITECTURES:
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config)

@@ -1,8 +1,8 @@
 """Retrieval of a converted attention: its learned parts, and BSBR from the queries, keys and values of a pretrained attention.
 
-Notation as in `bsbr.bsbr_attention`. A pretrained attention exposes heads and no hidden states, so everything that retrieval needs
-is projected from heads, by one matrix per head: the meta query r_t from a query, the meta key h_s from the mean of a chunk's keys,
-the features φ from both. Imports torch only.
+Notation as in `bsbr.bsbr_attention`. A pretrained attention passes on heads but no hidden states. So retrieval projects from heads,
+with one matrix per head each: the meta query r_t from a query, the meta key h_s from the mean of a chunk's keys, and the features φ
+from queries and keys. Imports torch only.
 """
 
 import math
@@ -21,11 +21,11 @@ from bsbr.interface import require_positive
 
 
 class ChunkSummaries(NamedTuple):
-    """What complete chunks keep for retrieval.
+    """Meta keys and states of complete chunks, from which later chunks retrieve.
 
     Attributes:
         meta_keys: h, [batch, kv_heads, chunks, head_dim].
-        states: F and, as the last column, F', [batch, kv_heads, chunks, d_r, head_dim + 1].
+        states: F and, as the last column, F' = Σ φ(k), [batch, kv_heads, chunks, d_r, head_dim + 1].
     """
 
     meta_keys: Tensor
@@ -33,21 +33,21 @@ class ChunkSummaries(NamedTuple):
 
 
 class Retrieval(nn.Module):
-    """Learned parts of one converted attention: at most (2·head_dim + 2·d_r + 1)·head_dim + 2 numbers per head.
+    """Learned parts of one converted attention: at most (2·head_dim + 2·d_r + 1)·head_dim + 2 parameters per head.
 
-    φ(k) = softmax(P k): positive and able to be sharp, as the softmax attention that it replaces (arXiv:2402.04347).
-    φ(q) = a softmax(P' q), where the per-query gate a = 2 σ(w·q + b) · (number of chunks mixed) scales what the query retrieves.
-    One softmax over local and retrieved tokens would take from the former what it gives to the latter. So the sum of both terms is
-    divided by its total weight, as in linear attention (arXiv:2006.16236, eq. 5):
+    φ(k) = softmax(P k), which is positive and can be sharp, as softmax attention is (arXiv:2402.04347).
+    φ(q) = a softmax(P' q), where the per-query gate a = 2 σ(w·q + b) · (number of chunks mixed) scales the retrieved term.
+    In one softmax over local and retrieved tokens, more weight for the latter is less for the former. Here the sum of both terms is
+    divided by its total weight to the same effect, as in linear attention (arXiv:2006.16236, eq. 5):
 
         (softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄) / (1 + |g φ(Q) F̄'|),
 
-    where F̄' is F̄ for values that are 1, and g = gate · d_r / chunk_size: with flat features and a gate of 1, a retrieved chunk
-    weighs as much as all local tokens.
+    where F̄' is F̄ for values that are 1, and g = gate · d_r / chunk_size: with uniform features and a gate of 1, each retrieved
+    chunk weighs as much as all local tokens together.
 
-    The gate begins at 0, so a converted model begins as its own chunks alone. The projections begin as the identity, except that of
-    r_t, which begins at 0, as w and b do: the query of a chunk's first token does not tell what the other tokens look for, and
-    misleads them as a first guess.
+    The gate begins at 0, so a converted model first attends inside chunks only. The projections begin as the identity, except that
+    of r_t, which begins at 0, as w and b do: then all chunks are mixed equally. The query of a chunk's first token would be a
+    misleading first guess, because it says little about the queries of the other tokens.
 
     Args:
         num_heads: query heads.
@@ -101,8 +101,8 @@ class Retrieval(nn.Module):
 
         Args:
             q: [batch, heads, time, head_dim].
-            visible_chunks: number of chunks that a token can retrieve, broadcastable to [batch, 1, time, 1]; of them top_k are
-                mixed. None: the chunks before its own.
+            visible_chunks: number of chunks that a token can retrieve, broadcastable to [batch, 1, time, 1]; at most top_k of
+                them are mixed. None means all chunks before the token's own.
 
         Returns:
             [batch, heads, time, d_r].
@@ -173,8 +173,8 @@ class Retrieval(nn.Module):
     ) -> Tensor:
         """BSBR of an encoder: a token sees its whole chunk, and retrieves from every other chunk, on both sides.
 
-        r_t is projected from the mean of a chunk's queries, since all of them are known. An incomplete last chunk is retrieved as
-        the others are.
+        r_t is projected from the mean of a chunk's queries, since an encoder knows all of them. An incomplete last chunk is
+        retrieved like the others.
 
         Args:
             q, k, v, bias, dropout_p: as in `causal_attention`.
@@ -261,7 +261,7 @@ class Retrieval(nn.Module):
     # --- cost -------------------------------------------------------------------------------------
 
     def flops(self, seq_len: int) -> int:
-        """FLOPs of `causal_attention` for one sequence without bias: matrix products only, multiply-add = 2."""
+        """FLOPs of `causal_attention` for one sequence without bias: matrix products only, a multiply-add counted as 2."""
         heads, head_dim, feature_dim = self.query_features.shape
         kv_heads, chunks = self.meta_key.shape[0], -(-seq_len // self.chunk_size)
         meta = 2 * head_dim * head_dim * (heads * chunks + kv_heads * (chunks - 1))
@@ -274,7 +274,7 @@ class Retrieval(nn.Module):
         return meta + features + attended + retrieved_weight
 
     def state_elements(self, seq_len: int) -> int:
-        """Numbers that decoding keeps of one sequence after `seq_len` tokens; see `bsbr.convert.streaming`."""
+        """Number of elements of one sequence's decoding state after `seq_len` tokens; see `bsbr.convert.streaming`."""
         heads, head_dim, feature_dim = self.query_features.shape
         kv_heads = self.meta_key.shape[0]
         local = 2 * kv_heads * min(seq_len, self.chunk_size + self.chunk_overlap) * head_dim
@@ -290,15 +290,15 @@ class Retrieval(nn.Module):
 
 
 def append_one(v: Tensor) -> Tensor:
-    """Values with a 1 after each, which sums to their total weight: [batch, kv_heads, time, head_dim + 1]."""
+    """Appends a 1 to each value, whose weighted sum is the total weight: [batch, kv_heads, time, head_dim + 1]."""
     return F.pad(v, (0, 1), value=1.0)
 
 
 def normalized_sum(local: Tensor, retrieved: Tensor) -> Tensor:
-    """Sum of the local and the retrieved term over their total weight, where the local one weighs 1.
+    """Divides the sum of the local and the retrieved term by 1 + |weight of the retrieved term|.
 
     Args:
         local: [..., head_dim].
-        retrieved: [..., head_dim + 1], its weight as the last column, as `append_one` lets it accumulate.
+        retrieved: [..., head_dim + 1], with its weight as the last column; see `append_one`.
     """
     return (local + retrieved[..., :-1]) / (1 + retrieved[..., -1:].abs())

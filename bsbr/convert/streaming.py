@@ -1,7 +1,7 @@
 """Decoding state of a converted attention, as a layer of transformers' `DynamicCache`.
 
-It keeps the last keys and values, and one state per complete chunk. Each row of a batch has its own chunks: padding before it does
-not count, so chunks begin where they would without padding.
+It holds the last keys and values, and one state per complete chunk. Each row of a batch has its own chunks, counted from the row's
+first token after padding.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,12 @@ from bsbr.convert.retrieval import Retrieval, normalized_sum
 class StreamingLayer(CacheLayerMixin):
     """Cache layer of one converted attention.
 
-    A token costs O((chunk_size + d_r)·head_dim) per head; a chunk's first token also mixes the states of all chunks. The prompt is
-    stored as it is until the first token after it, since most calls of a model are followed by none.
+    A token costs O((chunk_size + chunk_overlap + d_r)·head_dim) per head; a chunk's first token also mixes all chunk states. A
+    prompt's keys and values are stored first, and turned into a state when the first token follows, because most calls of a model
+    are not followed by decoding.
 
-    The library's attention calls `update` with new keys and values and passes on what it returns. That only has the right length
-    here: `attend` uses the keys and values that `take_new` returns.
+    The library's attention passes new keys and values to `update`, and the tensors that it returns to the attention function. These
+    are placeholders of the right length; `attention` reads the new keys and values from `take_new`.
     """
 
     is_sliding = False
@@ -45,7 +46,7 @@ class StreamingLayer(CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
         self.new = key_states, value_states
         self.num_tokens += key_states.shape[2]
-        # T5 reads from the length of its keys how much relative bias it needs.
+        # T5 computes its relative bias for the length of these keys.
         keys_of_full_length = key_states[:, :, :1].expand(-1, -1, self.num_tokens, -1)
         return keys_of_full_length, value_states
 
@@ -84,11 +85,11 @@ class StreamingLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token precedes the new ones."""
+        """Whether there are no tokens before the new ones."""
         return not self.prompt and not self.state
 
     def take_new(self) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values of the last `update`, and forgets them."""
+        """Returns the keys and values of the last `update`, and clears them."""
         assert self.new is not None
         new, self.new = self.new, None
         return new

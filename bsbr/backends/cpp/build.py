@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCES = [Path(__file__).with_name(name) for name in ("bsbr.cpp", "tensors.h", "tiles.h")]
-"""The file to compile, then its includes."""
+"""The compiled file, then its includes."""
 
 FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 
@@ -22,10 +22,10 @@ FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-
 def library() -> ctypes.CDLL | str:
     """Loads the compiled `bsbr.cpp`.
 
-    It is compiled on first use, by the compiler that torch.compile uses too; that takes some seconds, once.
+    The first call on a machine compiles it, which takes some seconds, with the compiler that CXX names, by default c++.
 
     Returns:
-        The library, or, if it cannot be compiled or loaded, a sentence with the reason, which is also issued as a warning once.
+        The library; or, if it cannot be compiled or loaded, the reason as a sentence, after one RuntimeWarning.
     """
     try:
         return ctypes.CDLL(str(_build()))
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | str:
 
 
 def _build() -> Path:
-    """Compiles the library unless the cache has it for these sources and this processor; safe beside other processes."""
+    """Compiles the library unless it is cached for these sources and this processor; processes may call it at the same time."""
     compiler = os.environ.get("CXX", "c++")
     sources = [path.read_text() for path in SOURCES]
     identity = [*sources, compiler, *FLAGS, platform.machine(), torch.__version__, _processor_features()]

@@ -63,11 +63,11 @@ def call(function: str, sizes: ChunkSizes | RetrievalSizes | FeatureSizes, *tens
 
     Args:
         function: its name without the dtype.
-        sizes: its sizes but `threads`, which is set here.
-        tensors: its tensors in order, all of one dtype but for indices; None for one that is left out.
+        sizes: its sizes except `threads`, which is set here.
+        tensors: its tensors in order, all of one dtype except indices; None for an optional tensor that is not given.
 
     Returns:
-        The floating point operations of the matrix products that it ran.
+        Number of floating point operations in the matrix products that it ran.
     """
     given = [x for x in tensors if x is not None]
     if not all(x.numel() for x in given):

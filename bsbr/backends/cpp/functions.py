@@ -1,4 +1,4 @@
-"""The C++ operators as autograd functions, each differentiable once, and the same without gradients."""
+"""Autograd functions over the C++ operators, each differentiable once, and functions without gradients."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ class PseudoValues(torch.autograd.Function):
 
 
 class Output(torch.autograd.Function):
-    """softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄; φ(Q) is `features`, or the unit norm of q; k and v may begin earlier than q."""
+    """softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄; φ(Q) is `features`, or the unit norm of q if None; k and v may begin before q."""
 
     @staticmethod
     def forward(
@@ -106,7 +106,7 @@ class _QuadraticFeatures(torch.autograd.Function):
 
 def quadratic_features(x: Tensor, size: int) -> Tensor:
     """`bsbr.features.quadratic_features` of x [batch, heads, time, factors]: [batch, heads, time, size]; differentiable once."""
-    if not (torch.is_grad_enabled() and x.requires_grad):  # in decoding, autograd would take as long as the products
+    if not (torch.is_grad_enabled() and x.requires_grad):  # in decoding, autograd would take as long as the computation
         return _quadratic_features(x, size)
     features: Tensor = _QuadraticFeatures.apply(x, size)  # type: ignore[no-untyped-call]
     return features
@@ -125,7 +125,7 @@ def empty_like_heads(x: Tensor) -> Tensor:
 
 
 def _zero_from(token: int, x: Tensor) -> Tensor:
-    """`empty_like_heads`, zero from `token` on: the gradient of tokens that no state holds."""
+    """`empty_like_heads` with zeros from `token` on: tokens outside the states have gradient 0."""
     gradient = empty_like_heads(x)
     gradient[:, :, token:] = 0
     return gradient

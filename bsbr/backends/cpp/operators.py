@@ -1,7 +1,7 @@
-"""The functions of the C++ library as torch operators, torch.ops.bsbr.*: its profiler shows them and its FLOP counter counts them.
+"""Torch operators torch.ops.bsbr.* over the C++ library, which torch's profiler shows and torch's FLOP counter counts.
 
-Each operator returns the floating point operations of the matrix products that it ran. Where nothing else is said, tensors are
-[batch, heads or kv_heads, time, dim], and what an operator writes is allocated by the caller.
+Each operator returns the number of floating point operations in the matrix products that it ran. Tensors are [batch, heads or
+kv_heads, time, dim] unless a docstring says otherwise. The caller allocates the tensors that an operator writes.
 """
 
 import functools
@@ -94,8 +94,8 @@ def _state_sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, unit_nor
 def _select_top_k(scores: Tensor, selected: Tensor, seen: int) -> int:
     """Writes the indices of each row's highest scores, the highest first, to `selected` [batch, heads, rows, top_k].
 
-    Row i of `scores` [batch, heads, rows, chunks] sees the first `seen` + i chunks. Where it sees fewer than top_k, the
-    indices of the next chunks follow.
+    Row i of `scores` [batch, heads, rows, chunks] sees the first `seen` + i chunks. If these are fewer than top_k, the indices of
+    the next chunks follow.
     """
     (batch, heads, rows, chunks), top_k = scores.shape, selected.shape[3]
     return call("select_top_k", RetrievalSizes(batch, heads, heads, rows, chunks, seen, top_k, False), scores, selected)
@@ -131,7 +131,7 @@ def _attend(
     "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap) -> int"
 )
 def _attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, *rest: Any) -> int:
-    """Writes the gradients; where chunks overlap, `d_k` and `d_v` are added to."""
+    """Writes the gradients; with an overlap, adds to `d_k` and `d_v` instead."""
     *gradients, chunk_size, overlap = rest
     sizes = _output_sizes(q, k, retrieved, chunk_size, overlap)
     return call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)

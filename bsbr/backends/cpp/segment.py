@@ -12,11 +12,11 @@ from bsbr.backends.retrieval import mix_states, retrieve
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
 GROUP = 64
-"""Chunks that are stored, mixed and read out together where no gradients are kept. With fewer, all earlier states would be read
-more often; with more, less of what was just stored would still be in the cache."""
+"""Number of chunks that are stored, mixed and read out together without gradients. A smaller group reads all earlier states more
+often; a larger one evicts new states from the cache before it reads them."""
 
 FEW_ROWS = 24
-"""Fewer rows than this are mixed by the BLAS, as in decoding: packing their states takes longer than it saves."""
+"""Fewer rows than this, as in decoding, are mixed by torch's matrix product: packing the states would cost more than it saves."""
 
 
 def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
@@ -58,7 +58,7 @@ def _differentiable_segment(inputs: BSBRInputs, options: BSBROptions, past: Chun
 
 
 def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
-    """Stores, mixes and reads out `GROUP` chunks before it begins with the next ones, without gradients."""
+    """Stores, mixes and reads out `GROUP` chunks at a time, without gradients."""
     q, k, v = inputs.q, inputs.k, inputs.v
     keys, values = _stored(inputs)
     size, time, before = options.chunk_size, q.shape[2], k.shape[2] - q.shape[2]
@@ -92,20 +92,20 @@ def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemo
 
 
 def _stored(inputs: BSBRInputs) -> tuple[Tensor, Tensor]:
-    """Keys and values of the segment's own tokens, as its states take them; keys are φ(k) where that is given."""
+    """Keys and values from which the segment's states are computed, without the overlap; keys are φ(k) if given."""
     before = inputs.k.shape[2] - inputs.q.shape[2]
     return inputs.k[:, :, before:] if inputs.k_features is None else inputs.k_features, inputs.v[:, :, before:]
 
 
 def _select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
-    """`bsbr.backends.retrieval.select_top_k` in one pass over the chunks that a row sees."""
+    """`bsbr.backends.retrieval.select_top_k` in one pass over the visible chunks of each row."""
     selected = torch.empty(*scores.shape[:3], top_k, dtype=torch.int64)
     torch.ops.bsbr.select_top_k(scores, selected, first)
     return selected
 
 
 def _mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], first: int) -> Tensor:
-    """`bsbr.backends.retrieval.mix_states` of only the chunks that a row sees."""
+    """`bsbr.backends.retrieval.mix_states` over the visible chunks of each row only."""
     if weights.shape[2] < FEW_ROWS:
         return mix_states(weights, sizes, states, first)
     mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])

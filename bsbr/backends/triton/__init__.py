@@ -17,13 +17,13 @@ MAX_HEAD_DIM = 256
 def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:
     """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄ of a whole sequence; see `bsbr.bsbr_attention`.
 
-    Sums are taken in float32. The default φ, the unit norm, is made inside the kernels, or before them if there is a β.
-    Pseudo-values (from β) and the normalisation of F̄ are torch operations on tensors of chunks, and so is the selection of the
-    top_k chunks, by a stable sort.
+    Sums are in float32. The default φ, the unit norm, is computed inside the kernels, or before them if there is a β.
+    Pseudo-values (from β), the normalisation of F̄ and the selection of the top_k chunks (a stable sort) are torch operations on
+    tensors of chunks.
 
-    Forward memory traffic of a head and token, in elements: K and V twice, Q once, o once, F and F̄ written and read once each,
-    which is 4·d_r·d / chunk_size. With d = d_r = 64 and chunk_size = 128 that is 512 elements: 16 heads and n = 65536 in
-    bfloat16 move 1.07 GB, of which q, k, v and o are 0.54.
+    Forward memory traffic per head and token, in elements: K and V are read twice, Q once, and o is written once, together 6·d;
+    F and F̄ are written and read once each, together 4·d_r·d / chunk_size. With d = d_r = 64 and chunk_size = 128 that is 512
+    elements: 16 heads and n = 65536 in bfloat16 move 1.07 GB, of which q, k, v and o are 0.54.
 
     Args:
         inputs: float16, bfloat16 or float32 tensors whose shapes were checked; they may be views with any strides between rows.
@@ -33,7 +33,7 @@ def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:
         [batch, heads, time, head_dim], differentiable once in all tensors.
 
     Raises:
-        NotImplementedError: with the sentence of `unsupported`.
+        NotImplementedError: if the kernels do not support the inputs, with the reason from `unsupported`.
     """
     reason = unsupported(inputs, options)
     if reason is not None:

@@ -2,7 +2,7 @@
 
     python -m bsbr.backends.triton.compiled [80 | 90]
 
-The functions run as on a GPU, except that each launch compiles its kernel and does not execute it. triton ships ptxas.
+Forward and backward run as on a GPU, but each launch only compiles its kernel. triton ships ptxas.
 """
 
 import re

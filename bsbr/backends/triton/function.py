@@ -1,4 +1,4 @@
-"""The kernels as one autograd function: tensors that one kernel leaves for another never pass through autograd."""
+"""One autograd function over all Triton kernels, so that autograd does not store the tensors between kernels."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ from bsbr.inputs import BSBRInputs, BSBROptions
 
 
 class _Saved(NamedTuple):
-    """What the forward pass keeps for the backward pass; see `BSBRFunction`."""
+    """Tensors that the forward pass saves for the backward pass; see `BSBRFunction`."""
 
     q: Tensor
     k: Tensor
@@ -39,7 +39,7 @@ class _Saved(NamedTuple):
 
 
 class _RetrievalGradients(NamedTuple):
-    """Gradients of the inputs of retrieval; None for those that a call does not have."""
+    """Gradients of the inputs of retrieval; None for an input that is absent."""
 
     states: Tensor | None = None
     meta_query: Tensor | None = None
@@ -51,12 +51,12 @@ class BSBRFunction(torch.autograd.Function):
     """BSBR of a whole sequence.
 
     Its tensors are q, k, v; φ(q) and φ(k), or None for the unit norm; the pseudo-values U [batch, kv_heads, (C − 1)·chunk_size,
-    head_dim], which states hold instead of v and which need features; the gain; and either the meta queries and meta keys, or
-    the weights and indices of the states that `top_k.select` selected.
+    head_dim], which replace v in the states and require features; the gain; and either the meta queries and meta keys, or the
+    weights and indices of the states that `top_k.select` selected.
 
-    Kept for the backward pass: the inputs, F and F̄ (n / chunk_size · d_r · head_dim numbers a head each) and the logarithms of the
-    sums of both softmaxes, but not o. F and F̄ are in the dtype of the inputs: rounding them is an error of the same order as
-    rounding o, which is made of them, and float32 would double the traffic between the kernels. Sums inside a kernel are float32.
+    Saved for the backward pass are the inputs, F and F̄ (each n / chunk_size · d_r · head_dim numbers per head) and the logarithms
+    of the sums of both softmaxes, but not o. F and F̄ have the dtype of the inputs: their rounding error is of the same order as
+    that of o, and float32 would double the traffic between the kernels. Sums inside a kernel are float32.
     """
 
     @staticmethod
@@ -119,7 +119,7 @@ class BSBRFunction(torch.autograd.Function):
             grad_q, grad_q_features, grad_gain, delta = queries_backward(
                 q, k, v, phi_q, retrieved, saved.gain, grad, saved.lse, **sizes, unit=unit
             )
-            # With pseudo-values in the states, v and the states have nothing to do with each other.
+            # With pseudo-values, the states do not depend on v directly.
             states_of_v = gradients.states if saved.pseudo is None else None
             grad_k, grad_v, grad_k_features = keys_backward(q, k, v, phi_k, states_of_v, grad, saved.lse, delta, **sizes, unit=unit)
             if saved.pseudo is not None and gradients.states is not None:
@@ -134,7 +134,7 @@ class BSBRFunction(torch.autograd.Function):
 
 
 def _normalise_backward(mixed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """y = s x of x = `mixed` with s = √d (|x|² + ε)^-1/2, and from `grad` = dy the gradient dx = s (dy − y (y·dy)/d)."""
+    """y = s x with x = `mixed` and s = √d (|x|² + ε)^(−1/2); and dx = s (dy − y (y·dy)/d) from dy = `grad`."""
     scale, upstream = norm_factors(mixed), grad.float()
     normal = mixed.float() * scale
     along = (normal * upstream).sum(dim=(-2, -1), keepdim=True) / mixed.shape[-1]

@@ -1,11 +1,11 @@
-"""Retrieval by all earlier chunks, F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s: causal attention whose values are whole states.
+"""Retrieval of all earlier chunks, F̄_t = Σ_{s<t} softmax_s(r_t·h_s/√d) F_s: causal attention whose values are whole states.
 
 Row i is chunk i + 1, which sees the states s ≤ i. The first chunk retrieves nothing and has no row, so that no softmax is empty.
-A program computes ROWS chunks by a slice of DEPTH numbers of a state, and computes the scores again for each slice: that is d
-products a pair beside the DEPTH that it mixes. There is no C×C tensor.
+A program computes a slice of DEPTH numbers of F̄ for ROWS chunks. Each slice computes the scores again: d products per pair of
+chunks beside the DEPTH products of mixing. There is no C×C tensor.
 
-Forward traffic: F is read once from memory (a slice of every state fits L2) and F̄ is written. Backward traffic: F̄, dF̄ and F are
-read once, dF̄ and F once more in tiles for each of dr and dh, and dF is written.
+Forward traffic: F is read once from memory (a slice of all states fits in L2) and F̄ is written. The backward kernels read dF̄ for
+each of dF, Δ, dr and dh, F for dr and dh, and F̄ for Δ, tile by tile; they write dF.
 """
 
 import math
@@ -99,7 +99,7 @@ def _score_gradient(
     queries, keys, row_lse, delta, grad, states, row, state, chunks, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """w (dF̄·F − Δ)/√d of a tile of pairs, of which dr and dh are sums."""
+    """Gradient of the scores r·h of a tile of pairs, w (dF̄·F − Δ)/√d."""
     grad_weights = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, WIDTH, DEPTH):
         upstream = load_rows(grad, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
@@ -125,7 +125,7 @@ def _mix_queries(
     meta_key = of_head(meta_key, batch, head // group, key_batch, key_head)
     offset = tl.cast(sequence, tl.int64) * chunks
     states += tl.cast(sequence // group, tl.int64) * chunks * WIDTH
-    # Computed by the same products as dF̄·F: for a chunk that sees one state F̄ is F, and the difference must be 0, without rounding.
+    # By the same products as dF̄·F: a chunk that sees one state has F̄ = F, and then the difference must be exactly 0.
     grad_weights = tl.zeros([ROWS, ROWS], tl.float32)
     for first in range(0, WIDTH, DEPTH):
         upstream = load_rows(grad + offset * WIDTH, row, chunks, WIDTH, first, WIDTH, ROWS, DEPTH)
@@ -222,7 +222,7 @@ def mix_backward(
         *(*tiles.strides(meta_query), *tiles.strides(meta_key)),
         **sizes,
     )
-    # Zeros where no program writes: the first chunk retrieves nothing, and no chunk retrieves by the keys after C − 1.
+    # Zeros where no program writes: the first chunk retrieves nothing, and no chunk reads meta keys after the first C − 1.
     grad_meta_query, grad_meta_key, delta = tiles.like(meta_query).zero_(), tiles.like(meta_key).zero_(), torch.empty_like(lse)
     sizes = _sizes("mix_scores", meta_query, chunks, width)
     blocks = triton.cdiv(chunks, sizes["ROWS"])

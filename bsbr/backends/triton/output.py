@@ -1,10 +1,10 @@
-"""The output, o = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄, in one pass that writes o once.
+"""Output kernel: o = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄ in one pass that writes o once.
 
-A program has ROWS queries of one chunk. It goes over the keys of that chunk and its overlap as flash attention does, and then
-over F̄ of the chunk in slices. If φ is the unit norm, Q itself is read and the inverse norm multiplies Q F̄ at the end.
+A program computes ROWS queries of one chunk. It loops over the keys of that chunk and its overlap as flash attention does, and
+then over slices of the chunk's F̄. If φ is the unit norm, it reads Q and multiplies Q F̄ by the inverse norm at the end.
 
-Traffic: Q, K and V are read once (and chunk_overlap / chunk_size of K and V more, from L2), and F̄ once for each tile of queries
-(from L2 after the first tile); o is written, and 4 bytes a token for the backward pass.
+Traffic: Q, K and V are read from memory once, and F̄ once; later tiles of the same chunk and overlaps read K, V and F̄ from L2.
+Written are o and, for the backward pass, 4 bytes per head and token.
 """
 
 import math

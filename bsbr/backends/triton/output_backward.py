@@ -1,9 +1,10 @@
-"""Gradients of the output pass: of queries, φ(q) and the gain, then of keys, values and φ(k), also through the states.
+"""Backward kernels of the output: first dq, dφ(q) and dg, then dk, dv and dφ(k), including the part through the states.
 
-Nothing is summed across programs, so a gradient has the same bits every time. Δ_i = Σ_j p_ij dp_ij is computed from the pairs and
-not from o·dO, because o contains the retrieved term too; so o is not kept for the backward pass.
+No kernel adds atomically, so a gradient has the same bits every time. Δ_i = Σ_j p_ij dp_ij is computed from the pairs and not as
+o·dO, because o also contains the retrieved term; so the forward pass need not store o.
 
-Traffic: each of the two kernels reads Q, K, V and dO once; the first writes dQ (and dφ(Q)), the second dK and dV (and dφ(K)).
+Traffic: each kernel reads Q, K, V and dO from memory once; the first loops over K and V twice, the second time from the cache.
+The first writes dQ (and dφ(Q)), the second dK and dV (and dφ(K)).
 """
 
 import math
@@ -19,7 +20,7 @@ from bsbr.backends.triton.tiles import LOG2_E, dot, inverse_norm, load_rows, of_
 
 @triton.jit
 def _weights(queries, keys, row_lse, rows, columns, last, chunk_size, overlap, scale):
-    """The local softmax of a tile of pairs, from the logarithm of its sum; zero where M_in masks."""
+    """Local softmax weights of a tile of pairs, from the logarithm of each row's sum; zero outside M_in."""
     visible = (columns[None, :] <= rows[:, None]) & (columns < last)[None, :]
     visible &= columns[None, :] >= (rows // chunk_size * chunk_size - overlap)[:, None]
     scores = dot(queries, tl.trans(keys)) * (scale * LOG2_E)

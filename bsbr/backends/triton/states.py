@@ -1,4 +1,4 @@
-"""States of chunks, F_s = φ(K_s)ᵀ V_s; with φ(Q) and dO instead of φ(K) and V they are the gradient of F̄.
+"""States of chunks, F_s = φ(K_s)ᵀ V_s. The same kernel computes dF̄ from φ(Q) and dO instead of φ(K) and V.
 
 Traffic: K is read once for each tile of V's columns (once up to head_dim 64), V once; F is written once.
 """
@@ -45,7 +45,7 @@ def chunk_states(
     Args:
         x: [batch, heads, time, d_r] with contiguous rows: φ(x), or x itself if `unit`.
         v: [batch, heads, time, head_dim] with contiguous rows.
-        first, chunks: the first chunk and how many.
+        first, chunks: index of the first chunk, and number of chunks.
         chunk_size: tokens in a chunk.
         unit: whether φ is the unit norm.
         gain: g [heads]; None means 1.

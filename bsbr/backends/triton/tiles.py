@@ -1,4 +1,4 @@
-"""Helpers of all kernels: loads and stores of tiles, products that accumulate in float32, and the launch."""
+"""Helpers of the Triton kernels: loads and stores of tiles, products that accumulate in float32, and the launch."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def inverse_norm(tile):
 
 @triton.jit
 def through_unit_norm(tile, inverse, gradient):
-    """The gradient of x from that of φ = x·s, s = 1/sqrt(|x|² + 1e-6): s·(g − φ (φ·g)); both in float32."""
+    """Gradient of x from the gradient g of φ = s x with s = 1/sqrt(|x|² + 1e-6): s (g − φ (φ·g)), in float32."""
     unit = tile.to(tl.float32) * inverse[:, None]
     return inverse[:, None] * (gradient - unit * tl.sum(unit * gradient, axis=1)[:, None])
 

@@ -1,9 +1,10 @@
-"""Retrieval where each chunk mixes only its top_k states of the highest scores: F̄_t = Σ_m w_tm F_{s(t, m)}, linear in time.
+"""Retrieval where each chunk mixes only the top_k states of the highest scores: F̄_t = Σ_m w_tm F_{s(t, m)}.
 
-Selection and weights are torch operations on tensors of chunks; the kernels gather and scatter states. Row i is chunk i + 1, which
-sees i + 1 states: of its top_k slots those with m ≤ i have a state, and the others are never read.
+Scores, selection and weights are torch operations on tensors of chunks, quadratic in the number of chunks; the kernels gather
+and scatter states, linear in it. Row i is chunk i + 1, which sees i + 1 states: of its top_k slots, those with m ≤ i have a state,
+and the others are never read.
 
-Forward traffic: top_k states a chunk are read (from L2 where they fit), and F̄ is written.
+Forward traffic of the kernel: per chunk, top_k states are read (from L2 if they fit) and one F̄ is written.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bsbr.backends.triton import tiles, tuning
 
-ROWS_AT_ONCE = 256  # rows of scores in memory while their best are selected
+ROWS_AT_ONCE = 256  # rows of scores that are in memory together
 
 
 def select(meta_query: Tensor, meta_key: Tensor, chunks: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def select(meta_query: Tensor, meta_key: Tensor, chunks: int, top_k: int) -> tup
         meta_query: r [batch, heads, C, head_dim].
         meta_key: h [batch, kv_heads, C − 1 or more, head_dim].
         chunks: C − 1, the number of rows and of states.
-        top_k: how many states to select, below `chunks`.
+        top_k: number of states to select, below `chunks`.
 
     Returns:
         Weights [batch, heads, chunks, top_k] in float32, differentiable in r and h, 0 in slots without a state; and the indices
@@ -72,7 +73,7 @@ def _gather(states, weights, selected, out, chunks, group, TOP_K: tl.constexpr, 
 def _gather_weights(
     states, selected, grad, grad_weights, chunks, group, TOP_K: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """dw_tm = dF̄_t·F_{s(t, m)}, one program a pair (t, m); zero in slots without a state."""
+    """dw_tm = dF̄_t·F_{s(t, m)}, one program per pair (t, m); zero in slots without a state."""
     pair = tl.program_id(0)
     row = pair // TOP_K
     states += tl.cast(row // chunks // group, tl.int64) * chunks * WIDTH + tl.cast(tl.load(selected + pair), tl.int64) * WIDTH
@@ -106,7 +107,7 @@ def _scatter(
 
 
 def gather(states: Tensor, weights: Tensor, selected: Tensor) -> Tensor:
-    """F̄ [batch, heads, C − 1, d_r, head_dim] of states F [batch, kv_heads, C − 1, d_r, head_dim], as `select` weighs them."""
+    """F̄ [batch, heads, C − 1, d_r, head_dim] from F [batch, kv_heads, C − 1, d_r, head_dim] and the results of `select`."""
     out = states.new_empty(*selected.shape[:3], *states.shape[3:])
     sizes = _sizes(states, selected)
     programs = selected.shape[:3].numel() * triton.cdiv(sizes["WIDTH"], sizes["DEPTH"])

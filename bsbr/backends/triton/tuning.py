@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages of each kernel, as a table: @triton.autotune would time kernels in a user's first call.
+"""Table of tile sizes, warps and pipeline stages of each kernel. @triton.autotune would time kernels in a user's first call.
 
 THE TABLE IS A PREDICTION. No GPU has run it: its entries were chosen so that they compile for sm_90 without spilling
 registers in bfloat16 (`python -m bsbr.backends.triton.compiled`) and fit shared memory.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one kernel: rows of what a program writes, columns of what it loops over, depth of its slice of a state."""
+    """Tile of one kernel: rows of its output, columns of its inner loop, depth of its slice of a state."""
 
     rows: int
     columns: int
@@ -58,7 +58,7 @@ DEFAULT = Tile(32, 32, 32, 4, 2)
 
 
 def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> Tile:
-    """The entry of the smallest class that includes these sizes, else DEFAULT; with no more rows than a chunk needs."""
+    """The table's entry for the smallest class that includes these sizes, else DEFAULT; rows are cut to those of a chunk."""
     entry = None
     if _is_hopper(like.device):
         fitting = [key for key in HOPPER if key[:2] == (step, like.element_size()) and key[2] >= chunk_size and key[3] >= head_dim]
@@ -72,7 +72,7 @@ def tile(step: str, like: Tensor, *, head_dim: int, chunk_size: int) -> Tile:
 
 
 def used(like: Tensor) -> str:
-    """Which tiles the kernels run with for such tensors, as results record it."""
+    """Origin of the tile sizes for such tensors, as results record it."""
     if _is_hopper(like.device) and like.element_size() == 2:
         return "hopper tiles (predicted, never measured)"
     name = torch.cuda.get_device_name(like.device) if like.device.type == "cuda" else like.device.type
