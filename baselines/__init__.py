@@ -1,1 +1,1 @@
-"""The attentions that BSBR is compared with: one variant a file, each a function, its slow reference and its module."""
+"""Attentions that BSBR is compared with, one variant per file: a function, its slow reference, and its module."""

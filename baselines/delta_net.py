@@ -1,4 +1,4 @@
-"""DeltaNet: linear attention whose state is corrected towards each new value instead of only added to.
+"""DeltaNet: linear attention with the delta rule, which replaces the value stored under a key instead of adding to it.
 
 Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", arXiv:2406.06484.
 """
@@ -25,8 +25,8 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int
     Args:
         q: [batch, heads, time, head_dim].
         k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads; k of at most unit norm, since with longer keys
-            the recurrence itself diverges.
-        beta: [batch, kv_heads, time], in [0, 1]: how far the state moves towards v_t.
+            the recurrence may diverge.
+        beta: [batch, kv_heads, time], in [0, 1]: the write strength.
         chunk_size: tokens solved together; changes the speed, not the result.
 
     Returns:
@@ -56,13 +56,13 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tenso
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk_size: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`delta_rule` after a state S [batch, kv_heads, head_dim, head_dim], and the state after it (arXiv:2406.06484, sec. 3).
+    """`delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state.
 
-    The state after it is None if `initial` is and there is a single chunk, which needs no state.
+    Within a chunk that begins with S, let T = (I + tril(diag(β) K Kᵀ, −1))⁻¹ diag(β), the WY form of arXiv:2406.06484, sec. 3.
+    Then the corrected values are E = T (V − K S), the outputs are Q S + tril(Q Kᵀ) E, and the state after the chunk is
+    S + Kᵀ E = S − M S + N with M = Kᵀ T K and N = Kᵀ T V. Such maps compose, so a scan computes all S.
 
-    Within a chunk that begins at S, let T = (I + tril(β K Kᵀ, −1))⁻¹ diag(β) (the WY form). Then the values that the state
-    is really given are E = T (V − K S), the outputs Q S + tril(Q Kᵀ) E, and the state after the chunk is
-    S + Kᵀ E = S − M S + N with M = Kᵀ T K, N = Kᵀ T V. Such maps compose, so a scan computes every S at once.
+    With a single chunk and `initial` None no state is computed, and the final state is None.
     """
     check_inputs(q, k, v, chunk_size, beta=beta)
     time, kv_heads = k.shape[2], k.shape[1]
@@ -72,7 +72,7 @@ def _chunkwise(
     rates = to_chunks(beta.to(dtype).unsqueeze(3), size)
     queries = group_queries(to_chunks(q.to(dtype), size), kv_heads)
 
-    # By substitution, not by the shorter product of powers: with alike keys those grow like binomials and cancel.
+    # By substitution. The Neumann series of the inverse is shorter, but with similar keys its terms grow like binomials and cancel.
     overlaps = (rates * (keys @ keys.mT)).tril(-1)
     solved: Tensor = torch.linalg.solve_triangular(overlaps, torch.diag_embed(rates.squeeze(4)), upper=False, unitriangular=True)
     starts = None if initial is None else initial.unsqueeze(2)
@@ -118,8 +118,8 @@ def _scan(maps: Tensor, first: Tensor) -> Tensor:
 class DeltaNetAttention(RecurrentAttention):
     """DeltaNet layer: `delta_rule` with q and k through SiLU and scaled to unit norm, and β_t = σ(w·x_t) per key head.
 
-    As the paper's layer, without its short convolutions and its norm before out_proj: those belong to the decoder, the same for
-    every attention. rotary=True turns q and k once they have unit norm, which keeps it.
+    This is the paper's layer without its short convolutions and its norm before out_proj, so that all attentions share one decoder.
+    rotary=True rotates q and k after they are scaled to unit norm, which does not change their norm.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.

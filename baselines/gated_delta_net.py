@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule with a state that decays, by a factor that each token chooses.
+"""Gated DeltaNet: the delta rule with a data-dependent decay of the state.
 
 Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 """
@@ -29,8 +29,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: T
     Args:
         q: [batch, heads, time, head_dim].
         k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads; k of at most unit norm.
-        beta: [batch, kv_heads, time], in [0, 1]: how far the state moves towards v_t.
-        log_alpha: [batch, kv_heads, time], at most 0: the logarithm of the decay.
+        beta: [batch, kv_heads, time], in [0, 1]: the write strength.
+        log_alpha: [batch, kv_heads, time], at most 0: the logarithm of the decay α.
         chunk_size: tokens solved together; changes the speed, not the result.
 
     Returns:
@@ -65,15 +65,15 @@ def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, lo
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, chunk_size: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`gated_delta_rule` after a state S [batch, kv_heads, head_dim, head_dim], and the state after it (sec. 3.3).
+    """`gated_delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state.
 
-    The state after it is None if `initial` is and there is a single chunk, which needs no state.
+    Within a chunk of c tokens that begins with S, let γ_i = α_1 … α_i, Γ = diag(γ), D_ij = γ_i / γ_j for j ≤ i and else 0, and
+    T = (I + tril(diag(β) K Kᵀ ⊙ D, −1))⁻¹ diag(β), the WY form with decay of arXiv:2412.06464, sec. 3.3. Then the corrected
+    values are E = T (V − Γ K S), and the outputs are Γ Q S + (Q Kᵀ ⊙ D) E. With K̃ = γ_c Γ⁻¹ K, the keys decayed to the end of
+    the chunk, the state after the chunk is γ_c S + K̃ᵀ E = A S + N with A = γ_c I − K̃ᵀ T Γ K and N = K̃ᵀ T V. Such maps compose,
+    so a scan computes all S.
 
-    Within a chunk that begins at S, let γ_i = α_1 … α_i, D_ij = γ_i / γ_j for j <= i and 0 otherwise, and
-    T = (I + tril(β K Kᵀ ⊙ D, −1))⁻¹ diag(β) (the WY form with decay). Then the values that the state is really given are
-    E = T (V − γ K S), and the outputs γ Q S + (Q Kᵀ ⊙ D) E. With K̃ the keys as decayed by the end of the chunk, the state
-    after it is γ_c S + K̃ᵀ E = A S + N with A = γ_c I − K̃ᵀ T γ K, N = K̃ᵀ T V. Such maps compose, so a scan computes every S
-    at once.
+    With a single chunk and `initial` None no state is computed, and the final state is None.
     """
     check_inputs(q, k, v, chunk_size, beta=beta, log_alpha=log_alpha)
     time, kv_heads = k.shape[2], k.shape[1]
@@ -83,16 +83,16 @@ def _chunkwise(
     rates = to_chunks(beta.to(dtype).unsqueeze(3), size)
     queries = group_queries(to_chunks(q.to(dtype), size), kv_heads)
 
-    # Logarithms, since products of α underflow where their ratios do not; sums in float64, since their differences matter.
+    # Logarithms, because products of α underflow while their ratios do not; in float64, because differences of the sums are used.
     log_decays = to_chunks(log_alpha.double().unsqueeze(3), size).cumsum(3)
     since_start = log_decays.to(dtype).exp()
     until_end = (log_decays[..., -1:, :] - log_decays).to(dtype).exp()
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    # Masked before exp, whose gradient would be 0·∞ behind it.
+    # Masked before exp: masked after it, an overflowed exp would have the gradient 0·∞.
     between = (log_decays - log_decays.mT).to(dtype).masked_fill(future, -torch.inf).exp()
 
     overlaps = (rates * (keys @ keys.mT) * between).tril(-1)
-    # By substitution, as in delta_net: with alike keys the powers of the overlaps grow like binomials and cancel.
+    # By substitution, for the reason given in delta_net.
     solved: Tensor = torch.linalg.solve_triangular(overlaps, torch.diag_embed(rates.squeeze(4)), upper=False, unitriangular=True)
     starts = None if initial is None else initial.unsqueeze(2)
     if keys.shape[2] > 1:
@@ -140,9 +140,9 @@ def _scan(maps: Tensor, first: Tensor) -> Tensor:
 class GatedDeltaNetAttention(RecurrentAttention):
     """Gated DeltaNet layer: `gated_delta_rule` with q and k through SiLU and scaled to unit norm.
 
-    Per key head, β_t = σ(w·x_t) and log α_t = −exp(a) · softplus(u·x_t + b), with a and b learned: the gate of Mamba-2, as in
-    the paper's layer. The paper's short convolutions, output gate and norm belong to the decoder, the same for every attention.
-    rotary=True turns q and k once they have unit norm, which keeps it.
+    Per key head, β_t = σ(w·x_t) and log α_t = −exp(a) · softplus(u·x_t + b) with learned a and b, the gate of Mamba-2, as in the
+    paper's layer. The paper's short convolutions, output gate and norm are left out, so that all attentions share one decoder.
+    rotary=True rotates q and k after they are scaled to unit norm, which does not change their norm.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
@@ -161,7 +161,7 @@ class GatedDeltaNetAttention(RecurrentAttention):
         super().__init__(hidden_dim, num_heads, chunk_size=chunk_size, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         self.decay_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
-        # As Mamba-2 begins (arXiv:2405.21060): rates of 1 … 16, and steps of 0.001 … 0.1, log-uniform, behind softplus.
+        # Initialisation of Mamba-2 (arXiv:2405.21060): exp(a) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1.
         steps = torch.empty(self.num_kv_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.log_rate = nn.Parameter(torch.empty(self.num_kv_heads).uniform_(1, 16).log())
         self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
@@ -195,5 +195,5 @@ class GatedDeltaNetAttention(RecurrentAttention):
         return gated_delta_rule_reference(*tensors)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """FLOPs of the products; the decays are elementwise, so they are those of the delta rule."""
+        """FLOPs of the matrix products: those of the delta rule, because the decays are elementwise."""
         return batch_size * delta_rule_flops(seq_len, self.chunk_size, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -15,10 +15,10 @@ def gated_attention_unit(
 ) -> Tensor:
     """Mixed-chunk attention: o_t = u_t ⊙ (Σ_s relu(quad_q_t·quad_k_s / c)² v_s + (1/p) Σ_r (lin_q_t·lin_k_r) v_r).
 
-    s runs over the chunk of t up to t, and r over the p tokens of all chunks before it; without any, their term is 0. c is
-    chunk_size, also in an incomplete chunk: otherwise the past would change as the chunk fills. This is arXiv:2202.10447, sec. 3.2.
-    The second term is the mean over the past, as in the causal branch of the paper's code, so it does not grow with n. The paper's
-    relative position bias is left out: positions come from the decoder or rotary.
+    s runs over the tokens of t's chunk up to t, and r over the p tokens of all earlier chunks; in the first chunk their term is 0.
+    c is chunk_size, also in an incomplete chunk: otherwise earlier outputs would change as the chunk fills. This is
+    arXiv:2202.10447, sec. 3.2. The second term is a mean, as in the causal branch of the paper's code, so it does not grow with n.
+    The paper's relative position bias is left out: positions come from the decoder or from rotary.
 
     Args:
         u: [batch, time, value_dim], the gate.
@@ -67,9 +67,9 @@ def gated_attention_unit_reference(
 
 
 def _quadratic_term(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
-    """Sum over a chunk: [..., new, key_dim], [..., all, key_dim], [..., all, value_dim] -> [..., new, value_dim].
+    """Σ_s relu(quad_q_t·quad_k_s / c)² v_s over a chunk, for queries at the last positions of the keys: [..., new, value_dim].
 
-    The rows of quad_q are at the last positions of quad_k.
+    quad_q: [..., new, key_dim]; quad_k: [..., all, key_dim]; v: [..., all, value_dim].
     """
     scores = (quad_q @ quad_k.mT).tril(quad_k.shape[-2] - quad_q.shape[-2])
     return (scores / chunk_size).relu().square() @ v
@@ -85,17 +85,17 @@ def _mixed_chunks(
     past: Tensor | None,
     chunks_before: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixed-chunk attention before the gate, of tokens that begin a chunk, and Σ lin_k vᵀ over all chunks complete after them.
+    """Mixed-chunk attention without the gate, of tokens that begin at a chunk boundary, and Σ lin_k vᵀ over all complete chunks.
 
     Args:
         v: [batch, time, value_dim].
         quad_q, quad_k, lin_q, lin_k: [batch, time, key_dim].
         chunk_size: tokens of a chunk.
-        past: [batch, key_dim, value_dim], Σ lin_k vᵀ over the chunks before; None at the start of a sequence.
-        chunks_before: how many chunks are before.
+        past: [batch, key_dim, value_dim], Σ lin_k vᵀ over earlier chunks; None at the start of a sequence.
+        chunks_before: number of earlier chunks.
 
     Returns:
-        [batch, time, value_dim], and the new past; None if `past` is and all is a single chunk, which needs none.
+        [batch, time, value_dim], and the new past, which is None if `past` is None and there is a single chunk.
     """
     time, size = v.shape[1], min(chunk_size, v.shape[1])
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -104,8 +104,8 @@ def _mixed_chunks(
     chunks = v.shape[1]
     if past is not None or chunks > 1:
         written = lin_k.mT @ v
-        # The extra columns keep the stride over chunks off the powers of two, at which the additions of cumsum miss
-        # the cache every time: five times slower.
+        # The extra columns keep the stride over chunks from being a power of two, with which every addition of cumsum misses
+        # the cache: five times slower.
         before = F.pad(written.flatten(2), (0, 16, 1, -1)).cumsum(1)[..., :-16].view_as(written)
         if past is not None:
             before = before + past.unsqueeze(1)
@@ -125,17 +125,17 @@ def _to_chunks(x: Tensor, size: int) -> Tensor:
 class GatedAttentionUnit(Attention):
     """Gated attention unit: u, v, z = SiLU(x W); four scales and offsets of z give the queries and keys of `gated_attention_unit`.
 
-    The layer has a single head by design, for which the gate makes up. In the paper it replaces both attention and feed-forward,
-    hence its 3·hidden_dim·value_dim parameters. The decoding state is Σ lin_k vᵀ of the complete chunks, and the keys and values of
-    the incomplete one.
+    The layer has a single head by design; the gate compensates for that. In the paper it replaces both attention and feed-forward,
+    hence about 3·hidden_dim·value_dim parameters. The decoding state is Σ lin_k vᵀ of the complete chunks, and the keys and
+    values of the incomplete one.
 
     Args:
         hidden_dim: width of the layer.
-        num_heads: every attention is given it; changes nothing here.
+        num_heads: not used; part of the contract of `Attention`.
         chunk_size: as in `gated_attention_unit`.
         key_dim: width of queries and keys (the paper's s).
         value_dim: width of values and gate (the paper's e); None for 2·hidden_dim.
-        rotary: turns all queries and keys, as the paper does.
+        rotary: whether all queries and keys are rotated by their positions, as in the paper.
 
     Raises:
         ValueError: if a size is not a positive integer, or key_dim is odd with rotary.
@@ -160,8 +160,8 @@ class GatedAttentionUnit(Attention):
         self.u_proj = nn.Linear(hidden_dim, value_dim, bias=False)
         self.v_proj = nn.Linear(hidden_dim, value_dim, bias=False)
         self.z_proj = nn.Linear(hidden_dim, key_dim, bias=False)
-        # Ones, where the paper draws from N(0, 0.02²): without its position bias such scores, squared, would be 1e-12, and their
-        # gradient too small to change that.
+        # The paper draws from N(0, 0.02²). Without its position bias, scores would then be about 1e-12 after squaring, with
+        # gradients too small to leave that range; so the scales begin at 1.
         self.scale = nn.Parameter(torch.ones(4, key_dim))
         self.offset = nn.Parameter(torch.zeros(4, key_dim))
         self.out_proj = nn.Linear(value_dim, hidden_dim, bias=False)
@@ -195,7 +195,7 @@ class GatedAttentionUnit(Attention):
         else:
             past = state["past"]
             v, quad_k, lin_k = (torch.cat([state[name], x], dim=1) for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k)))
-        # First the tokens that complete the open chunk, unpadded so that a single token stays cheap, then the chunks after it.
+        # First the tokens that continue the open chunk, unpadded so that a single token stays cheap; then the chunks after it.
         size, (chunks_before, open_tokens) = self.chunk_size, divmod(position, self.chunk_size)
         head = min(new, size - open_tokens)
         attended = _quadratic_term(quad_q[:, :head].to(dtype), quad_k[:, :size].to(dtype), v[:, :size].to(dtype), size)
@@ -215,10 +215,10 @@ class GatedAttentionUnit(Attention):
         return self.output((u * attended).to(u.dtype)), {"past": past, **open_chunk, "position": position_counter(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """FLOPs of the products.
+        """FLOPs of the matrix products.
 
-        A causal pair of a chunk costs 2(key_dim + value_dim). Writing Σ lin_k vᵀ in each chunk but the last and reading it in each
-        chunk but the first cost 2·key_dim·value_dim per token.
+        A causal pair inside a chunk costs 2(key_dim + value_dim). Adding a token to Σ lin_k vᵀ (all chunks but the last) and
+        reading Σ lin_k vᵀ by a token (all chunks but the first) cost 2·key_dim·value_dim each.
         """
         size = min(self.chunk_size, seq_len)
         full, rest = divmod(seq_len, size)
@@ -227,7 +227,7 @@ class GatedAttentionUnit(Attention):
         return batch_size * 2 * (pairs * (self.key_dim + self.value_dim) + (written + read) * self.key_dim * self.value_dim)
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        """Bytes of Σ lin_k vᵀ, in float32 or better whatever the parameters are in, and of the open chunk's v, quad_k and lin_k."""
+        """Bytes of Σ lin_k vᵀ, in float32 or better, and of the open chunk's v, quad_k and lin_k, in the parameters' dtype."""
         past = self.key_dim * self.value_dim * torch.promote_types(self.dtype, torch.float32).itemsize
         open_chunk = seq_len % self.chunk_size * (2 * self.key_dim + self.value_dim) * self.dtype.itemsize
         return batch_size * (past + open_chunk)

@@ -14,7 +14,7 @@ from bsbr.interface import MultiHeadAttention, check_heads, require_positive
 def hopfield_attention(
     q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1, dropout_p: float = 0.0
 ) -> Tensor:
-    """Hopfield read-out: from ξ = q, num_steps − 1 times ξ ← softmax(β ξ kᵀ + causal) k; then softmax(β ξ kᵀ + causal) v.
+    """Hopfield attention: ξ = q; num_steps − 1 times ξ ← softmax(β ξ kᵀ + causal) k; output softmax(β ξ kᵀ + causal) v.
 
     This is arXiv:2008.02217, eq. 3 and 10. With num_steps = 1 and the default β it is softmax attention.
 
@@ -22,8 +22,8 @@ def hopfield_attention(
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
         k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
         beta: inverse temperature; None for 1/√head_dim.
-        num_steps: softmax products a query passes through, the read-out among them.
-        dropout_p: dropout on the weights of the read-out.
+        num_steps: number of softmax attentions in sequence, the last of which is the read-out of v.
+        dropout_p: dropout probability of the weights of the read-out.
 
     Returns:
         [batch, heads, m, head_dim]. Costs O(num_steps·m·n·head_dim) per head; memory as `softmax_attention`.
@@ -49,7 +49,7 @@ def hopfield_attention(
 
 
 def hopfield_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, beta: float | None = None, num_steps: int = 1) -> Tensor:
-    """`hopfield_attention` in float64, query by query over its own past."""
+    """`hopfield_attention` in float64, query by query over the keys up to its position."""
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -114,6 +114,6 @@ class HopfieldAttention(MultiHeadAttention):
         return hopfield_attention_reference(q, k, v, beta=self.beta, num_steps=self.num_steps)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """4·head_dim per head, step and causal pair."""
+        """FLOPs: 4·head_dim per head, step and causal pair."""
         pairs = seq_len * (seq_len + 1) // 2
         return 4 * batch_size * self.num_heads * self.head_dim * pairs * self.num_steps

@@ -1,4 +1,4 @@
-"""Linear attention: softmax replaced by a positive feature map, so that the past is one matrix.
+"""Linear attention: a positive feature map replaces the softmax, so that one matrix holds the past.
 
 Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236.
 """
@@ -11,7 +11,7 @@ from baselines.kernels import fla
 from baselines.kernels.recurrent import RecurrentAttention, check_inputs, group_queries, to_chunks, ungroup_outputs
 
 EPSILON = 1e-12
-"""Added to the normaliser: a query whose features all underflow reads 0, not 0/0, and its gradient stays finite."""
+"""Added to the normaliser, so that a query with features of 0 (underflow) has output 0, not 0/0, and a finite gradient."""
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -22,8 +22,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 64) -
     Args:
         q: [batch, heads, time, head_dim].
         k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads.
-        chunk_size: tokens computed together, quadratically; the running sum of chunk states connects the chunks. Changes the
-            speed, not the result.
+        chunk_size: tokens computed together; changes the speed, not the result.
 
     Returns:
         [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. Costs
@@ -53,10 +52,10 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`linear_attention` after a state, and the state after it.
+    """`linear_attention` after the state `initial`, and the final state.
 
-    A state is [batch, kv_heads, head_dim, head_dim + 1]: S, and z as its last column. The state after it is None if `initial`
-    is and there is a single chunk, which needs no state.
+    A state is [batch, kv_heads, head_dim, head_dim + 1]: S, and z as its last column. With a single chunk and `initial` None no
+    state is computed, and the final state is None.
     """
     check_inputs(q, k, v, chunk_size)
     time, kv_heads = k.shape[2], k.shape[1]
@@ -64,7 +63,7 @@ def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor
     dtype = torch.promote_types(q.dtype, torch.float32)
     # Padding comes after φ, so that a padded key has no features at all.
     keys = to_chunks(F.elu(k.to(dtype)) + 1, size)
-    # With a column of ones as values, z and the normaliser are one more column of S and of the output.
+    # A column of ones in the values makes z the last column of S, and the normaliser the last column of the sums.
     values = to_chunks(F.pad(v.to(dtype), (0, 1), value=1.0), size)
     queries = group_queries(to_chunks(F.elu(q.to(dtype)) + 1, size), kv_heads)
 
@@ -89,7 +88,7 @@ def _normalised(sums: Tensor) -> Tensor:
 class LinearAttention(RecurrentAttention):
     """Linear attention layer: `linear_attention` between projections.
 
-    rotary=True turns q and k before φ, which keeps the weights positive but makes them no function of distance alone.
+    rotary=True rotates q and k before φ. So weights stay positive, but they do not depend on positions through distance alone.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
@@ -97,7 +96,7 @@ class LinearAttention(RecurrentAttention):
 
     @property
     def value_columns(self) -> int:
-        return self.head_dim + 1  # S, and z beside it
+        return self.head_dim + 1  # S, then z
 
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = tensors
@@ -116,10 +115,10 @@ class LinearAttention(RecurrentAttention):
         return linear_attention_reference(*tensors)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """FLOPs of the products, with d = head_dim and one column more for the normaliser.
+        """FLOPs of the matrix products, with d = head_dim and one more value column for the normaliser.
 
-        A query head costs 2d + 2(d + 1) per causal pair of a chunk. Writing the state after each chunk but the last (a key
-        head) and reading it in each chunk but the first (a query head) cost 2d(d + 1) per token.
+        Per query head, 2d + 2(d + 1) for each causal pair inside a chunk and 2d(d + 1) for each token after the first chunk, which
+        reads the state. Per key head, 2d(d + 1) for each token before the last chunk, which is added to the state.
         """
         size, dim = min(self.chunk_size, seq_len), self.head_dim
         full, rest = divmod(seq_len, size)

@@ -1,4 +1,4 @@
-"""Ring attention (Liu 2023): exact softmax attention over a sequence that is sharded across ranks; keys and values go round.
+"""Ring attention: exact softmax attention over a sequence that is sharded across ranks, which pass keys and values in a ring.
 
 Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv:2310.01889. On one rank it is
 standard attention.
@@ -17,21 +17,21 @@ from bsbr.process_group import SequenceGroup
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: SequenceGroup, lengths: Sequence[int]) -> Tensor:
     """Context-parallel softmax attention: this rank's shard of softmax(q kᵀ/√d + causal) v over all ranks' shards in time.
 
-    In each of P steps a rank attends to one shard of keys and values, merges the result by the softmax's own denominators
-    (log-sum-exp), and sends the shard to the next rank (arXiv:2310.01889, sec. 3). Shards in a rank's future are only passed on, so
-    the last rank of a causal sequence has the most to do. Bytes sent: `bsbr.process_group.ring_sent_bytes`.
+    In each of P steps a rank attends to one shard of keys and values, merges the result by log-sum-exp, and sends the shard to the
+    next rank (arXiv:2310.01889, sec. 3). A rank only passes on shards of its future, so in a causal sequence the last rank
+    computes the most. Bytes sent: `bsbr.process_group.ring_sent_bytes`.
 
     Args:
-        q: [batch, heads, time, head_dim] of this rank's shard.
-        k, v: [batch, kv_heads, time, head_dim] of this rank's shard.
-        group: the process group.
+        q: [batch, heads, time, head_dim], this rank's shard.
+        k, v: [batch, kv_heads, time, head_dim], this rank's shard.
+        group: the ranks that share the sequence.
         lengths: tokens of each rank's shard.
 
     Returns:
         [batch, heads, time, head_dim] in the dtype of q.
 
     Raises:
-        NotImplementedError: if a gradient is required: this is a forward pass only.
+        NotImplementedError: if a gradient is required; there is only a forward pass.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise NotImplementedError("ring attention is a forward pass only here: call it under torch.no_grad()")
@@ -53,10 +53,10 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: SequenceGroup, len
 
 
 class RingAttention(StandardAttention):
-    """Standard attention, and `ring_attention` where the sequence is sharded across group."""
+    """Standard attention; over a sequence that is sharded across ranks, `ring_attention`."""
 
     def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:
-        """Context-parallel forward, as `Attention.context_parallel_forward` describes; without gradients and without dropout."""
+        """See `Attention.context_parallel_forward`; without dropout. Raises NotImplementedError if a gradient is required."""
         lengths = group.shard_lengths(hidden_states.shape[1], hidden_states.device)
         q, k, v = self.project(hidden_states, sum(lengths[: group.rank]))
         return self.output(ring_attention(q, k, v, group=group, lengths=lengths))

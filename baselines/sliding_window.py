@@ -1,4 +1,4 @@
-"""Sliding-window attention: every token sees itself and the few before it.
+"""Sliding-window attention: every token sees itself and a fixed number of tokens before it.
 
 Beltagy et al. 2020, "Longformer: The Long-Document Transformer", arXiv:2004.05150.
 """
@@ -29,7 +29,7 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
         k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
         window_size: tokens that a token sees, itself included; n or more gives softmax attention.
-        dropout_p: dropout on the weights.
+        dropout_p: dropout probability of the weights.
 
     Returns:
         [batch, heads, m, head_dim]. Costs O(m·window_size·head_dim) per head; memory is linear in m and window_size.
@@ -43,8 +43,8 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
     k, v = k[:, :, out_of_reach:], v[:, :, out_of_reach:]
     m, n = q.shape[2], k.shape[2]
 
-    # The first w positions see all before them: plain causal attention. Every query after them has a full window, so
-    # blocks of queries share one mask, and the keys of a block are a view that overlaps its neighbours': nothing is padded.
+    # The first w positions see all positions before them: causal attention. Every later query has a full window, so blocks of
+    # queries share one mask, and the keys of blocks are overlapping views: nothing is padded.
     w = min(window_size, n)
     head = m - (n - w)
     pieces = [_causal(q[:, :, :head], k[:, :, :w], v[:, :, :w], dropout_p)]
@@ -56,12 +56,12 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
     if head + body < m:
         rest = slice(1 + body, None)
         pieces.append(_banded(q[:, :, head + body :], k[:, :, rest], v[:, :, rest], w, dropout_p))
-    # Joined as [batch, time, heads, head_dim], the layout the kernels write and out_proj reads.
+    # Joined as [batch, time, heads, head_dim], the layout that the kernels write and out_proj reads.
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Causal attention of the last positions. Fewer queries than keys occur in streaming only, within one window."""
+    """Causal attention of queries at the last positions. Only streaming has fewer queries than keys, all within one window."""
     m, n = q.shape[2], k.shape[2]
     mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m) if 1 < m < n else None
     grouped = q.shape[1] != k.shape[1]
@@ -76,11 +76,11 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window_size: int, dropout_p: float)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, dropout_p: float) -> Tensor:
-    """`_banded` for complete blocks of queries, each against the block + window_size − 1 keys that it reaches."""
+    """`_banded` for complete blocks of queries, each with the block + window_size − 1 keys that it sees."""
     batch, kv_heads = k.shape[:2]
     groups = q.shape[1] // kv_heads
-    # Blocks are the batch of the kernel, batch · kv_heads its heads, and the queries that share keys its rows: the
-    # output then lies as [time, heads], and grouped heads need neither repeated keys nor a kernel that knows of groups.
+    # The kernel's batch are the blocks, its heads are batch · kv_heads, and its rows are the queries that share keys: so the
+    # output has the layout [time, heads], and grouped heads need neither repeated keys nor a kernel with group support.
     rows = q.reshape(batch * kv_heads, groups, -1, block, q.shape[3]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     keys, values = (x.flatten(0, 1).unfold(1, block + window_size - 1, block).permute(1, 0, 3, 2) for x in (k, v))
     mask = _band(block, window_size, q.device).repeat(groups, 1)
@@ -98,16 +98,16 @@ def _band(num_queries: int, window_size: int, device: torch.device) -> Tensor:
 def _query_block(window_size: int) -> int:
     """Number of queries in a block.
 
-    A block computes block + window_size − 1 columns of which window_size count, so a small block is less work. It reads them once,
-    and its backward pass holds gradients of them, so a large block is fewer bytes. Best on a CPU for windows of 64 … 1024: a
-    quarter of the window, but enough queries to fill the kernel.
+    Each query of a block computes block + window_size − 1 scores, of which it uses window_size, so small blocks waste less work.
+    Each block reads all its keys and stores gradients for them, so large blocks move fewer bytes. Fastest on a CPU for windows of
+    64 … 1024 is a quarter of the window, but enough queries to fill the kernel.
     """
     return min(512, max(32, min(64, window_size // 2), window_size // 4))
 
 
 @cache
 def window_pattern(window_size: int, offset: int) -> flex.MaskFunction:
-    """Mask function of the window, for queries whose first stands at position `offset` of the keys."""
+    """Mask function of the window; query 0 is at position `offset` of the keys."""
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query + offset) & (key > query + offset - window_size)
@@ -131,14 +131,17 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, windo
 class SlidingWindowAttention(MultiHeadAttention):
     """Sliding-window layer: `sliding_window_attention` between projections.
 
-    Decoding keeps the last window_size keys and values. The next token needs one fewer, but so the keys that a token attends to are
-    the state after it, without a copy.
+    The decoding state holds the last window_size keys and values. The next token needs one fewer; with all of them, the tensors
+    that a token attends to become the next state without a copy.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
         window_size: as in `sliding_window_attention`.
-        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA. A single token takes the torch path with both: it
-            needs no pattern.
+        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA; flex has no dropout. A single token always takes the
+            torch path.
+
+    Raises:
+        ValueError: if an option is out of range or impl is unknown.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class SlidingWindowAttention(MultiHeadAttention):
             k, v = (torch.cat([state[name][:, :, expired:], x], dim=2) for name, x in (("keys", k), ("values", v)))
         output = self.output(self.attend(q, k, v))
         if k.shape[2] > self.window_size:
-            # Cloned: a view would keep all the keys alive.
+            # Cloned: a view would keep all the keys in memory.
             k, v = (x[:, :, -self.window_size :].clone(memory_format=torch.contiguous_format) for x in (k, v))
         new_position = position_counter(position + hidden_states.shape[1])
         return output, {"keys": k.contiguous(), "values": v.contiguous(), "position": new_position}
@@ -195,7 +198,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         return 2 * batch_size * self.num_kv_heads * rows * self.head_dim * self.dtype.itemsize
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """4·head_dim per head for each pair of a query and a key in its window."""
+        """FLOPs: 4·head_dim per head for each pair of a query and a key in its window."""
         w = min(self.window_size, seq_len)
         pairs = w * (w + 1) // 2 + (seq_len - w) * w
         return 4 * batch_size * self.num_heads * self.head_dim * pairs

@@ -1,4 +1,4 @@
-"""Sparse attention with the fixed pattern (Child 2019): each token sees its own block, and a summary of every earlier one.
+"""Sparse attention with the fixed pattern: each token sees its own block, and the last tokens of every earlier block.
 
 Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv:1904.10509.
 """
@@ -27,8 +27,8 @@ from bsbr.interface import (
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
     """Fixed sparse pattern: o_i = Σ_t softmax_t(q_i·k_t/√head_dim) v_t over the visible t <= i.
 
-    Visible are the tokens of i's own block and the last summary_size tokens of every earlier block. Both kinds of keys are under
-    one softmax: "fixed" with "merged heads" of arXiv:1904.10509, sec. 4.3. No dropout: the CPU kernel has none.
+    Visible are the tokens of i's own block and the last summary_size tokens, the summary, of every earlier block. One softmax
+    covers both: "fixed" with "merged heads" of arXiv:1904.10509, sec. 4.3. There is no dropout, because the CPU kernel has none.
 
     Args:
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
@@ -66,7 +66,7 @@ def summaries(x: Tensor, block_size: int, summary_size: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block_size: int, summary_size: int) -> Tensor:
-    """`sparse_attention` where k and v begin with the block of the first query, and the summaries with the first block of all."""
+    """`sparse_attention` with k and v from the block of the first query on, and the summaries of all complete blocks."""
     earlier_rows = k_summary.shape[2] - k.shape[2] // block_size * summary_size
     if q.shape[2] == 1:  # a decoded token sees all keys that are left
         if not earlier_rows:
@@ -77,11 +77,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tenso
 
 
 TOKENS, SUMMARIES = 0, 1
-"""Sources of keys, as `Part.source` counts them."""
+"""Values of `Part.source`."""
 
 
 def _pattern_parts(start: int, stop: int, earlier_rows: int, block_size: int, summary_size: int) -> list[Part]:
-    """The pattern of queries at positions start … stop − 1, 0 <= start < block_size, after `earlier_rows` rows of summaries."""
+    """Pattern of queries at positions start … stop − 1.
+
+    Positions count from the block of the first query, so 0 <= start < block_size. Earlier blocks have `earlier_rows` summary rows.
+    """
     parts = _own_block_parts(start, stop, block_size)
     if earlier_rows:
         parts.append(Part(Segments(0, stop - start), Segments(0, earlier_rows), SUMMARIES))
@@ -89,7 +92,7 @@ def _pattern_parts(start: int, stop: int, earlier_rows: int, block_size: int, su
 
 
 def _own_block_parts(start: int, stop: int, block_size: int) -> list[Part]:
-    """Each query with the keys of its own block: the first block from `start` on, complete blocks, and the incomplete last one."""
+    """Parts of each query with the keys of its own block: first block from `start` on, complete blocks, incomplete last block."""
 
     def causal_part(first: int, length: int, number: int = 1) -> Part:
         queries, keys = Segments(first - start, length, length, number), Segments(first, length, length, number)
@@ -108,11 +111,11 @@ def _own_block_parts(start: int, stop: int, block_size: int) -> list[Part]:
 
 
 def _summary_parts(start: int, stop: int, earlier_rows: int, block_size: int, summary_size: int) -> list[Part]:
-    """Each query with the summaries of the blocks from position 0 to its own.
+    """Parts of each query with the summaries of the blocks from position 0 up to its own block.
 
-    Earlier blocks seen by later ones are a triangle without its diagonal, which is halved: at every level the right halves of pairs
-    of 1, 2, 4, … blocks see all the summaries of the left halves, densely. No score is computed in vain, and the number of calls
-    grows with the logarithm of the number of blocks.
+    Pairs of a block and an earlier block form a strict triangle, which is split recursively: on the levels 1, 2, 4, … blocks, the
+    right half of each pair of neighbours sees all summaries of the left half, without a mask. No masked score is computed, and
+    the number of parts is logarithmic in the number of blocks.
     """
     parts, half = [], 1
     while half * block_size < stop:
@@ -132,7 +135,7 @@ def _summary_parts(start: int, stop: int, earlier_rows: int, block_size: int, su
 
 @cache
 def fixed_pattern(block_size: int, summary_size: int, offset: int) -> flex.MaskFunction:
-    """Mask function of the pattern, for queries whose first stands at position `offset` of the keys."""
+    """Mask function of the pattern; query 0 is at position `offset` of the keys."""
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         position = query + offset
@@ -146,7 +149,7 @@ def fixed_pattern(block_size: int, summary_size: int, offset: int) -> flex.MaskF
 
 
 def sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
-    """`sparse_attention` in float64, query by query over the keys that it may see."""
+    """`sparse_attention` in float64, query by query over its visible keys."""
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -163,14 +166,17 @@ def sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, block_size: i
 class SparseAttention(MultiHeadAttention):
     """Sparse attention layer: `sparse_attention` between projections.
 
-    Decoding keeps the keys and values of the incomplete block and the summaries of all complete ones; a token costs
-    O((block_size + summary_size·n/block_size)·head_dim).
+    The decoding state holds the keys and values of the incomplete block and the summaries of all complete ones; a token costs
+    O((block_size + summary_size·n/block_size)·head_dim) per head.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
         block_size, summary_size: as in `sparse_attention`.
-        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA. `extend` takes the torch path with both: its state holds
-            summaries, not positions.
+        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA. `extend` always takes the torch path, because its state
+            does not hold all keys.
+
+    Raises:
+        ValueError: if summary_size is not within 1 … block_size, or impl is unknown.
     """
 
     def __init__(
@@ -223,10 +229,10 @@ class SparseAttention(MultiHeadAttention):
                 v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
         output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
         if completed:
-            # Cloned: a view would keep all the keys alive.
+            # Cloned: a view would keep all the keys in memory.
             k, v = (x[:, :, completed:].clone(memory_format=torch.contiguous_format) for x in (k, v))
         tensors = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
-        # An empty view would keep its base alive, too.
+        # An empty view would keep its base in memory, too.
         tensors = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in tensors.items()}
         return output, {**tensors, "position": position_counter(position + hidden_states.shape[1])}
 
@@ -237,7 +243,7 @@ class SparseAttention(MultiHeadAttention):
         return 2 * batch_size * self.num_kv_heads * rows * self.head_dim * self.dtype.itemsize
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """4·head_dim per head for each pair of a query and a visible key."""
+        """FLOPs: 4·head_dim per head for each pair of a query and a visible key."""
         blocks, rest = divmod(seq_len, self.block_size)
         own_block = blocks * self.block_size * (self.block_size + 1) // 2 + rest * (rest + 1) // 2
         earlier = self.summary_size * (self.block_size * (blocks * (blocks - 1) // 2) + rest * blocks)

@@ -31,12 +31,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     Args:
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
         k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
-        dropout_p: dropout on the weights. Torch has no fused kernel with dropout on the CPU; there it costs m×n memory per head.
+        dropout_p: dropout probability of the weights. On a CPU no fused kernel has dropout, which then costs m×n memory per head.
         backend: one of `BACKENDS`; None is auto.
 
     Returns:
-        [batch, heads, m, head_dim]. Costs O(m·n·head_dim) per head. Holds no m×n tensor if m = n or m = 1; otherwise one mask for
-        all heads, unless the device has a kernel for it, as CUDA has.
+        [batch, heads, m, head_dim]. Costs O(m·n·head_dim) per head. If 1 < m < n, a CPU holds one m×n mask for all heads; otherwise
+        there is no m×n tensor.
 
     Raises:
         ValueError: if the shapes do not fit, or the backend is unknown.
@@ -56,7 +56,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     if q.device.type == "cpu" and backend in ("cudnn", "efficient"):
         raise NotImplementedError(refusal)
     try:
-        # torch warns of every reason why it refuses.
+        # Torch warns with every reason why it rejects a kernel.
         with sdpa_kernel(kernel), warnings.catch_warnings(action="ignore"):
             return attend()
     except RuntimeError as error:
@@ -66,10 +66,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
 
 
 def suffix_mask(m: int, n: int) -> Tensor | None:
-    """Causal mask for queries at the last m of n positions, where torch's `is_causal`, which aligns the first ones, does not fit.
+    """Causal mask for queries at the last m of n positions; torch's `is_causal` is for queries at the first m.
 
     Returns:
-        None if is_causal fits (m = n), or if a single query at the end sees everything and needs no mask.
+        The mask; None if m = n, where is_causal is right, or m = 1, where the query sees all keys.
     """
     if not 1 < m < n:
         return None
@@ -91,9 +91,8 @@ def softmax_attention_over_pages(
 ) -> Tensor:
     """Softmax attention of one query that sees all keys, read page by page: softmax(q [k_1 … k_p]ᵀ·scale) [v_1 … v_p].
 
-    o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), with o_i the attention to page i and L_i its log-sum-exp, as ring attention merges them
-    (Liu 2023, arXiv:2310.01889). On CUDA, and where a gradient is required, the pages are concatenated: there torch has no kernel
-    that does better or is differentiable.
+    o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), where o_i is the attention to page i and L_i its log-sum-exp, as in ring attention
+    (Liu 2023, arXiv:2310.01889). On CUDA, and if a gradient is required, the pages are concatenated.
 
     Args:
         q: [batch, heads, 1, head_dim].
@@ -131,7 +130,10 @@ class StandardAttention(MultiHeadAttention):
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
-        backend: which of torch's kernels runs, one of `BACKENDS`. A call that it cannot serve raises NotImplementedError.
+        backend: name of the kernel, one of `BACKENDS`. A call that the kernel does not support raises NotImplementedError.
+
+    Raises:
+        ValueError: if an option is out of range or the backend is unknown.
     """
 
     def __init__(
@@ -163,6 +165,6 @@ class StandardAttention(MultiHeadAttention):
         return softmax_attention_reference(*tensors)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        """4·head_dim per head and causal pair."""
+        """FLOPs: 4·head_dim per head and causal pair."""
         pairs = seq_len * (seq_len + 1) // 2
         return 4 * batch_size * self.num_heads * self.head_dim * pairs

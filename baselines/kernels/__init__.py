@@ -1,4 +1,4 @@
-"""Kernels that baselines run on: adapters of other projects' kernels, and building blocks that several baselines share."""
+"""Kernels of the baselines: adapters to kernels of other projects, and building blocks that several baselines share."""
 
 
 def check_impl(impl: str, *known: str) -> str:

@@ -1,7 +1,7 @@
 """Adapters to the Triton kernels of flash-linear-attention: `impl: fla` of linear, delta_net and gated_delta_net.
 
-Yang & Zhang 2024, github.com/fla-org/flash-linear-attention: the fastest kernels there are for these on a GPU. They take
-[batch, time, heads, head_dim]; everything here has heads before time. Not yet run on a GPU.
+Yang & Zhang 2024, github.com/fla-org/flash-linear-attention, the fastest known GPU kernels for these. The kernels take
+[batch, time, heads, head_dim]; the adapters take heads before time. Not yet run on a GPU.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`baselines.linear.linear_attention` after a state, and the state after it.
+    """`baselines.linear.linear_attention` after the state `initial`, and the final state.
 
     Args:
         q: [batch, heads, time, head_dim].
@@ -32,7 +32,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: T
     start = None if initial is None else initial.repeat_interleave(groups, dim=1)
     total = None if start is None else start[..., :-1].contiguous()
     sums, total = kernel(queries, keys, values, scale=1.0, initial_state=total, output_final_state=True, normalize=False)
-    # The kernel's own normaliser is summed in the precision of k.
+    # Computed here in float32, because the kernel sums its normaliser in the dtype of k.
     normaliser = keys.float().cumsum(1)
     if start is not None:
         normaliser = normaliser + start[..., -1].unsqueeze(1)
@@ -42,7 +42,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: T
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`baselines.delta_net.delta_rule` after a state, and the state after it.
+    """`baselines.delta_net.delta_rule` after the state `initial`, and the final state.
 
     Args:
         q: [batch, heads, time, head_dim].
@@ -67,7 +67,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor | 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`baselines.gated_delta_net.gated_delta_rule` after a state, and the state after it.
+    """`baselines.gated_delta_net.gated_delta_rule` after the state `initial`, and the final state.
 
     Args:
         q: [batch, heads, time, head_dim].
@@ -89,7 +89,7 @@ def gated_delta_rule(
 
 
 def _kernel(package: str, name: str, q: Tensor) -> Any:
-    """The function `name` of fla.ops.`package`. Raises NotImplementedError off CUDA and where fla is not installed."""
+    """Imports function `name` of fla.ops.`package`. Raises NotImplementedError if q is not on CUDA or fla is not installed."""
     if not q.is_cuda:
         raise NotImplementedError(f"impl=fla runs Triton kernels, which need CUDA, got tensors on {q.device.type}: use impl=torch")
     try:

@@ -1,8 +1,7 @@
-"""Adapter to torch's FlexAttention, one kernel for any attention pattern: `impl: flex` of sliding_window and sparse.
+"""Adapter to torch's FlexAttention, a kernel for any attention mask: `impl: flex` of sliding_window and sparse.
 
-Dong et al. 2024, arXiv:2412.05496. On CUDA it is compiled and skips blocks that no query attends to; not yet run there. On a CPU
-it runs uncompiled, to test the patterns: it holds all n×n scores, and torch has no backward pass for it (NotImplementedError), so
-it is never certified there.
+Dong et al. 2024, arXiv:2412.05496. On CUDA it is compiled and skips masked blocks; not yet run there. On a CPU it runs uncompiled,
+only to test the masks: it holds all n×n scores and has no backward pass (NotImplementedError), so it is never certified there.
 """
 
 import warnings
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    # Imported where it is used: it loads torch's compiler, which takes seconds.
+    # Imported late at run time, because it loads torch's compiler, which takes seconds.
     from torch.nn.attention.flex_attention import BlockMask
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -22,10 +21,10 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def masked_attention(mask_function: MaskFunction, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of each query over the keys that `mask_function` allows it.
+    """Softmax attention of each query over the keys that `mask_function` selects.
 
     Args:
-        mask_function: the pattern. Give the same function object for the same pattern: masks and compiled kernels are cached by it.
+        mask_function: the mask. Pass the same function object for the same mask: block masks and compiled kernels are cached by it.
         q: [batch, heads, m, head_dim].
         k, v: [batch, kv_heads, n, head_dim].
 
@@ -49,7 +48,7 @@ def masked_attention(mask_function: MaskFunction, q: Tensor, k: Tensor, v: Tenso
 def _block_mask(mask_function: MaskFunction, num_queries: int, num_keys: int, device: str) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # Compiled, it never holds the mask of all pairs.
+    # Compiled, create_block_mask holds no mask of all n×n pairs.
     compiled = device.startswith("cuda")
     return create_block_mask(mask_function, None, None, num_queries, num_keys, device=device, _compile=compiled)
 

@@ -1,7 +1,7 @@
-"""One softmax over keys that are attended to in parts, each part by a fused kernel, merged by their log-sum-exp.
+"""Softmax attention computed in parts: a fused kernel per part of the keys, and a merge by the parts' log-sum-exp.
 
-`sparse` composes its pattern of such parts; `ring` merges the shards of other ranks. Torch's public scaled_dot_product_attention
-hides the log-sum-exp, so the private kernels behind it are called here.
+`sparse` builds its pattern from such parts; `ring` uses the kernels for shards of other ranks. Torch's public
+scaled_dot_product_attention does not return the log-sum-exp, so this module calls the private kernels behind it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Segments(NamedTuple):
-    """`number` segments of `length` positions each; the first begins at `start`, each next one `stride` later."""
+    """`number` segments of `length` positions each; segment i begins at start + i · stride."""
 
     start: int
     length: int
@@ -28,10 +28,7 @@ class Segments(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Segment i of the queries attends to segment i of the keys of one source: to all of it, or causally.
-
-    Causal parts have queries and keys of the same length.
-    """
+    """Segment i of the queries attends to segment i of one source's keys: to all keys, or causally if both are equally long."""
 
     queries: Segments
     keys: Segments
@@ -42,13 +39,13 @@ class Part(NamedTuple):
 def attention_over_parts(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], parts: Sequence[Part]) -> Tensor:
     """Softmax over the union of keys: o_i = Σ_p exp(L_ip) o_ip / Σ_p exp(L_ip).
 
-    o_ip is the attention of query i in part p, L_ip its log-sum-exp. The gradient is exact: given the merged o and L, the backward
-    kernel of a part yields that part's share, as in ring attention (Liu 2023, arXiv:2310.01889). Differentiable once.
+    o_ip is the attention of query i in part p, and L_ip its log-sum-exp. The gradient is exact: from the merged o and L, the
+    backward kernel computes each part's share, as in ring attention (Liu 2023, arXiv:2310.01889). Differentiable once.
 
     Args:
         q: [batch, heads, time, head_dim].
         sources: pairs of keys and values, [batch, kv_heads, any time, head_dim] each.
-        parts: which queries attend to which keys. Each query is in at least one part and meets no key twice.
+        parts: which queries attend to which keys. Each query is in at least one part, and no pair is in two parts.
 
     Returns:
         [batch, heads, time, head_dim].
@@ -135,7 +132,7 @@ def attention_with_lse_backward(
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, q, k, v, out, lse, 0.0, is_causal)
         return grads[0], grads[1], grads[2]
     if q.dtype != torch.float32:
-        # The random state of a dropout that is 0.
+        # The kernel requires the random state of dropout, which is off.
         seed, offset = (torch.zeros(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_flash_attention_backward(

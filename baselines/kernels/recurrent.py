@@ -1,7 +1,7 @@
-"""Building blocks of attentions whose past is one matrix: chunks, grouped queries, and the module that decodes with that matrix.
+"""Building blocks of recurrent attentions: chunks, grouped queries, cost, and the module that decodes with a matrix state.
 
-`linear`, `delta_net` and `gated_delta_net` are made of them. They compute within a chunk as attention does, in parallel, and
-carry a state S [head_dim, value columns] per key head from chunk to chunk.
+`linear`, `delta_net` and `gated_delta_net` use them. These compute all tokens of a chunk in parallel, as attention does, and carry
+a state S [head_dim, value columns] per key head from chunk to chunk.
 """
 
 from abc import abstractmethod
@@ -31,7 +31,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, **per_token: 
         q: [batch, heads, time, head_dim].
         k, v: [batch, kv_heads, time, head_dim].
         chunk_size: tokens computed together.
-        per_token: [batch, kv_heads, time] each, such as β; the keyword names it in the error.
+        per_token: further tensors [batch, kv_heads, time], such as β; errors name them by their keywords.
 
     Raises:
         ValueError: if a shape does not fit, or chunk_size is not a positive integer.
@@ -57,14 +57,14 @@ def to_chunks(x: Tensor, size: int) -> Tensor:
 def group_queries(queries: Tensor, kv_heads: int) -> Tensor:
     """[batch, heads, chunks, size, dim] -> [batch, kv_heads, chunks, group · size, dim], with group = heads / kv_heads.
 
-    The queries that share a key stand below each other, so one matrix product serves them all and no key is copied.
+    Queries that share keys become rows of one matrix: one product with the keys serves all of them, and no key is copied.
     """
     grouped: Tensor = queries.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
     return grouped
 
 
 def ungroup_outputs(outputs: Tensor, group: int, time: int) -> Tensor:
-    """[batch, kv_heads, chunks, group · size, dim] -> [batch, heads, time, dim]: undoes `group_queries` and the padding."""
+    """Inverse of `group_queries` and the padding: [batch, kv_heads, chunks, group · size, dim] -> [batch, heads, time, dim]."""
     ungrouped: Tensor = outputs.unflatten(3, (group, -1)).transpose(2, 3)
     return ungrouped.flatten(1, 2).flatten(2, 3)[:, :, :time]
 
@@ -76,14 +76,14 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 def delta_rule_flops(seq_len: int, chunk_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """FLOPs of a chunkwise delta rule, with or without decay, for one sequence. Padding is not counted, a triangle once.
+    """FLOPs of a chunkwise delta rule, with or without decay, for one sequence. Padding and masked pairs are not counted.
 
     Symbols as in `baselines.delta_net._chunkwise`; d = head_dim; a chunk has c tokens.
 
-    - Key head, each chunk: K Kᵀ and T (V − K S) cost c² d each, and the inverse c³/3.
-    - Query head, each chunk: Q Kᵀ and its product with E cost c² d each.
-    - Key head, each chunk but the last: Kᵀ T costs c² d, M and N together 4 c d², and one step of the scan 2 d³. All but
-      popcount of these chunks also take part in a composition of two maps, 4 d³.
+    - Per key head and chunk: tril(K Kᵀ, −1) costs c (c − 1) d, T (V − K S) costs c (c + 1) d, and the inverse c³/3.
+    - Per query head and chunk: tril(Q Kᵀ) and its product with E cost c (c + 1) d each.
+    - Per key head and each of the m chunks before the last: Kᵀ T costs c (c + 1) d, M and N together 4 c d², and one step of the
+      scan 2 d³. The scan also composes m − popcount(m) pairs of maps, 4 d³ each.
     - Each chunk but the first: K S per key head and Q S per query head cost 2 c d² each.
     """
     size = min(chunk_size, seq_len)
@@ -106,16 +106,16 @@ def delta_rule_flops(seq_len: int, chunk_size: int, num_heads: int, num_kv_heads
 
 
 class RecurrentAttention(MultiHeadAttention):
-    """Multi-head attention whose decoding state is a matrix per key head, of the same size at any context length.
+    """Multi-head attention with one matrix per key head as its decoding state, of the same size at any context length.
 
-    A subclass implements `attend_after` and `step`, and extends `project` where tokens have more than q, k and v. Decoding
-    costs O(head_dim²) a token and head.
+    A subclass implements `attend_after` and `step`, and extends `project` if it needs more than q, k and v. Decoding costs
+    O(head_dim²) per token and head.
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
         chunk_size: tokens computed together; changes the speed, not the result.
-        impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA. A single token takes the torch path
-            with both: its few operations need no kernel.
+        impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA. `extend` by a single token always takes
+            the torch path.
 
     Raises:
         ValueError: for a chunk_size that is not a positive integer, or an unknown impl.
@@ -138,14 +138,14 @@ class RecurrentAttention(MultiHeadAttention):
 
     @abstractmethod
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention of a sequence that follows the state `total`, and the state after it.
+        """Computes the attention of tokens that follow the state `total`.
 
         Args:
             total: [batch, num_kv_heads, head_dim, value_columns] in float32 or better, or None at the start of a sequence.
-            tensors: what `project` returns.
+            tensors: the tensors that `project` returns.
 
         Returns:
-            The output, shaped as q, and the state after the last token. The state may be None if `total` is.
+            The output, shaped as q, and the state after the last token, which may be None if `total` is None.
         """
 
     @abstractmethod
@@ -183,6 +183,6 @@ class RecurrentAttention(MultiHeadAttention):
         return self.output(attended), {"total": final, "position": position_counter(position + new_tokens)}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
-        """Bytes of the state, which is in float32 or better whatever the parameters are in."""
+        """Bytes of the state, which is in float32 or better for parameters of any dtype."""
         itemsize = torch.promote_types(self.dtype, torch.float32).itemsize
         return batch_size * self.num_kv_heads * self.head_dim * self.value_columns * itemsize
