@@ -22,18 +22,15 @@ TOP_LEVEL: dict[str, Rule | None] = {
     "search": Rule("null or one of max_context", lambda value: value in (None, "max_context")),
     "quiet": Rule("true or false", lambda value: isinstance(value, bool)),
 }
-"""The keys of a config, and the rules of those that are neither a group nor any text."""
+"""The keys of a config, each with its rule; None for groups, which have rules of their own, and for free text."""
 
 
 def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
-    """Reads and checks a composed config.
+    """Reads and checks a job's composed config.
 
     Args:
-        cfg: a job's composed config.
-        swept: the setting that the command varies, which counts if the config names none.
-
-    Returns:
-        The comparison that the config describes.
+        cfg: the config.
+        swept: the setting that the command varies; used if the config names none.
 
     Raises:
         UsageError: for an unknown or missing key, a value that breaks its rule, or an attention that cannot be built.
@@ -44,7 +41,7 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     nodes = values.get("attention")
     if not nodes:
         raise UsageError("no attention is selected; name at least one, such as 'attention=[bsbr,standard]'")
-    if "block" in values:  # conf/attention/*.yaml have read it
+    if "block" in values:  # conf/attention/*.yaml interpolate it
         SIZE.check("block", values.pop("block"))
     check_keys("", values, TOP_LEVEL)
     for key, rule in TOP_LEVEL.items():

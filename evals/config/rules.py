@@ -9,9 +9,9 @@ from evals.errors import UsageError
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of a setting: the words that complete "must be …", and the check."""
+    """A rule that a setting's value obeys."""
 
-    expected: str
+    expected: str  # completes "must be …"
     holds: Callable[[Any], bool]
 
     def check(self, key: str, value: Any) -> None:
@@ -52,12 +52,7 @@ Positive = Annotated[float, Rule("a number above 0", lambda value: is_number(val
 
 
 def check_fields(settings: type, group: str, values: Any) -> None:
-    """Checks a group of settings against the fields of its dataclass.
-
-    Args:
-        settings: a dataclass whose fields are annotated with rules; a field that may be None accepts null.
-        group: the group's name in the config.
-        values: the mapping that the config has there.
+    """Checks the values of a config group against the rules that annotate the fields of its dataclass.
 
     Raises:
         UsageError: if a key is unknown or missing, or if a value breaks its rule.
@@ -65,9 +60,8 @@ def check_fields(settings: type, group: str, values: Any) -> None:
     hints = get_type_hints(settings, include_extras=True)
     check_keys(f"{group}.", values, hints)
     for key, hint in hints.items():
-        optional = type(None) in get_args(hint)
-        (rule,) = next(one for one in (hint, *get_args(hint)) if hasattr(one, "__metadata__")).__metadata__
-        if not (optional and values[key] is None):
+        (rule,) = next(part for part in (hint, *get_args(hint)) if hasattr(part, "__metadata__")).__metadata__
+        if values[key] is not None or type(None) not in get_args(hint):
             rule.check(f"{group}.{key}", values[key])
 
 

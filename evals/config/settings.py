@@ -17,7 +17,6 @@ Positions = Literal["sinusoidal", "rotary", "none"]
 Kind = Literal["cpu", "cuda"]
 Mode = Literal["eager", "graph"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 NEUTRAL = {"conv_size": None, "positions": "sinusoidal", "mode": "eager", "match": None, "curriculum": "1"}
 """Values at which a setting is left out of tables and keys: results from before there was such a setting stay comparable."""
@@ -42,7 +41,7 @@ class Model:
     num_layers: Size
     vocab_size: Size
     conv_size: Size | None = None
-    positions: Annotated[Positions, one_of(POSITIONS)] = "sinusoidal"
+    positions: Annotated[Positions, one_of(get_args(Positions))] = "sinusoidal"
 
 
 @dataclass(frozen=True)
@@ -103,17 +102,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One attention of a comparison.
-
-    Attributes:
-        name: as in `conf/attention/` and in the tables.
-        node: the mapping with `_target_` and options that builds it.
-        ff_dim: hidden size of its feed-forward part, where parameters are matched; None for the model's.
-    """
+    """One attention of a comparison."""
 
     name: str
-    node: dict[str, Any]
-    ff_dim: int | None = None
+    node: dict[str, Any]  # _target_ and options
+    ff_dim: int | None = None  # of its feed-forward part, if parameters are matched; None: the model's
 
     def build(self, model: Model) -> Attention:
         """Builds the attention, on torch's default device.
@@ -142,35 +135,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several attentions, one shape, one workload, one machine: the unit of work.
+    """Several attentions, one shape, one workload, one machine: the unit of work."""
 
-    Attributes:
-        sweep: name of the sweep, and of its folder of results.
-        swept: full name of the setting that the sweep varies; None if there is none.
-        option: the last part of that name and its value here, so that an option of one attention can be swept like a setting.
-        candidates: the attentions, in the order in which they were given.
-        relative_to: name of the candidate to which speed-ups are relative.
-        match: what is equalised between the candidates: `params`, or None.
-        search: what is searched for, instead of timing at this shape: `max_context`, or None.
-        task: the mapping that builds what is learned, instead of timing; None to time.
-        training: how a task is learned.
-        workload: the mapping that builds what is timed.
-        shape: size of the input.
-        model: size of the attention, and what is built around it.
-        device: where and how it is computed.
-        sampling: how long it is timed.
-    """
-
-    sweep: str
-    swept: str | None
-    option: dict[str, Any]
+    sweep: str  # also the name of its result folder
+    swept: str | None  # full name of the setting that the sweep varies
+    option: dict[str, Any]  # last part of that name: value here; an option of one attention can be swept like a setting
     candidates: tuple[Candidate, ...]
-    relative_to: str
-    match: str | None
-    search: str | None
-    task: dict[str, Any] | None
+    relative_to: str  # name of the candidate to which speed-ups are relative
+    match: str | None  # params: equalises the candidates' parameters
+    search: str | None  # max_context: searches the longest context instead of timing at this shape
+    task: dict[str, Any] | None  # _target_ and options of the task to train on; None: time the workload
     training: Training
-    workload: dict[str, Any]
+    workload: dict[str, Any]  # _target_ and options of what is timed
     shape: Shape
     model: Model
     device: Device

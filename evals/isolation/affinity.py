@@ -1,4 +1,4 @@
-"""Cores and GPUs: which ones this process may use, and a slot of them for each of several comparisons at once."""
+"""The cores and GPUs that this process may use, and slots of them for comparisons that run at once."""
 
 import fcntl
 import functools
@@ -27,11 +27,7 @@ def thread_counts() -> str:
 
 
 def physical_cores() -> dict[int, list[int]]:
-    """Logical cores that this process may use, grouped by physical core.
-
-    Returns:
-        By the lowest logical core of each physical core, in ascending order: those of its logical cores that may be used.
-    """
+    """Logical cores that this process may use, grouped by the lowest logical core of their physical core, in ascending order."""
     if not hasattr(os, "sched_getaffinity"):
         return {core: [core] for core in range(os.cpu_count() or 1)}
     cores: dict[int, list[int]] = {}
@@ -43,16 +39,16 @@ def physical_cores() -> dict[int, list[int]]:
 
 
 def exclusive_resources(device: str) -> list[str]:
-    """Names of what this process needs for itself while it measures: its physical cores, and on cuda its GPU."""
+    """Names of the physical cores, and on cuda the GPU, that this process must not share while it measures."""
     names = [f"core-{core}" for core in physical_cores()]
     if device == "cuda":
         names.append(f"gpu-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
     return names
 
 
-def split_evenly(things: Sequence[T], part: int, parts: int) -> list[T]:
-    """Part number `part`, from 0, of a sequence that is cut into parts whose sizes differ by at most one."""
-    return list(things[len(things) * part // parts : len(things) * (part + 1) // parts])
+def take_share(items: Sequence[T], share: int, shares: int) -> list[T]:
+    """Share number `share`, from 0, of items that are cut into contiguous shares whose sizes differ by at most one."""
+    return list(items[len(items) * share // shares : len(items) * (share + 1) // shares])
 
 
 @functools.cache  # a process keeps its slot
@@ -62,11 +58,8 @@ def claim_slot(slots: int) -> int:
     It sets CPU affinity, CUDA_VISIBLE_DEVICES and torch's number of threads, and must come before the first use of CUDA. The
     slot is free again when the process ends.
 
-    Args:
-        slots: number of slots that the machine is divided into.
-
     Returns:
-        Number of the slot, from 0.
+        Number of the slot, 0 … slots − 1.
 
     Raises:
         UsageError: if there are fewer GPUs or physical cores than slots, or if all slots are taken.
@@ -83,10 +76,10 @@ def claim_slot(slots: int) -> int:
     if slot is None:
         raise UsageError(f"all {slots} slots of this machine are taken by other commands; wait for them to end")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot]
-    own = split_evenly(cores, slot, slots)
+    slot_cores = take_share(cores, slot, slots)
     if sys.platform == "linux":
-        os.sched_setaffinity(0, [core for siblings in own for core in siblings])
-    torch.set_num_threads(len(own))
+        os.sched_setaffinity(0, [core for siblings in slot_cores for core in siblings])
+    torch.set_num_threads(len(slot_cores))
     return slot
 
 

@@ -24,9 +24,6 @@ def exclusive_lock(device: str = "cpu") -> Iterator[None]:
     """Context in which no other command of this user measures on a core or GPU that this process may use.
 
     Waits for the lock, with a message on standard error. `yield_lock` interrupts it.
-
-    Args:
-        device: cpu or cuda.
     """
     if LOCK_PIPES in os.environ:
         _take_lock()
@@ -41,11 +38,7 @@ def exclusive_lock(device: str = "cpu") -> Iterator[None]:
 
 
 def yield_lock() -> float:
-    """Lets the command that shares the lock, if there is one, measure for one time slice.
-
-    Returns:
-        Seconds that this took.
-    """
+    """Lets the command that shares the lock, if any, measure for one time slice; returns the seconds that this took."""
     if LOCK_PIPES not in os.environ:
         return 0.0
     stopwatch = Stopwatch()

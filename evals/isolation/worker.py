@@ -27,17 +27,11 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True)
 class Result(Generic[Reply]):
-    """The result of one step of a worker.
+    """The result of one step of a worker."""
 
-    Attributes:
-        outcome: ok, or what went wrong: oom, timeout, unsupported or crash, as `Worker` defines them.
-        value: what the function returned or yielded if the outcome is ok, else None.
-        detail: the failure in words; empty if the outcome is ok.
-    """
-
-    outcome: str
-    value: Reply = None  # type: ignore[assignment] # None where the outcome says that there is no value
-    detail: str = ""
+    outcome: str  # ok, oom, timeout, unsupported or crash, as `Worker` defines them
+    value: Reply = None  # type: ignore[assignment] # what the function returned or yielded; None unless the outcome is ok
+    detail: str = ""  # the failure in words
 
 
 class Worker(Generic[Request, Reply]):
@@ -48,9 +42,9 @@ class Worker(Generic[Request, Reply]):
     sends that one value.
 
     Outcomes of a step:
-        ok: there is a value.
+        ok: the function returned or yielded a value.
         oom: no memory was left, or the process was killed by SIGKILL, as the kernel does then.
-        timeout: there was no value in time.
+        timeout: no value came in time.
         unsupported: the function raised an error that says it is not implemented for these arguments.
         crash: it raised another error, died by another signal, or exited.
     """
@@ -58,12 +52,9 @@ class Worker(Generic[Request, Reply]):
     def __init__(
         self, function: Callable[..., Generator[Reply, Request, None]], *arguments: Any, memory_limit_bytes: int | None = None
     ) -> None:
-        """Starts the process.
+        """Starts the process, which imports the function by its name and unpickles the arguments.
 
-        Args:
-            function: a function of a module; the child imports it by its name.
-            arguments: its arguments, pickled.
-            memory_limit_bytes: what the child may allocate beyond what it holds at its start; enforced on Linux only.
+        memory_limit_bytes: what the child may allocate beyond what it holds at its start; enforced on Linux only.
         """
         self._log = tempfile.NamedTemporaryFile(prefix="worker-", dir=scratch_folder())  # noqa: SIM115  closed by __exit__
         self._process, self._connection = launch(_run_child, self._log.name, memory_limit_bytes, function, arguments)
@@ -82,14 +73,7 @@ class Worker(Generic[Request, Reply]):
         self._process.kill()
 
     def result(self, timeout_s: float) -> Result[Reply]:
-        """Waits for the next value, then stops the process.
-
-        Args:
-            timeout_s: seconds to wait at most.
-
-        Returns:
-            The value, or what happened instead.
-        """
+        """Waits for the next value or a failure, then stops the process."""
         if not wait([self._connection], timeout_s):
             return Result("timeout", detail=f"took longer than {timeout_s:g} s")
         with contextlib.suppress(EOFError, ConnectionResetError):  # raised where the child died before it sent anything
@@ -115,17 +99,7 @@ class Worker(Generic[Request, Reply]):
 def run_isolated(
     function: Callable[..., Reply], *arguments: Any, timeout_s: float, memory_limit_bytes: int | None = None
 ) -> Result[Reply]:
-    """Calls a function in a fresh child process.
-
-    Args:
-        function: a function of a module that returns one value; both arguments and value are pickled.
-        arguments: its arguments.
-        timeout_s: seconds after which the process is killed.
-        memory_limit_bytes: what it may allocate.
-
-    Returns:
-        The value, or what happened instead.
-    """
+    """Calls a function that returns one value in a fresh child process, which ends with it; see `Worker`."""
     one_value = cast(Callable[..., Generator[Reply, None, None]], function)
     with Worker(one_value, *arguments, memory_limit_bytes=memory_limit_bytes) as worker:
         return worker.result(timeout_s)

@@ -159,7 +159,7 @@ def test_an_error_of_the_job_itself_is_raised_and_not_retried(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("things", "of"), [(8, 3), (7, 7), (5, 2), (1, 1)])
 def test_the_parts_of_a_machine_are_disjoint_and_nearly_equal(things: int, of: int) -> None:
-    parts = [affinity.split_evenly(range(things), number, of) for number in range(of)]
+    parts = [affinity.take_share(range(things), number, of) for number in range(of)]
     assert [thing for part in parts for thing in part] == list(range(things))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
