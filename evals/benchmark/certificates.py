@@ -7,23 +7,17 @@ from evals.results.ledger import Ledger, Record
 
 
 class Certificates:
-    """Results of certificates by key. Finished ones are kept in a ledger; unfinished ones only as long as this object lives.
+    """Results of certificates by key: finished ones in a ledger, unfinished ones only for the lifetime of this object.
 
-    A certificate that ran out of time or memory may well be finished another day, so it is not repeated in this command only.
+    A certificate that ran out of time or memory may finish another day, so only the same command does not repeat it.
     """
 
     def __init__(self, path: Path, writer: str = "") -> None:
-        """Opens the memory.
-
-        Args:
-            path: file of the ledger.
-            writer: node that writes to it, as `Ledger` takes it.
-        """
         self._ledger = Ledger(path, writer)
         self._unfinished: list[Record] = []
 
     def failures(self) -> dict[str, str]:
-        """By key of each known certificate: what speaks against the code, or an empty string if it is certified."""
+        """The failure of each known certificate, by its key; empty if the code is certified."""
         records = [*self._unfinished, *reversed(self._ledger.read()[0])]  # of records with one key, the oldest finished one counts
         return {record["key"]: str(record["failure"]) for record in records if "key" in record}
 
@@ -33,8 +27,8 @@ class Certificates:
         Args:
             key: digest of all that the certificate depends on.
             attention: name of the candidate.
-            failure: what speaks against it; empty if nothing does.
-            finished: whether all checks were made.
+            failure: the failed check and its finding; empty if all passed.
+            finished: whether all checks ran.
         """
         record = {"key": key, "attention": attention, "failure": failure, "time": now()}
         if finished:

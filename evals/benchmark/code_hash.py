@@ -37,34 +37,26 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def without_prose(source: str) -> str:
-    """Python source without comments, docstrings, string statements and blank lines.
-
-    Args:
-        source: a module's text.
-
-    Returns:
-        The lines that do something, as they were written; two sources with the same result run the same.
-    """
+    """Python source without comments, docstrings, string statements and blank lines; its other lines stay as they are."""
     prose = [
         (token.start, token.end)
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     ]
-    encoded = source.splitlines(keepends=True)
+    numbered = dict(enumerate(source.splitlines(keepends=True), 1))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             # ast counts columns in bytes of UTF-8, tokenize in characters.
             first, last = (
-                len(encoded[line - 1].encode()[:column].decode())
+                len(numbered[line].encode()[:column].decode())
                 for line, column in ((node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0))
             )
             prose.append(((node.lineno, first), (node.end_lineno or 0, last)))
-    lines = dict(enumerate(encoded, 1))
     for (top, left), (bottom, right) in sorted(prose, reverse=True):
-        lines[top] = lines[top][:left] + lines[bottom][right:]
-        for line in range(top + 1, bottom + 1):
-            lines[line] = ""
-    return "\n".join(line.rstrip() for line in lines.values() if line.strip())
+        numbered[top] = numbered[top][:left] + numbered[bottom][right:]
+        for number in range(top + 1, bottom + 1):
+            numbered[number] = ""
+    return "\n".join(line.rstrip() for line in numbered.values() if line.strip())
 
 
 def source_files(attention: Attention) -> list[Path]:
@@ -109,11 +101,11 @@ def _parse_imports(name: str, packages: frozenset[str]) -> Iterator[str]:
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (one.name for one in node.names if one.name.partition(".")[0] in packages)
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in packages)
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
             if base.partition(".")[0] in packages:
-                yield from (_defining_module(base, one.name) for one in node.names)
+                yield from (_defining_module(base, alias.name) for alias in node.names)
 
 
 def _defining_module(base: str, name: str) -> str:
@@ -129,9 +121,10 @@ def _defining_module(base: str, name: str) -> str:
 
 def _source_file(name: str) -> Path:
     """Path of a module's source: the file that was imported, or the one that would be."""
-    found = getattr(sys.modules.get(name), "__file__", None)
-    spec = None if found else importlib.util.find_spec(name)
-    found = found or (spec and spec.origin)
-    if not found:
+    path = getattr(sys.modules.get(name), "__file__", None)
+    if not path:
+        spec = importlib.util.find_spec(name)
+        path = spec and spec.origin
+    if not path:
         raise ModuleNotFoundError(f"there is no source of module '{name}'")
-    return Path(found)
+    return Path(path)

@@ -64,18 +64,14 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
 
 
 class Shard:
-    """A rank's shard of the sequence. Making it joins the process group.
-
-    Attributes:
-        sent_bytes: bytes that this rank sent in its last forward pass.
-    """
+    """A rank's shard of the sequence. Its constructor joins the process group."""
 
     def __init__(self, module: Attention, inputs: Tensor, lengths: Sequence[int], rank: int, store: TCPStore) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=len(lengths))
         self._module = module
         self._lengths = lengths
         self._hidden_states = inputs.split(list(lengths), dim=1)[rank].clone()
-        self.sent_bytes = 0
+        self.sent_bytes = 0  # of the last forward pass
 
     @torch.inference_mode()
     def forward(self) -> None:
@@ -87,8 +83,7 @@ class Shard:
 class ForkedRank:
     """Another rank: a fork of this process, which dies with it.
 
-    Through a pipe it gets the port of the store, then a None for each call, and replies with None when it is done, or with
-    the error in words.
+    The fork receives the store's port, then None for each call, through a pipe. Its reply to a call is None or the error's text.
     """
 
     def __init__(self, module: Attention, inputs: Tensor, lengths: Sequence[int], rank: int) -> None:

@@ -22,9 +22,9 @@ class MinimumCost(NamedTuple):
 
     Attributes:
         flops: FLOPs of matrix products, causal work only.
-        moved_bytes: bytes of the parameters, inputs and states that it reads, once, and of what it leaves, once. If all of them
+        moved_bytes: the parameters, inputs and states that it reads, and the results that it leaves, each counted once. If all
             fit into a cache, they move from there.
-        held_bytes: peak of memory above its inputs: bytes of what it leaves.
+        held_bytes: peak of memory above its inputs: the results that it leaves.
     """
 
     flops: int
@@ -37,10 +37,6 @@ UNBOUNDED = MinimumCost(0, 0, 0)
 
 def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
     """Computes the costs of a candidate without allocating anything, whatever its size.
-
-    Args:
-        comparison: the model, shape, device and workload.
-        candidate: whose module it is.
 
     Returns:
         parameter_bytes; state_bytes, of all layers after the sequence; flops, min_bytes and held_bytes, the `MinimumCost` of a
@@ -66,9 +62,7 @@ def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, i
 def minimum_cost(comparison: Comparison, module: Module) -> MinimumCost:
     """Lower bounds of a step of the comparison's workload.
 
-    Args:
-        comparison: says which workload, at which shape.
-        module: on the meta device; its parameters are replaced.
+    The module must be on the meta device; its parameters are replaced.
 
     Returns:
         The bounds; `UNBOUNDED` for a user's own workload, and for an attention whose kernels need data.

@@ -22,24 +22,15 @@ from evals.paths import CONF
 
 @dataclass(frozen=True)
 class Setup:
-    """What is checked and timed.
+    """The attention that is checked and timed, and how."""
 
-    Attributes:
-        attention: name of a file of conf/attention.
-        seq_len: tokens of the whole sequence that is timed.
-        hidden_dim, num_heads: sizes of the attention.
-        device: cpu, over gloo; or cuda, a GPU a rank, over NCCL.
-        dtype: name of the precision.
-        calls: timed calls, of which the median is reported.
-    """
-
-    attention: str
-    seq_len: int
+    attention: str  # name of a file of conf/attention
+    seq_len: int  # of the whole sequence that is timed
     hidden_dim: int
     num_heads: int
-    device: str
+    device: str  # cpu, over gloo; or cuda, a GPU a rank, over NCCL
     dtype: str
-    calls: int
+    calls: int  # timed; their median is reported
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The engine: times the candidates of one comparison in rounds, after a preflight of each, and keeps every record."""
+"""The engine: times the candidates of one comparison in rounds, after a preflight of each, and records everything."""
 
 import platform
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ HARNESS = tuple(
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),
     )
 )
-"""Modules that decide how a number comes about: a comparison that other versions of them began is not continued."""
+"""Modules on which measured numbers depend: a comparison that other versions of them began is not continued."""
 
 PEAKS_S, PEAKS_COUNT, PEAKS_VALID_S = 0.4, 3, 600.0
 """Duration of one measurement of the machine's peaks, how many a machine and dtype get, and for how long they are valid.

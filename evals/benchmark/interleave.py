@@ -44,7 +44,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
         The result folders of the commit and of the working tree.
 
     Raises:
-        UsageError: if the arguments do not allow it, or with the last words of a command that failed.
+        UsageError: if the arguments do not allow it, or with the last line that a failed command printed.
     """
     if rounds < 2:
         raise UsageError(f"--rounds must be at least 2, since it is between rounds that noise shows, got {rounds}")
@@ -56,7 +56,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
     verify = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
     commit = _run_checked(verify, ROOT, f"'{revision}' is no commit of {ROOT}")
     folder = _new_folder(commit[:12])
-    # Both sides write to one place, so that they share certificates. They stop after exactly so many rounds.
+    # Both sides write to one folder, so that they share certificates. They stop after exactly so many rounds.
     options = [f"{key}='{folder.parent.resolve()}'" for key in ("results_dir", "plots_dir")]
     options += [f"sampling.min_rounds={rounds}", f"sampling.max_rounds={rounds}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed then, too
@@ -92,7 +92,7 @@ def _check_packages(side: Side) -> None:
 
 
 def _run_side_by_side(commands: dict[Side, list[str]]) -> None:
-    """Runs one command per side at the same time; they share the lock. Raises UsageError with the last words of a failed one."""
+    """Runs one command per side at the same time; they share the lock. Raises UsageError if one fails."""
     (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
     os.write(second_writes, b".")  # the first command has the lock to begin with
     ends = [(first_reads, first_writes), (second_reads, second_writes)]
@@ -165,7 +165,7 @@ class _Command:
         self._errors.close()
 
     def finish(self, failure: str) -> str:
-        """Waits for the end; returns the output. Raises UsageError with `failure` and its last words if it fails."""
+        """Waits for the end; returns the output. Raises UsageError with `failure` and its last line of errors if it fails."""
         self._process.wait()
         for file in (self._output, self._errors):
             file.seek(0)

@@ -44,11 +44,6 @@ class Job(ABC):
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         """Prepares the work on a comparison; starts nothing.
 
-        Args:
-            comparison: what is compared.
-            ledger: where the records go.
-            certificates: remembers, across sweeps, which code was certified and with which result.
-
         Raises:
             UsageError: if the ledger belongs to a sweep of another kind, or over another setting.
         """
@@ -92,14 +87,7 @@ class Job(ABC):
         return {"kind": kind, self.kind: self.id, **values, "time": now()}
 
     def measurement_digest(self, *modules: str) -> str:
-        """Digest of all that decides a measurement: what is compared and how, the code that runs, and the machine.
-
-        Args:
-            modules: names of the modules of the harness whose code decides how the numbers come about.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Digest of all that decides a measurement: the comparison, the attentions' code, these harness modules, the machine."""
         comparison, sampling = self.comparison, self.comparison.sampling
         return digest(
             {

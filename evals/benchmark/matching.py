@@ -13,11 +13,7 @@ from evals.results.unmatched import MATCHED_WITHIN
 def match_parameters(comparison: Comparison) -> Comparison:
     """Chooses each candidate's ff_dim so that its layer has as many parameters as that of the reference, within 1 %.
 
-    Args:
-        comparison: a layer's or a model's; the reference keeps `model.ff_dim`.
-
-    Returns:
-        The comparison with every candidate's own ff_dim.
+    The reference keeps `model.ff_dim`.
 
     Raises:
         UsageError: if there is no feed-forward part, no reference, or no such ff_dim.

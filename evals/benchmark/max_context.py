@@ -24,36 +24,35 @@ MAX_TOKENS = 2**24
 """A search ends beyond so many tokens, as if any length fitted."""
 
 
-def longest_fitting(fits: Callable[[int], bool], start: int, *, steps: int = STEPS, max_tokens: int = MAX_TOKENS) -> int | None:
+def longest_fitting(fits: Callable[[int], bool], start: int, *, max_tokens: int = MAX_TOKENS) -> int | None:
     """Finds the longest length that fits: doubles or halves from `start`, then bisects.
 
     Args:
         fits: whether a length fits. Lengths beyond one that does not fit are taken not to fit.
         start: the first length, in tokens.
-        steps: lengths per doubling.
         max_tokens: the first length beyond it that fits is the result.
 
     Returns:
-        The longest of the lengths start · 2^(i/steps), i an integer, rounded; None if not even one token fits.
+        The longest of the lengths start · 2^(i/STEPS), i an integer, rounded; None if not even one token fits.
     """
 
     def length(index: int) -> int:
-        return max(1, round(start * 2 ** (index / steps)))
+        return max(1, round(start * 2 ** (index / STEPS)))
 
     low = 0
     if fits(start):
-        while length(low) <= max_tokens and fits(length(low + steps)):
-            low += steps
+        while length(low) <= max_tokens and fits(length(low + STEPS)):
+            low += STEPS
         if length(low) > max_tokens:
             return length(low)
     else:
         while True:
             if length(low) == 1:
                 return None
-            low -= steps
+            low -= STEPS
             if fits(length(low)):
                 break
-    high = low + steps
+    high = low + STEPS
     while high - low > 1:
         middle = (low + high) // 2
         if fits(length(middle)):
@@ -70,17 +69,17 @@ class ContextSearch(Job):
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         super().__init__(comparison, ledger, certificates)
-        self.settings.pop("seq_len", None)  # it is what is searched
+        self.settings.pop("seq_len", None)  # the search varies it
         self.id = self.measurement_digest(*HARNESS, "evals.benchmark.max_context")
-        # What exceeds the limit is still measured, up to this.
-        self.stopped_at_bytes = min(int(0.8 * available_bytes()), 2 * self.memory_limit_bytes + 2**30)
+        # Peaks above the limit are still measured, up to this.
+        self.process_limit_bytes = min(int(0.8 * available_bytes()), 2 * self.memory_limit_bytes + 2**30)
 
     def run(self, report: ProgressCallback) -> Iterator[Record]:
         with exclusive_lock(self.comparison.device.kind):
             yield self.append(self.description())
             for index, candidate in enumerate(self.comparison.candidates):
                 share = index / len(self.comparison.candidates)
-                yield from self._search(candidate, lambda words: report(f"{candidate.name}: {words}", share))  # noqa: B023  called at once
+                yield from self._search(candidate, lambda step: report(f"{candidate.name}: {step}", share))  # noqa: B023  called at once
 
     def remaining(self) -> tuple[int, None]:
         return len(self.records("probe")), None
@@ -136,7 +135,7 @@ class ContextSearch(Job):
             replace(self.comparison, shape=shape),
             candidate,
             timeout_s=self.comparison.sampling.timeout_s,
-            memory_limit_bytes=self.stopped_at_bytes,
+            memory_limit_bytes=self.process_limit_bytes,
         )
         if result.outcome != "ok":
             return self._probe_record(candidate, seq_len, result.outcome, result.detail)

@@ -34,14 +34,7 @@ class Preflight:
     def __init__(
         self, comparison: Comparison, code: Mapping[str, str], certificates: Certificates, memory_limit_bytes: int
     ) -> None:
-        """Prepares the preflight; starts nothing.
-
-        Args:
-            comparison: what is compared.
-            code: for each candidate, the digest of its attention's source code.
-            certificates: remembers which code was certified.
-            memory_limit_bytes: what a process that measures may allocate.
-        """
+        """Prepares the preflight; starts nothing. code: for each candidate, the digest of its attention's source code."""
         self.comparison = comparison
         self.code = code
         self.certificates = certificates
@@ -120,7 +113,7 @@ class Preflight:
 
 
 def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[Record, None, None]:
-    """Yields what a candidate declares, found on tensors without data; then its memory, as this process has not worked yet."""
+    """Yields the candidate's costs, computed without data; then its measured memory, while this process has not worked yet."""
     yield candidate_costs(comparison, candidate)
     yield measure_memory(comparison, candidate)
 

@@ -23,10 +23,6 @@ PLANNED_ROUNDS = 8
 def stop_reason(comparison: Comparison, history: History) -> str:
     """Decides whether a comparison needs another round.
 
-    Args:
-        comparison: what is compared, with its sampling rules.
-        history: its rounds so far.
-
     Returns:
         The rule that ends the sampling: failed, rounds, budget, target or stalled. Empty if there is to be another round.
     """
@@ -88,8 +84,8 @@ def measure_round(number: int, comparison: Comparison, history: History, key: st
 
     Args:
         number: number of the round, from 0.
-        comparison: what is compared.
-        history: says which candidates are active, and how much memory they hold.
+        comparison: its active candidates are measured.
+        history: which candidates are active, and how much memory they hold.
         key: id of the comparison, which with the seed and the number fixes all shuffling.
         memory_limit_bytes: of one process; if all together hold more, they run one after another.
 
@@ -148,19 +144,19 @@ def _measure_interleaved(
 
 
 def within_budget(limit: int, end_s: float, stopwatch: Stopwatch) -> Iterator[int]:
-    """Counts the turns of the caller's loop for as long as it is expected to end in time.
+    """Counts the iterations of the caller's loop for as long as it is expected to end in time.
 
     Args:
-        limit: most turns.
+        limit: most iterations.
         end_s: time of the stopwatch at which the loop is to end.
         stopwatch: runs, except while another command holds the lock.
 
     Yields:
-        0, 1, …; stops before a turn that would end after `end_s` if it took as long as the average of those before. At least 0,
-        unless the limit is 0.
+        0, 1, …; stops before an iteration that would end after `end_s` if it took the average time of those before. The first
+        iteration always takes place, unless the limit is 0.
     """
     start_s = stopwatch.seconds()
-    for turn in range(limit):
-        if turn and start_s + (stopwatch.seconds() - start_s) * (turn + 1) / turn > end_s:
+    for iteration in range(limit):
+        if iteration and start_s + (stopwatch.seconds() - start_s) * (iteration + 1) / iteration > end_s:
             return
-        yield turn
+        yield iteration

@@ -1,4 +1,4 @@
-"""An attention that is slower than another one and otherwise the same, which `evals.validate` expects to be called slower."""
+"""A slowed copy of an attention, which `evals.validate slowdown` expects to get the verdict `slower`."""
 
 import time
 import types
@@ -16,7 +16,7 @@ def slowed(factor: float, of: dict[str, Any], hidden_dim: int, num_heads: int) -
     Args:
         factor: how many times as long it takes.
         of: node of the attention's config.
-        hidden_dim, num_heads: sizes of the attention.
+        hidden_dim, num_heads: passed to the attention.
     """
     attention: Attention = instantiate(of, hidden_dim=hidden_dim, num_heads=num_heads)
     if factor == 1:

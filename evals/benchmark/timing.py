@@ -1,4 +1,4 @@
-"""One timed process of a round: the requests that it gets, its replies, and what the ledger keeps of it."""
+"""One timed process of a round: its requests, its replies, and the ledger record that they become."""
 
 import statistics
 from collections.abc import Generator, Sequence
@@ -13,23 +13,17 @@ from evals.results.ledger import Record
 
 @dataclass(frozen=True)
 class Built:
-    """First reply: the module, its inputs and its state are there, and nothing was called yet."""
+    """First reply: module, inputs and state are built, and nothing was called yet."""
 
 
 @dataclass(frozen=True)
 class CallFirst:
-    """Request for the first call, which does what is done only once."""
+    """Request for the first call, which includes all one-time work."""
 
 
 @dataclass(frozen=True)
 class FirstCall:
-    """Reply to `CallFirst`.
-
-    Attributes:
-        tokens: tokens that one step goes through.
-        steps: steps that one call makes; times are divided by it.
-        seconds: duration of the call.
-    """
+    """Reply to `CallFirst`; tokens are those of one step, seconds those of the whole call."""
 
     tokens: int
     steps: int
@@ -38,7 +32,7 @@ class FirstCall:
 
 @dataclass(frozen=True)
 class CallFor:
-    """Request for a time slice: to call again and again for about so many seconds. The reply is a `TimeSlice`, a sample a step."""
+    """Request for repeated calls in about so many seconds. The reply is a `TimeSlice`, with samples in seconds a step."""
 
     seconds: float
 
@@ -63,11 +57,7 @@ def serve_calls(comparison: Comparison, candidate: Candidate) -> Generator[Reply
 
 
 class TimedProcess:
-    """The parent's view of a process that runs `serve_calls`.
-
-    Attributes:
-        worker: the process. Whoever makes this object enters the worker's context, which ends the process.
-    """
+    """The parent's view of a process that runs `serve_calls`. The caller enters the context of `worker`, which ends it."""
 
     def __init__(self, comparison: Comparison, candidate: Candidate, memory_limit_bytes: int) -> None:
         self.worker = Worker[Request, Reply](serve_calls, comparison, candidate, memory_limit_bytes=memory_limit_bytes)
@@ -105,14 +95,9 @@ class TimedProcess:
 
 
 def summarize_calls(first: FirstCall, slices: Sequence[TimeSlice]) -> Record:
-    """Fields of a latency record.
+    """Fields of a process's latency record.
 
-    Args:
-        first: the first call of a process.
-        slices: its time slices, with samples in seconds a step.
-
-    Returns:
-        Every sample; `called_s`, the time that went into all calls, warm-up included; and on a device its host times and state.
+    These are all samples; `called_s`, the duration of all calls, warm-up included; and on cuda the host times and device state.
     """
     record: Record = {
         "tokens": first.tokens,

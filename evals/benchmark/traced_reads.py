@@ -10,20 +10,14 @@ from torch.utils._pytree import tree_leaves
 from evals.measure.flops import count_flops
 
 LOOKUPS = ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select", "gather")
-"""Operations that read some rows of a tensor, which ones depends on data."""
+"""Operations that read only some rows of a tensor, depending on data."""
 
 
 class Trace(NamedTuple):
-    """What a computation did.
+    """The cost and the result of a computation."""
 
-    Attributes:
-        flops: of its matrix products, masked halves included.
-        read_bytes: bytes of the given tensors that it read, each counted once.
-        result: what it returned.
-    """
-
-    flops: int
-    read_bytes: int
+    flops: int  # of matrix products, masked halves included
+    read_bytes: int  # of the given tensors, each byte counted once
     result: Any
 
 
