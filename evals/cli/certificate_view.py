@@ -1,4 +1,4 @@
-"""The table that `evals.certify` prints: one row an attention, one column a check, and below it what failed."""
+"""The table that `evals.certify` prints: one row an attention, one column a check, and the failures below it."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ from omegaconf import DictConfig
 from evals.certification.certificate import Finding, certify_isolated
 from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
-from evals.config import Candidate, Comparison
 from evals.errors import OK
 from evals.isolation.worker import Result
 from evals.measure.memory import available_bytes
@@ -16,7 +15,7 @@ COLUMN_WIDTH, HEADER_LINES = 5, 3
 
 
 class CertificateView:
-    """Certifies the attentions of a Hydra job, prints a row as soon as each is done, and at the end what failed."""
+    """Certifies the attentions of a Hydra job, prints a row as soon as each is done, and the failures at the end."""
 
     def __init__(self) -> None:
         self.failures: list[str] = []
@@ -29,25 +28,21 @@ class CertificateView:
         print(header(width))
         for candidate in comparison.candidates:
             print(f"{candidate.name:<{width}}", end="", flush=True)
-            result = self._certify(comparison, candidate)
+            build, device = partial(candidate.build, comparison.model), comparison.device
+            result = certify_isolated(build, device.kind, device.torch_dtype, int(0.8 * available_bytes()))
             print(row(result.value) if result.outcome == "ok" else result.outcome)
             messages = self.unsupported if result.outcome == "unsupported" else self.failures
             messages += [f"{candidate.name}, {failure}" for failure in failures(result)]
 
     def conclude(self, _: DictConfig) -> int:
-        """Prints all failures and returns the exit code; what this machine cannot run is not a failure."""
+        """Prints all failures and returns the exit code; an attention that this machine cannot run is not a failure."""
         if self.failures or self.unsupported:
             print("", *self.failures, *self.unsupported, sep="\n")
         return 1 if self.failures else OK
 
-    def _certify(self, comparison: Comparison, candidate: Candidate) -> Result[list[Finding]]:
-        device = comparison.device
-        memory_limit_bytes = int(0.8 * available_bytes())
-        return certify_isolated(partial(candidate.build, comparison.model), device.kind, device.torch_dtype, memory_limit_bytes)
-
 
 def failures(result: Result[list[Finding]]) -> list[str]:
-    """What a certificate says against an attention: its failed checks, or why there is no certificate."""
+    """The failed checks of a certificate, or the reason why there is no certificate."""
     if result.outcome == "ok":
         return [str(finding) for finding in result.value if not finding.passed]
     return [f"the certificate ended as {result.outcome}: {result.detail}"]
@@ -56,8 +51,7 @@ def failures(result: Result[list[Finding]]) -> list[str]:
 def header(width: int) -> str:
     """Names of the checks above their columns, spread over three lines because they are wider than the columns.
 
-    Args:
-        width: of the column that holds the attentions' names, in characters.
+    width: of the column of names, in characters.
     """
     names = [check.name for check in CHECKS]
     lines = []

@@ -34,24 +34,15 @@ POLL_S = 5.0
 
 
 MakeJob = Callable[[DictConfig, str | None, str], tuple[Job, Ledger]]
-"""Makes the job of a config, given the swept key and the name of the node, and the ledger that its records go to.
-
-It must be a function of a module, since nodes import it.
-"""
+"""Makes the job of a config, and its ledger, from the swept key and the name of the node. Nodes import it from its module."""
 
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """The function that a launcher pickles, and calls on a node for each job of the command.
+    """The function that a launcher pickles, and calls on a node for each job of the command."""
 
-    Attributes:
-        launch: id of the command's launch, which all its records have.
-        swept: the key that the command varies.
-        make_job: makes the job from its config.
-    """
-
-    launch: str
-    swept: str | None
+    launch: str  # id of the command's launch, which all its records carry
+    swept: str | None  # the key that the command varies
     make_job: MakeJob
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -95,12 +86,7 @@ class RemoteJob:
 
 
 class RemoteLaunch:
-    """The launch of one command's jobs on other machines; runs lost jobs again.
-
-    Args:
-        make_job: makes a job on its node.
-        ledger_of: the command's ledger, given the config.
-    """
+    """The launch of one command's jobs on other machines; runs lost jobs again."""
 
     def __init__(self, make_job: MakeJob, ledger_of: Callable[[DictConfig], Ledger]) -> None:
         self.make_job = make_job
@@ -155,7 +141,7 @@ class RemoteLaunch:
             print(f"launching unfinished jobs again: {one_sentence(error)}", file=sys.stderr)
 
     def started_ids(self) -> list[str]:
-        """The ids of the comparisons that this command has started."""
+        """Ids of the comparisons that this command has started."""
         return [record["id"] for record in self._records() if record["kind"] == "started"]
 
     def _records(self) -> list[Record]:
@@ -182,7 +168,7 @@ class RemoteLaunch:
 
 
 def unfinished_starts(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """The records of starts of the jobs that have no end, by the number of the job."""
+    """Start records of the jobs without an end record, by the number of the job."""
     ended = {record["job"] for record in records if record["kind"] == "ended"}
     starts: dict[int, list[Record]] = {}
     for record in records:

@@ -23,7 +23,7 @@ def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Cal
 
     Returns:
         A decorator. The decorated function returns what `main` returns, or 2 after "error: <one sentence>" on standard
-        error, 130 after Ctrl-C, 141 where the reader of the output, such as `head`, has closed the pipe.
+        error, 130 after Ctrl-C, 141 if the reader of the output, such as `head`, has closed the pipe.
     """
     expected: tuple[type[Exception], ...] = (UsageError, *mistakes)
 

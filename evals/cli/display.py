@@ -1,4 +1,4 @@
-"""What a user sees of a running sweep: a table that fills, on a terminal; lines, in a log; or nothing.
+"""The display of a running sweep: a table that fills, on a terminal; lines, in a log; or nothing.
 
 The table is redrawn between rounds only. This process does nothing while candidates are timed, so it takes no time from what
 is measured. The terminal stays in its normal mode, so a command that is killed leaves it intact.
@@ -28,26 +28,23 @@ def make_display(jobs: int, *, quiet: bool) -> "Display":
 
 
 class Display:
-    """Shows nothing of running comparisons; the base class of those that do.
-
-    Comparisons are shown one after the other, each between `begin` and `end`.
-    """
+    """Shows nothing of running comparisons; base class of the displays that do. `begin` and `end` enclose one comparison."""
 
     table: ProgressTable
 
     def begin(self, title: str, conditions: str, table: ProgressTable) -> None:
-        """Starts a comparison. title: which one it is, such as [2/7] seq_len=256."""
+        """Starts a comparison. title: its number and swept setting, such as [2/7] seq_len=256."""
         self.table = table
 
     def report(self, message: str, share: float) -> None:
-        """Shows what the job does next. share: the part of all comparisons that is done, from 0 to 1."""
+        """Shows the job's next step. share: finished part of all comparisons, from 0 to 1."""
 
     def add(self, record: Record) -> None:
         """Takes in a record of the job."""
         self.table.add(record)
 
     def end(self, *, finished: bool) -> None:
-        """Ends the comparison. finished: whether it was not interrupted."""
+        """Ends the comparison. finished: False after an interruption or an error."""
 
     def notify(self, message: str) -> None:
         """Prints a message on standard error. May be called by a signal handler."""
@@ -55,7 +52,7 @@ class Display:
 
 
 class LogDisplay(Display):
-    """Prints a line when a comparison begins, one per record that is worth it, and one at its end."""
+    """Prints a line when a comparison begins, one per noteworthy record, and one at its end."""
 
     def begin(self, title: str, conditions: str, table: ProgressTable) -> None:
         super().begin(title, conditions, table)

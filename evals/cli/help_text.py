@@ -50,12 +50,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
 
 
 def run_help(about: str, config_dir: Path | None = None) -> str:
-    """Help of `python -m evals.run`.
-
-    Args:
-        about: the command's docstring.
-        config_dir: the user's config folder, which adds to conf/.
-    """
+    """Help of `python -m evals.run`, from its docstring, conf/ and the user's config folder."""
     folders = _config_folders(config_dir)
     sweeps = {name: _first_sentence(path) for name, path in _files(folders, "sweep").items()}
     choices = {f"{group}=": f"{comment}: {', '.join(names)}" for group, comment, names in _groups(folders)}
@@ -73,13 +68,7 @@ def run_help(about: str, config_dir: Path | None = None) -> str:
 
 
 def certify_help(about: str, checks: dict[str, str], config_dir: Path | None = None) -> str:
-    """Help of `python -m evals.certify`.
-
-    Args:
-        about: the command's docstring.
-        checks: descriptions of the certificate's checks, by name.
-        config_dir: the user's config folder, which adds to conf/.
-    """
+    """Help of `python -m evals.certify`, from its docstring and the descriptions of the checks by name."""
     blocks = [
         "usage: python -m evals.certify [option …] ['attention=[…]'] [setting=value …]",
         *_paragraphs(about),
@@ -99,7 +88,7 @@ def _paragraphs(docstring: str) -> list[str]:
 
 
 def _list(title: str, entries: dict[str, str]) -> str:
-    """A title, and below it every name with its meaning."""
+    """A title above a two-column list of names and their meanings."""
     column = min(max(map(len, entries), default=0), 26)
     lines = []
     for name, meaning in entries.items():
@@ -117,7 +106,7 @@ def _wrap_command(command: str) -> str:
     return " \\\n      ".join(textwrap.wrap(command, WIDTH - 8, break_long_words=False, break_on_hyphens=False))
 
 
-# --- what conf/ contains ----------------------------------------------------------------------------
+# --- the contents of conf/ ---------------------------------------------------------------------------
 
 
 def _config_folders(config_dir: Path | None) -> list[Path]:

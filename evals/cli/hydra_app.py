@@ -28,17 +28,11 @@ from evals.paths import CONF
 
 @dataclass
 class Session:
-    """What all jobs of one command have in common, and no single job knows.
+    """Facts that all jobs of one command share, and that no single job knows."""
 
-    Attributes:
-        jobs: number of jobs.
-        swept: the first setting with several values; None if there is only one job.
-        config: the config that the jobs share; None until Hydra has composed it.
-    """
-
-    jobs: int = 1
-    swept: str | None = None
-    config: DictConfig | None = None
+    jobs: int = 1  # number of jobs
+    swept: str | None = None  # the first setting with several values; None if there is only one job
+    config: DictConfig | None = None  # shared by the jobs; None until Hydra has composed it
 
     def start_multirun(self, config: DictConfig) -> None:
         """Counts the jobs of a multirun. As in Hydra's basic sweeper, the command line wins over the sweep's own parameters."""
@@ -121,16 +115,16 @@ def run(
     """Composes the config from sys.argv, and runs the jobs.
 
     Args:
-        task: is called with the config of each job.
-        finish: is called once after the jobs, also after Ctrl-C, and returns the exit code.
-        session: is filled with what the jobs have in common.
-        remote: how launchers that run jobs outside this process do so; None: they are refused.
+        task: called with the config of each job.
+        finish: called once after the jobs, also after Ctrl-C; returns the exit code.
+        session: is filled with the facts that the jobs share.
+        remote: runs the jobs of launchers that leave this process; None: such launchers are refused.
 
     Returns:
         The exit code of `finish`.
 
     Raises:
-        UsageError: for whatever the user can get wrong in the config.
+        UsageError: for a mistake in the config or on the command line.
         KeyboardInterrupt: after Ctrl-C.
     """
     # Hydra would otherwise print its errors itself, on several lines, and exit with 1.
@@ -152,7 +146,7 @@ def run(
 
 
 def _run_jobs(function: _JobFunction, session: Session, remote: RemoteLaunch | None) -> KeyboardInterrupt | None:
-    """Returns what a first Ctrl-C raised; None if all jobs have run."""
+    """Runs all jobs; returns the KeyboardInterrupt of a first Ctrl-C, or None."""
     token = _current.set(session)
     try:
         with warnings.catch_warnings():
@@ -174,7 +168,7 @@ def _run_jobs(function: _JobFunction, session: Session, remote: RemoteLaunch | N
 
 
 def add_import_paths() -> None:
-    """Makes modules importable that stand in, or beside, the config folders of the command line."""
+    """Makes modules importable from the folders of --config-dir and from their parents."""
     for source in HydraConfig.get().runtime.config_sources:
         if source.provider == "command-line":
             config_dir = Path(source.path).resolve()

@@ -1,4 +1,4 @@
-"""From the arguments of a command to the jobs that it runs: its sweeps, the comparison of each config, and the job for each."""
+"""Turns the arguments of a command into jobs: its sweeps, the comparison of each config, and the job of each comparison."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,14 +22,7 @@ from evals.training.tasks.build import adapt_to_task
 
 
 def expand_sweep_all(arguments: Sequence[str]) -> list[list[str]]:
-    """Repeats the command's arguments once for each sweep that `sweep=all` stands for, as conf/sweep/all.yaml lists them.
-
-    Args:
-        arguments: what the user gave the command.
-
-    Returns:
-        One list of arguments per sweep; only the given one if it has no `sweep=all`.
-    """
+    """Repeats the arguments once for each sweep in conf/sweep/all.yaml if `sweep=all` is among them; returns one list per sweep."""
     if "sweep=all" not in arguments:
         return [list(arguments)]
     names = yaml.safe_load((CONF / "sweep" / "all.yaml").read_text())["sweeps"]
@@ -37,17 +30,14 @@ def expand_sweep_all(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def read_job(cfg: DictConfig, swept: str | None = None) -> Comparison:
-    """Reads a config, checks its workload or task, and matches parameters where `match` asks for it.
+    """Reads a job's composed config, checks its workload or adapts to its task, and matches parameters with match=params.
 
     Args:
-        cfg: a job's composed config.
-        swept: the key that the command varies, which counts where the config names none.
-
-    Returns:
-        The comparison, with a task's vocabulary and every candidate's own ff_dim.
+        cfg: the config.
+        swept: the key that the command varies; used if the config names none.
 
     Raises:
-        UsageError: for what cannot be measured or trained.
+        UsageError: for a config that cannot be measured or trained.
     """
     comparison = read_comparison(cfg, swept)
     if comparison.task is None:
@@ -63,18 +53,18 @@ def sweep_ledger(cfg: DictConfig) -> Ledger:
 
 
 def sweep_certificates(cfg: DictConfig, node: str = "") -> Certificates:
-    """The certificates that all sweeps of the config's result folder share. node: the one that writes, on a cluster."""
+    """The certificates that all sweeps of the config's result folder share. node: name of the writing node, on a cluster."""
     return Certificates(Path(cfg.results_dir) / "certificates.jsonl", node)
 
 
 def make_job(comparison: Comparison, ledger: Ledger, certificates: Certificates) -> Job:
-    """The job for a comparison: one that trains, one that searches the longest context, or one that times."""
+    """The job of a comparison: training, context search or timing."""
     kind: type[Job] = Study if comparison.task else ContextSearch if comparison.search else Engine
     return kind(comparison, ledger, certificates)
 
 
 def make_remote_job(cfg: DictConfig, swept: str | None, node: str) -> tuple[Job, Ledger]:
-    """The job of a config on a node of a cluster, and the ledger, in which the node has a file of its own."""
+    """The job of a config on a node of a cluster, and the ledger, to which the node writes in a separate file."""
     add_import_paths()
     ledger = replace(sweep_ledger(cfg), writer=node)
     return make_job(read_job(cfg, swept), ledger, sweep_certificates(cfg, node)), ledger

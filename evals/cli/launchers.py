@@ -1,4 +1,4 @@
-"""Checks of Hydra's launchers: none may have two comparisons share a device or cores while they are timed."""
+"""Checks of Hydra's launchers: no two comparisons may share a device or cores while they are timed."""
 
 from typing import Any
 
@@ -14,15 +14,7 @@ def launcher_settings(node: DictConfig) -> tuple[str, dict[str, Any]]:
 
 
 def check_launcher(node: DictConfig, kind: str) -> None:
-    """Checks that no two comparisons can run on one device, or on the same cores.
-
-    Args:
-        node: the config's hydra.launcher.
-        kind: cpu or cuda.
-
-    Raises:
-        UsageError: if they could.
-    """
+    """Raises UsageError if a hydra.launcher could run two comparisons on one device (kind: cpu or cuda) or on the same cores."""
     name, settings = launcher_settings(node)
     if name == "JoblibLauncher":
         _check_joblib(settings, kind)

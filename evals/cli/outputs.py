@@ -1,4 +1,4 @@
-"""The outputs of a sweep, all made from the records of its ledger: tables, figures, an HTML report, a tracker's copy."""
+"""The outputs of a sweep, all computed from its ledger: tables, figures, an HTML report, a tracker's copy."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
 
     Args:
         cfg: the config that the command's jobs share.
-        job_ids: the jobs of this command.
+        job_ids: the command's jobs.
 
     Returns:
         The exit code: INCOMPLETE if an attention of this command has no number.
@@ -48,24 +48,24 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
     if not tables:
         return OK
     kind, results = next(iter(tables.items()))
-    own = results
+    new = results
     if kind == "accuracy":
-        own = results[results["study"].isin(job_ids)]
-        print(accuracy_table.render(own))
+        new = results[results["study"].isin(job_ids)]
+        print(accuracy_table.render(new))
     elif kind == "max_context":
         print(max_context_table.render(results))
     else:
-        own = results[results["comparison"].isin(job_ids)]
-        print(latency_table.render(own))
+        new = results[results["comparison"].isin(job_ids)]
+        print(latency_table.render(new))
     folder = ledger.path.parent
     paths = [write_table(table, folder, name) for name, table in tables.items()]
     print(f"\n{paths[0]}: {len(results)} rows")
     print(report.write([folder], folder / "report.html"))
     _print_figures(_draw(kind, tables, records, Path(cfg.plots_dir) / str(cfg.sweep_name)))
     if cfg.tracker and kind != "max_context":
-        place = instantiate(cfg.tracker, results, tables.get("curves"), sweep=str(cfg.sweep_name), folder=folder)
-        print(f"{place}: the same results, for {cfg.tracker._target_.rpartition('.')[2]}")
-    return OK if _is_complete(kind, own) else INCOMPLETE
+        destination = instantiate(cfg.tracker, results, tables.get("curves"), sweep=str(cfg.sweep_name), folder=folder)
+        print(f"{destination}: the same results, for {cfg.tracker._target_.rpartition('.')[2]}")
+    return OK if _is_complete(kind, new) else INCOMPLETE
 
 
 def _draw(kind: str, tables: dict[str, pd.DataFrame], records: list[Record], folder: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def _print_figures(paths: Sequence[Path]) -> None:
 
 
 def _is_complete(kind: str, results: pd.DataFrame) -> bool:
-    """Whether each attention has a number in each job; of a training, at some learning rate."""
+    """Whether each attention has a number in each job; a training run at any learning rate suffices."""
     if kind == "accuracy":
         trained = results["best"] & (results["outcome"] == "ok")
         return bool(trained.groupby([results["study"], results["attention"]]).any().all())

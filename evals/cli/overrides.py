@@ -19,7 +19,7 @@ def prepare_arguments() -> None:
     """Rearranges sys.argv into the form that Hydra accepts.
 
     Raises:
-        UsageError: for an unknown option, or an override that is not what it looks like.
+        UsageError: for an unknown option, or for an override that `check_overrides` refuses.
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
@@ -36,7 +36,7 @@ def prepare_arguments() -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    """Replaces argparse's page of usage by one sentence."""
+    """Raises UsageError with one sentence instead of argparse's usage message."""
     if message.startswith("unrecognized arguments: "):  # lists the first unknown option and all words after it
         word = message.split()[2]
         known = [option for names in OPTIONS for option in re.findall(r"--?[\w-]+", names)]
@@ -45,7 +45,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def check_overrides(overrides: Sequence[str], *, multirun: bool) -> None:
-    """Raises UsageError for a word that is not an override, and for a list of values that would not do what it looks like."""
+    """Raises UsageError for a word that is not an override, and for a list of values that Hydra would read as something else."""
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals and not word.startswith("~"):

@@ -1,9 +1,10 @@
-"""The progress tables: what is known of each attention of a comparison while its job runs, one class per kind of job."""
+"""The progress tables: the values so far of each attention of a comparison, one class per kind of job."""
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from evals.benchmark.job import Job
 from evals.benchmark.max_context import ContextSearch
@@ -17,38 +18,39 @@ from evals.training.study import Study
 
 
 class Row(NamedTuple):
-    """An attention, its values as text, one per heading of the table, and its state if values do not say it."""
+    """One attention of a progress table."""
 
     attention: str
-    values: list[str]
-    state: str
+    values: list[str]  # one per heading
+    state: str  # such as waiting; empty if the values suffice
 
 
-class ProgressTable(Protocol):
+class ProgressTable(ABC):
     """A table that fills while a job runs."""
 
-    @property
-    def headings(self) -> Sequence[str]:
-        """Headings of the columns of values."""
+    headings: Sequence[str]
 
+    @abstractmethod
     def add(self, record: Record) -> str | None:
-        """Takes in a record of the job. Returns a line for a log, if the record is worth one."""
+        """Takes in a record of the job. Returns a line for a log if the record is noteworthy."""
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
         """One row per attention."""
 
     def footnote(self) -> str:
-        """What holds for all attentions together; empty if nothing does."""
+        """A line about all attentions together; may be empty."""
+        return ""
 
 
 def make_table(job: Job) -> ProgressTable:
-    """The progress table of a job, filled with what its ledger holds already."""
+    """The progress table of a job, filled from its ledger."""
     if isinstance(job, Study):
         return TrainingTable(job)
     return SearchTable(job) if isinstance(job, ContextSearch) else TimingTable(job)
 
 
-class TimingTable:
+class TimingTable(ProgressTable):
     """Latency, speed-up and peak memory so far, with the intervals by which the engine decides whether to add a round.
 
     These intervals cost microseconds. The bootstrap of the final table would delay the next round.
@@ -87,7 +89,7 @@ class TimingTable:
             yield Row(name, [format_value(known, metric) if metric.column in known else "" for metric in self.metrics], state)
 
     def _estimates(self, name: str) -> dict[str, Any]:
-        """The columns of the results that are known of an attention so far."""
+        """An attention's columns of the table of results, as far as they are known."""
         known: dict[str, Any] = {}
         if "peak_bytes" in self.history.preflights.get(name, {}):
             known["peak_bytes"] = self.history.preflights[name]["peak_bytes"]
@@ -130,7 +132,7 @@ def _failure(record: Record) -> str:
     return f"  {record['attention']:<15} {record['outcome']}: {record['detail']}"
 
 
-class TrainingTable:
+class TrainingTable(ProgressTable):
     """Accuracy and loss at the learning rate that is best so far."""
 
     headings = ("runs", "rate", "accuracy", "loss")
@@ -163,17 +165,14 @@ class TrainingTable:
                 values[1:] = [f"{best:g}", format_mean(accuracy.value, accuracy.low, accuracy.high), f"{loss:.3f}"]
             yield Row(name, values, "" if good else str(runs[-1]["outcome"]) if runs else "waiting")
 
-    def footnote(self) -> str:
-        return ""
-
 
 def _accuracy(run: Record) -> float:
-    """Accuracy at the length of the training."""
+    """Accuracy at the training length."""
     evaluation = run["evaluations"][0]
     return float(sum(evaluation["right"]) / sum(evaluation["targets"]))
 
 
-class SearchTable:
+class SearchTable(ProgressTable):
     """The longest sequence that fits so far, and the result of the last length that was tried."""
 
     headings = ("tokens", "peak MiB")
@@ -196,6 +195,3 @@ class SearchTable:
             longest = max(fitting, key=lambda probe: int(probe["seq_len"]), default=None)
             values = ["", ""] if longest is None else [str(longest["seq_len"]), f"{longest['peak_bytes'] / 2**20:.2f}"]
             yield Row(name, values, f"{probes[-1]['seq_len']}: {probes[-1]['outcome']}" if probes else "waiting")
-
-    def footnote(self) -> str:
-        return ""

@@ -40,33 +40,33 @@ def aa(numbers: range, overrides: Sequence[str]) -> bool:
     """Compares attentions with themselves: at least 92.5 % of intervals hold 1, at most 2 % are called faster or slower.
 
     Args:
-        numbers: of the comparisons; each number is the seed that draws an attention and a length.
-        overrides: settings of the config, as `device.threads=1`.
+        numbers: one comparison each; the number is the seed that draws an attention and a length.
+        overrides: settings of the config, such as `device.threads=1`.
     """
-    held = wrong = 0
+    covered = wrong = 0
     for number in tqdm(numbers, desc="aa", disable=None):
         chance = random.Random(number)
         row = _against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), number, overrides, factor=1.0)
-        held += row["speedup_low"] <= 1 <= row["speedup_high"]
+        covered += row["speedup_low"] <= 1 <= row["speedup_high"]
         wrong += row["verdict"] in ("faster", "slower")
         tqdm.write(f"aa {number}: {_description(row)}")
     count = len(numbers)
-    print(f"aa: {held} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
+    print(f"aa: {covered} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
     print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
-    return held >= 0.925 * count and wrong <= 0.02 * count
+    return covered >= 0.925 * count and wrong <= 0.02 * count
 
 
 def slowdown(numbers: range, overrides: Sequence[str], factor: float = 1.05) -> bool:
     """Compares attentions with themselves slowed down by `factor`: at least 9 of 10 are called slower. Arguments as of `aa`."""
-    found = 0
+    detected = 0
     for number in tqdm(numbers, desc="slowdown", disable=None):
         chance = random.Random(number)
         row = _against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), number, overrides, factor=factor)
-        found += row["verdict"] == "slower"
+        detected += row["verdict"] == "slower"
         tqdm.write(f"slowdown {number}: {_description(row)}")
     count = len(numbers)
-    print(f"slowdown: {found} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
-    return found >= 0.9 * count
+    print(f"slowdown: {detected} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
+    return detected >= 0.9 * count
 
 
 def _against_itself(name: str, seq_len: int, seed: int, overrides: Sequence[str], factor: float) -> dict[str, Any]:
@@ -139,20 +139,20 @@ def kills(numbers: range, _: Sequence[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "results" / "seq_len" / "samples.jsonl")
         command = [sys.executable, "-m", "evals.run", *SWEEP, f"results_dir={folder}/results", f"plots_dir={folder}/plots"]
-        chance, kept = random.Random(0), b""
+        chance, known_lines = random.Random(0), b""
         killed = finished = 0
         while killed < len(numbers):
             if not _kill_while_running(command, ledger.path, chance):
                 ledger.path.unlink()  # the sweep is complete: start again
-                kept, finished = b"", finished + 1
+                known_lines, finished = b"", finished + 1
                 continue
             killed += 1
             content = ledger.path.read_bytes() if ledger.path.exists() else b""
             complete_lines = content[: content.rfind(b"\n") + 1]
-            if not complete_lines.startswith(kept):
+            if not complete_lines.startswith(known_lines):
                 print(f"kills: after {killed}, lines that were in the ledger are gone")
                 return False
-            kept = complete_lines
+            known_lines = complete_lines
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         records = [record for record in ledger.read()[0] if record["kind"] in ("preflight", "latency")]
         rows = schema.read(ledger.path.with_name("results.csv"))
@@ -189,10 +189,10 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """A test of the instrument, and how many comparisons or kills it makes by default."""
+    """A test of the instrument."""
 
     function: Callable[[range, Sequence[str]], bool]
-    default_count: int = 1
+    default_count: int = 1  # of comparisons or kills
 
     def run(self, first: int, count: int | None, overrides: Sequence[str]) -> bool:
         """Runs the test; returns whether it passed."""

@@ -1,4 +1,4 @@
-"""`python -m evals.run`: runs every comparison of a sweep, shows it while it runs, and writes what came out."""
+"""`python -m evals.run`: runs every comparison of a sweep, displays its progress, and writes the outputs."""
 
 import shlex
 import signal
@@ -22,7 +22,7 @@ from evals.measure.clock import now, process_age_s
 from evals.results.ledger import Ledger
 
 SETTING_NAMES = {"batch_size": "batch", "seq_len": "tokens", "hidden_dim": "hidden", "num_heads": "heads", "threads": "threads"}
-"""Words that follow the value of a setting in the title of a comparison; other values stand alone."""
+"""Words that follow a setting's value in `conditions`; other values stand alone."""
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _dry_run() -> int:
-    """Prints what is left to do in each comparison, and about how long it takes."""
+    """Prints the remaining work of each comparison, and its estimated duration."""
     session = hydra_app.Session()
     seconds_left: list[float] = []
 
@@ -57,11 +57,7 @@ def _dry_run() -> int:
 
 
 class SweepRun:
-    """One sweep of the command: runs its jobs, handles Ctrl-C, and writes the outputs.
-
-    Args:
-        arguments: the user's arguments, for the ledger.
-    """
+    """One sweep of the command: runs its jobs, handles Ctrl-C, and writes the outputs."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.command = shlex.join(["python", "-m", "evals.run", *arguments])
@@ -109,7 +105,7 @@ class SweepRun:
             self.display.end(finished=finished)
 
     def _work_off(self, job: Job) -> None:
-        """Runs a job. Raises KeyboardInterrupt after Ctrl-C, as soon as what is measured together is in the ledger."""
+        """Runs a job. Raises KeyboardInterrupt after Ctrl-C, as soon as the ledger holds the whole round, probe or checkpoint."""
         done = len(self.job_ids) - 1
 
         def report(message: str, share: float) -> None:
@@ -149,8 +145,8 @@ class SweepRun:
         if self.job_ids and not self.has_measured and not self.remote.has_launched and not self.is_interrupted:
             folder = sweep_ledger(cfg).path.parent
             count = len(self.job_ids)
-            held = f"all {count} comparisons" if count > 1 else "this comparison"
-            print(f"Nothing is left to measure: {folder} holds {held}.\n", flush=True)
+            comparisons = f"all {count} comparisons" if count > 1 else "this comparison"
+            print(f"Nothing is left to measure: {folder} holds {comparisons}.\n", flush=True)
         # Only now: pandas and matplotlib take seconds to import, which would delay the first measurement.
         from evals.cli.outputs import write_outputs
 
@@ -162,7 +158,7 @@ class SweepRun:
 
 
 def swept_setting(comparison: Comparison) -> str:
-    """The place of a comparison in its sweep, such as `seq_len=512`."""
+    """The swept setting of a comparison with its value, such as `seq_len=512`."""
     key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
     return f"{key}={comparison.settings[key]}"
 
