@@ -1,4 +1,4 @@
-"""What changed between result folders: one table for each folder after the first, which it is compared with."""
+"""The changes between result folders: one table for each folder after the first, compared with the first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,17 +21,13 @@ UNCHANGED = {"same", "ambiguous", "untimed", *(f"{outcome} in both" for outcome 
 
 @dataclass(frozen=True)
 class Change:
-    """The table of changes between two folders; only a note if they cannot be compared.
-
-    Attributes:
-        unchanged: rows whose verdict states no change, which the page folds away.
-    """
+    """The table of changes between two folders; only a note if they cannot be compared."""
 
     title: str
     note: str
     headings: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    unchanged: list[list[str]] = field(default_factory=list)
+    unchanged: list[list[str]] = field(default_factory=list)  # rows whose verdict states no change; the page folds them away
 
 
 def changes(part: Part) -> list[Change]:
@@ -81,7 +77,7 @@ def _timing_values(row: pd.Series) -> list[str]:
 
 
 def _counts(table: pd.DataFrame, both: pd.DataFrame, first: Source, other: Source) -> str:
-    """How many rows have which verdict, and how many only one of the two folders has."""
+    """Numbers of rows by verdict, and of rows that only one of the two folders has."""
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in both["verdict"].value_counts().items())
     absent = [
         f"; {count} only in {source.label}"

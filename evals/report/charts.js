@@ -27,12 +27,12 @@ function formatSetting(value) {
 /** The points of a chart: its rows, each with the text of its tooltip. */
 function makePoints(chart, part, rows) {
   const failures = new Map();
-  const wanted = rows.filter((row) => {
+  const drawn = rows.filter((row) => {
     if (row.outcome !== "ok") return true;
     const fits = Object.entries(chart.only ?? {}).every(([column, value]) => (row[column] ?? null) === value);
     return fits && (!chart.same || row[chart.same[0]] === row[chart.same[1]]) && row[chart.y] !== null;
   });
-  return wanted.map((row) => {
+  return drawn.map((row) => {
     const ok = row.outcome === "ok";
     const point = { attention: row.attention, set: row.set, series: `${row.attention}\n${row.set}`, settings: row.settings, ok, x: row[chart.x] };
     const tip = { attention: row.attention, at: chart.xPhrase.replace("{}", formatSetting(row[chart.x])) };
@@ -47,7 +47,7 @@ function makePoints(chart, part, rows) {
         tip[name] = unit ? format(value, unit) : String(typeof value === "number" ? Number(value.toPrecision(4)) : value);
       }
     } else {
-      // Marks of several failures at one place stand one above another.
+      // Marks of several failures at one x stand one above another.
       const slot = failures.get(row[chart.x]) ?? 0;
       failures.set(row[chart.x], slot + 1);
       Object.assign(point, { slot: 8 + 14 * slot, outcome: row.outcome });
@@ -62,9 +62,9 @@ function makePoints(chart, part, rows) {
 const SETTING_LABEL = "datum.value >= 1048576 && datum.value % 524288 == 0 ? format(datum.value / 1048576, '~g') + 'M' : " +
   "datum.value >= 1024 && datum.value % 512 == 0 ? format(datum.value / 1024, '~g') + 'k' : format(datum.value, '~g')";
 const INK = "var(--ink)", FAINT = "var(--rule)";
-const MANY = 800; // points; with more of them, intervals are bands
+const MANY = 800; // with more points, intervals become bands, and only some points have a mark
 const MAX_CORNERS = 120; // of a line or band: a chart is at least 350 pixels wide
-const MARKED = 240; // marks that are left if there are many points: each is an element of the page
+const MAX_MARKS = 240; // of many points: each mark is an element of the page
 
 /** Ticks of a logarithmic axis: 1, 2 and 5 in each decade, or only the decades if there are many. */
 function decades(lowest, highest) {
@@ -75,10 +75,10 @@ function decades(lowest, highest) {
 
 /** The points that each layer draws. They are filtered here, because Vega's own filter is slow for many points. */
 function datasets(values, { attentions, sets, settings }) {
-  const shown = values.filter((point) => attentions.includes(point.attention) && sets.includes(point.set) && point.settings === settings);
-  const ok = shown.filter((point) => point.ok);
+  const chosen = values.filter((point) => attentions.includes(point.attention) && sets.includes(point.set) && point.settings === settings);
+  const ok = chosen.filter((point) => point.ok);
   const lines = ok.filter((point) => point.lined);
-  return { lines, ranges: lines.filter((point) => point.low !== null), points: ok.filter((point) => point.marked), failures: shown.filter((point) => !point.ok) };
+  return { lines, ranges: lines.filter((point) => point.low !== null), points: ok.filter((point) => point.marked), failures: chosen.filter((point) => !point.ok) };
 }
 
 /** The Vega-Lite specification of a chart. Colours are CSS variables, so that light, dark and print need no second drawing. */
@@ -87,13 +87,13 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   const names = part.attentions;
   const styles = names.map((name) => part.styles[name]);
   const single = new Set(values.map((point) => point.x)).size === 1;
-  const places = [...new Set(values.map((point) => point.x))].sort((a, b) => (typeof a === "number" ? a - b : 0));
+  const positions = [...new Set(values.map((point) => point.x))].sort((a, b) => (typeof a === "number" ? a - b : 0));
   const by = (range) => ({ field: "attention", type: "nominal", legend: null, scale: { domain: names, range } });
   const colour = by(names.map((_, index) => `var(--s${part.index}-${index})`));
   const opacity = { field: "set", type: "ordinal", sort: part.sets, legend: null, scale: { domain: part.sets, range: part.sets.map((_, index) => (part.sets.length === 1 ? 1 : 0.6 + (0.4 * index) / (part.sets.length - 1))) } };
   const x = chart.ordered
-    ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", ...(logX ? { base: 2 } : { zero: false }), nice: false, padding: 12 }, axis: { labelExpr: SETTING_LABEL, labelOverlap: true, grid: false, ...(places.length <= 16 ? { values: places } : {}) } }
-    : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : places, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
+    ? { field: "x", type: "quantitative", title: chart.xTitle, scale: { type: logX ? "log" : "linear", ...(logX ? { base: 2 } : { zero: false }), nice: false, padding: 12 }, axis: { labelExpr: SETTING_LABEL, labelOverlap: true, grid: false, ...(positions.length <= 16 ? { values: positions } : {}) } }
+    : { field: single ? "attention" : "x", type: "nominal", sort: single ? names : positions, title: single ? null : chart.xTitle, axis: { labelAngle: single ? -30 : 0, grid: false } };
   const offset = chart.ordered || (single && part.sets.length === 1) ? {} : { xOffset: { field: single ? "set" : "series", type: "nominal" } };
   const lowest = Math.min(...ok.map((point) => point.low ?? point.y)), highest = Math.max(...ok.map((point) => point.high ?? point.y));
   // An interval that reaches below 0 is cut at the end of a logarithmic axis.
@@ -104,8 +104,8 @@ function specification(chart, part, values, { logX, logY, ...choice }) {
   const y = { field: "y", type: "quantitative", title: null, scale: yScale, axis: { labelExpr: labelExpression(chart.unit), labelOverlap: true, ...ticks } };
   const at = { x, ...offset };
   // With many points, only some have a mark, and a line has at most MAX_CORNERS corners.
-  const step = ok.length > MANY ? Math.ceil(ok.length / MARKED) : 1, stride = Math.ceil(places.length / MAX_CORNERS);
-  const order = new Map(places.map((place, index) => [place, index]));
+  const step = ok.length > MANY ? Math.ceil(ok.length / MAX_MARKS) : 1, stride = Math.ceil(positions.length / MAX_CORNERS);
+  const order = new Map(positions.map((position, index) => [position, index]));
   for (const point of values) {
     point.marked = !chart.ordered || order.get(point.x) % step === 0;
     point.lined = !chart.ordered || order.get(point.x) % stride === 0;
@@ -151,10 +151,10 @@ function tooltip(handler, event, item, value) {
   TIP.hidden = value === null || value === undefined || value === "";
   if (TIP.hidden) return;
   const list = document.createElement("dl");
-  for (const [key, words] of Object.entries(value)) {
+  for (const [key, text] of Object.entries(value)) {
     const term = document.createElement("dt"), description = document.createElement("dd");
     term.textContent = key;
-    description.textContent = words;
+    description.textContent = text;
     list.append(term, description);
   }
   TIP.replaceChildren(list);
@@ -170,11 +170,11 @@ const EMBED = { actions: { export: true, source: false, compiled: false, editor:
 class Chart {
   constructor(figure, chart, part) {
     Object.assign(this, { figure, chart, part });
-    this.place = figure.querySelector(".chart");
+    this.container = figure.querySelector(".chart");
     this.readout = figure.querySelector(".readout");
     this.points = makePoints(chart, part, part.rows);
     for (const box of figure.querySelectorAll("input[data-axis]")) box.addEventListener("change", () => this.draw());
-    this.place.addEventListener("keydown", (event) => this.walk(event));
+    this.container.addEventListener("keydown", (event) => this.walk(event));
   }
 
   logarithmic(axis) {
@@ -185,9 +185,9 @@ class Chart {
     this.view?.finalize();
     const options = { ...this.part.choice, logX: this.logarithmic("x"), logY: this.logarithmic("y") };
     this.spec = specification(this.chart, this.part, this.points, options);
-    const { view } = await window.vegaEmbed(this.place, this.spec, EMBED);
+    const { view } = await window.vegaEmbed(this.container, this.spec, EMBED);
     this.view = view;
-    this.place.querySelector("summary")?.setAttribute("aria-label", `Save the chart: ${this.chart.title}`);
+    this.container.querySelector("summary")?.setAttribute("aria-label", `Save the chart: ${this.chart.title}`);
   }
 
   async choose() {
@@ -201,9 +201,9 @@ class Chart {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    const marks = [...this.place.querySelectorAll("[aria-roledescription=value],[aria-roledescription=failed]")];
+    const marks = [...this.container.querySelectorAll("[aria-roledescription=value],[aria-roledescription=failed]")];
     if (!marks.length) return;
-    const last = marks.indexOf(this.place.querySelector(".current"));
+    const last = marks.indexOf(this.container.querySelector(".current"));
     marks[last]?.classList.remove("current");
     const mark = marks[last < 0 ? (step > 0 ? 0 : marks.length - 1) : (last + step + marks.length) % marks.length];
     mark.classList.add("current");

@@ -1,7 +1,9 @@
-"""The charts of a report, described as data: the page's script draws what it finds here."""
+"""The charts of a report, described as data that charts.js draws."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from matplotlib.colors import to_hex, to_rgb
 
 from evals.plots.style import style_of
 from evals.report.sources import CONTEXT, TIMING, TRAINING, Part
@@ -34,14 +36,14 @@ DETAILS = (
     *("samples", "rounds", "seeds", "roofline_fraction", "bound", "verdict", "relative_to", "noise_floor", "impl"),
     *("learning_rate", "commit", "processor", "torch", "comparison", "study"),
 )
-"""Columns that a chart shows of the value under the pointer."""
+"""Columns in the tooltip of a mark."""
 
 ONLY_WHOLE = {"depth": None, "position": None, "best": True}
-"""Values of columns in the rows of a training that charts show: over all targets, at the best learning rate."""
+"""Filter of the rows of training that charts draw: results over all targets, at the best learning rate."""
 
 
 def charts(part: Part) -> list[dict[str, Any]]:
-    """Descriptions of the charts that have something to show.
+    """Descriptions of the charts that have data.
 
     Returns:
         For each chart the keys that charts.js reads:
@@ -106,7 +108,7 @@ def short_axis_label(setting: str) -> str:
     return axis_label(setting).partition(" in ")[0]
 
 
-# --- how attentions are drawn ---------------------------------------------------------------------
+# --- styles of attentions ------------------------------------------------------------------------
 
 SHAPES = {
     "o": "circle",
@@ -139,25 +141,21 @@ def styles(attentions: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def lighten(colour: str) -> str:
-    """Mixes a colour with as little white as gives it a contrast of 4.5 or more to the dark page."""
+    """Mixes a colour with the least white, in steps of 5 %, that gives it a contrast of at least 4.5 to the dark page."""
     for percent in range(0, 101, 5):
-        mixed = [round(channel + (255 - channel) * percent / 100) for channel in _channels(colour)]
-        if contrast(mixed, _channels(DARK)) >= 4.5:
+        red, green, blue = (channel + (1 - channel) * percent / 100 for channel in to_rgb(colour))
+        mixed = to_hex((red, green, blue))
+        if contrast(mixed, DARK) >= 4.5:
             break
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+    return mixed
 
 
-def contrast(first: Sequence[int], second: Sequence[int]) -> float:
-    """Ratio of the luminances of two colours, 1 to 21, as WCAG 2.2 defines it. Channels are 0 to 255."""
+def contrast(first: str, second: str) -> float:
+    """Ratio of the luminances of two colours, 1 to 21, as WCAG 2.2 defines it."""
     low, high = sorted(map(_luminance, (first, second)))
     return (high + 0.05) / (low + 0.05)
 
 
-def _channels(colour: str) -> list[int]:
-    return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
-
-
-def _luminance(channels: Sequence[int]) -> float:
-    shares = [channel / 255 for channel in channels]
-    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+def _luminance(colour: str) -> float:
+    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in to_rgb(colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -5,15 +5,15 @@ const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
 
 /** The attentions, the sets and the group of settings that the controls of a part choose. */
 function choice(section, part) {
-  const chosen = (kind, known) => {
+  const chosen = (kind, names) => {
     const boxes = [...section.querySelectorAll(`input[data-${kind}]`)];
-    return boxes.length ? boxes.filter((box) => box.checked).map((box) => known[Number(box.dataset[kind])]) : known;
+    return boxes.length ? boxes.filter((box) => box.checked).map((box) => names[Number(box.dataset[kind])]) : names;
   };
   const select = section.querySelector("select[data-settings]");
   return { attentions: chosen("attention", part.attentions), sets: chosen("set", part.sets), settings: part.settings[Number(select?.value ?? 0)] };
 }
 
-/** A sample of an attention's line and mark, for the list of attentions. */
+/** An attention's line and mark as a small picture, for the list of attentions. */
 function swatch(part, index) {
   const style = part.styles[part.attentions[index]], colour = `var(--s${part.index}-${index})`;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -32,19 +32,19 @@ function swatch(part, index) {
 }
 
 async function show(section, part) {
-  const named = [...part.columns, ...part.hidden];
-  part.rows = part.values.map((values) => Object.fromEntries(named.map((column, index) => [column, values[index]])));
+  const columns = [...part.columns, ...part.hidden];
+  part.rows = part.values.map((values) => Object.fromEntries(columns.map((column, index) => [column, values[index]])));
   part.choice = choice(section, part);
-  for (const place of section.querySelectorAll("[data-swatch]")) place.append(swatch(part, Number(place.dataset.swatch)));
+  for (const label of section.querySelectorAll("[data-swatch]")) label.append(swatch(part, Number(label.dataset.swatch)));
   const charts = [...section.querySelectorAll("figure[data-chart]")].map((figure) => new Chart(figure, part.charts[Number(figure.dataset.chart)], part));
   for (const chart of charts) await chart.draw();
-  let turn = 0;
+  let changes = 0;
   const choose = async () => {
-    const mine = ++turn;
+    const change = ++changes;
     part.choice = choice(section, part);
     for (const chart of charts) {
       await frame(); // one chart per frame, so that the page stays responsive
-      if (mine !== turn) return;
+      if (change !== changes) return; // a later change draws its own choice
       await chart.choose();
     }
   };

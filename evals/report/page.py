@@ -29,14 +29,11 @@ FIRST_COLUMNS = (
 )
 """Columns that the table shows at first, besides the swept setting; a checkbox shows all."""
 CHART_COLUMNS = ("set", "settings")
-"""Columns that charts need, and that the table may leave out."""
+"""Columns that charts need, even if the table leaves them out."""
 
 
 def write(folders: Sequence[Path], path: Path) -> Path:
-    """Writes the report of result folders; an older file stays until the new one is complete.
-
-    Returns:
-        The path.
+    """Writes the report of result folders, and returns its path; an older file stays until the new one is complete.
 
     Raises:
         UsageError: if a folder has no table of results.
@@ -91,7 +88,7 @@ def _details() -> list[dict[str, Any]]:
 
 
 def _describe(part: Part, index: int) -> dict[str, Any]:
-    """What the template needs of a part, and under `data` what the script needs."""
+    """The template's variables of a part; `data` holds those of the script."""
     table = part.table
     first = [*(["set"] if len(part.sources) > 1 else []), "attention", *([part.swept] if part.swept in table else [])]
     known = [name for name in table if name not in ("sweep", "swept", *CHART_COLUMNS) and table[name].notna().any()]
@@ -136,17 +133,17 @@ def _json_rows(table: pd.DataFrame) -> list[list[Any]]:
 
 
 def _certificates(source: Source) -> list[dict[str, str]]:
-    """For each attention whether it is certified, the failed check, the day of the certificate, its options and code."""
+    """For each attention its verdict, the failed check, the day of the certificate, its options and code digest."""
     rows = []
-    for name, own in source.table.groupby("attention", sort=False):
-        details = own["detail"][own["outcome"] == "uncertified"].dropna() if "detail" in own else pd.Series(dtype=str)
-        if (own["outcome"] == "uncertified").any():
-            verdict, reason = "uncertified", next(iter(details), "")
-        elif (own["outcome"] == "unsupported").all():
+    for name, results in source.table.groupby("attention", sort=False):
+        uncertified = results[results["outcome"] == "uncertified"]
+        if len(uncertified):
+            verdict, reason = "uncertified", next(iter(uncertified["detail"].dropna()), "") if "detail" in uncertified else ""
+        elif (results["outcome"] == "unsupported").all():
             verdict, reason = "not made", "it does not run on this machine"
         else:
             verdict, reason = "certified", ""
-        description = next((one for one in reversed(source.descriptions) if name in one.get("candidates", {})), {})
+        description = next((record for record in reversed(source.descriptions) if name in record.get("candidates", {})), {})
         node = description.get("candidates", {}).get(name, {})
         rows.append(
             {

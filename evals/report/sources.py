@@ -1,4 +1,4 @@
-"""The data of a report: the tables and the ledger of each result folder, and the certificates beside it."""
+"""The data of a report: the tables and the ledger of each result folder, and its certificates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,26 +18,18 @@ TIMING, TRAINING, CONTEXT = "timing", "training", "context"
 """The kinds of tables: of latencies, of training runs, and of the longest context that fits."""
 
 DESCRIPTIONS = ("comparison", "study", "search")
-"""The kinds of records that describe the settings of others."""
+"""The kinds of records that describe a job's settings."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One result folder of evals.run.
-
-    Attributes:
-        label: its name in the report.
-        kind: kind of its table of results.
-        curves: loss curves of a training.
-        fits: tables of scaling fits and crossovers, by their kind.
-    """
+    """One result folder of evals.run."""
 
     folder: Path
-    label: str
+    label: str  # its name in the report
     kind: str
     table: pd.DataFrame
-    curves: pd.DataFrame | None = None
-    fits: dict[str, pd.DataFrame] = field(default_factory=dict)
+    fits: dict[str, pd.DataFrame] = field(default_factory=dict)  # scaling fits and crossovers
 
     @property
     def swept(self) -> str:
@@ -50,13 +42,13 @@ class Source:
     @cached_property
     def descriptions(self) -> list[Record]:
         """Records that describe the jobs of the table's rows; of all jobs, if the table does not name them."""
-        found = [record for record in self.records if record.get("kind") in DESCRIPTIONS]
+        descriptions = [record for record in self.records if record.get("kind") in DESCRIPTIONS]
         known = {str(key) for column in DESCRIPTIONS if column in self.table for key in self.table[column].dropna()}
-        return [record for record in found if record.get(record["kind"]) in known] or found
+        return [record for record in descriptions if record.get(record["kind"]) in known] or descriptions
 
     @cached_property
     def certificates(self) -> dict[str, Record]:
-        """The last certificate of each attention; empty if the ledger of certificates is not there."""
+        """The last certificate of each attention; empty without a ledger of certificates."""
         return {str(record["attention"]): record for record in Ledger(self.folder.parent / "certificates.jsonl").read()[0]}
 
     @property
@@ -76,10 +68,11 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
     Raises:
         UsageError: if a folder has no table of results, or is given twice.
     """
-    twice = {folder for folder in folders if [one.resolve() for one in folders].count(folder.resolve()) > 1}
-    if twice:
-        raise UsageError(f"{min(twice)} is given twice: a report compares folders that differ")
-    names = [folder.resolve().name for folder in folders]
+    resolved = [folder.resolve() for folder in folders]
+    repeated = [folder for folder, path in zip(folders, resolved, strict=True) if resolved.count(path) > 1]
+    if repeated:
+        raise UsageError(f"{min(repeated)} is given twice: a report compares folders that differ")
+    names = [path.name for path in resolved]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     try:
         return [_read_source(folder, label) for folder, label in zip(folders, labels, strict=True)]
@@ -93,8 +86,7 @@ def _read_source(folder: Path, label: str) -> Source:
     if kind == "max_context":
         return Source(folder, label, CONTEXT, frames.read_table(folder))
     if kind == "accuracy":
-        curves = folder / "curves.csv"
-        return Source(folder, label, TRAINING, frames.read_table(folder), schema.read(curves) if curves.is_file() else None)
+        return Source(folder, label, TRAINING, frames.read_table(folder))
     if kind == "conversion":
         raise ValueError(
             f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
@@ -125,7 +117,7 @@ class Part:
         """The rows of all sources; column `set` is the label of the source, `settings` has the other settings that differ."""
         rows = pd.concat([source.table.assign(set=source.label) for source in self.sources], ignore_index=True)
         phrases = {**SETTINGS, **TRAINING_SETTINGS}
-        # The set tells machines apart already.
+        # Sets differ in machine and torch version anyway.
         ignored = (self.swept, *(("processor", "torch") if len(self.sources) > 1 else ()))
         texts = [
             rows[name].map(lambda value, phrase=phrase: "" if pd.isna(value) else phrase.format(format_setting(value)))

@@ -1,4 +1,4 @@
-"""The summary at the top of a report, in sentences: which attention is fastest or most accurate, and where that changes."""
+"""The summary at the top of a report, in sentences: the fastest or most accurate attention, and where that changes."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +23,15 @@ MAX_NAMES = 4
 
 
 class Answer(NamedTuple):
-    """One line of a summary: what it is about, and a sentence; an empty one is left out."""
+    """One line of a summary."""
 
     topic: str
-    text: str
+    text: str  # sentences; the line is left out if it is empty
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The answers that a set of rows gives, measured under the same settings but for the swept one."""
+    """The answers of a set of rows that differ in the swept setting alone."""
 
     conditions: str
     answers: list[Answer]
@@ -95,7 +95,7 @@ def _name_list(names: Sequence[str], conjunction: str) -> str:
 
 
 def _missing(rows: pd.DataFrame) -> Answer:
-    """How many rows have no number, by outcome."""
+    """Number of rows without a number, by outcome."""
     failed = rows[rows["outcome"] != "ok"]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in failed["outcome"].value_counts().items())
     text = f"{len(failed)} of {len(rows)} rows have no number ({counts}). The charts mark them, and the table gives the reasons."
@@ -108,13 +108,13 @@ def _missing(rows: pd.DataFrame) -> Answer:
 def _timing(sweep: Sweep, folder: ResultFolder) -> Iterator[Answer]:
     ok = sweep.rows[sweep.rows["outcome"] == "ok"]
     rows = [ok[ok[sweep.column] == value] for value in sweep.values]
-    fastest = [_fastest(cells, folder) for cells in rows]
+    fastest = [_fastest(group, folder) for group in rows]
     yield Answer("Fastest", _leaders(sweep, fastest, "or", note=f" ({NO_DIFFERENCE})"))
     yield Answer("Speed-up", _speedup_at_end(sweep, fastest))
     yield Answer("Crossovers", _crossovers(sweep))
     yield Answer("Growth", _growth(sweep))
-    yield Answer("Least memory", _leaders(sweep, [_smallest(cells, PEAK_MEMORY) for cells in rows], "and"))
-    yield Answer("Smallest state", _leaders(sweep, [_smallest(cells, STATE) for cells in rows], "and"))
+    yield Answer("Least memory", _leaders(sweep, [_smallest(group, PEAK_MEMORY) for group in rows], "and"))
+    yield Answer("Smallest state", _leaders(sweep, [_smallest(group, STATE) for group in rows], "and"))
     yield _missing(sweep.rows)
     floor = sweep.rows["noise_floor"].max() if "noise_floor" in sweep.rows else math.nan
     noise = f"{sweep.reference} differed from itself by up to {floor:.1%}. No smaller difference is claimed."
@@ -146,7 +146,7 @@ def _smallest(rows: pd.DataFrame, metric: Metric) -> list[str]:
 
 
 def _leaders(sweep: Sweep, names: Sequence[list[str]], conjunction: str, note: str = "") -> str:
-    """Who leads where, one clause as long as it is the same names: 'standard at 128 to 256 tokens; bsbr at 4k tokens.'"""
+    """The leaders along the swept setting, neighbours merged: 'standard at 128 to 256 tokens; bsbr at 4k tokens.'"""
     clauses = []
     for leaders, group in groupby(range(len(names)), key=lambda index: names[index]):
         if leaders:
@@ -230,12 +230,12 @@ def _training(rows: pd.DataFrame, swept: str) -> Iterator[Answer]:
 
 
 def _best_by(rows: pd.DataFrame, column: str, metric: Metric) -> str:
-    """The best attention at each value of a column, and those whose intervals overlap with its interval."""
+    """The best attention at each value of a column, and others with intervals that overlap its interval."""
     phrase, clauses = value_phrase(column), []
-    for value, cells in rows.groupby(column, sort=True):
-        cells = cells.sort_values([metric.column, "attention"], ascending=[not metric.higher_is_better, True])
-        best = cells.iloc[0]
-        others = [str(row["attention"]) for _, row in cells.iloc[1:].iterrows() if intervals_overlap(best, row, metric)]
+    for value, group in rows.groupby(column, sort=True):
+        ranked = group.sort_values([metric.column, "attention"], ascending=[not metric.higher_is_better, True])
+        best = ranked.iloc[0]
+        others = [str(row["attention"]) for _, row in ranked.iloc[1:].iterrows() if intervals_overlap(best, row, metric)]
         note = f" ({NO_DIFFERENCE}: {', '.join(others)})" if others else ""
         clauses.append(f"{best['attention']} with {format_metric(best, metric)} at {phrase.format(format_setting(value))}{note}")
     return _join(clauses)
@@ -244,8 +244,8 @@ def _best_by(rows: pd.DataFrame, column: str, metric: Metric) -> str:
 def _smallest_state_by(rows: pd.DataFrame, column: str, metric: Metric) -> str:
     """The attention with the smallest decoding state at each value of a column, and its result."""
     phrase, clauses = value_phrase(column), []
-    for value, cells in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
-        smallest = cells.sort_values("state_bytes", kind="stable").iloc[0]
+    for value, group in rows[rows["state_bytes"] > 0].groupby(column, sort=True):
+        smallest = group.sort_values("state_bytes", kind="stable").iloc[0]
         clauses.append(
             f"{smallest['attention']} with {format_metric(smallest, STATE)} at {phrase.format(format_setting(value))}, "
             f"and {metric.label} {format_metric(smallest, metric)}"

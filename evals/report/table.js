@@ -11,18 +11,18 @@ function quoted(value) {
 class Table {
   constructor(root, part) {
     Object.assign(this, { root, part, sorted: null, descending: false, page: 0 });
-    this.words = root.querySelector("input[type=search]");
+    this.query = root.querySelector("input[type=search]");
     this.all = root.querySelector("input[data-all]");
     this.table = root.querySelector("table");
     this.status = root.querySelector("[role=status]");
     this.rows = part.rows;
     // The text that the filter searches, joined once.
     this.texts = this.rows.map((row) => part.columns.map((column) => row[column] ?? "").join("\n").toLowerCase());
-    this.words.addEventListener("input", () => this.filter());
+    this.query.addEventListener("input", () => this.filter());
     this.all.addEventListener("change", () => this.draw());
     root.querySelector("[data-csv]").addEventListener("click", () => this.download());
-    root.querySelector("[data-back]").addEventListener("click", () => this.turn(-1));
-    root.querySelector("[data-on]").addEventListener("click", () => this.turn(1));
+    root.querySelector("[data-back]").addEventListener("click", () => this.turnPage(-1));
+    root.querySelector("[data-on]").addEventListener("click", () => this.turnPage(1));
     this.filter();
   }
 
@@ -31,18 +31,18 @@ class Table {
   }
 
   filter() {
-    const words = this.words.value.toLowerCase().split(/\s+/).filter(Boolean);
-    this.found = this.rows.filter((_, index) => words.every((word) => this.texts[index].includes(word)));
+    const words = this.query.value.toLowerCase().split(/\s+/).filter(Boolean);
+    this.filtered = this.rows.filter((_, index) => words.every((word) => this.texts[index].includes(word)));
     this.order();
   }
 
   order() {
     if (this.sorted !== null) {
       const column = this.sorted, sign = this.descending ? -1 : 1;
-      this.found.sort((a, b) => {
-        const [one, other] = [a[column], b[column]];
-        if (one === null || other === null) return (one === null) - (other === null); // missing values come last in either direction
-        return sign * (typeof one === "number" && typeof other === "number" ? one - other : String(one) < String(other) ? -1 : Number(String(one) > String(other)));
+      this.filtered.sort((a, b) => {
+        const [first, second] = [a[column], b[column]];
+        if (first === null || second === null) return (first === null) - (second === null); // missing values come last in either direction
+        return sign * (typeof first === "number" && typeof second === "number" ? first - second : String(first) < String(second) ? -1 : Number(String(first) > String(second)));
       });
     }
     this.page = 0;
@@ -56,18 +56,18 @@ class Table {
     this.table.querySelector(`th[aria-sort="${this.descending ? "descending" : "ascending"}"] button`)?.focus();
   }
 
-  turn(step) {
+  turnPage(step) {
     this.page = Math.min(Math.max(this.page + step, 0), this.pages - 1);
     this.draw();
   }
 
   get pages() {
-    return Math.max(1, Math.ceil(this.found.length / PAGE));
+    return Math.max(1, Math.ceil(this.filtered.length / PAGE));
   }
 
-  /** Shows rows of the filtered table. from: index of the first; most: how many at most. */
-  draw(from = this.page * PAGE, most = PAGE) {
-    const rows = this.found.slice(from, from + most);
+  /** Draws at most `count` filtered rows, beginning with index `from`. */
+  draw(from = this.page * PAGE, count = PAGE) {
+    const rows = this.filtered.slice(from, from + count);
     const head = document.createElement("tr");
     for (const column of this.columns) {
       const cell = document.createElement("th"), button = document.createElement("button");
@@ -98,12 +98,12 @@ class Table {
     });
     this.table.tHead.replaceChildren(head);
     this.table.tBodies[0].replaceChildren(...body);
-    this.status.textContent = `${rows.length ? from + 1 : 0}–${from + rows.length} of ${this.found.length} rows${this.found.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
+    this.status.textContent = `${rows.length ? from + 1 : 0}–${from + rows.length} of ${this.filtered.length} rows${this.filtered.length < this.rows.length ? `, out of ${this.rows.length}` : ""}`;
   }
 
   /** The filtered rows in their order, with all columns and digits. */
   csv() {
-    const lines = [this.part.columns, ...this.found.map((row) => this.part.columns.map((column) => row[column]))];
+    const lines = [this.part.columns, ...this.filtered.map((row) => this.part.columns.map((column) => row[column]))];
     return lines.map((line) => line.map(quoted).join(",")).join("\r\n") + "\r\n";
   }
 

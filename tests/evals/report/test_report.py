@@ -31,8 +31,8 @@ HOSTILE = ('<script>window.pwned=1</script>"', "\"><img src=x onerror='window.pw
 def browser() -> Iterator[Browser]:
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        words = "no browser to look at the report with: install chromium (apt install chromium), or name one in CHROMIUM"
-        (pytest.fail if os.environ.get("CI_BROWSER") else pytest.skip)(words)
+        message = "no browser to open the report with: install chromium (apt install chromium), or name one in CHROMIUM"
+        (pytest.fail if os.environ.get("CI_BROWSER") else pytest.skip)(message)
     with sync_playwright() as play:
         yield play.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
@@ -112,7 +112,7 @@ def test_the_table_filters_sorts_and_downloads(paper: tuple[Page, list[str], Pat
     for direction in ("ascending", "descending"):
         page.get_by_role("button", name="latency_s", exact=True).click()
         assert page.locator(f"th[aria-sort={direction}]").count() == 1
-        shown = page.evaluate("window.report[0].table.found.map(row => row.latency_s)")
+        shown = page.evaluate("window.report[0].table.filtered.map(row => row.latency_s)")
         assert shown == sorted(results["latency_s"], reverse=direction == "descending")
 
 
@@ -184,20 +184,20 @@ def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Pat
     page, _ = opened(browser, written(tmp_path / "many", table(tuple(STYLES), tuple(range(1, 626)))))
     page.evaluate(
         """() => {
-            const words = document.querySelector("input[type=search]");
+            const search = document.querySelector("input[type=search]");
             window.act = {
-                filter: (turn) => { words.value = turn % 2 ? "" : "bsbr"; words.dispatchEvent(new Event("input")); },
+                filter: (round) => { search.value = round % 2 ? "" : "bsbr"; search.dispatchEvent(new Event("input")); },
                 sort: () => document.querySelector("thead button").click(),
                 choose: () => document.querySelector("input[data-attention]").click(),
             };
-            window.answer = async (name, turn) => {
-                window.act[name](turn);
+            window.answer = async (name, round) => {
+                window.act[name](round);
                 await new Promise(requestAnimationFrame);
                 await new Promise(resolve => setTimeout(resolve));
             };
         }"""
     )
-    # Of the page's own thread, the time that it computes: how long it waits for a core is no matter of the page.
+    # CPU time of the page's thread: the time that it waits for a core does not count.
     counters = page.context.new_cdp_session(page)
     counters.send("Performance.enable", {"timeDomain": "threadTicks"})
 
@@ -206,12 +206,12 @@ def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Pat
         return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
 
     for name in ("filter", "sort", "choose"):
-        turns = []
-        for turn in range(5):
+        durations_s = []
+        for number in range(5):
             before = computed_s()
-            page.evaluate("([name, turn]) => window.answer(name, turn)", [name, turn])
-            turns.append(computed_s() - before)
-        assert 0 < min(turns) < 0.2, name
+            page.evaluate("([name, round]) => window.answer(name, round)", [name, number])
+            durations_s.append(computed_s() - before)
+        assert 0 < min(durations_s) < 0.2, name
 
 
 def test_two_sets_show_what_changed_and_their_references() -> None:
@@ -236,12 +236,9 @@ def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
         write([tmp_path], tmp_path / "report.html")
 
 
-def test_colours_stand_out_from_a_dark_page() -> None:
-    def channels(colour: str) -> list[int]:
-        return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
-
-    for colour in (*SPARE_COLOURS, *(look.colour for look in STYLES.values())):
-        assert contrast(channels(lighten(colour)), channels(DARK)) >= 4.5
+def test_colours_have_enough_contrast_to_a_dark_page() -> None:
+    for colour in (*SPARE_COLOURS, *(style.colour for style in STYLES.values())):
+        assert contrast(lighten(colour), DARK) >= 4.5
 
 
 def test_the_library_cannot_end_its_script() -> None:
