@@ -91,7 +91,7 @@ def _cpp_files(file: Path) -> frozenset[Path]:
 def _imported_modules(name: str, packages: frozenset[str]) -> tuple[str, ...]:
     """Modules of some packages that a module imports, at the top or in a function.
 
-    A name that is imported from a package counts as the module that defines it. Cached: a process keeps what it has imported.
+    A name that is imported from a package counts as the module that defines it. Cached, since loaded modules do not change.
     """
     return tuple(_parse_imports(name, packages))
 

@@ -36,7 +36,7 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
 
     Raises:
         NotImplementedError: for another device, or an attention that does not run across ranks.
-        ValueError: if a rank would not have a core of its own, or there are too many ranks for the sequence.
+        ValueError: if ranks would share a core, or if the sequence is too short for so many ranks.
     """
     if inputs.device.type != "cpu":
         raise NotImplementedError("not implemented for cuda: torchrun -m evals.context_parallel --device cuda runs across GPUs")
@@ -51,16 +51,16 @@ def context_parallel(module: Attention, inputs: Tensor, ranks: int = 1) -> Work:
     store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
     for rank in others:
         rank.join(store.port)
-    own = Shard(module, inputs, lengths, 0, store)
+    shard = Shard(module, inputs, lengths, 0, store)
 
     def call() -> None:
         for rank in others:
             rank.start_call()
-        own.forward()
+        shard.forward()
         for rank in others:
             rank.finish_call()
 
-    return Work(call, count_tokens(inputs), counted=lambda: {"sent_bytes": own.sent_bytes})
+    return Work(call, count_tokens(inputs), counted=lambda: {"sent_bytes": shard.sent_bytes})
 
 
 class Shard:
@@ -119,7 +119,7 @@ def _serve_calls(
     try:
         gc.freeze()
         end_with_parent()
-        if os.getppid() != parent:  # it died before this process asked to die with it
+        if os.getppid() != parent:  # the parent died before end_with_parent took effect
             os._exit(0)
         shard = Shard(module, inputs, lengths, rank, TCPStore("127.0.0.1", connection.recv(), len(lengths)))
         while True:

@@ -1,4 +1,4 @@
-"""Lower bounds of what one step of a workload costs, and what a candidate declares, computed on tensors without data."""
+"""Lower bounds of the cost of one step of a workload, and the costs that a candidate declares, computed without data."""
 
 from collections.abc import Callable
 from functools import partial
@@ -160,8 +160,8 @@ def _minimum_of_token(module: Module, token: Tensor, state: State | None) -> tup
     flops, read_bytes, (output, after) = trace(
         partial(module.extend, token, state), [*module.parameters(), token, *before.values()]
     )
-    kept = {storage_key(tensor) for tensor in before.values()}
-    changed = [tensor for tensor in after.values() if tensor.is_floating_point() and storage_key(tensor) not in kept]
+    old_storages = {storage_key(tensor) for tensor in before.values()}
+    changed = [tensor for tensor in after.values() if tensor.is_floating_point() and storage_key(tensor) not in old_storages]
     left_bytes = sum(tensor.nbytes for tensor in (output, *changed))
     return MinimumCost(flops, read_bytes + left_bytes, left_bytes), after
 

@@ -84,7 +84,7 @@ class Engine(Job):
         return bool(reason) and reason == history.stop_reason and not self._pending(history) and self._is_latest()
 
     def description(self) -> Record:
-        """Record of what is compared and where; in a ledger it also carries the machine's peaks."""
+        """Record of the comparison and the machine; in a ledger it also carries the machine's peaks."""
         return super().description() | {
             "relative_to": self.comparison.relative_to,
             "sampling": asdict(self.comparison.sampling),

@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 
 def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path, Path]:
-    """Measures a commit and the working tree, whose time slices alternate.
+    """Measures a commit and the working tree in alternating time slices.
 
     Args:
         revision: the commit, as git takes it.
@@ -60,7 +60,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
     options = [f"{key}='{folder.parent.resolve()}'" for key in ("results_dir", "plots_dir")]
     options += [f"sampling.min_rounds={rounds}", f"sampling.max_rounds={rounds}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed then, too
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
     with _worktree(commit) as tree:
         sides = (Side("base", tree), Side("here", ROOT))
         for side in sides:
@@ -130,11 +130,11 @@ def _remove_worktree(tree: Path) -> None:
 class _Command:
     """A command that imports its code from `tree`. Leaving its context ends it: by Ctrl-C, and by force if that takes too long.
 
-    It runs in a session of its own, so that a Ctrl-C in the terminal reaches it only once, from here.
+    It runs in a new session, so that a Ctrl-C in the terminal reaches it only once, from here.
     """
 
     def __init__(self, command: Sequence[str], tree: Path, lock_pipes: tuple[int, int] | None = None) -> None:
-        # The tree comes before an installed bsbr, and before what the user's own path holds.
+        # The tree comes before an installed bsbr, and before the user's PYTHONPATH.
         path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment = os.environ | {"PYTHONPATH": path}
         if lock_pipes:

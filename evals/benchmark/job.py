@@ -19,7 +19,7 @@ from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
 
 ProgressCallback = Callable[[str, float], None]
-"""Called with what is done next, in words, and with the share of the job that is done, from 0 to 1."""
+"""Called with a description of the next step and the finished share of the job, from 0 to 1."""
 
 
 class Job(ABC):
@@ -71,7 +71,7 @@ class Job(ABC):
         """Whether the ledger holds everything that `run` would add."""
 
     def description(self) -> Record:
-        """Record of what is compared, under which settings, and on which machine."""
+        """Record of the candidates, the settings and the machine."""
         comparison = self.comparison
         return self.record(
             self.kind,
@@ -118,12 +118,12 @@ def check_axis(comparison: Comparison, ledger: Ledger) -> None:
     Raises:
         UsageError: if the ledger holds timings and the comparison trains, or vice versa, or if it sweeps another setting.
     """
-    kind, words = ("comparison", "timing") if comparison.task is None else ("study", "training")
+    kind, label = ("comparison", "timing") if comparison.task is None else ("study", "training")
     for record in ledger.read()[0]:
         if record.get("kind") not in ("comparison", "study"):
             continue
         if record["kind"] != kind:
-            raise UsageError(f"{ledger.path.parent} holds no {words}: give this a folder of its own, as in sweep_name=mine")
+            raise UsageError(f"{ledger.path.parent} holds no {label}: give this a folder of its own, as in sweep_name=mine")
         if record["swept"] != comparison.swept:
             raise UsageError(
                 f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "

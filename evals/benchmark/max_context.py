@@ -128,7 +128,7 @@ class ContextSearch(Job):
         return added
 
     def _probe(self, candidate: Candidate, seq_len: int) -> Record:
-        """Makes one call at one length, in a process of its own."""
+        """Makes one call at one length, in a fresh process."""
         shape = replace(self.comparison.shape, seq_len=seq_len)
         result = run_isolated(
             peak_bytes_of_first_call,
@@ -150,5 +150,5 @@ class ContextSearch(Job):
 
 
 def peak_bytes_of_first_call(comparison: Comparison, candidate: Candidate) -> int:
-    """Most bytes that are allocated at once, from the weights to the end of the first call. Runs in a process of its own."""
+    """Peak of allocated bytes from the weights to the end of the first call. Must run in a fresh process."""
     return peak_allocated_bytes(lambda: prepare(comparison, candidate).call(), comparison.device.kind)

@@ -29,7 +29,7 @@ CERTIFICATE_S = 5.0
 
 
 class Preflight:
-    """Certifies the candidates of a comparison and measures their costs, in processes of their own."""
+    """Certifies the candidates of a comparison and measures their costs, in fresh processes."""
 
     def __init__(
         self, comparison: Comparison, code: Mapping[str, str], certificates: Certificates, memory_limit_bytes: int

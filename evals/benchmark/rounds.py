@@ -49,7 +49,7 @@ def stop_reason(comparison: Comparison, history: History) -> str:
 
 
 def _compared(comparison: Comparison, active: Sequence[str]) -> list[Process]:
-    """Processes whose speed-ups are estimated: of all but the reference, or its A/A control if there is no other."""
+    """Processes for which speed-ups are estimated: all but the reference, or its A/A control if there is no other."""
     reference = comparison.relative_to
     return [Process(name) for name in active if name != reference] or [Process(reference, is_control=True)]
 
@@ -80,7 +80,7 @@ def _published_width(comparison: Comparison, history: History, active: Sequence[
 
 
 def measure_round(number: int, comparison: Comparison, history: History, key: str, memory_limit_bytes: int) -> list[Record]:
-    """Measures every active candidate, and the reference as its own A/A control, in a fresh process each.
+    """Measures every active candidate, and the reference's A/A control, in a fresh process each.
 
     Args:
         number: number of the round, from 0.

@@ -42,7 +42,7 @@ Reply = Built | FirstCall | TimeSlice
 
 
 def serve_calls(comparison: Comparison, candidate: Candidate) -> Generator[Reply, Request, None]:
-    """Builds a candidate's workload and serves requests. Runs in a process of its own, over which it takes control."""
+    """Builds a candidate's workload and serves requests. Must run in a fresh process, since it sets allocator and threads."""
     settle_allocator()
     work = prepare(comparison, candidate)
     clock = make_clock(work.call, comparison.device.kind, comparison.device.mode)

@@ -26,7 +26,7 @@ def trace(computation: Callable[[], Any], tensors: Iterable[Tensor]) -> Trace:
 
     Args:
         computation: runs operations of torch; kernels that bypass its dispatcher are not seen.
-        tensors: those whose reads are counted: parameters, inputs and states.
+        tensors: parameters, inputs and states; only reads of these are counted.
     """
     reads = ReadBytes(tensors)
     results = []
@@ -55,7 +55,7 @@ class ReadBytes(TorchDispatchMode):
 
 
 def reads_elements(func: Any) -> bool:
-    """Whether an operation reads all elements of its tensors: not a view, an allocation of a like tensor, or a look-up."""
+    """Whether an operation reads all elements of its tensors, unlike views, allocations and look-ups."""
     name = func.overloadpacket.__name__
     return not (func.is_view or name in LOOKUPS or name == "_unsafe_view" or name.endswith("_like") or name.startswith("new_"))
 

@@ -11,7 +11,7 @@ from evals.errors import BROKEN_PIPE, INTERRUPTED, USAGE, UsageError, one_senten
 P = ParamSpec("P")
 
 RESUME = "interrupted; what was measured is kept, and the same command goes on from there"
-"""What Ctrl-C prints in a command whose records outlive it."""
+"""Message after Ctrl-C in a command that can resume from its records."""
 
 
 def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:

@@ -35,7 +35,7 @@ class Session:
     config: DictConfig | None = None  # shared by the jobs; None until Hydra has composed it
 
     def start_multirun(self, config: DictConfig) -> None:
-        """Counts the jobs of a multirun. As in Hydra's basic sweeper, the command line wins over the sweep's own parameters."""
+        """Counts the jobs of a multirun. As in Hydra's basic sweeper, the command line overrides the sweep's parameters."""
         self.config = config
         parameters = dict(config.hydra.sweeper.get("params") or {})
         overrides = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)

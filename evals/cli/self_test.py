@@ -1,4 +1,4 @@
-"""Tests of the instrument itself on this machine: A/A comparisons, a known slowdown, torch's own clock, and kill -9."""
+"""Tests of the instrument itself on this machine: A/A comparisons, a known slowdown, torch's clock, and kill -9."""
 
 import math
 import random

@@ -56,12 +56,12 @@ def end_with_parent() -> None:
 
 
 def _put_socket_into(folder: Path) -> None:
-    """Lets multiprocessing choose its own temporary folder within this one: it leaves it behind when the command is killed."""
-    usual, tempfile.tempdir = tempfile.tempdir, str(folder)
+    """Puts multiprocessing's temporary folder into this one, since a killed command leaves it behind."""
+    previous, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
         util.get_temp_dir()
     finally:
-        tempfile.tempdir = usual
+        tempfile.tempdir = previous
 
 
 @contextmanager

@@ -14,10 +14,10 @@ PREFIX = "bsbr-"
 
 @functools.cache
 def scratch_folder() -> Path:
-    """The scratch folder of this process, which the first call creates.
+    """Scratch folder of this process, created by the first call.
 
-    The process holds a file lock on it, which the kernel releases when the process ends, however that happens. The first call
-    of a later process removes all folders of this user that nobody holds.
+    The process holds a file lock on the folder. The kernel releases the lock when the process ends, for whatever reason. The
+    first call of a later process removes all unlocked folders of this user.
     """
     root = Path(tempfile.gettempdir())
     with (root / f"bsbr-scratch-{os.getuid()}.lock").open("a") as guard:
@@ -25,11 +25,11 @@ def scratch_folder() -> Path:
         for folder in root.glob(f"{PREFIX}[0-9]*-*/"):
             if folder.stat().st_uid == os.getuid():
                 _remove_if_abandoned(folder)
-        own = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
-        fcntl.flock(os.open(own, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, for as long as the process lives
+        scratch = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
+        fcntl.flock(os.open(scratch, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, for as long as the process lives
     # After multiprocessing has removed its folder in it, at priority -100; not by a fork of this process.
-    util.Finalize(None, shutil.rmtree, (own,), {"ignore_errors": True}, exitpriority=-200)
-    return own
+    util.Finalize(None, shutil.rmtree, (scratch,), {"ignore_errors": True}, exitpriority=-200)
+    return scratch
 
 
 def _remove_if_abandoned(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes: a function runs in a fresh child process, whose hang, crash or lack of memory does not harm the command."""
+"""Worker processes: a function runs in a fresh child, so that its hang, crash or lack of memory does not harm the command."""
 
 import contextlib
 import os
@@ -84,7 +84,7 @@ class Worker(Generic[Request, Reply]):
         return _death_result(self._process.exitcode, Path(self._log.name).read_text(errors="replace"))
 
     def ask(self, request: Request, timeout_s: float) -> Result[Reply]:
-        """Lets the process continue, sends it a request and waits for the reply, as `result` does."""
+        """Resumes the process, sends it a request and waits for the reply, as `result` does."""
         self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # the child is dead; `result` says why
             self._connection.send(request)

@@ -1,6 +1,6 @@
 """The HTML report: result folders as one file that needs no network.
 
-A sweep writes the report of its own folder. The report of several folders also shows what changed from the first to the others.
+A sweep writes the report of its folder. A report of several folders also lists the changes from the first to the others.
 """
 
 from evals.report.page import write

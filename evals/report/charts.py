@@ -21,7 +21,6 @@ from evals.results.metrics import (
     STATE,
     THROUGHPUT,
     Metric,
-    Unit,
 )
 from evals.results.settings import SETTINGS, TRAINING_SETTINGS, axis_label, is_number, setting_name
 
@@ -89,10 +88,12 @@ def _describe(metric: Metric, title: str, is_positive: bool) -> dict[str, Any]:
     }
 
 
-def details() -> list[tuple[str, str, Unit | None]]:
-    """The columns in `DETAILS`, each with its name and, for a metric, its unit."""
+def details() -> list[dict[str, Any]]:
+    """The columns in `DETAILS`, each with its name and, for a metric, the steps of its unit."""
     return [
-        (column, METRICS[column].label, METRICS[column].unit) if column in METRICS else (column, setting_name(column), None)
+        {"column": column, "name": METRICS[column].label, "unit": METRICS[column].unit.steps}
+        if column in METRICS
+        else {"column": column, "name": setting_name(column), "unit": None}
         for column in DETAILS
     ]
 

@@ -15,7 +15,7 @@ from evals.certification.checks import CHECKS
 from evals.report.changes import changes
 from evals.report.charts import charts, details, short_axis_label, styles
 from evals.report.library import vega
-from evals.report.sources import CONTEXT, TIMING, TRAINING, Part, Source, group_sources, machine_facts, read_sources
+from evals.report.sources import CONTEXT, TIMING, TRAINING, Part, Source, group_sources, read_sources
 from evals.report.summary import summarize
 from evals.stats.roofline import Peaks, merge_peaks
 
@@ -53,7 +53,7 @@ def render(sources: Sequence[Source]) -> str:
     """Renders the page as HTML.
 
     The template escapes everything that comes from a config, a file name or a machine. The page forbids itself the network,
-    and every script but its own two, by their digests.
+    and every script except its two, by their digests.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -69,7 +69,7 @@ def render(sources: Sequence[Source]) -> str:
         sources=sources,
         parts=parts,
         several=len(sources) > 1,
-        data={"details": _details(), "parts": [part["data"] for part in parts]},
+        data={"details": details(), "parts": [part["data"] for part in parts]},
         machines=_machines(sources),
         certificates=[(source, _certificates(source)) for source in sources],
         checks=CHECKS,
@@ -81,10 +81,6 @@ def render(sources: Sequence[Source]) -> str:
 def _digest(script: str) -> str:
     """The digest by which a Content-Security-Policy allows a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _details() -> list[dict[str, Any]]:
-    return [{"column": column, "name": name, "unit": unit and unit.steps} for column, name, unit in details()]
 
 
 def _describe(part: Part, index: int) -> dict[str, Any]:
@@ -163,7 +159,9 @@ def _machines(sources: Iterable[Source]) -> list[dict[str, Any]]:
     machines: dict[tuple[str, str], dict[str, Any]] = {}
     for source in sources:
         for description in source.descriptions:
-            facts = machine_facts(description)
+            facts = description.get("provenance") or {}
+            # The load changes from minute to minute.
+            facts = {name: value for name, value in facts.items() if name != "load_1m" and value not in (None, "")}
             key = (source.label, str(sorted(facts.items())))
             machine = machines.setdefault(key, {"source": source, "facts": facts, "times": [], "peaks": []})
             machine["times"].append(str(description.get("time", "")))

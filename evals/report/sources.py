@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -137,9 +136,3 @@ def group_sources(sources: Sequence[Source]) -> list[Part]:
     for source in sources:
         grouped.setdefault((source.kind, source.swept), []).append(source)
     return [Part(group) for group in grouped.values()]
-
-
-def machine_facts(description: Record) -> dict[str, Any]:
-    """The machine's facts in a description, without its load, which changes from minute to minute."""
-    facts = description.get("provenance") or {}
-    return {key: value for key, value in facts.items() if key != "load_1m" and value not in (None, "")}

@@ -178,7 +178,7 @@ def _speedup_at_end(sweep: Sweep, fastest: Sequence[list[str]]) -> str:
 
 
 def _crossovers(sweep: Sweep) -> str:
-    """Where an attention becomes faster or slower than the reference; crossovers whose direction is uncertain are left out."""
+    """The crossovers with the reference as sentences, without those of uncertain direction."""
     if sweep.crossovers is None or sweep.crossovers.empty:
         return ""
     unit = "tokens" if sweep.column == "seq_len" else setting_name(sweep.column)
@@ -257,8 +257,8 @@ def _smallest_state_by(rows: pd.DataFrame, column: str, metric: Metric) -> str:
 
 
 def _context(rows: pd.DataFrame) -> Iterator[Answer]:
-    found = rows[rows["max_context"].notna()].sort_values("max_context", ascending=False)
-    contexts = [f"{row['attention']} {format_setting(row[MAX_CONTEXT.column])}" for _, row in found.iterrows()]
+    fitting = rows[rows["max_context"].notna()].sort_values("max_context", ascending=False)
+    contexts = [f"{row['attention']} {format_setting(row[MAX_CONTEXT.column])}" for _, row in fitting.iterrows()]
     limit = BYTES.format(float(rows["limit_bytes"].max()))
     yield Answer("Longest context", f"In tokens, within {limit}: {_join(contexts)}" if contexts else "")
     yield _missing(rows)
