@@ -1,4 +1,4 @@
-"""The id of a comparison, when the machine's peaks are measured again, and what a preflight finds."""
+"""The id of a comparison, repeated measurements of the machine's peaks, and results of the preflight."""
 
 from pathlib import Path
 from typing import Any

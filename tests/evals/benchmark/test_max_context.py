@@ -24,11 +24,11 @@ def test_the_result_is_within_an_eighth_of_a_doubling_of_the_edge(start: int, ed
         tried.append(seq_len)
         return seq_len <= edge
 
-    found = longest_fitting(fits, start)
-    assert found is not None
+    longest = longest_fitting(fits, start)
+    assert longest is not None
     # Rounding to whole tokens moves a length by half of one.
-    assert edge / 2 ** (1 / 8) - 1 <= found <= edge
-    assert found in tried
+    assert edge / 2 ** (1 / 8) - 1 <= longest <= edge
+    assert longest in tried
     assert all(seq_len >= 1 for seq_len in tried)
     assert len(tried) <= 22  # 16 doublings between the ends, and 3 steps within the last
 
@@ -44,29 +44,29 @@ def comparison(*overrides: str) -> Comparison:
         return read_job(compose("config", [*small, *overrides]))
 
 
-def run_search(folder: Path, asked: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
+def run_search(folder: Path, searched: Comparison) -> tuple[list[dict[str, object]], pd.DataFrame]:
     ledger = Ledger(folder / "samples.jsonl")
-    made = list(ContextSearch(asked, ledger, Certificates(folder / "certificates.jsonl")).run(lambda words, part: None))
-    return made, max_context_table.build(ledger.read()[0])
+    records = list(ContextSearch(searched, ledger, Certificates(folder / "certificates.jsonl")).run(lambda message, share: None))
+    return records, max_context_table.build(ledger.read()[0])
 
 
 def test_the_result_fits_and_the_next_length_does_not_and_no_length_is_tried_twice(tmp_path: Path) -> None:
-    asked = comparison("attention=[standard]", "sampling.memory_limit_gib=0.0005")
-    _, table = run_search(tmp_path, asked)
+    searched = comparison("attention=[standard]", "sampling.memory_limit_gib=0.0005")
+    _, table = run_search(tmp_path, searched)
     (row,) = table.to_dict("records")
     assert (row["outcome"], row["next_outcome"]) == ("ok", "limit")
     assert row["peak_bytes"] <= row["limit_bytes"] == int(0.0005 * 2**30)
     assert row["max_context"] < row["next_seq_len"] <= 1.1 * row["max_context"] + 1
-    # Held at once: four weights, the input, and q, k, v and what is attended to, all of it float32.
+    # Allocated at once: four weights, the input, and q, k, v and what is attended to, all of it float32.
     assert row["max_context"] <= (row["limit_bytes"] / 4 - 4 * 32 * 32) / (4 * 32)
     assert "needs " in row["detail"]
     assert max_context_table.render(table).splitlines()[1].split()[:2] == ["standard", str(row["max_context"])]
-    again, same = run_search(tmp_path, asked)
+    again, same = run_search(tmp_path, searched)
     assert [record["kind"] for record in again] == ["search"]
     pd.testing.assert_frame_equal(same, table)
 
 
-def test_if_nothing_fits_the_row_says_why(tmp_path: Path) -> None:
+def test_a_row_gives_the_reason_if_nothing_fits(tmp_path: Path) -> None:
     _, table = run_search(tmp_path, comparison("attention=[standard]", "sampling.memory_limit_gib=0.00001"))
     (row,) = table.to_dict("records")
     assert row["outcome"] == "limit"

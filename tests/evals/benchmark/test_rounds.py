@@ -76,24 +76,24 @@ def test_without_a_reference_the_target_holds_for_latencies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "seconds", "turns"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
+    ("most", "seconds", "iterations"), [(5, math.inf, 5), (5, 0.0, 1), (5, -1.0, 1), (1, math.inf, 1), (0, math.inf, 0)]
 )
-def test_there_are_as_many_turns_as_fit_and_at_least_one(most: int, seconds: float, turns: int) -> None:
-    assert list(within_budget(most, seconds, Stopwatch())) == list(range(turns))
+def test_there_are_as_many_iterations_as_fit_and_at_least_one(most: int, seconds: float, iterations: int) -> None:
+    assert list(within_budget(most, seconds, Stopwatch())) == list(range(iterations))
 
 
 def test_time_slices_of_another_command_take_no_time_from_a_round() -> None:
-    stopwatch, turns = Stopwatch(), 0
+    stopwatch, iterations = Stopwatch(), 0
     for _ in within_budget(50, 1e5, stopwatch):
-        turns += 1
-        stopwatch.exclude(-1e4)  # as if this turn had taken so long
-    assert turns == 9  # the tenth would end a moment after 1e5
-    stopwatch, turns = Stopwatch(), 0
+        iterations += 1
+        stopwatch.exclude(-1e4)  # as if this iteration had taken so long
+    assert iterations == 9  # the tenth would end a moment after 1e5
+    stopwatch, iterations = Stopwatch(), 0
     for _ in within_budget(50, 1e5, stopwatch):
-        turns += 1
+        iterations += 1
         stopwatch.exclude(-1e4)
         stopwatch.exclude(1e4)
-    assert turns == 50
+    assert iterations == 50
 
 
 def test_called_s_is_the_time_of_all_calls_and_not_of_samples_alone() -> None:

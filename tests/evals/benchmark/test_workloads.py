@@ -1,4 +1,4 @@
-"""The calls of workloads, and their minimum costs, which must not exceed what the calls really cost."""
+"""The calls of workloads, and their minimum costs, which must not exceed measured costs."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -43,8 +43,8 @@ def conf() -> Iterator[None]:
 
 @cache
 def read(workload: str, scope: str, seq_len: int, *more: str) -> Comparison:
-    own = (f"workload={workload}", f"model.scope={scope}", f"shape.seq_len={seq_len}")
-    return read_job(compose("config", [*TINY, *own, *more]))
+    overrides = (f"workload={workload}", f"model.scope={scope}", f"shape.seq_len={seq_len}")
+    return read_job(compose("config", [*TINY, *overrides, *more]))
 
 
 def candidate(comparison: Comparison, name: str) -> Candidate:
@@ -53,8 +53,8 @@ def candidate(comparison: Comparison, name: str) -> Candidate:
 
 def prepared(name: str, workload: str, scope: str, seq_len: int, *more: str) -> tuple[Work, dict[str, int]]:
     comparison = read(workload, scope, seq_len, *more)
-    one = candidate(comparison, name)
-    return prepare(comparison, one), candidate_costs(comparison, one)
+    prepared_candidate = candidate(comparison, name)
+    return prepare(comparison, prepared_candidate), candidate_costs(comparison, prepared_candidate)
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -70,7 +70,7 @@ def counted(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-# --- the least it costs -------------------------------------------------------------------------
+# --- minimum costs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("workload", "scope"), PLACES)
@@ -93,7 +93,7 @@ def test_declared_is_no_more_than_counted_where_blocks_are_not_full(name: str, w
     assert declared["min_bytes"] > 0
 
 
-def test_the_least_of_standard_attention_by_hand() -> None:
+def test_minimum_costs_of_standard_attention_by_hand() -> None:
     batch, n, dim, layers, ff, vocab = 2, 300, 32, 2, 48, 50
     tokens, pairs = batch * n, n * (n + 1) // 2
     attend, projections = 4 * batch * dim * pairs, 8 * tokens * dim**2
@@ -112,9 +112,9 @@ def test_the_least_of_standard_attention_by_hand() -> None:
     assert least("train_step", "attention") == (passes[0], passes[1] + 5 * fours["weights"], passes[2])
     # A token's projections and its pairs; both caches are read, and their open pages written once more with the token.
     cache = 2 * batch * n * dim
-    one = 8 * batch * dim**2 + 4 * batch * dim * (n + 1)
+    token_flops = 8 * batch * dim**2 + 4 * batch * dim * (n + 1)
     new = 4 * (batch * dim + 2 * batch * dim * (n - 256 + 1))
-    assert least("decode", "attention") == (one, fours["weights"] + 4 * batch * dim + 4 * cache + new, new)
+    assert least("decode", "attention") == (token_flops, fours["weights"] + 4 * batch * dim + 4 * cache + new, new)
 
     layer = attend + projections + 4 * tokens * dim * ff
     assert least("prefill", "layer")[0] == layer
@@ -166,7 +166,7 @@ def test_a_decoding_call_goes_through_a_block_around_the_context_and_leaves_its_
     work = decode(module, x)
     assert (work.tokens, work.steps) == (2, steps)
     output, state = decoded(work)
-    # The same by one pass over the context and the repeated token.
+    # One pass over the context and the repeated token gives the same.
     start = 40 - steps // 2
     whole = torch.cat([x[:, :start], x[:, -1:].expand(-1, steps, -1)], dim=1)
     with torch.no_grad():
@@ -183,27 +183,27 @@ def test_a_short_context_is_decoded_from_its_beginning() -> None:
     assert work.steps == int(state["position"]) == 6
 
 
-def test_the_period_is_the_block_of_what_has_blocks() -> None:
+def test_attentions_without_blocks_have_a_block_of_one_token() -> None:
     comparison = read("decode", "model", 20)
-    periods = {one.name: longest_block(build_module(comparison, one)) for one in comparison.candidates}
-    assert periods == {**dict.fromkeys(("bsbr", "sliding_window", "sparse"), 128), "linear": 64, "delta_net": 64, "gau": 256} | {
+    blocks = {one.name: longest_block(build_module(comparison, one)) for one in comparison.candidates}
+    assert blocks == {**dict.fromkeys(("bsbr", "sliding_window", "sparse"), 128), "linear": 64, "delta_net": 64, "gau": 256} | {
         "standard": 1,
         "hopfield": 1,
     }
 
 
 @pytest.mark.parametrize("scope", ["attention", "layer", "model"])
-def test_a_training_step_is_that_of_adamw_and_its_moments_are_there_before(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[torch.optim.AdamW] = []
+def test_a_training_step_is_adamw_with_moments_from_the_start(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers: list[torch.optim.AdamW] = []
     adamw = torch.optim.AdamW
 
-    def kept(*arguments: Any, **options: Any) -> torch.optim.AdamW:
-        made.append(adamw(*arguments, **options))
-        return made[-1]
+    def record_adamw(*arguments: Any, **options: Any) -> torch.optim.AdamW:
+        optimizers.append(adamw(*arguments, **options))
+        return optimizers[-1]
 
-    monkeypatch.setattr(torch.optim, "AdamW", kept)
+    monkeypatch.setattr(torch.optim, "AdamW", record_adamw)
     work, _ = prepared("standard", "train_step", scope, 20)
-    (optimizer,) = made
+    (optimizer,) = optimizers
     weights = optimizer.param_groups[0]["params"]
     assert all({"exp_avg", "exp_avg_sq"} <= optimizer.state[weight].keys() for weight in weights)
     assert all(weight.grad is None for weight in weights)
@@ -212,7 +212,7 @@ def test_a_training_step_is_that_of_adamw_and_its_moments_are_there_before(scope
         work.call()
     changes = [float((weight.detach() - old).abs().max()) for weight, old in zip(weights, before, strict=True)]
     assert max(changes) > 0
-    assert max(changes) < 1e-3  # what is timed stays what it was
+    assert max(changes) < 1e-3  # timing leaves the weights almost unchanged
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
@@ -229,7 +229,7 @@ def test_a_candidate_has_its_own_ff_dim(scope: str) -> None:
 
 
 class NeedsData(Attention):
-    """Looks at its elements, as a kernel that is no operation of torch's does."""
+    """Reads its elements in Python, as a custom kernel would."""
 
     def __init__(self, hidden_dim: int, num_heads: int) -> None:
         super().__init__(hidden_dim, num_heads)
@@ -254,14 +254,16 @@ class NeedsData(Attention):
 @pytest.mark.parametrize(
     ("positions", "added", "rotary"), [("sinusoidal", True, False), ("rotary", False, True), ("none", False, False)]
 )
-def test_positions_are_the_decoders_or_every_attentions_own(positions: str, added: bool, rotary: bool) -> None:
+def test_positions_come_from_the_decoder_or_from_every_attention(positions: str, added: bool, rotary: bool) -> None:
     comparison = read("prefill", "model", 8, f"model.positions={positions}", "+attention.gau.rotary=false")
     assert comparison.settings.get("positions", "sinusoidal") == positions
     for one in comparison.candidates:
         model = build_module(comparison, one)
         assert isinstance(model, CausalLM)
         assert model.model.positions == added
-        assert [layer.attention.rotary for layer in model.model.layers] == [rotary and one.name != "gau"] * 2  # as it says itself
+        assert [layer.attention.rotary for layer in model.model.layers] == [
+            rotary and one.name != "gau"
+        ] * 2  # gau's option says false
 
 
 class WithoutPositions(StandardAttention):
@@ -269,9 +271,9 @@ class WithoutPositions(StandardAttention):
         super().__init__(hidden_dim, num_heads)
 
 
-def test_an_attention_that_cannot_have_rotary_positions_is_told_what_to_do() -> None:
-    own = ("model.scope=model", "model.positions=rotary", "attention=[standard]")
+def test_an_attention_without_rotary_positions_is_refused_with_advice() -> None:
+    overrides = ("model.scope=model", "model.positions=rotary", "attention=[standard]")
     node = f"+attention.mine={{_target_: {__name__}.WithoutPositions}}"
     with pytest.raises(UsageError, match=r"^attention 'mine' cannot be built: it has no option rotary, .*=sinusoidal or none$"):
-        read_job(compose("config", [*own, node]))
-    assert read_job(compose("config", [*own[:1], *own[2:], node, "model.positions=none"])).model.positions == "none"
+        read_job(compose("config", [*overrides, node]))
+    assert read_job(compose("config", [*overrides[:1], *overrides[2:], node, "model.positions=none"])).model.positions == "none"

@@ -113,7 +113,7 @@ def test_a_comparison_that_finishes_later_is_not_lost() -> None:
 
 
 class Breaking:
-    """A launcher whose nodes die: each pass writes records, and may raise."""
+    """A launcher with dying nodes: each pass writes records, and may raise."""
 
     def __init__(self, folder: Path, *passes: Any) -> None:
         self.ledger = Ledger(folder / "samples.jsonl")
@@ -173,7 +173,7 @@ def test_more_slots_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="NOT TESTED: needs Linux")
 def test_a_process_locks_the_cores_it_may_run_on() -> None:
     allowed = os.sched_getaffinity(0)
-    assert sorted(core for own in affinity.physical_cores().values() for core in own) == sorted(allowed)
+    assert sorted(core for siblings in affinity.physical_cores().values() for core in siblings) == sorted(allowed)
     one = min(allowed)
     try:
         os.sched_setaffinity(0, [one])

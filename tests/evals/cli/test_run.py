@@ -1,4 +1,4 @@
-"""The command evals.run: what it writes, how it resumes, how failures become rows, and its error messages."""
+"""The command evals.run: its outputs, resuming, rows of failures, and error messages."""
 
 import math
 import os
@@ -31,16 +31,16 @@ SMALL = (
 )
 
 
-def words(folder: Path, *arguments: str) -> list[str]:
+def overrides(folder: Path, *arguments: str) -> list[str]:
     return [f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}", *SMALL, *arguments]
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "evals.run", *words(folder, *arguments)]
+    return [sys.executable, "-m", "evals.run", *overrides(folder, *arguments)]
 
 
-def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return call(run.main, *words(folder, *arguments))
+def run_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return call(run.main, *overrides(folder, *arguments))
 
 
 def measurements(folder: Path, sweep: str = "single") -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ SWEEP = (
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("swept")
-    done = called(folder, *SWEEP)
+    done = run_sweep(folder, *SWEEP)
     assert (done.returncode, done.stderr) == (0, "")
     return folder, done.stdout
 
@@ -80,7 +80,7 @@ def certified(swept: tuple[Path, str], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_cell_is_a_row_whose_numbers_fit_together(swept: tuple[Path, str]) -> None:
+def test_every_attention_and_length_has_a_consistent_row(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     rows = table(folder, "seq_len")
     assert sorted(zip(rows["attention"], rows["seq_len"], strict=True)) == [
@@ -90,8 +90,8 @@ def test_every_cell_is_a_row_whose_numbers_fit_together(swept: tuple[Path, str])
     assert (rows["latency_low_s"] <= rows["latency_s"]).all()
     assert (rows["latency_s"] <= rows["latency_high_s"]).all()
     assert rows["tokens_per_s"].to_numpy() == pytest.approx((3 * rows["seq_len"] / rows["latency_s"]).to_numpy())
-    for _, cell in rows.groupby("seq_len"):
-        by_name = cell.set_index("attention")
+    for _, same_length in rows.groupby("seq_len"):
+        by_name = same_length.set_index("attention")
         assert by_name.loc["standard", ["speedup", "speedup_low", "speedup_high"]].tolist() == [1, 1, 1]
         assert set(by_name["verdict"].dropna()) <= {"faster", "slower", "same", "ambiguous"}
         assert by_name["noise_floor"].nunique() == 1
@@ -107,14 +107,14 @@ def test_every_cell_is_a_row_whose_numbers_fit_together(swept: tuple[Path, str])
 def test_the_table_is_computed_from_the_raw_samples(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     for _, row in table(folder, "seq_len").iterrows():
-        own = [
+        raw = [
             m for m in measurements(folder, "seq_len") if (m["comparison"], m["attention"]) == (row["comparison"], row["attention"])
         ]
         # The reference runs against itself too.
-        assert sorted(m["kind"] for m in own) == ["latency"] * (4 if row["attention"] == "standard" else 2) + ["preflight"]
-        turns = [turn for m in own if m["kind"] == "latency" and not m["is_control"] for turn in m["time_slices"]]
-        assert row["samples"] == sum(map(len, turns)) >= len(turns)
-        assert row["latency_s"] == pytest.approx(float(pd.Series([pd.Series(turn).median() for turn in turns]).median()))
+        assert sorted(m["kind"] for m in raw) == ["latency"] * (4 if row["attention"] == "standard" else 2) + ["preflight"]
+        slices = [samples for m in raw if m["kind"] == "latency" and not m["is_control"] for samples in m["time_slices"]]
+        assert row["samples"] == sum(map(len, slices)) >= len(slices)
+        assert row["latency_s"] == pytest.approx(float(pd.Series([pd.Series(samples).median() for samples in slices]).median()))
         assert (row["rounds"], row["stop_reason"]) == (2, "budget")
 
 
@@ -125,27 +125,27 @@ def test_a_speed_up_is_the_median_ratio_of_paired_time_slices(swept: tuple[Path,
         pd.read_parquet(folder / "results" / "seq_len" / "results.parquet")[["speedup"]], rows[["speedup"]]
     )
     for _, row in rows[rows["attention"] == "linear"].iterrows():
-        turns = {
-            (m["attention"], m["round"]): [pd.Series(turn).median() for turn in m["time_slices"]]
+        medians = {
+            (m["attention"], m["round"]): [pd.Series(samples).median() for samples in m["time_slices"]]
             for m in measurements(folder, "seq_len")
             if m["comparison"] == row["comparison"] and m["kind"] == "latency" and not m["is_control"]
         }
         ratios = [
             theirs / ours
             for number in (0, 1)
-            for theirs, ours in zip(turns["standard", number], turns["linear", number], strict=True)
+            for theirs, ours in zip(medians["standard", number], medians["linear", number], strict=True)
         ]
         assert row["speedup"] == pytest.approx(float(pd.Series(ratios).median()))
 
 
 def test_the_log_and_the_tables_fit_in_80_columns(swept: tuple[Path, str]) -> None:
-    folder, said = swept
-    shown, _, _ = said[said.index("latency in ms") :].partition(str(folder))
-    assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "[1/2] seq_len=60" in said
-    assert "[2/2] seq_len=129" in said
+    folder, output = swept
+    tables, _, _ = output[output.index("latency in ms") :].partition(str(folder))
+    assert all(len(line) <= 80 for line in tables.splitlines())
+    assert "[1/2] seq_len=60" in output
+    assert "[2/2] seq_len=129" in output
     for title in ("latency in ms", "speed-up over standard", "peak memory above inputs"):
-        block = shown[shown.index(title) :].split("\n\n")[0].splitlines()
+        block = tables[tables.index(title) :].split("\n\n")[0].splitlines()
         assert block[1].split() == ["seq_len", "60", "129"]
         assert [line.split()[0] for line in block[2:]] == ["standard", "bsbr", "linear"]
 
@@ -157,25 +157,25 @@ def test_plots_are_written(swept: tuple[Path, str]) -> None:
 
 
 def test_the_same_command_again_measures_nothing_and_prints_the_same_tables(swept: tuple[Path, str]) -> None:
-    folder, said = swept
+    folder, output = swept
     before, rows = measurements(folder, "seq_len"), table(folder, "seq_len")
-    again = called(folder, *SWEEP)
+    again = run_sweep(folder, *SWEEP)
     assert (again.returncode, again.stderr) == (0, "")
     assert measurements(folder, "seq_len") == before
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
-    *tables, share = said[said.index("latency in ms") :].splitlines()
+    *tables, share = output[output.index("latency in ms") :].splitlines()
     assert again.stdout[again.stdout.index("latency in ms") :].splitlines() == tables
     assert re.fullmatch(r"\d+% of \d+ s went into measured calls and their warm-up", share)
 
 
 def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept: tuple[Path, str]) -> None:
     rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for one in measurements(swept[0], "seq_len"):
-        if one["kind"] == "latency":
-            assert one["called_s"] > 0.999 * (one["first_call_s"] + sum(map(sum, one["time_slices"])))
-            rounds.setdefault((one["comparison"], one["round"]), []).append(one)
-    for own in rounds.values():
-        assert sum(one["called_s"] for one in own) < own[0]["round_s"]
+    for record in measurements(swept[0], "seq_len"):
+        if record["kind"] == "latency":
+            assert record["called_s"] > 0.999 * (record["first_call_s"] + sum(map(sum, record["time_slices"])))
+            rounds.setdefault((record["comparison"], record["round"]), []).append(record)
+    for records in rounds.values():
+        assert sum(record["called_s"] for record in records) < records[0]["round_s"]
 
 
 def test_a_torn_line_is_set_aside_with_a_warning(swept: tuple[Path, str]) -> None:
@@ -184,7 +184,7 @@ def test_a_torn_line_is_set_aside_with_a_warning(swept: tuple[Path, str]) -> Non
     before = measurements(folder, "seq_len")
     with path.open("a") as file:
         file.write('{"kind": "late')
-    again = called(folder, *SWEEP)
+    again = run_sweep(folder, *SWEEP)
     assert again.returncode == 0
     assert again.stderr == f"warning: the last line of {path} was torn, and is set aside in {path.with_suffix('.torn')}\n"
     assert measurements(folder, "seq_len") == before
@@ -192,10 +192,10 @@ def test_a_torn_line_is_set_aside_with_a_warning(swept: tuple[Path, str]) -> Non
 
 def test_a_larger_budget_adds_rounds_to_those_in_the_ledger(certified: Path) -> None:
     arguments = ("attention=[standard,linear]", "shape.seq_len=50", "sampling.budget_s=1000")
-    assert called(certified, *arguments, "sampling.max_rounds=2").returncode == 0
+    assert run_sweep(certified, *arguments, "sampling.max_rounds=2").returncode == 0
     before = measurements(certified)
     assert set(table(certified)["stop_reason"]) == {"rounds"}
-    assert called(certified, *arguments, "sampling.max_rounds=3").returncode == 0
+    assert run_sweep(certified, *arguments, "sampling.max_rounds=3").returncode == 0
     after = measurements(certified)
     assert after[: len(before)] == before
     assert {m["round"] for m in after[len(before) :]} == {2}
@@ -204,7 +204,7 @@ def test_a_larger_budget_adds_rounds_to_those_in_the_ledger(certified: Path) -> 
 
 def test_a_dry_run_prints_what_is_left_and_writes_nothing(certified: Path) -> None:
     arguments = ("sweep=seq_len", "attention=[standard,linear]", "shape.seq_len=50,60", "sampling.budget_s=30")
-    done = called(certified, *arguments, "--dry-run")
+    done = run_sweep(certified, *arguments, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("standard, linear: 0 rounds are done, about 30 s left") == 2
     assert "about 1.0 min in all; nothing was measured" in done.stdout
@@ -216,24 +216,24 @@ def test_another_option_is_another_comparison(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     before = measurements(folder, "seq_len")
     changed = [word.replace("chunk_size=16", "chunk_size=32").replace("60,129", "60") for word in SWEEP]
-    assert called(folder, *changed).returncode == 0
-    made = measurements(folder, "seq_len")[len(before) :]
-    # All of it, so that what is compared was measured side by side.
-    assert {m["attention"] for m in made} == {"standard", "bsbr", "linear"}
+    assert run_sweep(folder, *changed).returncode == 0
+    added = measurements(folder, "seq_len")[len(before) :]
+    # All attentions are measured again, since those compared must have run side by side.
+    assert {m["attention"] for m in added} == {"standard", "bsbr", "linear"}
     rows = table(folder, "seq_len").set_index(["attention", "seq_len"])
     assert len(rows) == 6
-    assert rows.loc[("bsbr", 60), "comparison"] == made[0]["comparison"] != rows.loc[("bsbr", 129), "comparison"]
+    assert rows.loc[("bsbr", 60), "comparison"] == added[0]["comparison"] != rows.loc[("bsbr", 129), "comparison"]
 
 
 def test_any_option_can_be_swept_and_a_folder_holds_one_sweep(certified: Path) -> None:
-    places = ("attention=[standard,bsbr]", "shape.seq_len=40", "sweep_name=chunks", "sampling.min_rounds=1")
-    done = called(certified, "-m", "attention.bsbr.chunk_size=16,32", *places)
+    settings = ("attention=[standard,bsbr]", "shape.seq_len=40", "sweep_name=chunks", "sampling.min_rounds=1")
+    done = run_sweep(certified, "-m", "attention.bsbr.chunk_size=16,32", *settings)
     assert (done.returncode, done.stderr) == (0, "")
     assert "[2/2] chunk_size=32" in done.stdout
     rows = table(certified, "chunks")
     assert rows["chunk_size"].tolist() == [16, 16, 32, 32]
     assert set(rows["swept"]) == {"attention.bsbr.chunk_size"}
-    other = called(certified, "-m", "shape.batch_size=1,2", *places)
+    other = run_sweep(certified, "-m", "shape.batch_size=1,2", *settings)
     assert other.returncode == 2
     assert "chunks holds a sweep over attention.bsbr.chunk_size, and this is one over shape.batch_size" in other.stderr
     assert len(table(certified, "chunks")) == 4
@@ -249,7 +249,7 @@ def test_other_workloads_on_a_whole_decoder(certified: Path, workload: str, toke
         "shape.batch_size=2",
         "shape.seq_len=40",
     )
-    done = called(certified, f"workload={workload}", "attention=[standard,linear]", *options)
+    done = run_sweep(certified, f"workload={workload}", "attention=[standard,linear]", *options)
     assert (done.returncode, done.stderr) == (0, "")
     rows = table(certified)
     assert rows["outcome"].tolist() == ["ok", "ok"]
@@ -264,7 +264,7 @@ def test_other_workloads_on_a_whole_decoder(certified: Path, workload: str, toke
         assert standard["peak_bytes"] >= standard["parameter_bytes"]
 
 
-# --- what goes wrong ----------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------
 
 TROUBLE = '''
 import os
@@ -276,7 +276,7 @@ from baselines.standard import StandardAttention
 
 
 class Trouble(StandardAttention):
-    """Fine at every length but 777, so that it is certified; there, what its option says."""
+    """Works at every length but 777, so that it is certified; at 777 it fails as its option says."""
 
     def __init__(self, hidden_dim, num_heads, trouble):
         super().__init__(hidden_dim, num_heads)
@@ -318,7 +318,7 @@ def test_a_failure_is_a_row_and_the_sweep_continues(certified: Path) -> None:
     limits = ("sampling.timeout_s=6", "sampling.memory_limit_gib=4", "sampling.min_rounds=1")
     names = ("hang", "standard", "crash", "peeks", "hoard", "refuse")
     arguments = ("--config-dir", str(folder.parent), f"attention=[{','.join(names)}]", "shape.seq_len=777", *limits)
-    done = called(certified, *arguments)
+    done = run_sweep(certified, *arguments)
     assert (done.returncode, done.stderr) == (INCOMPLETE, "")
     rows = table(certified).set_index("attention")
     assert rows["outcome"].to_dict() == {**expected, "standard": "ok", "peeks": "uncertified"}
@@ -331,10 +331,10 @@ def test_a_failure_is_a_row_and_the_sweep_continues(certified: Path) -> None:
     assert failed[["latency_s", "speedup", "samples"]].isna().all(axis=None)
     assert not math.isnan(rows.loc["standard", "latency_s"])
     assert "peeks at seq_len=777: uncertified, causality" in done.stdout
-    # It was not timed, and what failed is not tried again.
+    # It was not timed, and the same command does not repeat failures.
     assert [m["kind"] for m in measurements(certified) if m["attention"] == "peeks"] == ["preflight"]
     before = measurements(certified)
-    assert called(certified, *arguments).returncode == INCOMPLETE
+    assert run_sweep(certified, *arguments).returncode == INCOMPLETE
     assert measurements(certified) == before
 
 
@@ -349,19 +349,19 @@ def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how
         while "[2/2]" not in process.stdout.readline():
             pass
         os.killpg(process.pid, how)
-        said = process.stderr.read()
-    kept = measurements(certified, "seq_len")
-    assert len(kept) >= 2 + 2 * 3  # all of the first comparison
+        error = process.stderr.read()
+    before = measurements(certified, "seq_len")
+    assert len(before) >= 2 + 2 * 3  # all of the first comparison
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert said == (
+        assert error == (
             "stops after this round; Ctrl-C again stops at once\n"
             "interrupted; what was measured is kept, and the same command goes on from there\n"
         )
         assert table(certified, "seq_len")["seq_len"].tolist() == [50, 50]
-    assert called(certified, *arguments).returncode == 0
+    assert run_sweep(certified, *arguments).returncode == 0
     records = measurements(certified, "seq_len")
-    assert records[: len(kept)] == kept
+    assert records[: len(before)] == before
     whole = {(m["comparison"], m["attention"], m["kind"], m.get("round"), m.get("is_control")) for m in records}
     assert len(whole) == len(records) == 2 * (2 + 2 * 3)
 
@@ -409,23 +409,23 @@ def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how
 def test_bad_input_is_one_sentence_and_exit_code_2(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(words(tmp_path, *arguments), monkeypatch, capfd)
+    error = refused(overrides(tmp_path, *arguments), monkeypatch, capfd)
     pattern = sentence if ".*" in sentence else re.escape(sentence)
-    assert re.match(f"error: .*{pattern}", said)
+    assert re.match(f"error: .*{pattern}", error)
     assert not (tmp_path / "plots").exists()
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """Runs a command that must exit with 2; returns the line it writes on stderr."""
+    """Runs a command that must exit with 2; returns its single line on standard error."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     assert run.main() == 2
-    out, said = capfd.readouterr()
-    assert out == ""
-    assert said.count("\n") == 1
-    return said
+    output, error = capfd.readouterr()
+    assert output == ""
+    assert error.count("\n") == 1
+    return error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert "device=cuda was asked for, but torch sees no CUDA device" in refused(["device=cuda"], monkeypatch, capfd)
 
@@ -433,12 +433,12 @@ def test_cuda_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
 def test_a_config_that_does_not_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "attention").mkdir()
     (tmp_path / "attention" / "mine.yaml").write_text("mine: [\n")
-    said = refused(["--config-dir", str(tmp_path), "attention=[mine]"], monkeypatch, capfd)
-    assert re.match(r"error: while parsing .* in \".*mine.yaml\", line 2, column 1", said)
+    error = refused(["--config-dir", str(tmp_path), "attention=[mine]"], monkeypatch, capfd)
+    assert re.match(r"error: while parsing .* in \".*mine.yaml\", line 2, column 1", error)
 
 
 def test_an_invalid_value_of_a_sweep_stops_it(tmp_path: Path) -> None:
-    done = called(tmp_path, "sweep=seq_len", "shape.seq_len=-7,128")
+    done = run_sweep(tmp_path, "sweep=seq_len", "shape.seq_len=-7,128")
     assert done.returncode == 2
     assert done.stderr == "error: shape.seq_len must be a positive integer, got -7\n"
     assert measurements(tmp_path, "seq_len") == []

@@ -56,7 +56,7 @@ def read(*overrides: str) -> Comparison:
 
 @cache
 def jobs(name: str) -> list[list[str]]:
-    """The overrides of each of the sweep's jobs, as Hydra's sweeper makes them of its parameters."""
+    """The overrides of each of the sweep's jobs, as Hydra's sweeper derives them from its parameters."""
     params = composed(f"sweep={name}").hydra.sweeper.params or {}
     if not params:
         return [[f"sweep={name}"]]
@@ -82,15 +82,16 @@ def test_the_command_line_changes_the_number_of_jobs(given: list[str], count: in
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])
-def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
+def test_every_job_of_a_sweep_is_a_different_comparison(name: str) -> None:
     comparisons = [read(*overrides) for overrides in jobs(name)]
-    assert {one.sweep for one in comparisons} == {name}
-    assert all(one.relative_to in {candidate.name for candidate in one.candidates} for one in comparisons)
-    places = [tuple(one.option.values()) for one in comparisons]
-    assert len(set(places)) == len(places)
+    assert {comparison.sweep for comparison in comparisons} == {name}
+    for comparison in comparisons:
+        assert comparison.relative_to in {candidate.name for candidate in comparison.candidates}
+    values = [tuple(comparison.option.values()) for comparison in comparisons]
+    assert len(set(values)) == len(values)
     if name != "max_context":
-        assert len(places) >= (1 if name in ("threads", "context_parallel", *LEARNED) else 2)
-        assert len({one.swept for one in comparisons}) == 1
+        assert len(values) >= (1 if name in ("threads", "context_parallel", *LEARNED) else 2)
+        assert len({comparison.swept for comparison in comparisons}) == 1
         assert next(iter(comparisons[0].option)) in comparisons[0].settings
 
 
@@ -98,11 +99,11 @@ def test_every_job_of_a_sweep_is_a_comparison_of_its_own(name: str) -> None:
 def test_every_setting_is_a_column_that_the_schema_knows(name: str) -> None:
     comparison = read(*jobs(name)[0])
     kind = "accuracy" if comparison.task else "max_context" if comparison.search else "latency"
-    told = {*comparison.settings} | ({*build_task(comparison).extra_settings()} if comparison.task else set())
-    assert told - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
+    columns = {*comparison.settings} | ({*build_task(comparison).extra_settings()} if comparison.task else set())
+    assert columns - ({"seq_len"} if comparison.search else set()) <= {*schema(kind)["properties"]}
 
 
-def test_sweep_all_is_every_other_one_in_a_folder_of_its_own() -> None:
+def test_sweep_all_runs_every_other_sweep_in_its_folder() -> None:
     commands = expand_sweep_all(["attention=[bsbr]", "sweep=all", "sampling=quick"])
     assert sorted(words[1] for words in commands) == sorted(
         f"sweep={name}" for name in SWEEPS if name not in ("all", *LEARNED, *EXTRA)
@@ -132,24 +133,24 @@ def test_threads_go_up_to_the_number_of_cores() -> None:
     assert threads == sorted(set(threads))
 
 
-def test_the_command_line_wins_over_a_sweep() -> None:
+def test_the_command_line_overrides_a_sweep() -> None:
     comparison = read("sweep=train", "model.scope=model", "workload=forward_backward", "attention=[standard,gau]")
     assert comparison.model.scope == "model"
     assert comparison.settings["workload"] == "forward_backward"
-    assert [one.name for one in comparison.candidates] == ["standard", "gau"]
+    assert [candidate.name for candidate in comparison.candidates] == ["standard", "gau"]
 
 
 @pytest.mark.parametrize(
-    ("scope", "own"),
+    ("scope", "added"),
     [
         ("attention", set()),
         ("layer", {"ff_dim"}),
         ("model", {"ff_dim", "num_layers", "vocab_size"}),
     ],
 )
-def test_settings_are_those_of_what_is_built(scope: str, own: set[str]) -> None:
+def test_settings_depend_on_the_scope(scope: str, added: set[str]) -> None:
     shared = {"workload", "device", "dtype", "threads", "batch_size", "seq_len", "scope", "hidden_dim", "num_heads"}
-    assert set(read(f"model.scope={scope}").settings) == shared | own
+    assert set(read(f"model.scope={scope}").settings) == shared | added
 
 
 # --- the same number of parameters --------------------------------------------------------------
@@ -159,11 +160,11 @@ def test_settings_are_those_of_what_is_built(scope: str, own: set[str]) -> None:
 def test_matched_parameters_are_equal_and_the_rest_is_named(scope: str) -> None:
     names = "attention=[standard,bsbr,gau,linear]"
     plain, comparison = (read(f"model.scope={scope}", names, *match) for match in ([], ["match=params"]))
-    plain_costs, costs = ({one.name: candidate_costs(asked, one) for one in asked.candidates} for asked in (plain, comparison))
+    plain_costs, costs = ({one.name: candidate_costs(job, one) for one in job.candidates} for job in (plain, comparison))
     assert costs["standard"]["ff_dim"] == 1024
     assert costs["gau"]["ff_dim"] < costs["bsbr"]["ff_dim"] < costs["linear"]["ff_dim"] == 1024
-    for one in costs.values():
-        assert one["parameter_bytes"] == pytest.approx(costs["standard"]["parameter_bytes"], rel=0.01)
+    for cost in costs.values():
+        assert cost["parameter_bytes"] == pytest.approx(costs["standard"]["parameter_bytes"], rel=0.01)
     assert comparison.settings["match"] == "params"
     assert [words.split()[0] for words in unmatched_costs(plain_costs, plain.relative_to)] == ["parameters", "FLOPs", "state"]
     assert "parameters" not in [words.split()[0] for words in unmatched_costs(costs, comparison.relative_to)]

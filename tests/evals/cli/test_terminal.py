@@ -36,17 +36,17 @@ HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
 
 
 class Terminal:
-    """A pseudo-terminal: what was written to it, and its modes."""
+    """A pseudo-terminal, its modes, and everything written to it."""
 
     def __init__(self, device: int) -> None:
         self.device = device
         self.modes = termios.tcgetattr(device)
-        self.said = ""
+        self.output = ""
 
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch, watch: Callable[[str], None] = lambda _: None) -> Iterator[Terminal]:
-    """Makes a terminal of 80 columns the standard output and error; calls `watch` with all that was written so far."""
+    """Makes a terminal of 80 columns the standard output and error; calls `watch` with everything written so far."""
     monkeypatch.setenv("TERM", "xterm")
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -58,8 +58,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, watch: Callable[[str], None] = lam
         data = b""
         while chunk := os.read(ours, 65536):
             data += chunk
-            screen.said = data.decode(errors="ignore")
-            watch(screen.said)
+            screen.output = data.decode(errors="ignore")
+            watch(screen.output)
             if b"\0" in chunk:
                 return
 
@@ -86,8 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
     small = ("model.hidden_dim=32", "model.num_heads=2", "device.threads=1", "sampling.time_slices=2", "sampling.min_rounds=3")
-    places = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
-    return ["run.py", "sweep=seq_len", "shape.seq_len=40,60", "attention=[standard,linear]", *small, *places]
+    folders = (f"results_dir={folder / 'results'}", f"plots_dir={folder / 'plots'}")
+    return ["run.py", "sweep=seq_len", "shape.seq_len=40,60", "attention=[standard,linear]", *small, *folders]
 
 
 def test_a_terminal_shows_a_table_of_values_and_is_intact_after_ctrl_c(
@@ -95,8 +95,8 @@ def test_a_terminal_shows_a_table_of_values_and_is_intact_after_ctrl_c(
 ) -> None:
     stopped = threading.Event()
 
-    def ctrl_c(said: str) -> None:
-        if "[2/2] round 2" in said and not stopped.is_set():
+    def ctrl_c(written: str) -> None:
+        if "[2/2] round 2" in written and not stopped.is_set():
             stopped.set()
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -106,11 +106,11 @@ def test_a_terminal_shows_a_table_of_values_and_is_intact_after_ctrl_c(
         assert run.main() == INTERRUPTED
         assert sys.stdout is sys.stderr is ours
         assert termios.tcgetattr(screen.device) == screen.modes
-    said = screen.said
-    # The cursor is never left hidden, not even for the time of a round: whoever is killed cannot show it again.
-    assert said.count(HIDDEN) == 2
-    assert all(part.startswith("\x1b[?25h") for part in said.split(HIDDEN)[1:])
-    plain = ESCAPE.sub("", said).replace("\r\n", "\n").replace("\r", "\n")  # a drawing begins where the one before began
+    written = screen.output
+    # The cursor is never left hidden, not even during a round: a killed command cannot show it again.
+    assert written.count(HIDDEN) == 2
+    assert all(part.startswith("\x1b[?25h") for part in written.split(HIDDEN)[1:])
+    plain = ESCAPE.sub("", written).replace("\r\n", "\n").replace("\r", "\n")  # a drawing begins where the one before began
     assert "stops after this round; Ctrl-C again stops at once" in plain
     assert "interrupted; what was measured is kept" in plain
     assert "[1/2] certifying, and measuring memory" in plain
@@ -121,9 +121,9 @@ def test_a_terminal_shows_a_table_of_values_and_is_intact_after_ctrl_c(
         frame = part[part.rindex("attention ") :].splitlines()
         assert frame[0].split() == ["attention", "ms", "speed-up", "peak", "MiB"]
         for line, name in zip(frame[1:], ("standard", "linear"), strict=False):
-            shown, latency, speedup, peak = line.split()
+            attention, latency, speedup, peak = line.split()
             row = rows.loc[(name, length)]
-            assert shown == name
+            assert attention == name
             assert latency.split("±")[0] == formatting.format_value(row, latency_table.TABLE_METRICS[0]).split("±")[0]
             assert speedup.split("±")[0] == formatting.format_value(row, latency_table.TABLE_METRICS[1]).split("±")[0]
             assert ("±" in latency, "±" in speedup) == (True, name != "standard")
@@ -137,14 +137,14 @@ def test_quiet_prints_the_final_tables_only(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3", "quiet=true"])
     assert run.main() == 0
-    said, complaints = capfd.readouterr()
+    written, complaints = capfd.readouterr()
     assert complaints == ""
-    assert said.startswith("latency in ms, lower is better\n")
-    assert "\x1b" not in said
-    assert "\r" not in said
+    assert written.startswith("latency in ms, lower is better\n")
+    assert "\x1b" not in written
+    assert "\r" not in written
 
 
-def test_a_sweep_with_nothing_left_says_so_and_shows_its_table(
+def test_a_complete_sweep_prints_a_notice_and_its_tables(
     folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*words, "sampling.max_rounds=3"])
@@ -165,9 +165,9 @@ def test_a_sweep_with_nothing_left_says_so_and_shows_its_table(
 def test_long_names_many_variants_and_many_values_fit_80_columns() -> None:
     names = ("standard", "bsbr", *(f"bsbr_top_{2**power}_of_a_linear_feature_map_with_mean_scale" for power in range(6)))
     lengths = tuple(2**power for power in range(7, 17))
-    shown = latency_table.render(sweeps.table(names, lengths).assign(detail="", sent_bytes=float("nan")))
-    assert max(map(len, shown.splitlines())) <= 80
-    latencies = shown[: shown.index("speed-up over")]
+    text = latency_table.render(sweeps.table(names, lengths).assign(detail="", sent_bytes=float("nan")))
+    assert max(map(len, text.splitlines())) <= 80
+    latencies = text[: text.index("speed-up over")]
     assert re.findall(r"\d+", " ".join(re.findall(r"^seq_len(.*)$", latencies, flags=re.MULTILINE))) == list(map(str, lengths))
     for name in names:
         figures = " ".join(re.findall(rf"^{name} (.*)$", latencies, flags=re.MULTILINE)).split()
@@ -183,21 +183,21 @@ def test_a_very_long_name_loses_its_middle() -> None:
 # --- exit codes, help -----------------------------------------------------------------------------
 
 
-def test_every_exit_code_is_documented_as_help_tells_it() -> None:
+def test_every_exit_code_is_documented_as_in_the_help() -> None:
     page = (ROOT / "docs" / "user-guide" / "sweeps.md").read_text(encoding="utf-8")
-    told = dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE))
-    assert {int(code): meaning.replace("`", "") for code, meaning in told.items()} == EXIT_CODES
+    documented = dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE))
+    assert {int(code): meaning.replace("`", "") for code, meaning in documented.items()} == EXIT_CODES
 
 
 @pytest.mark.parametrize(
-    ("codes", "code", "made"), [([0, 3, 0, 0], 3, 4), ([0, 0, 0, 0], 0, 4), ([0, 3, 2, 0], 2, 3), ([130, 0, 0, 0], 130, 1)]
+    ("codes", "code", "runs"), [([0, 3, 0, 0], 3, 4), ([0, 0, 0, 0], 0, 4), ([0, 3, 2, 0], 2, 3), ([130, 0, 0, 0], 130, 1)]
 )
 def test_many_sweeps_continue_after_a_failed_row_and_stop_at_any_error(
-    codes: list[int], code: int, made: int, monkeypatch: pytest.MonkeyPatch
+    codes: list[int], code: int, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[list[str]] = []
 
-    def one(*_: object, **__: object) -> int:
+    def run_one(*_: object, **__: object) -> int:
         begun.append(sys.argv[1:])
         code = codes[len(begun) - 1]
         if code == USAGE:
@@ -206,26 +206,26 @@ def test_many_sweeps_continue_after_a_failed_row_and_stop_at_any_error(
             raise KeyboardInterrupt
         return code
 
-    monkeypatch.setattr(sweep.hydra_app, "run", one)
+    monkeypatch.setattr(sweep.hydra_app, "run", run_one)
     monkeypatch.setattr(sweep, "expand_sweep_all", lambda words: [[f"sweep={name}", *words] for name in "abcd"])
     monkeypatch.setattr(sys, "argv", ["run.py", "sampling=quick"])
     assert run.main() == code
-    assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:made]]
+    assert begun == [[f"sweep={name}", "sampling=quick"] for name in "abcd"[:runs]]
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def help_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
     assert run.main() == 0
     return capsys.readouterr().out
 
 
-def test_help_lists_everything_in_conf_in_80_columns(told: str) -> None:
-    assert max(map(len, told.splitlines())) <= 80
+def test_help_lists_everything_in_conf_in_80_columns(help_page: str) -> None:
+    assert max(map(len, help_page.splitlines())) <= 80
     for path in (CONF / "sweep").glob("*.yaml"):
-        (line,) = re.findall(rf"^  {path.stem} +\S.*$", told, flags=re.MULTILINE)
+        (line,) = re.findall(rf"^  {path.stem} +\S.*$", help_page, flags=re.MULTILINE)
         assert re.search(rf"# ?{re.escape(line.split(maxsplit=1)[1])}", path.read_text(encoding="utf-8"))
-    joined = " ".join(told.split())
+    joined = " ".join(help_page.split())
     for group in {path.parent for path in CONF.glob("*/*.yaml")} - {CONF / "sweep"}:
         assert re.search(rf" {group.name}= .*?: {', '.join(sorted(path.stem for path in group.glob('*.yaml')))} ", joined)
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -236,8 +236,10 @@ def test_help_lists_everything_in_conf_in_80_columns(told: str) -> None:
     assert all(f" {key}=" in joined for key in cfg)
 
 
-def test_the_examples_of_help_are_valid(told: str) -> None:
-    commands = re.findall(r"^  python -m evals.run (.*)$", told[told.index("Examples") :].replace("\\\n", ""), flags=re.MULTILINE)
+def test_the_examples_of_help_are_valid(help_page: str) -> None:
+    commands = re.findall(
+        r"^  python -m evals.run (.*)$", help_page[help_page.index("Examples") :].replace("\\\n", ""), flags=re.MULTILINE
+    )
     assert len(commands) >= 3
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
@@ -258,7 +260,7 @@ def test_help_lists_the_user_s_own_sweeps(
     assert capsys.readouterr().err.startswith("error: --config-dir must name a folder")
 
 
-# --- what a beginner gets wrong -------------------------------------------------------------------
+# --- mistakes of a beginner -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,11 +281,14 @@ def test_help_lists_the_user_s_own_sweeps(
         ),
         ("quiet=yes", r"quiet must be true or false, got 'yes'"),
         (
-            "--config-dir {own} attention=[no_name]",
+            "--config-dir {conf} attention=[no_name]",
             r"a file of attention/ holds one key, .* _target_: beside.Cosine stands at the top",
         ),
-        ("--config-dir {own} attention=[misspelt]", r".*: module beside has no Cosin \(did you mean Cosine\?\)"),
-        ("--config-dir {own} attention=[elsewhere]", r".*: module besides cannot be imported: .*; a module of your own lies in .*"),
+        ("--config-dir {conf} attention=[misspelt]", r".*: module beside has no Cosin \(did you mean Cosine\?\)"),
+        (
+            "--config-dir {conf} attention=[elsewhere]",
+            r".*: module besides cannot be imported: .*; a module of your own lies in .*",
+        ),
     ],
 )
 def test_a_beginner_s_mistake_gets_one_helpful_sentence(
@@ -296,11 +301,11 @@ def test_a_beginner_s_mistake_gets_one_helpful_sentence(
     (conf / "attention" / "misspelt.yaml").write_text("misspelt: {_target_: beside.Cosin}\n")
     (conf / "attention" / "elsewhere.yaml").write_text("elsewhere: {_target_: besides.Cosine}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["run.py", f"results_dir={tmp_path}", *arguments.format(own=conf).split()])
+    monkeypatch.setattr(sys, "argv", ["run.py", f"results_dir={tmp_path}", *arguments.format(conf=conf).split()])
     assert run.main() == 2
-    out, said = capfd.readouterr()
-    assert out == ""
-    assert re.fullmatch(f"error: {sentence}\n", said)
+    output, error = capfd.readouterr()
+    assert output == ""
+    assert re.fullmatch(f"error: {sentence}\n", error)
 
 
 # --- completion -----------------------------------------------------------------------------------
@@ -316,12 +321,12 @@ def test_a_beginner_s_mistake_gets_one_helpful_sentence(
     ],
 )
 def test_bash_completes_settings(line: str, completed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    said = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", said)
+    completion = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", completion)
     monkeypatch.setattr(sys, "argv", ["run.py", "-sc", "install=bash"])
     assert run.main() == 0
-    # As bash calls it: what `complete -p` says is registered, with the variables that it sets.
-    script = f"""{said.getvalue()}
+    # Calls the function that `complete -p` names, with the variables that bash sets.
+    script = f"""{completion.getvalue()}
     COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_WORDS=({shlex.quote(sys.executable)})
     $(complete -p python | sed 's/.*-F \\([^ ]*\\) python/\\1/')
     printf '%s\\n' "${{COMPREPLY[@]}}" """

@@ -1,4 +1,4 @@
-"""Temporary files go with the process that made them: at its end, or when the next one starts if it was killed."""
+"""A process's temporary files are removed at its end, or by the next process if it was killed."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ with Worker(test_worker.wait_for_more) as worker:
 
 
 def start(command: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """A command whose temporary files lie in `folder`, and the first line that it printed."""
+    """Starts a command with its temporary files in `folder`; returns it with its first line of output."""
     arguments = [sys.executable, "-c", command, str(Path(__file__).parent)]
     environment = os.environ | {"TMPDIR": str(folder)}
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -39,7 +39,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def temporary(folder: Path) -> set[str]:
-    """What lies in a folder, except files that are only locked, and torch's cache, which all processes of a user share."""
+    """Contents of a folder without lock files and torch's cache, which all processes of a user share."""
     return {str(path) for path in folder.iterdir() if path.suffix != ".lock" and not path.name.startswith("torchinductor_")}
 
 
@@ -50,15 +50,15 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_the_next_process_removes_what_a_killed_one_left_and_not_what_others_use(folder: Path) -> None:
+def test_the_next_process_removes_folders_of_killed_processes_and_no_others(folder: Path) -> None:
     (killed, left), (living, used) = start(WAITING, folder), start(WAITING, folder)
     assert temporary(folder) == {left, used}
     (Path(left) / "file").write_text("of a measurement")
     killed.kill()
     killed.communicate()
     assert temporary(folder) == {left, used}
-    last, own = start(WAITING, folder)
-    assert temporary(folder) == {used, own}
+    last, new = start(WAITING, folder)
+    assert temporary(folder) == {used, new}
     end(last)
     assert temporary(folder) == {used}
     end(living)
@@ -73,6 +73,6 @@ def test_a_command_that_is_killed_while_it_measures_leaves_only_its_scratch_fold
     killed.communicate()
     psutil.wait_procs([worker], timeout=60)
     assert len(temporary(folder)) == 1
-    last, own = start(WAITING, folder)
-    assert temporary(folder) == {own}
+    last, new = start(WAITING, folder)
+    assert temporary(folder) == {new}
     end(last)

@@ -1,4 +1,4 @@
-"""Whatever happens in a child process comes back as a result, and the process leaves nothing behind."""
+"""Every end of a child process becomes a result, and the process leaves nothing behind."""
 
 import ctypes
 import gc
@@ -115,7 +115,7 @@ def is_imported(name: str) -> bool:
     return name in sys.modules
 
 
-def test_a_child_has_imported_what_measuring_needs_and_not_what_draws() -> None:
+def test_a_child_has_imported_modules_that_measure_and_none_that_draw() -> None:
     assert run_isolated(is_imported, "torch._dynamo", timeout_s=60).value
     assert not run_isolated(is_imported, "matplotlib", timeout_s=60).value
     assert run_isolated(gc.get_freeze_count, timeout_s=60).value > 10_000

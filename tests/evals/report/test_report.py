@@ -37,7 +37,7 @@ def browser() -> Iterator[Browser]:
         yield play.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
-def opened(browser: Browser, path: Path) -> tuple[Page, list[str]]:
+def open_page(browser: Browser, path: Path) -> tuple[Page, list[str]]:
     """Opens a page, and waits until it is ready; returns it with its console messages and requests."""
     page, complaints = browser.new_page(), []
     page.on("console", lambda message: complaints.append(message.text))
@@ -48,7 +48,7 @@ def opened(browser: Browser, path: Path) -> tuple[Page, list[str]]:
     return page, complaints
 
 
-def written(folder: Path, results: pd.DataFrame) -> Path:
+def write_report(folder: Path, results: pd.DataFrame) -> Path:
     folder.mkdir(parents=True)
     results.assign(comparison="c", noise_floor=0.01).to_csv(folder / "results.csv", index=False)
     return write([folder], folder / "report.html")
@@ -57,11 +57,11 @@ def written(folder: Path, results: pd.DataFrame) -> Path:
 @pytest.fixture(scope="module")
 def paper(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, list[str], Path]:
     path = write([PAPER], tmp_path_factory.mktemp("paper") / "report.html")
-    return *opened(browser, path), path
+    return *open_page(browser, path), path
 
 
 MARKS = """id => [...document.querySelectorAll(`#${id} [aria-roledescription=value]`)].map(mark => {
-    const {x, y, datum} = mark.__data__; return {x, y, attention: datum.attention, place: datum.x, value: datum.y}})"""
+    const {x, y, datum} = mark.__data__; return {x, y, attention: datum.attention, x_value: datum.x, value: datum.y}})"""
 
 
 def test_it_loads_nothing_and_is_small(paper: tuple[Page, list[str], Path]) -> None:
@@ -76,7 +76,7 @@ def test_charts_hold_the_values_of_the_table(paper: tuple[Page, list[str], Path]
     results = pd.read_csv(PAPER / "results.csv")
     for chart, column in (("latency", "latency_s"), ("speedup", "speedup"), ("peak_memory", "peak_bytes")):
         marks = page.evaluate(MARKS, f"chart-0-{chart}")
-        drawn = {(mark["attention"], mark["place"]): mark["value"] for mark in marks}
+        drawn = {(mark["attention"], mark["x_value"]): mark["value"] for mark in marks}
         assert drawn == {(row["attention"], row["seq_len"]): row[column] for _, row in results.iterrows()}
         ordered = [mark["y"] for mark in sorted(marks, key=lambda mark: mark["value"])]
         assert ordered == sorted(ordered, reverse=True)
@@ -112,15 +112,15 @@ def test_the_table_filters_sorts_and_downloads(paper: tuple[Page, list[str], Pat
     for direction in ("ascending", "descending"):
         page.get_by_role("button", name="latency_s", exact=True).click()
         assert page.locator(f"th[aria-sort={direction}]").count() == 1
-        shown = page.evaluate("window.report[0].table.filtered.map(row => row.latency_s)")
-        assert shown == sorted(results["latency_s"], reverse=direction == "descending")
+        latencies = page.evaluate("window.report[0].table.filtered.map(row => row.latency_s)")
+        assert latencies == sorted(results["latency_s"], reverse=direction == "descending")
 
 
 def test_a_tooltip_stays_within_the_window(paper: tuple[Page, list[str], Path]) -> None:
     page, _, _ = paper
     page.set_viewport_size({"width": 500, "height": 500})
-    for place in (0, 7, 20, 55):  # near each side
-        page.locator("#chart-0-latency [aria-roledescription=value]").nth(place).hover(force=True)
+    for index in (0, 7, 20, 55):  # near each side
+        page.locator("#chart-0-latency [aria-roledescription=value]").nth(index).hover(force=True)
         expect(page.locator(".tip")).to_contain_text("fraction of the roofline")
         box = page.locator(".tip").bounding_box()
         assert box is not None
@@ -138,8 +138,8 @@ def test_every_control_has_a_name_of_its_own(paper: tuple[Page, list[str], Path]
     used = [node for node in nodes if node.get("role", {}).get("value") in USED and not node.get("ignored")]
     names = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in used]
     assert len(names) > 30
-    assert [one for one in names if not one[1]] == []
-    assert [one for one in set(names) if names.count(one) > 1] == []
+    assert [pair for pair in names if not pair[1]] == []
+    assert [pair for pair in set(names) if names.count(pair) > 1] == []
 
 
 def test_a_print_fits_the_page_and_has_every_row(paper: tuple[Page, list[str], Path]) -> None:
@@ -149,8 +149,8 @@ def test_a_print_fits_the_page_and_has_every_row(paper: tuple[Page, list[str], P
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("[data-table] tbody tr").count() == 56
     assert "1–56 of 56 rows" in page.locator("[data-table]").inner_text()
-    beyond = """[...document.querySelectorAll("table, svg, dl, pre")].filter(one => one.checkVisibility())
-        .filter(one => one.getBoundingClientRect().right > innerWidth + 1).map(one => one.outerHTML.slice(0, 80))"""
+    beyond = """[...document.querySelectorAll("table, svg, dl, pre")].filter(element => element.checkVisibility())
+        .filter(element => element.getBoundingClientRect().right > innerWidth + 1).map(element => element.outerHTML.slice(0, 80))"""
     assert page.evaluate(beyond) == []
     assert not page.get_by_label("Filter").is_visible()
     assert page.locator(".charts svg text").first.is_visible()
@@ -165,13 +165,13 @@ def test_arrow_keys_read_the_values_out(paper: tuple[Page, list[str], Path]) -> 
     page.locator("#chart-0-latency .chart").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#chart-0-latency .readout").inner_text().startswith("attention standard, at ")
-    unnamed = "[...document.querySelectorAll('input, select')].filter(one => !one.labels.length).length"
+    unnamed = "[...document.querySelectorAll('input, select')].filter(element => !element.labels.length).length"
     assert page.evaluate(unnamed) == 0
 
 
 def test_a_hostile_name_is_text(browser: Browser, tmp_path: Path) -> None:
     results = failing(table(HOSTILE), HOSTILE[1], 128, "crash").assign(detail=HOSTILE[1])
-    page, complaints = opened(browser, written(tmp_path / "<img src=x onerror=alert(1)>", results))
+    page, complaints = open_page(browser, write_report(tmp_path / "<img src=x onerror=alert(1)>", results))
     assert page.evaluate("window.pwned") is None
     assert complaints == []
     assert json.loads(page.locator("#data").inner_text())["parts"][0]["attentions"] == list(HOSTILE)
@@ -181,7 +181,7 @@ def test_a_hostile_name_is_text(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_five_thousand_rows_answer_within_200_ms(browser: Browser, tmp_path: Path) -> None:
-    page, _ = opened(browser, written(tmp_path / "many", table(tuple(STYLES), tuple(range(1, 626)))))
+    page, _ = open_page(browser, write_report(tmp_path / "many", table(tuple(STYLES), tuple(range(1, 626)))))
     page.evaluate(
         """() => {
             const search = document.querySelector("input[type=search]");
