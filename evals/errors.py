@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 OK, BUG, USAGE, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 EXIT_CODES = {
-    OK: "every row has its number, or what was asked for was printed",
+    OK: "every row has a number, or the requested text was printed",
     BUG: "a bug in this program, with a traceback",
-    USAGE: "the request cannot be met: one sentence on standard error says why",
-    INCOMPLETE: "all work is done, and some row has no number: oom, timeout, crash, unsupported, uncertified, impossible, lost",
-    INTERRUPTED: "Ctrl-C; the same command continues from there",
-    BROKEN_PIPE: "the program that read the output, such as head, closed it",
+    USAGE: "the command cannot do what was asked; one sentence on standard error says why",
+    INCOMPLETE: "all work is done, but at least one row has no number: its outcome is not ok",
+    INTERRUPTED: "Ctrl-C; the same command continues",
+    BROKEN_PIPE: "the program that reads the output, such as head, closed the pipe",
 }
 """Exit codes of the commands and their meanings, as `--help` and the documentation give them."""
 
