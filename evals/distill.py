@@ -17,7 +17,7 @@ from evals.conversion import tables
 from evals.conversion.study import FOLDERS, add_arguments, plans, run_all
 from evals.errors import OK
 from evals.results.markup import markdown
-from evals.results.tables import write_table
+from evals.results.schema import write_table
 
 
 @command(ValueError, FloatingPointError, interrupted=RESUME)

@@ -13,7 +13,7 @@ from evals.cli.command import command
 from evals.cli.outputs import build_tables
 from evals.errors import OK, UsageError
 from evals.results.ledger import Ledger
-from evals.results.tables import write_table
+from evals.results.schema import write_table
 
 
 @command(ValueError)

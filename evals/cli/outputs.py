@@ -15,7 +15,7 @@ from evals.plots import registry
 from evals.results import accuracy_table, curves_table, latency_table, max_context_table, scaling_table
 from evals.results.formatting import wrap
 from evals.results.ledger import Record
-from evals.results.tables import write_table
+from evals.results.schema import write_table
 
 
 def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:

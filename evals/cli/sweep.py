@@ -84,7 +84,7 @@ class SweepRun:
         self.certificates = self.certificates or sweep_certificates(cfg)
         job = make_job(comparison, ledger, self.certificates)
         self.job_ids.append(job.id)
-        torn = ledger.mend()
+        torn = ledger.repair()
         if torn:
             print(f"warning: {torn}", file=sys.stderr)
         self._record_command(ledger)

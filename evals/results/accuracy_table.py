@@ -23,7 +23,7 @@ COLUMNS = columns("accuracy")
 def build(records: Sequence[Record]) -> pd.DataFrame:
     """Builds the table from all records of a ledger.
 
-    Numbers are means over seeds with the interval over them. Where a seed failed there is no number, and outcome and detail
+    Numbers are means over seeds with the interval over them. If a seed failed there is no number, and outcome and detail
     say why. Of studies with the same settings the last one counts. Rows over all targets have no group.
     """
     rows = [row for trained in trained_attentions(records) for row in _rows(trained)]
@@ -32,7 +32,7 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _rows(trained: TrainedAttention) -> Iterator[dict[str, Any]]:
-    """The rows of one attention: for each learning rate one if it failed, else one an evaluation and group of targets."""
+    """The rows of one attention by learning rate: one if a seed failed, else one per evaluation and group of targets."""
     study, name, runs = trained
     for rate in dict.fromkeys(run["learning_rate"] for run in runs):
         seeds = [run for run in runs if run["learning_rate"] == rate]
@@ -62,7 +62,7 @@ def _rows(trained: TrainedAttention) -> Iterator[dict[str, Any]]:
 
 
 def _evaluation_rows(evaluations: Sequence[Record], study: Record) -> Iterator[dict[str, Any]]:
-    """Scores at one length: over all targets, then over each group that has targets. evaluations: one a seed."""
+    """Scores at one length: over all targets, then over each group that has targets. `evaluations` has one record a seed."""
     first = evaluations[0]
     row = {"eval_seq_len": first["seq_len"], "state_bytes": first["state_bytes"]}
     groups = range(len(first["groups"]))
@@ -76,8 +76,8 @@ def _evaluation_rows(evaluations: Sequence[Record], study: Record) -> Iterator[d
 def _scores(evaluations: Sequence[Record], groups: Sequence[int], unit: str) -> dict[str, Any]:
     """Accuracy and loss over the targets of some groups, with intervals over the seeds."""
     totals = [
-        {column: math.fsum(one[column][group] for group in groups) for column in ("targets", "right", "loss")}
-        for one in evaluations
+        {column: math.fsum(evaluation[column][group] for group in groups) for column in ("targets", "right", "loss")}
+        for evaluation in evaluations
     ]
     accuracy = mean_interval([total["right"] / total["targets"] for total in totals])
     loss = mean_interval([total["loss"] / total["targets"] for total in totals])
@@ -103,7 +103,7 @@ def _scores(evaluations: Sequence[Record], groups: Sequence[int], unit: str) -> 
 
 
 def over_all_targets(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are not of one group of targets."""
+    """The rows over all targets, without those of a single group."""
     return table[table["depth"].isna() & table["position"].isna()]
 
 
@@ -118,8 +118,8 @@ def score_metric(rows: pd.DataFrame) -> Metric:
 def render(table: pd.DataFrame) -> str:
     """Renders the scores at the best learning rates over all targets, in 80 columns.
 
-    Attentions down. Across is the swept setting, evaluated at the length of training; or the evaluation length, where
-    nothing else varies. Failures follow.
+    Attentions stand down, and the swept setting across, evaluated at the length of training. If only the evaluation length
+    varies, that stands across. Failures follow.
     """
     whole = over_all_targets(table)
     swept = swept_column(whole)

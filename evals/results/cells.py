@@ -15,35 +15,23 @@ from evals.results import schema
 from evals.results.ledger import Ledger, Record
 
 MACHINE = ("processor", "torch")
-"""Settings that say where a cell was measured, not what was measured."""
+"""Settings that identify the machine of a cell. They do not count when cells are matched."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One attention under one setting in one result folder.
-
-    Attributes:
-        attention: its name.
-        settings: what was measured; without the settings in MACHINE.
-        origin: folder, commit, host, processor and torch.
-        options: the node of the attention's config.
-        outcome, detail: as in results.csv.
-        noise_floor: of its comparison; NaN if the reference was not measured against itself.
-        peak_bytes: memory peak.
-        rounds: the logarithm of each round's median latency in seconds.
-        times: when each round was measured, in seconds since 1970.
-    """
+    """One attention under one setting in one result folder."""
 
     attention: str
-    settings: dict[str, Any]
-    origin: dict[str, str]
-    options: dict[str, Any]
+    settings: dict[str, Any]  # without those in MACHINE
+    origin: dict[str, str]  # folder, commit, host, processor and torch
+    options: dict[str, Any]  # the node of the attention's config
     outcome: str
     detail: str
-    noise_floor: float
+    noise_floor: float  # of its comparison; NaN if the reference was not measured against itself
     peak_bytes: float
-    rounds: dict[int, float]
-    times: dict[int, float]
+    rounds: dict[int, float]  # the logarithm of each round's median latency in seconds
+    times: dict[int, float]  # when each round was measured, in seconds since 1970
 
 
 def read_cells(folder: Path) -> list[Cell]:

@@ -26,25 +26,18 @@ FORMS = tuple(
     )
 )
 Relation = Literal["faster", "slower", "less", "more", "latency", "memory", "before", "after"]
+"""The comparison of latencies, that of memory, the quantity that scales, or the order of an overtaking and a length."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about one attention, or about two.
-
-    Attributes:
-        first: the attention that something is claimed of.
-        second: the one that it is compared with; empty for a claim about scaling.
-        relation: faster or slower; less or more memory; scaling of latency or memory; overtaking before or after a length.
-        amount: the smallest ratio (1 if any will do), the exponent, or the length in tokens.
-        settings: values of settings that it is restricted to, as written.
-    """
+    """A claim about one attention, or about two."""
 
     first: str
-    second: str
+    second: str  # the attention that `first` is compared with; empty for a claim about scaling
     relation: Relation
-    amount: float
-    settings: dict[str, str]
+    amount: float  # the smallest ratio (1 if any will do), the exponent, or the length in tokens
+    settings: dict[str, str]  # values of settings that it is restricted to, as written
 
     @property
     def names(self) -> set[str]:
@@ -71,7 +64,7 @@ def parse(text: str) -> Claim:
 
 
 def _amount(given: dict[str, str | None], relation: Relation) -> float:
-    """The ratio, exponent or length that is claimed; less or more percent of memory as a ratio."""
+    """The claimed ratio, exponent or length; a percentage becomes a ratio."""
     amount = float(next((given[key] for key in ("factor", "power", "length") if given.get(key)), None) or 1.0)
     if given.get("percent"):
         percent = float(str(given["percent"]))

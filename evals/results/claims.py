@@ -31,26 +31,19 @@ SENTENCES = {
 
 
 class Finding(NamedTuple):
-    """The verdict at one setting.
-
-    Attributes:
-        verdict: one of VERDICTS.
-        margin: distance from being refuted; the smallest is the worst.
-        evidence: the numbers behind it.
-        missing: what would decide it, if it is undecided.
-    """
+    """The verdict at one setting."""
 
     verdict: str
-    margin: float
+    margin: float  # distance from being refuted; the smallest is the worst
     evidence: str
-    missing: str = ""
+    missing: str = ""  # what would decide it, if it is undecided
 
 
 class Decision(NamedTuple):
-    """The verdict of a folder, and the lines to print."""
+    """The verdict of a folder."""
 
     verdict: str
-    text: str
+    text: str  # the lines to print
 
 
 # --- decisions ------------------------------------------------------------------------------------
@@ -60,7 +53,7 @@ def decide(claim: Claim, folders: Sequence[Path]) -> Decision:
     """Decides a claim over all folders that measured its attentions; the worst verdict counts.
 
     Raises:
-        UsageError: if no folder did, with what was measured.
+        UsageError: if no folder measured them; the message names the attentions that were measured.
     """
     known = [ResultFolder(folder) for folder in folders]
     naming = [results for results in known if claim.names <= set(results.names)]
@@ -87,15 +80,15 @@ def decide_folder(claim: Claim, results: ResultFolder) -> Decision:
         UsageError: if the folder did not measure the claim's settings, or not its attentions side by side.
     """
     rows = results.select(claim.names, claim.settings)
-    found = find(claim, results, rows)
-    if not found:
+    findings = judge_settings(claim, results, rows)
+    if not findings:
         raise UsageError(f"{claim.first} and {claim.second} were not measured side by side in {results.folder}")
-    worst = min(found, key=lambda finding: (VERDICTS.index(finding.verdict), finding.margin))
+    worst = min(findings, key=lambda finding: (VERDICTS.index(finding.verdict), finding.margin))
     lines = [f"{worst.verdict}: {worst.evidence}"]
-    if len(found) > 1:
-        counts = Counter(finding.verdict for finding in found)
+    if len(findings) > 1:
+        counts = Counter(finding.verdict for finding in findings)
         summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("supported", "refuted", "undecided"))
-        lines.append(f"the worst of {len(found)} settings: {summary}")
+        lines.append(f"the worst of {len(findings)} settings: {summary}")
     machine = "; ".join(f"{key} {', '.join(map(str, rows[key].unique()))}" for key in ("processor", "torch") if key in rows)
     lines.append(f"{machine}; {results.folder}")
     if worst.verdict == "undecided":
@@ -103,16 +96,16 @@ def decide_folder(claim: Claim, results: ResultFolder) -> Decision:
     return Decision(worst.verdict, "\n".join(lines).replace("\n", "\n  "))
 
 
-def find(claim: Claim, results: ResultFolder, rows: pd.DataFrame) -> list[Finding]:
-    """A finding for each setting that was measured; for scaling and overtaking, for each range of lengths."""
+def judge_settings(claim: Claim, results: ResultFolder, rows: pd.DataFrame) -> list[Finding]:
+    """Returns a finding for each measured setting; for scaling and overtaking, for each range of lengths."""
     along_lengths = claim.relation in ("latency", "memory", "before", "after")
     settings = [name for name in results.settings if not (along_lengths and name == "seq_len")]
     judge: Callable[[Claim, ResultFolder, pd.DataFrame, str], Finding]
     judge = _judge_ratio if not along_lengths else _judge_overtaking if claim.second else _judge_scaling
-    shown = dict.fromkeys([*claim.settings, *(name for name in settings if rows[name].nunique() > 1)])
+    named = dict.fromkeys([*claim.settings, *(name for name in settings if rows[name].nunique() > 1)])
     findings = []
     for _, cell in rows.groupby(settings, dropna=False, sort=False):
-        where = " and ".join(f"{name} {cell[name].iloc[0]}" for name in shown)
+        where = " and ".join(f"{name} {cell[name].iloc[0]}" for name in named)
         if claim.names <= set(cell["attention"]):
             findings.append(judge(claim, results, cell.sort_values("seq_len"), f" at {where}" if where else ""))
     return findings
@@ -149,16 +142,16 @@ def weigh(ratio: Interval, claimed: float, floor: float, rounds: float) -> tuple
     """Weighs `ratio >= claimed`, or `ratio > 1` if `claimed` is 1.
 
     Args:
-        ratio: the measured ratio with its interval.
-        claimed: the claimed ratio, at least 1.
-        floor: the noise floor; a smaller difference from 1 is not seen.
-        rounds: rounds behind the interval.
+        ratio: the measured ratio.
+        claimed: at least 1.
+        floor: the noise floor, a fraction; a difference from 1 that is smaller cannot be seen.
+        rounds: number of rounds behind the interval.
 
     Returns:
         The verdict, and what would decide it if it is undecided.
     """
     visible = math.expm1(abs(math.log(ratio.value))) > floor
-    # A ratio that is too small for the claim can be seen whatever the noise floor; that it is below 1 cannot.
+    # A ratio below a claimed factor refutes the claim at any noise floor; a ratio below 1 only beyond the noise floor.
     if (ratio.high < claimed and (claimed > 1 or visible)) or ratio.low == ratio.high == claimed == 1:
         return "refuted", ""
     if ratio.low >= claimed and ratio.low > 1 and visible and not 1 < claimed < 1 + floor:
@@ -206,27 +199,18 @@ Row = pd.Series
 
 
 class Crossings(NamedTuple):
-    """Where the latencies of two attentions cross.
+    """Where the latencies of two attentions cross."""
 
-    Attributes:
-        crossings: in ascending order of their lengths.
-        lead: logarithm of how many times faster the first is at the longest length; below 0 if it is slower.
-        method: PAIRED or UNPAIRED.
-    """
-
-    crossings: list[Crossover]
-    lead: float
-    method: str
+    crossings: list[Crossover]  # in ascending order of their lengths
+    lead: float  # logarithm of how many times faster the first is at the longest length; below 0 if it is slower
+    method: str  # PAIRED or UNPAIRED
 
 
 class Overtaking(NamedTuple):
-    """The lengths between which an attention becomes faster for good, and a sentence that says so.
-
-    `high` is infinite if it is not faster at the longest length.
-    """
+    """The range of lengths in which an attention becomes faster for good."""
 
     low: float
-    high: float
+    high: float  # infinite if it is not faster at the longest length
     sentence: str
 
 
@@ -258,11 +242,11 @@ def _find_crossings(results: ResultFolder, lengths: Sequence[float], ours: Seque
     return Crossings(crossovers_from_intervals(lengths, first, second), lead, UNPAIRED)
 
 
-def _locate_overtaking(claim: Claim, lengths: Sequence[float], found: Crossings) -> Overtaking:
+def _locate_overtaking(claim: Claim, lengths: Sequence[float], crossings: Crossings) -> Overtaking:
     """The last crossing, unless the first attention leads everywhere, or does not lead at the longest length."""
     shortest, longest = min(lengths), max(lengths)
-    last = found.crossings[-1].at if found.crossings else None
-    if found.lead < 0 and (last is None or last.high < math.inf):
+    last = crossings.crossings[-1].at if crossings.crossings else None
+    if crossings.lead < 0 and (last is None or last.high < math.inf):
         return Overtaking(longest, math.inf, f"{claim.first} is slower at {longest:g}, the longest measured")
     if last is None:
         return Overtaking(0.0, shortest, f"{claim.first} is faster at all lengths from {shortest:g} on")
@@ -274,7 +258,7 @@ def _locate_overtaking(claim: Claim, lengths: Sequence[float], found: Crossings)
 def _weigh_overtaking(claim: Claim, overtaking: Overtaking, lead: float, floor: float) -> tuple[str, float]:
     """The verdict on overtaking before or after a length, and its margin."""
     before, after = overtaking.high <= claim.amount, overtaking.low >= claim.amount
-    # That it overtakes at all is certain if it is visibly faster at the longest length.
+    # It certainly overtakes if it is visibly faster at the longest length.
     overtakes = lead > 0 and overtaking.high < math.inf and math.expm1(lead) > floor
     if claim.relation == "before":
         holds, fails = before and overtakes, after and overtaking.low > 0

@@ -15,7 +15,7 @@ from evals.stats.intervals import CONFIDENCE, Speedup
 from evals.stats.verdicts import holm, verdicts
 
 Key = tuple[Any, ...]
-"""The attention and the values of the shared settings: what makes two cells the same."""
+"""The attention and the values of the shared settings; cells of A and B with the same key are compared."""
 
 COMPUTED = ("ratio", "ratio_low", "ratio_high", "p_holm", "noise_floor", "verdict", "paired")
 
@@ -31,8 +31,8 @@ def compare_cells(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
     """Compares the cells of two folders.
 
     Returns:
-        One row per cell of either folder: its settings; ratio is the latency in A over that in B, above 1 where B is
-        faster; p_holm is its p value, corrected for all cells; for either side outcome, latency, rounds and memory.
+        One row per cell of either folder: its settings; its outcome, latency, rounds and memory in both folders; `ratio`, the
+        latency in A over that in B, above 1 where B is faster; `p_holm`, the p-value corrected for all cells.
 
     Raises:
         UsageError: if the folders have no cell in common, or one holds a cell twice.
@@ -43,15 +43,15 @@ def compare_cells(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
         raise UsageError(f"A and B have no cell in common: {_differences(list(left), list(right), names)}")
     rows, timed = [], []
     for key in dict.fromkeys([*left, *right]):
-        one, other = left.get(key), right.get(key)
+        cell_a, cell_b = left.get(key), right.get(key)
         row: dict[str, Any] = dict(zip(("attention", *names), key, strict=True))
-        row |= _side("a", one) | _side("b", other)
+        row |= _side("a", cell_a) | _side("b", cell_b)
         row["verdict"] = _untimed_verdict(row["outcome_a"], row["outcome_b"])
-        if one and other and one.rounds and other.rounds:
-            ratio, row["paired"] = cell_ratio(one, other)
+        if cell_a and cell_b and cell_a.rounds and cell_b.rounds:
+            ratio, row["paired"] = cell_ratio(cell_a, cell_b)
             row |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
             # fmax ignores a NaN: where one folder has no noise floor that of the other counts.
-            row["noise_floor"] = float(np.fmax(one.noise_floor, other.noise_floor))
+            row["noise_floor"] = float(np.fmax(cell_a.noise_floor, cell_b.noise_floor))
             timed.append((row, ratio))
         rows.append(row)
     ratios = [ratio for _, ratio in timed]
@@ -80,7 +80,7 @@ def _untimed_verdict(a: str, b: str) -> str:
     return f"{a} -> {b}" if a != b else "untimed" if a == "ok" else f"{a} in both"
 
 
-# --- cells that are the same ----------------------------------------------------------------------
+# --- matching cells -------------------------------------------------------------------------------
 
 
 def shared_settings(a: Sequence[Cell], b: Sequence[Cell]) -> list[str]:
@@ -124,7 +124,7 @@ def cell_ratio(a: Cell, b: Cell) -> Ratio:
 
     Where rounds were measured side by side, the drift of the machine cancels: Student's t on their differences. Otherwise
     Welch's t on the two means, with the degrees of freedom of Welch 1947 (Biometrika 34). Its interval covers the scatter
-    between rounds only: what differed between the runs as a whole, such as a warmer machine, counts as a difference of the code.
+    between rounds only: a difference between the runs as a whole, such as a warmer machine, counts as a difference of the code.
     """
     rounds = _interleaved(a, b)
     if rounds:
@@ -141,7 +141,7 @@ def cell_ratio(a: Cell, b: Cell) -> Ratio:
 
 
 def _interleaved(a: Cell, b: Cell) -> list[int]:
-    """The rounds that are paired: both sides completed each before either began the next, on one machine. Empty if not all are."""
+    """The rounds of both sides, if both completed each before either began the next, on one machine; otherwise none."""
     rounds = sorted(a.rounds.keys() & b.rounds.keys())
     spans = [sorted((a.times[number], b.times[number])) for number in rounds]
     in_order = all(before[1] < after[0] for before, after in itertools.pairwise(spans))

@@ -13,12 +13,7 @@ from evals.stats.intervals import CONFIDENCE
 
 
 def render(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
-    """Renders a comparison in 80 columns.
-
-    Args:
-        a, b: the cells of both folders.
-        rows: their comparison, from `compare_cells`.
-    """
+    """Renders `rows`, the comparison of the cells `a` and `b` by `compare_cells`, in 80 columns."""
     ratios = [
         ["ratio", *map(_format_ratio, rows["ratio"])],
         ["low", *map(_format_ratio, rows["ratio_low"])],
@@ -42,7 +37,7 @@ def render(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
 
 
 def regressions(rows: pd.DataFrame, threshold: float) -> list[str]:
-    """A sentence for everything that got worse: slower or more memory by more than `threshold`, or a failure."""
+    """Returns a sentence for each regression: more time or memory by more than `threshold`, or a failure."""
     sentences = []
     for label, (_, row) in zip(_labels(rows)[1:], rows.iterrows(), strict=True):
         name = " ".join(label.split())
@@ -56,7 +51,7 @@ def regressions(rows: pd.DataFrame, threshold: float) -> list[str]:
 
 
 def _preamble(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> list[str]:
-    """Where A and B come from, and what limits their comparison."""
+    """The origins of A and B, and warnings about their comparison."""
     lines = [
         f"{side}: {', '.join(_origins(cells, name) for name in ('folder', 'commit', *MACHINE))}"
         for side, cells in (("A", a), ("B", b))
@@ -85,7 +80,7 @@ def _format_ratio(ratio: float) -> str:
 
 
 def _labels(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[str]:
-    """A head, and a label a row: the attention and every setting in which rows differ. index: the rows to label."""
+    """A head, and a label for each row of `index` (default: all): the attention and every setting in which rows differ."""
     settings = list(rows.columns[: rows.columns.get_loc("ratio")])
     varied = [name for name in settings if name == "attention" or rows[name].nunique(dropna=False) > 1]
     chosen = rows if index is None else rows.loc[index]

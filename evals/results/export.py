@@ -10,34 +10,27 @@ import pandas as pd
 
 from evals.results import frames, schema
 from evals.results.accuracy_table import over_all_targets, score_metric
-from evals.results.formatting import format_bytes, format_setting, format_value
+from evals.results.formatting import format_setting, format_value
 from evals.results.latency_table import TABLE_METRICS
 from evals.results.markup import FORMATS, Table, superscript
-from evals.results.metrics import MAX_CONTEXT, PERPLEXITY, STATE
+from evals.results.metrics import BYTES, MAX_CONTEXT, PERPLEXITY, STATE
 from evals.results.settings import SETTINGS, TRAINING_SETTINGS, conditions, group_by, training_conditions, training_phrase, varying
 
 
 def export(folders: Sequence[Path], form: str) -> str:
-    """Renders all tables of some folders.
-
-    Args:
-        folders: result folders, or folders above such.
-        form: markdown or latex.
+    """Renders all tables of some result folders, or of all result folders below them, as markdown or latex.
 
     Raises:
         ValueError: in one sentence, if a folder holds no table of results.
     """
-    tables = {name: list(tables_of(folder)) for name, folder in result_folders(folders).items()}
-    titled = [
-        replace(table, title=f"{name}: {table.title}") if len(tables) > 1 else table
-        for name, own in tables.items()
-        for table in own
-    ]
+    named = result_folders(folders)
+    tables = ((name, table) for name, folder in named.items() for table in tables_of(folder))
+    titled = (replace(table, title=f"{name}: {table.title}") if len(named) > 1 else table for name, table in tables)
     return "\n\n".join(map(FORMATS[form], titled))
 
 
 def result_folders(given: Sequence[Path]) -> dict[str, Path]:
-    """Folders that hold a results.csv, by name: each given one, or in place of one without the folders below it."""
+    """Folders that hold a results.csv, by name. A given folder without one stands for all such folders below it."""
     folders: dict[str, Path] = {}
     for folder in given:
         below = sorted(path.parent for path in folder.rglob("results.csv"))
@@ -94,7 +87,7 @@ def accuracy_tables(results: pd.DataFrame) -> Iterator[Table]:
         score = partial(format_value, metric=metric)
         trained = ok[ok["eval_seq_len"] == ok["seq_len"]]
         yield _grid(trained, failed, swept, metric.table_title(), caption, score)
-        yield _grid(trained, failed, swept, STATE.title().lower(), caption, lambda row: format_bytes(row["state_bytes"]))
+        yield _grid(trained, failed, swept, STATE.title().lower(), caption, lambda row: BYTES.format(row["state_bytes"]))
         for value, rows in ok.groupby(swept):
             if rows["eval_seq_len"].nunique() > 1:
                 at = training_phrase(swept, format_setting(value)).removeprefix("trained at ")
@@ -105,7 +98,7 @@ def accuracy_tables(results: pd.DataFrame) -> Iterator[Table]:
 def _grid(
     rows: pd.DataFrame, failed: pd.DataFrame, column: str, title: str, caption: str, write: Callable[["pd.Series[Any]"], str]
 ) -> Table:
-    """A table with attentions down and the values of a column across; of failed rows the outcome with a footnote."""
+    """A table with attentions down and the values of a column across; a failed row gives its outcome and a footnote."""
     notes: list[str] = []
     texts = {cell: f"{row['outcome']}{_mark(notes, row)}" for cell, row in frames.rows_by_cell(failed, column).items()}
     texts |= {cell: write(row) for cell, row in frames.rows_by_cell(rows, column).items()}
@@ -127,21 +120,21 @@ def max_context_tables(results: pd.DataFrame) -> Iterator[Table]:
         for _, row in group.sort_values("max_context", ascending=False).iterrows():
             beyond = f"{row['next_seq_len']:.0f}{_mark(notes, row)}" if pd.notna(row["next_seq_len"]) else ""
             if pd.notna(row["max_context"]):
-                found = [f"{row['max_context']:.0f}", format_bytes(row["peak_bytes"])]
+                fitting = [f"{row['max_context']:.0f}", BYTES.format(row["peak_bytes"])]
             else:
-                found = [f"{row['outcome']}{'' if beyond else _mark(notes, row)}", ""]
-            rows.append([str(row["attention"]), *found, beyond])
-        title = f"longest context within {format_bytes(group['limit_bytes'].iloc[0])}, {MAX_CONTEXT.better}"
+                fitting = [f"{row['outcome']}{'' if beyond else _mark(notes, row)}", ""]
+            rows.append([str(row["attention"]), *fitting, beyond])
+        title = f"longest context within {BYTES.format(group['limit_bytes'].iloc[0])}, {MAX_CONTEXT.better}"
         yield Table(title, rows, notes, conditions(group, "attention"))
 
 
 def conversion_tables(results: pd.DataFrame) -> Iterator[Table]:
-    """Perplexity of each model as original, converted and distilled, means over seeds, and the part that distilling gives back."""
+    """Mean perplexity over seeds of each model as original, converted and distilled, and the share that distilling gives back."""
     seeds, stages = results["seed"].nunique(), schema.words("conversion", "stage")
     for (size, overlap, context), group in results.groupby(["chunk_size", "chunk_overlap", "context"]):
         rows = [["model", *stages, "given back"]]
-        for model, own in group.groupby("model", sort=False):
-            by_stage = own.groupby("stage")
+        for model, rows_of_model in group.groupby("model", sort=False):
+            by_stage = rows_of_model.groupby("stage")
             perplexity, closed = by_stage["perplexity"].mean(), by_stage["gap_closed"].mean()
             back = "" if pd.isna(closed.get("distilled")) else f"{closed['distilled']:.0%}"
             rows.append([str(model), *(f"{perplexity[stage]:.2f}" if stage in perplexity else "" for stage in stages), back])
@@ -159,7 +152,7 @@ TABLES = {
 
 
 def _mark(notes: list[str], row: "pd.Series[Any]") -> str:
-    """The number of the footnote that says why a row has no number; the same reason has the same number."""
+    """The superscript of the footnote with the row's reason, added to `notes` if it is new; empty without a reason."""
     if pd.isna(row["detail"]) or not row["detail"]:
         return ""
     note = str(row["detail"])

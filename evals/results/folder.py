@@ -32,21 +32,9 @@ class SpeedupEstimate(NamedTuple):
 
 
 class ResultFolder:
-    """One result folder.
-
-    Attributes:
-        folder: its path.
-        table: its results.csv.
-        settings: columns of the settings that the rows are compared under.
-        names: its attentions.
-    """
+    """One result folder. Raises UsageError if its results.csv is not a table of latencies."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the folder.
-
-        Raises:
-            UsageError: if its results.csv is not a table of latencies.
-        """
         path = folder / "results.csv"
         try:
             table = schema.read(path)
@@ -60,29 +48,29 @@ class ResultFolder:
         self.folder = folder
         self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *OPTIONAL))))
         self.names = list(dict.fromkeys(map(str, table["attention"])))
-        self.settings = _settings(table)
+        self.settings = _settings(table)  # the columns of the settings that rows are compared under
 
     @cached_property
     def histories(self) -> dict[str, History]:
-        """The history of each comparison; empty without a ledger."""
+        """The history of each comparison; empty without a ledger of the present form."""
         records = Ledger(self.folder / "samples.jsonl").read()[0]
         try:
             return {key: History(records, key) for key in self.table["comparison"].unique()}
-        except KeyError:  # the ledger has an older form: the table stands alone, and results are not paired
+        except KeyError:  # the ledger has an older form
             return {}
 
     def select(self, names: Collection[str], settings: Mapping[str, str]) -> pd.DataFrame:
         """Selects rows by attention and by settings.
 
         Raises:
-            UsageError: with what was measured, if a setting is unknown or its value was not measured.
+            UsageError: if a setting is unknown or its value was not measured; the message lists what was measured.
         """
         rows = self.table[self.table["attention"].isin(list(names))]
         for setting, value in settings.items():
             if setting not in self.settings:
                 raise UsageError(f"{setting} is no setting of {self.folder}; known are {', '.join(self.settings)}")
-            measured = [str(one) for one in sorted(self.table[setting].dropna().unique())]
-            chosen = [one for one in measured if one == value or _number(one) == _number(value)]
+            measured = list(map(str, sorted(self.table[setting].dropna().unique())))
+            chosen = [text for text in measured if text == value or _number(text) == _number(value)]
             if not chosen:
                 raise UsageError(f"{setting} {value} was not measured in {self.folder}; measured are {', '.join(measured)}")
             rows = rows[rows[setting].astype(str).isin(chosen)]
@@ -90,13 +78,11 @@ class ResultFolder:
 
     def noise_floor(self, rows: pd.DataFrame) -> float:
         """The highest noise floor of some rows; of the whole table, if the reference failed in these; inf without any."""
-        for candidates in (rows, self.table):
-            if candidates["noise_floor"].notna().any():
-                return float(candidates["noise_floor"].max())
-        return math.inf
+        floors = (float(table["noise_floor"].max()) for table in (rows, self.table))
+        return next((floor for floor in floors if not math.isnan(floor)), math.inf)
 
     def speedup(self, ours: "pd.Series[Any]", theirs: "pd.Series[Any]") -> SpeedupEstimate:
-        """Estimates theirs' latency over ours': from the table, from the paired rounds of the ledger, or from two intervals."""
+        """Estimates theirs' latency over ours' from the table, else from paired rounds of the ledger, else from two intervals."""
         if ours["relative_to"] == theirs["attention"] and not math.isnan(ours["speedup"]):
             return SpeedupEstimate(Interval(ours["speedup"], ours["speedup_low"], ours["speedup_high"]), PAIRED)
         if theirs["relative_to"] == ours["attention"] and not math.isnan(theirs["speedup"]):
@@ -118,7 +104,7 @@ class ResultFolder:
 
 def _settings(table: pd.DataFrame) -> list[str]:
     swept = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
-    # With match=params each candidate has a feed-forward width of its own, which is not a shared setting.
+    # With match=params the feed-forward width differs between candidates, and is not a shared setting.
     matched = table.get("match", pd.Series(dtype=str)).notna().any()
     unshared = {"ff_dim"} - swept if matched else set()
     return [

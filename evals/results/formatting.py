@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evals.errors import UsageError
-from evals.results.metrics import BYTES, SECONDS, Metric
+from evals.results.metrics import Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,14 +20,10 @@ WIDTH = 80
 
 
 def format_value(row: "pd.Series[Any] | dict[str, Any] | None", metric: Metric) -> str:
-    """Writes a metric of one row for a table: its number with half of the interval, or the outcome of a failed row.
-
-    Args:
-        row: a row of results; None if there is none, which gives an empty text.
-        metric: the metric; the number is in its display unit.
+    """Writes a metric of one row for a table, in its display unit with half of the interval; a failed row's outcome.
 
     Returns:
-        '12.3±4%', '0.981±0.02', '12.3', 'oom', or '?' for a number that is not known.
+        '12.3±4%', '0.981±0.02', '12.3', 'oom', '?' for an unknown number, or '' without a row.
     """
     if row is None:
         return ""
@@ -39,9 +35,9 @@ def format_value(row: "pd.Series[Any] | dict[str, Any] | None", metric: Metric) 
         return format_mean(value, *ends, decimals=metric.decimals)
     if math.isnan(value):
         return "?"
-    shown = value / metric.display_scale
-    digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
-    text = f"{shown:.{digits}f}" if shown >= 0.1 else f"{shown:.2g}"
+    scaled = value / metric.display_scale
+    digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
+    text = f"{scaled:.{digits}f}" if scaled >= 0.1 else f"{scaled:.2g}"
     low, high = ends
     if not high > low:  # no interval, or none of a count such as 0 sent bytes
         return text
@@ -53,16 +49,6 @@ def format_mean(value: float, low: float, high: float, *, decimals: int = 3) -> 
     """Writes a mean over seeds and half of its interval, '0.981±0.02'; without an interval (NaN) the mean alone."""
     half = (high - low) / 2
     return f"{value:.{decimals}f}" + ("" if math.isnan(half) else f"±{half:.2g}")
-
-
-def format_seconds(value: float) -> str:
-    """Writes a time in its largest unit: 0.0123 -> '12.3 ms'."""
-    return SECONDS.format(value)
-
-
-def format_bytes(value: float) -> str:
-    """Writes a size in its largest unit: 1536 -> '1.5 KiB'."""
-    return BYTES.format(value)
 
 
 def format_setting(value: object) -> str:
@@ -104,7 +90,7 @@ def parse_fraction(text: str, option: str) -> float:
 def align_columns(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
     """Aligns columns of text to the right beside a column of heads.
 
-    A block is at most 80 characters wide; further columns follow in further blocks, each with the heads. Names that leave
+    A block is at most 80 characters wide; further columns follow in further blocks, each with the heads. Heads that leave
     no room for the widest column lose their middle; results.csv has them in full.
     """
     columns = [[shorten(text, WIDTH // 2) for text in column] for column in columns]

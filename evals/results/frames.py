@@ -1,6 +1,6 @@
 """Reading and checking result tables, and `Sweep`: one table laid out along its swept setting.
 
-The types and the allowed words of columns come from the JSON Schemas in schemas/.
+The JSON Schemas in schemas/ give the types and the allowed words of columns.
 """
 
 import math
@@ -41,8 +41,6 @@ NEEDED = {
 """Columns that figures and reports need of each kind of table."""
 OPTIONAL = {"latency": ("parameter_bytes", "state_bytes", "roofline_fraction", "verdict", "bound", "match")}
 """Columns that they use if a table has them."""
-FITS = ("scaling", "crossovers")
-"""Tables of fits, which may lie beside the table of latencies."""
 
 
 # --- reading and checking -------------------------------------------------------------------------
@@ -70,7 +68,7 @@ def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
         ValueError: in one sentence, if one is not such a table.
     """
     tables = {}
-    for kind in FITS:
+    for kind in ("scaling", "crossovers"):
         path = folder / f"{kind}.csv"
         if path.is_file():
             try:
@@ -90,11 +88,9 @@ def _read(path: Path, kind: str, content: str) -> pd.DataFrame:
 
 
 def check_table(table: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
-    """Checks a table and prepares it for figures: optional columns present, measured columns as floats, empty words as None.
+    """Checks a table of a kind in NEEDED and prepares it for figures.
 
-    Args:
-        table: rows of one kind, possibly with further columns.
-        kind: name of their schema; one of NEEDED.
+    Missing optional columns are added, measured columns become floats, and empty words None. Further columns stay.
 
     Raises:
         ValueError: if a column is missing, a number is not a number, a word is not among those of the schema, a table of
@@ -131,8 +127,8 @@ def check_table(table: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
 
 def _check_words(column: "pd.Series[Any]", kind: str) -> None:
     known = schema.words(kind, str(column.name))
-    found = column.dropna() if schema.is_nullable(kind, str(column.name)) else column
-    unknown = sorted(set(found.astype(str)) - set(known))
+    values = column.dropna() if schema.is_nullable(kind, str(column.name)) else column
+    unknown = sorted(set(values.astype(str)) - set(known))
     if known and unknown:
         raise ValueError(f"{column.name} must be one of {', '.join(known)}, got {', '.join(unknown)}")
 
@@ -150,27 +146,16 @@ def _to_numbers(column: "pd.Series[Any]") -> "pd.Series[float]":
 
 @dataclass(frozen=True)
 class Sweep:
-    """One table over one swept setting: rows that differ in that setting and in the attention, and in nothing else.
-
-    Attributes:
-        rows: the rows.
-        column: column of the swept setting.
-        values: its values, in ascending order if they are numbers.
-        x: [values], where the values stand on an axis.
-        discrete: whether there is no line to draw: one value, or values without an order.
-        by_attention: for each attention its rows, one a value, indexed by the value; NaN where a row is missing.
-        attentions: all attentions of the table that the sweep is a part of, so that each has one style in all figures.
-        scaling, crossovers: fits to these rows; None if there are none.
-    """
+    """One table over one swept setting: rows that differ in that setting and in the attention, and in nothing else."""
 
     rows: pd.DataFrame
-    column: str
-    values: list[Any]
-    x: NDArray[np.float64]
-    discrete: bool
-    by_attention: dict[str, pd.DataFrame]
-    attentions: tuple[str, ...]
-    scaling: pd.DataFrame | None = None
+    column: str  # of the swept setting
+    values: list[Any]  # of the swept setting, in ascending order if they are numbers
+    x: NDArray[np.float64]  # [values], their positions on an axis
+    discrete: bool  # whether there is no line to draw: one value, or values without an order
+    by_attention: dict[str, pd.DataFrame]  # for each attention its rows, indexed by the value; NaN for a missing row
+    attentions: tuple[str, ...]  # all of the table that the sweep is a part of, so that each has one style in all figures
+    scaling: pd.DataFrame | None = None  # fits to these rows
     crossovers: pd.DataFrame | None = None
 
     @property
@@ -190,13 +175,13 @@ class Sweep:
 
     @property
     def failed(self) -> dict[str, "pd.Series[str]"]:
-        """For each attention with a failed row the outcomes of its rows."""
+        """The outcomes of all rows of each attention that has a failed row."""
         failures = set(schema.words("latency", "outcome")) - {"ok"}
         return {name: rows["outcome"] for name, rows in self.by_attention.items() if rows["outcome"].isin(failures).any()}
 
     @property
     def ordered(self) -> bool:
-        """Whether the values are numbers, so that one is the least and one the greatest."""
+        """Whether the values are numbers."""
         return is_number(self.rows[self.column])
 
     def at(self, index: int) -> str:
@@ -206,14 +191,10 @@ class Sweep:
 
 
 def sweeps(results: pd.DataFrame, fits: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Sweep]]:
-    """Splits a table of latencies into sweeps.
-
-    Args:
-        results: a checked table.
-        fits: checked tables of fits by kind; a sweep gets the fits that belong to its rows.
+    """Splits a checked table of latencies into sweeps, each with the fits to its rows.
 
     Yields:
-        A suffix that tells the sweep from the others ("-decode"; empty if it is the only one), and the sweep.
+        A suffix that distinguishes the sweep from the others ("-decode"; empty if it is the only one), and the sweep.
 
     Raises:
         ValueError: if an attention has two rows at one value of the swept setting.
@@ -222,8 +203,8 @@ def sweeps(results: pd.DataFrame, fits: Mapping[str, pd.DataFrame]) -> Iterator[
     attentions = tuple(dict.fromkeys(results["attention"].astype(str)))
     fixed = [name for name in SETTINGS if name != column and varies_independently(results, column, name)]
     for key, rows in group_by(results, fixed):
-        own = {kind: _matching(fit, fixed, key) for kind, fit in fits.items() if set(fixed) <= set(fit.columns)}
-        yield "".join(f"-{format_setting(value)}" for value in key), _sweep(rows, column, attentions, **own)
+        matching = {kind: _matching(fit, fixed, key) for kind, fit in fits.items() if set(fixed) <= set(fit.columns)}
+        yield "".join(f"-{format_setting(value)}" for value in key), _sweep(rows, column, attentions, **matching)
 
 
 def _matching(fit: pd.DataFrame, settings: list[str], values: tuple[Any, ...]) -> pd.DataFrame:
@@ -233,9 +214,9 @@ def _matching(fit: pd.DataFrame, settings: list[str], values: tuple[Any, ...]) -
 
 
 def _sweep(rows: pd.DataFrame, column: str, attentions: tuple[str, ...], **fits: pd.DataFrame) -> Sweep:
-    twice = rows[rows.duplicated(["attention", column])]
-    if len(twice):
-        row = twice.iloc[0]
+    duplicates = rows[rows.duplicated(["attention", column])]
+    if len(duplicates):
+        row = duplicates.iloc[0]
         raise ValueError(f"{row['attention']} has more than one row at {column} = {row[column]}: keep the one that counts")
     numeric = is_number(rows[column])
     values = sorted(rows[column].unique()) if numeric else list(rows[column].unique())
@@ -248,7 +229,7 @@ def _sweep(rows: pd.DataFrame, column: str, attentions: tuple[str, ...], **fits:
 def swept_column(results: pd.DataFrame) -> str:
     """Column of the swept setting: the last part of the config key (shape.seq_len -> seq_len).
 
-    Where the table names no key it is the setting with most values, and seq_len if none varies.
+    If the table names no key, it is the setting with most values, or seq_len if none varies.
 
     Raises:
         ValueError: if the table names two keys, or lacks the column.
@@ -266,12 +247,12 @@ def swept_column(results: pd.DataFrame) -> str:
 
 
 def rows_by_cell(results: pd.DataFrame, column: str) -> "dict[tuple[str, Any], pd.Series[Any]]":
-    """The rows of a table by attention and value of the swept setting; the last one where there are several."""
+    """The last row of each attention and value of the swept setting."""
     return {(row["attention"], row[column]): row for _, row in results.iterrows()}
 
 
 def varies_independently(results: pd.DataFrame, swept: str, setting: str) -> bool:
-    """Whether rows differ in a setting that does not follow the swept one, as the number of heads may follow their size."""
+    """Whether a setting varies for a reason other than the swept one; the number of heads may only follow their size."""
     if results[setting].nunique(dropna=False) < 2:
         return False
     return not is_number(results[setting]) or bool(results.groupby(swept)[setting].nunique(dropna=False).gt(1).any())

@@ -18,21 +18,13 @@ class Process(NamedTuple):
 
 
 class History:
-    """The records of one comparison, in the order of a ledger.
-
-    Attributes:
-        preflights: the preflight of each candidate.
-        failures: the first failed record of each candidate that failed.
-        stop_reason: the rule that ended sampling; empty if it has not ended.
-        lost: why the comparison was given up; empty if anything was measured since.
-    """
+    """The records of the comparison with a given id, in the order of a ledger."""
 
     def __init__(self, records: Iterable[Record], comparison: str) -> None:
-        """Reads those of `records` that belong to the comparison with this id."""
-        self.preflights: dict[str, Record] = {}
-        self.failures: dict[str, Record] = {}
-        self.stop_reason = ""
-        self.lost = ""
+        self.preflights: dict[str, Record] = {}  # by candidate
+        self.failures: dict[str, Record] = {}  # the first failed record of each candidate that failed
+        self.stop_reason = ""  # the rule that ended sampling; empty if it has not ended
+        self.lost = ""  # why the comparison was given up; empty if anything was measured since
         self._rounds: dict[Process, dict[int, Record]] = {}
         self._seconds: dict[int, float] = {}
         for record in records:
@@ -42,7 +34,7 @@ class History:
     def add(self, record: Record) -> None:
         """Adds the next record of the comparison."""
         kind = record["kind"]
-        if kind == "restart":  # on another machine: what was measured before does not count
+        if kind == "restart":  # on another machine: earlier measurements do not count
             self.preflights, self._rounds, self.failures, self._seconds = {}, {}, {}, {}
             self.stop_reason = ""
         self.lost = str(record["detail"]) if kind == "lost" else ""
@@ -59,7 +51,7 @@ class History:
 
     @property
     def rounds(self) -> int:
-        """Number of rounds."""
+        """How many rounds were measured."""
         return len(self._seconds)
 
     @property
@@ -96,7 +88,7 @@ class History:
         return [[a / b for a, b in zip(theirs[number], ours[number], strict=False)] for number in theirs if number in ours]
 
     def round_medians(self, process: Process) -> list[float]:
-        """The median of each round in seconds: that of the medians of its time slices."""
+        """The median over the time slices' medians of each round, in seconds."""
         return [float(np.median(slices)) for slices in self.medians(process).values()]
 
     def log_ratios(self, reference: Process, process: Process) -> list[float]:

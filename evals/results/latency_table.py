@@ -23,7 +23,7 @@ from evals.stats.verdicts import ONE_SIGMA, noise_floor, verdicts
 
 COLUMNS = columns("latency")
 TABLE_METRICS = (LATENCY, SPEEDUP, PEAK_MEMORY, SENT)
-"""Metrics that the terminal and exports show."""
+"""Metrics of the tables on the terminal and in exports."""
 
 
 # --- from the ledger ------------------------------------------------------------------------------
@@ -32,8 +32,7 @@ TABLE_METRICS = (LATENCY, SPEEDUP, PEAK_MEMORY, SENT)
 def build(records: Sequence[Record]) -> pd.DataFrame:
     """Builds the table from all records of a ledger.
 
-    Of comparisons with the same settings the last one counts. Settings of a workload of the user's own become further
-    columns.
+    Of comparisons with the same settings the last one counts. Settings that only a user's workload has become further columns.
     """
     descriptions = _descriptions(records)
     samples: dict[str, list[Record]] = defaultdict(list)
@@ -89,17 +88,17 @@ def _row(description: Record, name: str, history: History, peaks: Peaks | None) 
     if peaks is not None:
         limit = roofline(preflight["flops"], preflight["min_bytes"], peaks)
         speed |= {"roofline_s": limit.seconds, "bound": limit.bound, "roofline_fraction": limit.fraction(speed["latency_s"])}
-    objection = _impossible(name, history, limit, TOLERANCE[description["settings"]["device"]])
-    if objection:  # an impossible number is not published
-        return {**row, "outcome": "impossible", "detail": objection, "peak_bytes": None, "process_peak_bytes": None}
+    reason = _impossible(name, history, limit, TOLERANCE[description["settings"]["device"]])
+    if reason:  # an impossible number is not published
+        return {**row, "outcome": "impossible", "detail": reason, "peak_bytes": None, "process_peak_bytes": None}
     return row | speed | _speedup(name, description["relative_to"], history)
 
 
 def _impossible(name: str, history: History, limit: Roofline | None, tolerance: float) -> str | None:
     """Why a memory peak or the fastest sample cannot be true; None if both can."""
     preflight = history.preflights[name]
-    if "peak_bytes" in preflight and (objection := implausible_peak(preflight["peak_bytes"], preflight["held_bytes"])):
-        return objection
+    if "peak_bytes" in preflight and (reason := implausible_peak(preflight["peak_bytes"], preflight["held_bytes"])):
+        return reason
     fastest = min(sample for record in history.records(Process(name)) for part in record["time_slices"] for sample in part)
     return None if limit is None else impossible(fastest, limit, tolerance)
 
@@ -152,7 +151,7 @@ def _machine(description: Record) -> tuple[Any, ...]:
 
 
 def _add_unmatched(rows: Iterable[dict[str, Any]]) -> None:
-    """Adds to every row in which costs the attentions of its comparison differ."""
+    """Adds to every row the costs in which the attentions of its comparison differ."""
     comparisons: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if "parameter_bytes" in row:
@@ -179,7 +178,7 @@ def add_verdicts(rows: Iterable[dict[str, Any]]) -> None:
 def render(results: pd.DataFrame) -> str:
     """Renders the table in 80 columns: attentions down, the swept setting across, a block for each metric.
 
-    Where one value of the setting was measured, the metrics stand side by side. Details of rows follow.
+    If only one value of the setting was measured, the metrics stand side by side. Details of rows follow.
     """
     swept = swept_column(results)
     values = sorted(results[swept].unique())
@@ -188,7 +187,9 @@ def render(results: pd.DataFrame) -> str:
     reference = next(iter(results["relative_to"].dropna()), "the reference")
     # Not every sweep has a reference, and few send anything.
     metrics = [
-        one for one in TABLE_METRICS if one not in (SPEEDUP, SENT) or (one.column in results and results[one.column].notna().any())
+        metric
+        for metric in TABLE_METRICS
+        if metric not in (SPEEDUP, SENT) or (metric.column in results and results[metric.column].notna().any())
     ]
 
     def column(head: str, value: Any, metric: Metric) -> list[str]:

@@ -21,18 +21,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ledger:
-    """A file of JSON objects, one a line. Any number of processes may append at once, and may be killed while they do.
-
-    Attributes:
-        path: the main file, such as samples.jsonl. Readers also read the files of all nodes beside it.
-        writer: the node that appends, to samples.<writer>.jsonl; empty if there is only this machine, which appends to `path`.
-    """
+    """A file of JSON objects, one a line. Any number of processes may append at once, and may be killed while they do."""
 
     path: Path
+    """The main file, such as samples.jsonl. Readers also read the files of all nodes beside it."""
     writer: str = ""
+    """The node that appends, to samples.<writer>.jsonl; empty if there is only this machine, which appends to `path`."""
 
     @property
-    def own(self) -> Path:
+    def writer_path(self) -> Path:
         """The file that this writer appends to."""
         return self.path.with_suffix(f".{self.writer}{self.path.suffix}") if self.writer else self.path
 
@@ -43,11 +40,11 @@ class Ledger:
             OSError: if they cannot be written.
         """
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
-        self.own.parent.mkdir(parents=True, exist_ok=True)
+        self.writer_path.parent.mkdir(parents=True, exist_ok=True)
         # One writer at a time, so that the end of the file does not move.
-        with self.own.open("a+b", buffering=0) as file:
+        with self.writer_path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            self._mend(file)
+            self._repair(file)
             end = file.seek(0, os.SEEK_END)
             try:
                 _write(file, lines)
@@ -55,19 +52,19 @@ class Ledger:
                 file.truncate(end)
                 raise
 
-    def mend(self) -> str:
+    def repair(self) -> str:
         """Moves a line that a killed process left incomplete to another file.
 
         Returns:
             A sentence that says so; empty if there was none.
         """
-        if not self.own.exists():
+        if not self.writer_path.exists():
             return ""
-        with self.own.open("a+b", buffering=0) as file:
+        with self.writer_path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            return self._mend(file)
+            return self._repair(file)
 
-    def _mend(self, file: FileIO) -> str:
+    def _repair(self, file: FileIO) -> str:
         end = file.seek(0, os.SEEK_END)
         if not end or os.pread(file.fileno(), 1, end - 1) == b"\n":
             return ""
@@ -79,12 +76,12 @@ class Ledger:
         with self.torn.open("ab", buffering=0) as aside:
             _write(aside, content[start:] + b"\n")
         file.truncate(start)
-        return f"the last line of {self.own} was torn, and is set aside in {self.torn}"
+        return f"the last line of {self.writer_path} was torn, and is set aside in {self.torn}"
 
     @property
     def torn(self) -> Path:
         """The file that incomplete lines are moved to."""
-        return self.own.with_suffix(".torn")
+        return self.writer_path.with_suffix(".torn")
 
     def files(self) -> list[Path]:
         """The files that exist, the main one first."""
@@ -101,8 +98,8 @@ class Ledger:
     def read(self) -> tuple[list[Record], list[str]]:
         """Reads all records, and the numbers of damaged lines, which stay in their file.
 
-        Records of one file keep their order. Those of several files are merged by their `time`, as exactly as the clocks of
-        the nodes agree.
+        Records of one file keep their order. Those of several files are merged by their `time`, which is as exact as the nodes'
+        clocks agree.
         """
         merged, damaged = [], []
         for path in self.files():

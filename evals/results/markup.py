@@ -11,25 +11,17 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        title: what it shows.
-        rows: cells of each row; the first row is the head.
-        notes: footnotes; cells refer to them by superscript numbers from 1.
-        conditions: settings of the measurement, written below.
-        over_seeds: whether intervals are over the seeds of training runs.
-    """
+    """A table of text."""
 
     title: str
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-    conditions: str = ""
-    over_seeds: bool = False
+    rows: list[list[str]]  # the first row is the head
+    notes: list[str] = field(default_factory=list)  # footnotes; cells refer to them by superscript numbers from 1
+    conditions: str = ""  # settings of the measurement, written below
+    over_seeds: bool = False  # whether intervals are over the seeds of training runs
 
     @property
     def caption(self) -> str:
-        """The title, and what ± means if a cell has one."""
+        """The title, and the meaning of ± if a cell has one."""
         if not any("±" in text for row in self.rows for text in row):
             return self.title
         seeds = " over seeds" if self.over_seeds else ""
@@ -37,12 +29,10 @@ class Table:
 
     @property
     def footnotes(self) -> list[str]:
-        """The numbered notes."""
         return [f"{superscript(number)} {note}" for number, note in enumerate(self.notes, 1)]
 
     @property
     def lines_below(self) -> list[str]:
-        """The footnotes, and the conditions if there are any."""
         return [*self.footnotes, *([self.conditions] if self.conditions else [])]
 
 

@@ -15,8 +15,8 @@ COLUMNS = columns("max_context")
 def build(records: Sequence[Record]) -> pd.DataFrame:
     """Builds the table from all records of a ledger.
 
-    The outcome of a row is ok, or if no length fits that of the shortest one tried, uncertified, unsupported or lost. A search
-    that is not finished has a row with what it knows.
+    The outcome of a row is ok if a length fits, otherwise the outcome of the shortest length that was tried. An unfinished
+    search has a row with the lengths so far.
     """
     searches = {record["search"]: record for record in records if record.get("kind") == "search"}
     probes = [record for record in records if record.get("kind") == "probe"]
@@ -25,12 +25,12 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for key, search in searches.items():
         for name in search["candidates"]:
-            own = [record for record in probes if (record["search"], record["attention"]) == (key, name)]
-            if not own and key in lost:
-                own = [{"seq_len": 0, "outcome": "lost", "detail": lost[key]["detail"]}]
-            if own:
+            tried = [record for record in probes if (record["search"], record["attention"]) == (key, name)]
+            if not tried and key in lost:
+                tried = [{"seq_len": 0, "outcome": "lost", "detail": lost[key]["detail"]}]
+            if tried:
                 row = {"sweep": search["sweep"], "attention": name, "limit_bytes": search["limit_bytes"]}
-                rows.append(row | search["settings"] | _result(own))
+                rows.append(row | search["settings"] | _result(tried))
     options = {column: None for row in rows for column in row if column not in COLUMNS}
     return pd.DataFrame(rows, columns=[*COLUMNS, *options])
 
@@ -45,7 +45,7 @@ def _result(probes: Sequence[Record]) -> dict[str, Any]:
         row |= {"max_context": fitting["seq_len"], "peak_bytes": fitting["peak_bytes"]}
     if failing:
         row["detail"] = failing["detail"]
-        if failing["seq_len"]:  # 0 stands for what kept every length from being tried
+        if failing["seq_len"]:  # 0: a failure before any length was tried
             row |= {"next_seq_len": failing["seq_len"], "next_outcome": failing["outcome"]}
     return row
 
@@ -53,8 +53,8 @@ def _result(probes: Sequence[Record]) -> dict[str, Any]:
 def render(table: pd.DataFrame) -> str:
     """Writes the table as text, the attention with the longest context first."""
     ordered = table.sort_values("max_context", ascending=False)
-    tokens = [f"{one:.0f}" if one > 0 else "none" for one in ordered["max_context"]]
-    peaks = [f"{one / 2**20:.1f}" if one > 0 else "" for one in ordered["peak_bytes"]]
+    tokens = [f"{length:.0f}" if length > 0 else "none" for length in ordered["max_context"]]
+    peaks = [f"{peak / 2**20:.1f}" if peak > 0 else "" for peak in ordered["peak_bytes"]]
     text = align_columns(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *peaks]])
     reasons = [wrap(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]]
     return "\n\n".join([text, *(["\n".join(reasons)] if reasons else [])])

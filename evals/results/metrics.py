@@ -11,14 +11,9 @@ from evals.results.schema import schema
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit and its steps.
+    """A unit and its steps. A value is written in the largest step that is not above it."""
 
-    Attributes:
-        steps: (factor, suffix) in ascending order, e.g. (1e-3, " ms"). A value is written in the largest step that is not
-            above it.
-    """
-
-    steps: tuple[tuple[float, str], ...]
+    steps: tuple[tuple[float, str], ...]  # (factor, suffix) in ascending order, e.g. (1e-3, " ms")
 
     def format(self, value: float, digits: int = 4) -> str:
         """Writes a value, e.g. 0.0123 s as '12.3 ms', with at most `digits` significant digits."""
@@ -37,36 +32,22 @@ PERCENT = Unit(((0.01, " %"),))
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured column of a results table.
+    """One measured column of a results table."""
 
-    Attributes:
-        name: identifier, used in file names of figures and in the report.
-        column: column of the table, in SI units.
-        label: what is measured, for titles; "{reference}" stands for the name of the reference attention.
-        unit: how a single value is written, on axes and in prose.
-        low, high: columns of the ends of its interval; None if it has no interval.
-        higher_is_better: None if neither direction is better.
-        heading: head of its column in a table of several metrics.
-        display_unit, display_scale: unit of all values in a table, and what a value is divided by to get there.
-        decimals: decimals in a table; None: as many as show three digits. With decimals the interval is written in the
-            metric's unit, without in percent of the value.
-        log_scale: whether its axis is logarithmic.
-        log_base: ratio of two neighbouring ticks of a logarithmic axis.
-    """
-
-    name: str
-    column: str
-    label: str
-    unit: Unit = NUMBER
-    low: str | None = None
+    name: str  # identifier, used in file names of figures and in the report
+    column: str  # in SI units
+    label: str  # for titles; "{reference}" stands for the name of the reference attention
+    unit: Unit = NUMBER  # how a single value is written, on axes and in prose
+    low: str | None = None  # columns of the ends of its interval; None if it has no interval
     high: str | None = None
-    higher_is_better: bool | None = False
-    heading: str = ""
-    display_unit: str = ""
-    display_scale: float = 1.0
+    higher_is_better: bool | None = False  # None if neither direction is better
+    heading: str = ""  # of its column in a table of several metrics
+    display_unit: str = ""  # unit of all values in a table
+    display_scale: float = 1.0  # a value is divided by this to get to its display unit
+    # In a table. None: as many as show three digits, and the interval in percent; otherwise the interval in the metric's unit.
     decimals: int | None = None
-    log_scale: bool = True
-    log_base: int = 10
+    log_scale: bool = True  # whether its axis is logarithmic
+    log_base: int = 10  # ratio of two neighbouring ticks of a logarithmic axis
 
     @property
     def better(self) -> str:

@@ -17,14 +17,10 @@ Row = dict[str, object]
 
 
 def build(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.DataFrame]:
-    """Builds the tables `scaling` and `crossovers`.
-
-    Args:
-        results: the table of latencies.
-        records: the ledger that it was built from.
+    """Builds the tables `scaling` and `crossovers` from the table of latencies and the records of its ledger.
 
     Returns:
-        Both tables, with a fit for each group of rows that differ in the swept setting alone; empty if the swept setting
+        Both tables, with a fit for each group of rows that differ in the swept setting alone; none if the swept setting
         is not a positive number.
     """
     swept = swept_column(results)
@@ -32,16 +28,16 @@ def build(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.Data
     if not is_number(results[swept]) or (results[swept] <= 0).any() or ok.empty:
         return {}
     histories = {key: History(records, key) for key in ok["comparison"].unique()}
-    # With matched parameters ff_dim follows from the attention and the swept size, and tells no group from another.
+    # With matched parameters ff_dim follows from the attention and the swept size, and separates no groups.
     dependent = {swept, "ff_dim"} if results["match"].eq("params").all() else {swept}
     fixed = varying(results, [setting for setting in COMPARISON_SETTINGS if setting not in dependent])
     scaling: list[Row] = []
     crossing: list[Row] = []
     for values, rows in group_by(ok, fixed):
         settings: Row = dict(zip(fixed, values, strict=True))
-        attentions = [own.sort_values(swept) for _, own in rows.groupby("attention", sort=False)]
-        scaling += [settings | fit for own in attentions for fit in _fits(own, swept, histories)]
-        crossing += [settings | one for pair in combinations(attentions, 2) for one in _crossovers(*pair, swept, histories)]
+        attentions = [group.sort_values(swept) for _, group in rows.groupby("attention", sort=False)]
+        scaling += [settings | fit for group in attentions for fit in _fits(group, swept, histories)]
+        crossing += [settings | row for pair in combinations(attentions, 2) for row in _crossovers(*pair, swept, histories)]
     return {
         "scaling": pd.DataFrame(scaling, columns=[*fixed, *columns("scaling")]),
         "crossovers": pd.DataFrame(crossing, columns=[*fixed, *columns("crossovers")]),
@@ -55,7 +51,7 @@ def _fits(rows: pd.DataFrame, swept: str, histories: Mapping[str, History]) -> l
     declared = fit_scaling(sizes, [[flops] for flops in rows["flops"]]) if (rows["flops"] > 0).all() else None
     fits = []
     for quantity, measured in (("latency", rounds), ("memory", [[peak] for peak in rows["peak_bytes"]])):
-        if not all(one and min(one) > 0 for one in measured):  # a memory peak may be unknown, or nothing
+        if not all(values and min(values) > 0 for values in measured):  # a memory peak may be unknown, or 0
             continue
         fit = fit_scaling(sizes, measured)
         row: Row = {"attention": name, "quantity": quantity, "overhead": fit.a, "factor": fit.b, "note": fit.note}
@@ -67,7 +63,7 @@ def _fits(rows: pd.DataFrame, swept: str, histories: Mapping[str, History]) -> l
 
 
 def _crossovers(first: pd.DataFrame, second: pd.DataFrame, swept: str, histories: Mapping[str, History]) -> list[Row]:
-    """Where the latencies of two attentions cross, from the rounds that both completed."""
+    """The sizes at which the latencies of two attentions cross, from the rounds that both completed."""
     names = {"first": first["attention"].iloc[0], "second": second["attention"].iloc[0]}
     both = first.merge(second, on=[swept, "comparison"])
     log_ratios = {
@@ -77,9 +73,8 @@ def _crossovers(first: pd.DataFrame, second: pd.DataFrame, swept: str, histories
     known = {size: ratios for size, ratios in log_ratios.items() if ratios}
     if len(known) < 2:
         return []
-    found = crossovers(list(known), list(known.values()))
-    if not found:
-        return [{**names, "note": NONE_IN_RANGE}]
-    return [
-        {**names, "at": one.at.value, "at_low": one.at.low, "at_high": one.at.high, "after": one.after, "note": ""} for one in found
-    ]
+    rows: list[Row] = []
+    for crossing in crossovers(list(known), list(known.values())):
+        ends = {"at": crossing.at.value, "at_low": crossing.at.low, "at_high": crossing.at.high}
+        rows.append({**names, **ends, "after": crossing.after, "note": ""})
+    return rows or [{**names, "note": NONE_IN_RANGE}]

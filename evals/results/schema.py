@@ -1,10 +1,12 @@
-"""The JSON Schemas of the result tables in schemas/: columns, types, units, meanings and versions.
+"""The JSON Schemas of the result tables in schemas/, and the files of tables that follow them.
 
 Tables are built with the columns of their schema in its order, the documentation shows its descriptions, and each row of a
 table holds the version of the schema that it was written under, as `schema_version`.
 """
 
 import json
+import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +58,6 @@ def _types(table: str, column: str) -> list[str]:
     return types if isinstance(types, list) else [types]
 
 
-def conform(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """Prepares a table for writing: columns of the schema's types, an empty word as null, and the schema's version."""
-    dtypes = {str(name): dtype(table, str(name)) for name in rows if name in schema(table)["properties"]}
-    texts = {name: rows[name].where(rows[name] != "") for name, kind in dtypes.items() if kind == "string"}
-    return rows.assign(**texts).astype(dtypes).assign(**{VERSION: version(table)})
-
-
 class SchemaVersionError(ValueError):
     """A table was written under another version of its schema; the message says what to do."""
 
@@ -81,11 +76,7 @@ def kind_of(path: Path) -> str:
 
 
 def read(path: Path, **options: Any) -> "pd.DataFrame":
-    """Reads the table in a CSV file, without its version.
-
-    Args:
-        path: the file.
-        options: options of pandas' read_csv.
+    """Reads the table in a CSV file with pandas' `read_csv(path, **options)`, without its version.
 
     Raises:
         SchemaVersionError: if the file was written under another version of its schema.
@@ -103,3 +94,32 @@ def read(path: Path, **options: Any) -> "pd.DataFrame":
             f"{version(kind)}: `python -m evals.tables {path.parent}` makes it again from the samples beside it"
         )
     return table.drop(columns=VERSION)
+
+
+def write_table(table: "pd.DataFrame", folder: Path, kind: str) -> Path:
+    """Writes a table as CSV for people and as Parquet for programs; each replaces an older file only once it is complete.
+
+    Returns:
+        The path of the CSV file, which the schema names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name, typed = schema(kind)["file"], _conform(table, kind)
+    formats: dict[str, Callable[[Path], object]] = {
+        "csv": lambda path: typed.to_csv(path, index=False),
+        "parquet": lambda path: typed.to_parquet(path, index=False),
+    }
+    for suffix, save in formats.items():
+        unfinished = folder / f".{name}.{suffix}.{os.getpid()}"
+        try:
+            save(unfinished)
+            unfinished.replace(folder / f"{name}.{suffix}")
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return folder / f"{name}.csv"
+
+
+def _conform(rows: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """The rows with the schema's dtypes, null for an empty word, and the schema's version."""
+    dtypes = {str(name): dtype(table, str(name)) for name in rows if name in schema(table)["properties"]}
+    texts = {name: rows[name].where(rows[name] != "") for name, kind in dtypes.items() if kind == "string"}
+    return rows.assign(**texts).astype(dtypes).assign(**{VERSION: version(table)})

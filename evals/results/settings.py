@@ -68,7 +68,6 @@ def setting_name(setting: str) -> str:
 
 
 def axis_label(setting: str) -> str:
-    """Label of the axis of a setting."""
     return AXIS_LABELS.get(setting, setting_name(setting))
 
 
@@ -78,7 +77,7 @@ def is_number(values: "pd.Series[Any]") -> bool:
 
 
 def conditions(rows: pd.DataFrame, swept: str) -> str:
-    """Caption of a timing: every setting but the swept one, a range where the rows differ in it."""
+    """Caption of a timing: every setting but the swept one, with a range if rows differ in it."""
     present = {name: rows[name].dropna() for name in SETTINGS if name != swept and name in rows}
     return ", ".join(SETTINGS[name].format(format_range(values)) for name, values in present.items() if not values.empty)
 
@@ -93,21 +92,21 @@ def training_conditions(rows: pd.DataFrame) -> str:
 
 
 def training_phrase(setting: str, value: str) -> str:
-    """One setting of a training in words, e.g. '64 pairs'; of a setting without a phrase its name and value."""
+    """A setting of a training in words, e.g. '64 pairs'; name and value if it has no phrase."""
     return TRAINING_SETTINGS.get(setting, f"{setting} {{}}").format(value)
 
 
 def format_range(values: "pd.Series[Any]") -> str:
-    """The value of a setting, 'low to high' where numbers differ (hidden size may grow with the swept head size)."""
+    """The value of a setting, or 'low to high' if numbers differ: the hidden size may grow with the swept head size."""
     ends = (values.min(), values.max()) if is_number(values) else (values.iloc[0],)
     return " to ".join(dict.fromkeys(map(format_setting, ends)))
 
 
 def varying(rows: pd.DataFrame, settings: Iterable[str]) -> list[str]:
-    """Those of `settings` that are columns of the table and have more than one value in it."""
+    """The `settings` that are columns with more than one value."""
     return [name for name in settings if name in rows and rows[name].nunique(dropna=False) > 1]
 
 
 def group_by(rows: pd.DataFrame, settings: list[str], *, sort: bool = True) -> "Iterable[tuple[tuple[Any, ...], pd.DataFrame]]":
-    """Groups rows by the values of some settings; one group with an empty key where there is no setting."""
+    """Groups rows by the values of some settings; without settings there is one group with an empty key."""
     return rows.groupby(settings, dropna=False, sort=sort) if settings else [((), rows)]

@@ -19,16 +19,10 @@ from evals.results.frames import swept_column
 
 @dataclass(frozen=True)
 class Series:
-    """One run of a tracker: an attention over the swept setting, or the loss curve of a training run.
-
-    Attributes:
-        name: name of the run.
-        points: (step, values by column).
-        parameters: parameters of the run.
-    """
+    """One run of a tracker: an attention over the swept setting, or the loss curve of a training run."""
 
     name: str
-    points: list[tuple[int, dict[str, float]]]
+    points: list[tuple[int, dict[str, float]]]  # (step, values by column)
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,12 +43,10 @@ def to_series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iter
     if curves is None:
         return
     keys = ["attention", "learning_rate", "seed", *([axis] if axis in curves else [])]
-    for key, points_of in curves.groupby(keys, sort=False):
+    for key, curve in curves.groupby(keys, sort=False):
         parameters = dict(zip(keys, key, strict=True))
         name = "/".join(["curves", *(str(value) for value in parameters.values())])
-        losses = [
-            (int(step), {"loss_nats": float(loss)}) for step, loss in zip(points_of["step"], points_of["loss_nats"], strict=True)
-        ]
+        losses = [(int(step), {"loss_nats": float(loss)}) for step, loss in zip(curve["step"], curve["loss_nats"], strict=True)]
         yield Series(name, losses, parameters)
 
 
@@ -63,42 +55,37 @@ def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: st
     import_client("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    place = folder / "tensorboard"
-    shutil.rmtree(place, ignore_errors=True)
-    for one in to_series(results, curves):
-        with SummaryWriter(str(place / one.name)) as writer:
-            for step, values in one.points:
+    target = folder / "tensorboard"
+    shutil.rmtree(target, ignore_errors=True)
+    for series in to_series(results, curves):
+        with SummaryWriter(str(target / series.name)) as writer:
+            for step, values in series.points:
                 for name, value in values.items():
                     writer.add_scalar(f"{sweep}/{name}", value, step)
-    return place
+    return target
 
 
 def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, uri: str | None = None) -> Path:
     """Writes runs of the experiment bsbr/<sweep> to the tracking server at `uri`; None: to <folder>/mlflow.db."""
-    place = folder / "mlflow.db"
+    database = folder / "mlflow.db"
     library = import_client("mlflow")
-    library.set_tracking_uri(uri or f"sqlite:///{place.resolve()}")
+    library.set_tracking_uri(uri or f"sqlite:///{database.resolve()}")
     library.set_experiment(f"bsbr/{sweep}")
-    for one in to_series(results, curves):
-        with library.start_run(run_name=one.name):
-            library.log_params(one.parameters)
-            for step, values in one.points:
+    for series in to_series(results, curves):
+        with library.start_run(run_name=series.name):
+            library.log_params(series.parameters)
+            for step, values in series.points:
                 library.log_metrics(values, step=step)
-    return place
+    return database
 
 
 def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, mode: str = "offline") -> Path:
-    """Writes runs of the project bsbr, grouped by sweep.
-
-    Args:
-        results, curves, sweep, folder: tables, name of the sweep, and its result folder.
-        mode: offline, to be uploaded later by `wandb sync`; or online.
-    """
+    """Writes runs of the project bsbr, grouped by sweep. Mode `offline` leaves them in the folder for `wandb sync`."""
     library = import_client("wandb")
-    for one in to_series(results, curves):
-        settings = {"project": "bsbr", "group": sweep, "name": one.name, "dir": str(folder), "mode": mode}
-        with library.init(config=one.parameters, **settings) as run:
-            for step, values in sorted(one.points, key=lambda point: point[0]):
+    for series in to_series(results, curves):
+        settings = {"project": "bsbr", "group": sweep, "name": series.name, "dir": str(folder), "mode": mode}
+        with library.init(config=series.parameters, **settings) as run:
+            for step, values in sorted(series.points, key=lambda point: point[0]):
                 run.log(values, step=step)
     return folder / "wandb"
 

@@ -17,15 +17,11 @@ class TrainedAttention(NamedTuple):
 
     @property
     def best_learning_rate(self) -> float | None:
-        """The learning rate that is reported."""
         return best_learning_rate(self.runs, self.study["learning_rates"])
 
 
 def trained_attentions(records: Sequence[Record]) -> list[TrainedAttention]:
-    """Selects for each attention and setting the last study that trained it or was lost over it.
-
-    Args:
-        records: all records of a ledger.
+    """Selects, from all records of a ledger, the last study that trained each attention under each setting, or was lost.
 
     Returns:
         The attentions that have a run, in the order in which their studies were last begun. If a study was lost before any
@@ -47,11 +43,13 @@ def trained_attentions(records: Sequence[Record]) -> list[TrainedAttention]:
                 last[cell] = study
     trained = []
     for (name, _), study in last.items():
-        own = _counting(runs.get(study["runs"][name], []))
-        if not own and study["study"] in losses:
-            own = [{"learning_rate": None, "seed": 0, "outcome": "lost", "detail": losses[study["study"]]}]
-        if own:
-            trained.append(TrainedAttention(study, name, own))
+        attempts = runs.get(study["runs"][name], [])
+        # A run without a learning rate did not train; an attention that was uncertified then may be certified since.
+        counting = [run for run in attempts if run["learning_rate"] is not None] or attempts
+        if not counting and study["study"] in losses:
+            counting = [{"learning_rate": None, "seed": 0, "outcome": "lost", "detail": losses[study["study"]]}]
+        if counting:
+            trained.append(TrainedAttention(study, name, counting))
     return trained
 
 
@@ -63,20 +61,10 @@ def _studies(records: Sequence[Record]) -> Iterator[Record]:
             yield described
 
 
-def _counting(runs: list[Record]) -> list[Record]:
-    """Runs without those that did not train, unless there are no others: what was uncertified may be certified since."""
-    return [run for run in runs if run["learning_rate"] is not None] or runs
-
-
 def best_learning_rate(runs: Sequence[Record], learning_rates: Sequence[float]) -> float | None:
-    """Learning rate whose run with seed 0 has the lowest validation loss.
+    """The learning rate with the lowest validation loss of seed 0; None if no run of one candidate with seed 0 is `ok`.
 
-    Args:
-        runs: records of one candidate's training runs.
-        learning_rates: the rates that count; of two with the same loss, the one that comes first.
-
-    Returns:
-        The learning rate; None if no run with seed 0 has the outcome `ok`.
+    Of two rates with the same loss, the first in `learning_rates` counts.
     """
     losses = {run["learning_rate"]: run["validation_loss"] for run in runs if run["seed"] == 0 and run["outcome"] == "ok"}
     return min((rate for rate in learning_rates if rate in losses), key=lambda rate: losses[rate], default=None)

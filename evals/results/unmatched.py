@@ -12,15 +12,15 @@ def unmatched_costs(costs: Mapping[str, Mapping[str, Any]], relative_to: str) ->
     """Lists the costs in which attentions differ by more than 1 %: 'parameters 1× to 1.5× (bsbr)'.
 
     Args:
-        costs: for each attention its parameter_bytes, flops and state_bytes.
-        relative_to: the attention whose costs are 1×; the first one if it is not among them.
+        costs: the columns in COSTS of each attention.
+        relative_to: the attention that has 1×; the first one if it is not in `costs`.
     """
     reference = costs.get(relative_to) or next(iter(costs.values()))
     differences = []
     for column, name in COSTS.items():
-        ratios = {one: costs[one][column] / reference[column] for one in costs if reference[column]}
+        ratios = {attention: costs[attention][column] / reference[column] for attention in costs if reference[column]}
         ends = [end(ratios, key=ratios.__getitem__) for end in (min, max)] if ratios else []
-        unequal = [f"{ratios[one]:.2g}× ({one})" for one in ends if abs(ratios[one] - 1) > MATCHED_WITHIN]
+        unequal = [f"{ratios[end]:.2g}× ({end})" for end in ends if abs(ratios[end] - 1) > MATCHED_WITHIN]
         if unequal:
             differences.append(f"{name} {' to '.join(unequal if len(unequal) == 2 else ['1×', *unequal])}")
     return differences

@@ -16,7 +16,7 @@ from evals.isolation import affinity
 from evals.paths import CONF
 from evals.results import latency_table
 from evals.results.ledger import Ledger, Record
-from evals.results.tables import write_table
+from evals.results.schema import write_table
 
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",

@@ -36,16 +36,16 @@ def test_an_incomplete_last_line_is_reported_and_loses_nothing_else(ledger: Ledg
     ledger.append(RECORDS[2])
     assert ledger.read() == ([RECORDS[1], RECORDS[2]], [])
     assert ledger.torn.read_text() == json.dumps(RECORDS[0])[:cut] + "\n"
-    assert ledger.mend() == ""
+    assert ledger.repair() == ""
 
 
 def test_mending_moves_an_incomplete_line_and_reports_it_once(ledger: Ledger) -> None:
-    assert ledger.mend() == ""
+    assert ledger.repair() == ""
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
         file.write('{"kind": "lat')
-    assert ledger.mend() == f"the last line of {ledger.path} was torn, and is set aside in {ledger.torn}"
-    assert ledger.mend() == ""
+    assert ledger.repair() == f"the last line of {ledger.path} was torn, and is set aside in {ledger.torn}"
+    assert ledger.repair() == ""
     assert ledger.read() == ([RECORDS[1]], [])
 
 
@@ -137,11 +137,11 @@ def test_an_incomplete_line_of_a_node_is_mended_by_that_node_alone(tmp_path: Pat
     path = tmp_path / "samples.jsonl"
     node = Ledger(path, "node-a")
     node.append(RECORDS[0])
-    with node.own.open("a") as file:
+    with node.writer_path.open("a") as file:
         file.write('{"to')
     assert Ledger(path).read() == ([RECORDS[0]], ["2 of samples.node-a.jsonl"])
     Ledger(path, "node-b").append(RECORDS[1])
-    assert node.mend()
+    assert node.repair()
     records, damaged = Ledger(path).read()
     assert (len(records), damaged) == (2, [])
     assert (tmp_path / "samples.node-a.torn").read_text() == '{"to\n'
