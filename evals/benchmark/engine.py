@@ -126,4 +126,4 @@ class Engine(Job):
             return None
         device = self.comparison.device
         result = run_isolated(measure_peaks, device.kind, device.torch_dtype, device.threads, PEAKS_S, timeout_s=60.0)
-        return result.value.as_record() if result.outcome == "ok" else None
+        return asdict(result.value) if result.outcome == "ok" else None

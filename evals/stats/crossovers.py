@@ -16,10 +16,10 @@ NONE_IN_RANGE = "none in range"
 """How tables state that there is no crossover."""
 
 GRID = 65
-"""Points between two sizes at which it is tested whether the variants may be equally fast."""
+"""Points between two sizes at which the confidence band is evaluated."""
 
 KNOWN_FREEDOM = 1e9
-"""Degrees of freedom of a variance that is taken as known: Student's t is the normal distribution there."""
+"""Degrees of freedom of a variance that is taken as known; Student's t is then the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Crossover:
     """Sizes at which two variants may take equally long.
 
     Attributes:
-        at: the size and its interval. `at.value` is NaN where the estimates do not cross but their intervals allow it. low = 0 or
-            high = inf: the interval leaves the measured range on that side. Both are NaN where no noise is known.
-        after: what the first variant is beyond it: `faster` or `slower` if it is certain on both sides, otherwise `unclear`.
+        at: the size and its interval. `at.value` is NaN if the estimates do not cross but their intervals allow it. low = 0 or
+            high = inf: the interval leaves the measured range on that side. Both are NaN if the noise is unknown.
+        after: whether the first variant is `faster` or `slower` beyond it; `unclear` if that is not certain on both sides.
     """
 
     at: Interval
@@ -39,11 +39,11 @@ class Crossover:
 def crossovers(
     sizes: Sequence[float], log_ratios: Rounds, *, exact: bool = False, confidence: float = CONFIDENCE
 ) -> list[Crossover]:
-    """Where log(t_first / t_second) changes its sign.
+    """The sizes at which log(t_first / t_second) changes its sign.
 
-    Between two sizes the ratio is taken to be a power of n. The interval is the set of all n where the mean log ratio, so
+    Between two sizes the ratio is taken to be a power of n. The interval is the set of all n at which the mean log ratio, so
     interpolated, is within Student's t of 0 (Fieller 1954, with Welch's degrees of freedom). It holds the true crossover with
-    exactly that confidence, and can be one-sided or empty, where a bootstrap of 3 to 5 rounds is too narrow.
+    exactly that confidence, and can be one-sided or empty. A bootstrap of 3 to 5 rounds would be too narrow.
 
     Args:
         sizes: positive and distinct.
@@ -94,7 +94,7 @@ class _RatioCurve:
         return [self._crossover(zeros, nodes, start, end) for start, end in zip(starts, ends, strict=True)]
 
     def _crossover(self, zeros: Array, nodes: Array, start: int, end: int) -> Crossover:
-        """The crossover within nodes[start] to nodes[end], at all of which the variants may be equally fast."""
+        """The crossover in nodes[start..end], where the confidence band holds 0."""
         inside = zeros[(zeros >= nodes[start]) & (zeros <= nodes[end])]
         value = math.exp(inside[len(inside) // 2]) if len(inside) else math.nan
         open_below, open_above = start == 0, end == len(nodes) - 1
@@ -111,7 +111,7 @@ class _RatioCurve:
         return np.sort(np.concatenate([x[mean == 0], between]))
 
     def _distance(self, at: Array) -> Array:
-        """How far the mean log ratio is from 0 beyond its confidence band; at most 0 where the ratio may be 1."""
+        """|mean log ratio| less half of its confidence band; at most 0 where the ratio may be 1."""
         mean, variance, freedom = self.ratio
         i = np.clip(np.searchsorted(self.x, at, side="right") - 1, 0, len(self.x) - 1)
         j = np.minimum(i + 1, len(self.x) - 1)
@@ -128,7 +128,7 @@ class _RatioCurve:
         return math.exp(inside if distance(inside) >= 0 else brentq(distance, outside, inside))
 
     def _change(self, before: float, after: float) -> str:
-        """What the first variant is at `after`, if it is the opposite of what it is at `before`."""
+        """`faster` or `slower`, as the first variant is at `after`; `unclear` if it is the same at `before`."""
         left, right = np.interp([before, after], self.x, self.ratio.mean)
         if left * right > 0:
             return "unclear"

@@ -2,7 +2,8 @@
 
 Samples come in rounds. A round is one fresh process, whose samples share a memory layout, a clock frequency and a busy
 neighbour. Samples of one round are therefore not independent, and an interval that ignores the rounds is far too narrow.
-All is computed in logarithms: latency noise is multiplicative, bounds stay positive, and a change of units changes only units.
+Everything is computed in logarithms: latency noise is multiplicative, bounds stay positive, and a change of units changes units
+alone.
 """
 
 import math
@@ -114,12 +115,9 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) ->
 
 
 def half_width(rounds: Rounds, confidence: float = CONFIDENCE) -> float:
-    """Half of a median's interval relative to the median, by Student's t on the logarithms of the rounds' medians.
+    """Half of a median's interval as a fraction of the median, 0.05 for ±5 %; infinity for fewer than two rounds.
 
-    It takes microseconds, so that it can be evaluated after every round to decide whether another is needed.
-
-    Returns:
-        A fraction, 0.05 for ±5 %; infinity for fewer than two rounds.
+    By Student's t on the logarithms of the rounds' medians, in microseconds: fast enough to be evaluated after every round.
     """
     if len(rounds) < 2:
         return math.inf
@@ -166,12 +164,10 @@ def _bootstrap_median(rounds: list[Array], confidence: float, resamples: int, ge
 def _log_deviations(rounds: list[Array], choice: NDArray[np.int64], generator: np.random.Generator) -> tuple[Array, Array]:
     """Deviations of the resampled log medians due to the choice of rounds, and due to the choice of samples within them.
 
-    They are kept apart because each is widened by its own number of independent observations.
+    The two differ in the number of independent observations by which they are widened.
 
     Args:
-        rounds: the samples.
         choice: [resamples, rounds], the indices of the rounds that each resample consists of.
-        generator: draws the samples within rounds.
 
     Returns:
         Two arrays of shape [resamples]. The second is widened already.
@@ -198,8 +194,8 @@ def _log_deviations(rounds: list[Array], choice: NDArray[np.int64], generator: n
 def _widening(observations: int, resamples: int, generator: np.random.Generator) -> Array | float:
     """Random factors sqrt(n/(n−1)) · sqrt((n−1)/χ²_{n−1}), one a resample, that make up for few observations.
 
-    A bootstrap of n observations has (n−1)/n of the variance it estimates, and takes that estimate for exact. The first factor
-    corrects the one; the second corrects the other and turns normal deviations into Student's t with n−1 degrees of freedom.
+    A bootstrap of n observations has (n−1)/n of the variance that it estimates, which the first factor corrects. It also takes
+    that estimate for exact, which the second factor corrects: normal deviations become Student's t with n−1 degrees of freedom.
     With 3 rounds a deviation grows 2.7 times at 95 %, with 10 rounds 1.2 times. After the expanded percentiles of Hesterberg
     2015, arXiv:1411.5279.
     """

@@ -1,26 +1,25 @@
-"""The roofline: the least time that a call can take on this machine, and samples that cannot be true because they beat it.
+"""The roofline: the least time that a call can take on this machine, and the test for samples that beat it.
 
 Work of F operations that must move B bytes takes at least max(F / peak FLOP/s, B / bandwidth) (Williams 2009,
 doi:10.1145/1498765.1498785). Both rates are measured (`evals.measure.peaks`), and so are lower bounds of what the machine can do.
-A sample is therefore called impossible only where it beats the roofline by more than such rates were seen to vary.
+A sample is therefore called impossible only if it beats the roofline by more than such rates vary.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 TOLERANCE = {"cpu": 0.5, "cuda": 0.25}
 """Fraction by which a sample must beat the roofline to be called impossible, by kind of device.
 
-CPU, measured on a virtual machine of 2 cores with up to 5 processes at work, whose neighbours on the host were at work too: the
-best that one thread alone reached in a second varied from 48 to 102 GFLOP/s in float32 (best of three such seconds: 69 to 102), as
-it must where a neighbour shares the core. So only a sample below half of the roofline is certainly wrong. CUDA, not measured by
-us: the power that a large product draws lowers the clocks that it is timed at, on an H200 to some 0.8 of its data sheet's rate,
-and work that draws less keeps them.
+CPU, measured on a virtual machine of 2 cores with up to 5 busy processes and busy neighbours on the host: the best rate of one
+thread alone in a second varied from 48 to 102 GFLOP/s in float32 (best of three such seconds: 69 to 102), because a neighbour can
+share the core. So only a sample below half of the roofline is certainly wrong. CUDA, not measured by us: a large product draws so
+much power that the clocks fall, on an H200 to some 0.8 of its data sheet's rate, and work that draws less keeps them.
 """
 
 RESOLUTION_S = 1e-6
-"""Resolution of a clock's reading in seconds: CUDA events resolve 0.5 µs at either end."""
+"""Resolution of a clock's reading: CUDA events resolve 0.5 µs at either end."""
 
 
 Ladder = tuple[tuple[int, float], ...]
@@ -29,23 +28,17 @@ Ladder = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Peaks:
-    """The highest rates seen for one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
+    """The highest measured rates for one dtype: with all threads, and of one thread alone. A GPU counts as one thread.
 
-    A call can hope for what all threads were seen to reach. It is bounded by `threads` times one thread alone: threads that wait
-    for each other are slowed down by any other process for as long as it is there (seen: 2 threads on 2 busy cores at 1 of 187
+    The rates of all threads are what a call can reach; `threads` times the rate of one thread bounds it. Threads that wait for
+    each other are slowed down by any other process for as long as it runs (measured: 2 threads on 2 busy cores reached 1 of 187
     GFLOP/s), while a short piece of work of one thread finds an undisturbed moment.
-
-    Attributes:
-        flops_per_s: of a matrix product, with all threads.
-        bytes_per_s: of a pass over each working set, with all threads.
-        threads: how many.
-        thread_flops_per_s, thread_bytes_per_s: the same of one thread.
     """
 
-    flops_per_s: float
-    bytes_per_s: Ladder
+    flops_per_s: float  # of a matrix product, with all threads
+    bytes_per_s: Ladder  # of a pass over each working set, with all threads
     threads: int
-    thread_flops_per_s: float
+    thread_flops_per_s: float  # the same of one thread
     thread_bytes_per_s: Ladder
 
     def __post_init__(self) -> None:
@@ -57,13 +50,9 @@ class Peaks:
         if not all(rate > 0 for rate in (self.flops_per_s, self.thread_flops_per_s, self.threads, *rates)):
             raise ValueError(f"rates and threads must be positive, got {self}")
 
-    def as_record(self) -> dict[str, Any]:
-        """The peaks as a dict that JSON can hold."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
-        """The inverse of `as_record`, also after a round trip through JSON."""
+        """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
         ladders = {key: tuple((int(size), float(rate)) for size, rate in value) for key, value in record.items() if "bytes" in key}
         return cls(**{**record, **ladders})
 
@@ -98,8 +87,8 @@ def merge_ladders(ladders: Iterable[Ladder]) -> Ladder:
 def bandwidth(min_bytes: float, ladder: Ladder) -> float:
     """The highest rate in bytes/s at which work can move `min_bytes` or more.
 
-    It is the highest rate of any working set from the next smaller one on, since what fits less well into the caches is not faster.
-    So it never rises with `min_bytes`, and errs to the fast side between two steps of the ladder.
+    It is the highest rate of all working sets from the next smaller one upwards, because a larger one fits less well into the
+    caches. So it never rises with `min_bytes`, and is too high rather than too low between two steps of the ladder.
     """
     start = max((size for size, _ in ladder if size <= min_bytes), default=0)
     return max(rate for size, rate in ladder if size >= start)
@@ -107,17 +96,11 @@ def bandwidth(min_bytes: float, ladder: Ladder) -> float:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of a call at the peaks of all threads, and which of them bounds it.
+    """The least time of a call at the peaks of a machine."""
 
-    Attributes:
-        seconds: the least time at the rates that all threads were seen to reach.
-        bound: the peak that decides it.
-        provable_s: the least time at `threads` times the rates of one thread, never more than `seconds`.
-    """
-
-    seconds: float
-    bound: Literal["compute", "memory"]
-    provable_s: float
+    seconds: float  # at the measured rates of all threads
+    bound: Literal["compute", "memory"]  # the peak that decides `seconds`
+    provable_s: float  # at `threads` times the rates of one thread, never more than `seconds`
 
     def fraction(self, latency_s: float) -> float | None:
         """The fraction of the peak that a call reached, at most 1; None for a call that beat the peak and so proves it too low."""
@@ -128,7 +111,7 @@ def roofline(flops: float, min_bytes: float, peaks: Peaks) -> Roofline:
     """max(flops / peak FLOP/s, min_bytes / bandwidth).
 
     Args:
-        flops: operations that the work needs, however it is done.
+        flops: operations that any implementation of the work needs.
         min_bytes: bytes that must be read or written at least once, such as parameters, inputs and outputs.
         peaks: of the machine.
 

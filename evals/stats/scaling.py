@@ -1,7 +1,7 @@
-"""How cost grows with size: the exponent p of t = a + b·n^p with an interval, and whether it agrees with what is declared.
+"""Growth of cost with size: the exponent p of t = a + b·n^p with an interval, and its agreement with a declared exponent.
 
-Sizes are measured at different moments, and no real curve is exactly a power law: caches fill up. What a fit does not know
-therefore shows in the scatter between sizes, and thousands of samples at each size do not make it smaller. All is computed in
+Sizes are measured at different moments, and no real curve is exactly a power law: caches fill up. Such errors of the model
+show in the scatter between sizes, and thousands of samples at each size do not make it smaller. Everything is computed in
 logarithms, because noise is multiplicative; a change of units changes only units.
 """
 
@@ -56,9 +56,9 @@ def fit_scaling(sizes: Sequence[float], rounds: Rounds, *, confidence: float = C
         confidence: of the interval.
 
     Returns:
-        The fit. The same t at every size is p = 0 exactly. There is no fit, but a note, where sizes span less than 8x or are
-        fewer than 4 (`TOO_SHORT`), where a is more than half of t at more than half of the sizes, or t hardly grows
-        (`OVERHEAD`), and where the interval has no end (`TOO_NOISY`).
+        The fit. The same t at every size gives p = 0 exactly. There is no fit, but a note, if sizes span less than 8x or are
+        fewer than 4 (`TOO_SHORT`), if a is more than half of t at more than half of the sizes, or t hardly grows
+        (`OVERHEAD`), or if the interval has no end (`TOO_NOISY`).
 
     Raises:
         ValueError: for sizes that are not positive and distinct, rounds that are not positive, or different numbers of them.
@@ -92,12 +92,12 @@ def fit_scaling(sizes: Sequence[float], rounds: Rounds, *, confidence: float = C
 def local_slopes(sizes: Sequence[float], rounds: Rounds, *, exact: bool = False, confidence: float = CONFIDENCE) -> list[Interval]:
     """Exponents d log t / d log n between each size and the next, with Welch's interval from the rounds.
 
-    Unlike the interval of `fit_scaling`, this one contains only the noise of the rounds: between two sizes there is no third that
-    could tell scatter from slope.
+    Unlike the interval of `fit_scaling`, this one contains only the noise of the rounds: two sizes alone cannot separate scatter
+    from slope.
 
     Args:
         sizes, rounds: as in `fit_scaling`.
-        exact: the numbers have no noise (memory, FLOPs), so that a single one determines t. Otherwise the bounds are NaN where
+        exact: the numbers have no noise (memory, FLOPs), so that a single one determines t. Otherwise the bounds are NaN if
             either size has a single round.
         confidence: of the intervals.
 
@@ -113,12 +113,12 @@ def local_slopes(sizes: Sequence[float], rounds: Rounds, *, exact: bool = False,
 
 
 def agreement(measured: Scaling, declared: Scaling) -> str:
-    """Whether a measured exponent agrees with a declared one, as far as the two intervals tell.
+    """Compares a measured exponent with a declared one by their intervals.
 
     Args:
-        measured: `fit_scaling` of what was measured.
-        declared: `fit_scaling` of what the variant declares over the same sizes, such as its FLOPs, one number a size. FLOPs of
-            two terms (n and n²) are no power law: the interval of their fit shows it and is respected.
+        measured: `fit_scaling` of measurements.
+        declared: `fit_scaling` of the variant's declaration over the same sizes, such as its FLOPs, one number a size. FLOPs of
+            two terms (n and n²) are no power law: the interval of their fit is wide accordingly.
 
     Returns:
         'agrees', 'steeper than declared', 'flatter than declared', or 'unknown: ' and the reason.
@@ -174,7 +174,7 @@ class _Profile:
         low, high = min([best, *accepted]), max([best, *accepted])
         if low == MIN_EXPONENT or high == MAX_EXPONENT:
             return None
-        # Each end lies between the last exponent that is accepted and the next of the grid.
+        # Each end lies between the last accepted exponent and its neighbour on the grid.
         ends = np.array([[low, self.GRID[low > self.GRID][-1]], [high, self.GRID[high < self.GRID][0]]])
         while np.ptp(ends, axis=1).max() > 1e-5:
             cuts = np.linspace(ends[:, 0], ends[:, 1], 33, axis=1)
@@ -188,7 +188,7 @@ class _Profile:
         """The best fit at each exponent.
 
         With p fixed the model is linear in (a, b): each step of Gauss-Newton in logarithms is weighted linear least squares in
-        closed form, and so is the level. The pure power law is the start, and stays where nothing is better.
+        closed form, and so is the level. The pure power law is the start, and stays if nothing is better.
         """
         x, y = self.x, self.y
         basis = np.exp(p[:, None] * x)

@@ -22,7 +22,7 @@ def checked_sizes(sizes: Sequence[float], rounds: Rounds, above: float = 0.0) ->
     """Sizes in ascending order and their rounds.
 
     Raises:
-        ValueError: if sizes are not positive and distinct, or a size has no numbers, or one that is not finite and above `above`.
+        ValueError: if sizes are not positive and distinct, or a size has no numbers, or one is not finite and above `above`.
     """
     n = np.asarray(sizes, dtype=np.float64)
     if n.ndim != 1 or not n.size or not np.all(np.isfinite(n) & (n > 0)) or len(np.unique(n)) < n.size:

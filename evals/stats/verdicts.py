@@ -1,4 +1,4 @@
-"""Verdicts on speed-ups: faster, slower, same or ambiguous, corrected for how many are compared, and never below the noise."""
+"""Verdicts on speed-ups: faster, slower, same or ambiguous, corrected for the number of comparisons and bounded by the noise."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def verdicts(speedups: Sequence[Speedup], noise_floors: Sequence[float], alpha: 
     - faster, slower: the p-value holds after Holm's correction for all comparisons given, the interval excludes 1, and the
       difference exceeds the noise floor.
     - same: neither of these, and the whole interval lies within 3 % of 1.
-    - ambiguous: anything else.
+    - ambiguous: none of these.
 
     Args:
         speedups: of all comparisons that are reported together.
@@ -56,11 +56,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def noise_floor(control: Interval) -> float:
-    """How far the reference seems to be from itself: the farther end of the A/A control's interval, as a fraction.
+    """The noise floor: the distance from 1 of the farther end of the A/A control's interval, as a fraction.
 
     Args:
-        control: speed-up of the reference over itself, at a confidence of `ONE_SIGMA`. The uncertainty of a speed-up is in its own
-            interval already; the control shows whether the machine measures equal things as equal.
+        control: speed-up of the reference over itself, at a confidence of `ONE_SIGMA`. It shows whether the machine measures equal
+            attentions as equal; the uncertainty of a speed-up is in that speed-up's interval already.
 
     Returns:
         0.02 for 2 %; infinity where the control has no interval.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_no_peaks_and_peaks_of_different_threads_are_not_merged() -> None:
 
 def test_peaks_survive_json() -> None:
     peaks = Peaks(5.5, ((1, 10.0), (2, 3.0)), 2, 4.0, ((1, 1.0),))
-    assert Peaks.from_record(json.loads(json.dumps(peaks.as_record()))) == peaks
+    assert Peaks.from_record(json.loads(json.dumps(asdict(peaks)))) == peaks
 
 
 @pytest.mark.parametrize("ladder", [(), ((2, 1.0), (1, 1.0)), ((1, 1.0), (1, 2.0)), ((1, 0.0),), ((1, math.nan),)])
