@@ -22,7 +22,7 @@ from evals.results.schema import kind_of
 
 EXIT_CODES = {"supported": 0, "refuted": 1, "undecided": 3}
 DEFAULT_FOLDERS = ("*/results.csv", "paper/*/results.csv")
-"""Searched in this order below results/: the user's own sweeps, then those of the study."""
+"""Patterns below results/, in the order of search: the user's sweeps, then those of the study."""
 
 
 @command()

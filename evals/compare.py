@@ -1,4 +1,4 @@
-"""`python -m evals.compare A B`: compares two folders of results, and says what got faster or slower with significance.
+"""`python -m evals.compare A B`: compares two folders of results, and prints what became significantly faster or slower.
 
     python -m evals.compare results/before results/after           two commits, or two machines
     python -m evals.compare --base main sweep=seq_len              another commit of this repository, interleaved with this one

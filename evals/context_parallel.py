@@ -20,7 +20,6 @@ PROGRAM = "torchrun --standalone --nproc-per-node=2 -m evals.context_parallel"
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 1 if the output of the ranks is wrong."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--attention", default="bsbr", help="a file of conf/attention: bsbr or ring")
     parser.add_argument("--seq-len", type=int, default=16384, help="tokens of the whole sequence")

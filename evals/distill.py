@@ -1,4 +1,4 @@
-"""`python -m evals.distill`: distills models into their conversions, and measures what converting costs and how much is recovered.
+"""`python -m evals.distill`: distills models into their conversions, and measures the loss by converting and its recovery.
 
 For each model and seed: trains a small model on the bytes of Python's standard library, converts it, distills the original into the
 conversion, and evaluates all three on the same held-out text. Each run is a line of results/distillation/samples.jsonl; an
@@ -21,10 +21,10 @@ from evals.results.schema import write_table
 
 
 @command(ValueError, FloatingPointError, interrupted=RESUME)
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.distill", description=str(__doc__).partition(": ")[2])
     add_arguments(parser)
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     folder = options.results_dir / FOLDERS[options.split]
     with tqdm(disable=None, leave=False, bar_format="{desc}") as progress:

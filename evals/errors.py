@@ -13,7 +13,7 @@ EXIT_CODES = {
     INTERRUPTED: "Ctrl-C; the same command continues",
     BROKEN_PIPE: "the program that reads the output, such as head, closed the pipe",
 }
-"""Exit codes of the commands and their meanings, as `--help` and the documentation give them."""
+"""The meanings of the exit codes, for `--help` and the documentation."""
 
 
 class UsageError(ValueError):
@@ -21,14 +21,7 @@ class UsageError(ValueError):
 
 
 def not_found(target: str) -> str:
-    """Explains why a class cannot be imported.
-
-    Args:
-        target: its full dotted name.
-
-    Returns:
-        A clause that names the missing module or attribute, with a suggestion if a similar name exists.
-    """
+    """Explains why the class with this full dotted name cannot be imported, with a suggestion if a similar name exists."""
     module, _, name = target.rpartition(".")
     try:
         known = vars(importlib.import_module(module))
@@ -47,6 +40,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def one_sentence(error: BaseException) -> str:
-    """Puts an error's message on one line; the name of its type if it has no message."""
+    """An error's message on one line; the name of its type if it has no message."""
     text = " ".join(str(error).split())
     return text or type(error).__name__

@@ -1,7 +1,7 @@
 """`python -m evals.export results/<sweep> … --to markdown|latex`: prints tables of results for a README or a paper.
 
-A folder without a results.csv stands for all folders below it that have one. Where there is no number the cell holds the
-outcome, and a footnote gives the reason.
+A folder without a results.csv stands for all folders below it that have one. The cell of a failed row holds the outcome, and
+a footnote gives the reason.
 Exit code: 0, or 2 with one sentence on standard error if a folder cannot be read.
 """
 

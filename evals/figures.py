@@ -1,6 +1,7 @@
 """`python -m evals.figures results/<sweep> …`: draws figures from tables, without measuring; `paper` draws those of the study.
 
-Figures are PNG and SVG, at the width of a paper. The same tables give the same bytes wherever the same matplotlib runs.
+Figures are PNG and SVG, at the width of a paper. The same tables and the same matplotlib give the same bytes on any machine.
+Exit code: 0, or 2 with one sentence on standard error if a folder cannot be drawn.
 """
 
 import argparse
@@ -9,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.cli.command import command
+from evals.errors import OK
 from evals.paper.draw import STUDY, draw_study
 from evals.plots.registry import draw_folder
 
 
 @command(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws each folder given; returns 0, or 2 after one sentence on stderr if one cannot be drawn."""
     parser = argparse.ArgumentParser(prog="python -m evals.figures", description="Draws figures from results, without measuring.")
     parser.add_argument(
         "results", nargs="+", type=Path, help="folders that hold a results.csv, such as results/seq_len; or paper: the study"
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             paths = draw_folder(folder, options.plots / folder.resolve().name)
         print(f"{folder}: {len(paths)} files in {paths[0].parent}")
-    return 0
+    return OK
 
 
 if __name__ == "__main__":

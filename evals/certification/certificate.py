@@ -18,15 +18,10 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: its name.
-        detail: what failed and where; empty if it passed.
-    """
+    """The outcome of one check."""
 
     check: str
-    detail: str
+    detail: str  # what failed and where; empty if it passed
 
     @property
     def passed(self) -> bool:
@@ -39,17 +34,14 @@ class Finding:
 def certify(build: Build, device: str = "cpu", finest: torch.dtype = torch.float64) -> list[Finding]:
     """Runs every check on the attention that `build` makes.
 
-    Without a `reference` the function that was meant is unknown. Then the attention is still checked to be causal,
-    padding-invariant, finite, the same when streamed, batched and repeated, precise in float32 and true in its costs, and its
-    gradient to be its slope. An off-by-one window would pass, or a state that is a scalar product k·v.
+    Without a `reference` the intended function is unknown. The attention is still checked to be causal, padding-invariant,
+    finite, the same when streamed, batched and repeated, precise in float32 and true in its costs, and its gradient is compared
+    with its slope. An off-by-one window would pass, or a state that is a scalar product k·v.
 
     Args:
         build: makes the attention; it is called several times.
         device: cpu or cuda.
         finest: the most precise dtype of the attention's kernels.
-
-    Returns:
-        One finding a check, in the order of `CHECKS`.
 
     Raises:
         NotImplementedError: if the attention does not run on this device or in this precision.
@@ -62,20 +54,17 @@ def certify(build: Build, device: str = "cpu", finest: torch.dtype = torch.float
                 detail = check.function(subject) or ""
             except NotImplementedError:
                 raise
-            except Exception as error:  # noqa: BLE001  the attention may be anybody's code: whatever it raises is a finding
+            except Exception as error:  # noqa: BLE001  the attention may be anybody's code: every exception is a finding
                 detail = f"raised {type(error).__name__}: {one_sentence(error)}"
         findings.append(Finding(check.name, detail))
     return findings
 
 
 def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit_bytes: int) -> Result[list[Finding]]:
-    """Runs `certify` in a child process: what is not certified may hang, crash or take all memory.
+    """Runs `certify` in a child process: an attention without a certificate may hang, crash or take all memory.
 
     It runs on the CPU in float64. If the kernels run only on the GPU, all checks run there in `dtype`, and see no error below its
     rounding. Not yet run on a GPU.
-
-    Returns:
-        The findings as the value of a result whose outcome is ok; otherwise why there are none.
     """
     limits: dict[str, Any] = {"timeout_s": TIMEOUT_S, "memory_limit_bytes": memory_limit_bytes}
     result = run_isolated(certify, build, **limits)
@@ -86,7 +75,7 @@ def certify_isolated(build: Build, device: str, dtype: torch.dtype, memory_limit
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limits torch to one thread: on a busy machine threads that share a small product wait far longer than it takes."""
+    """Limits torch to one thread: on a busy machine, threads that share a small product mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -12,18 +12,12 @@ from evals.certification.subject import Subject
 
 @dataclass(frozen=True)
 class Check:
-    """One property that an attention must have.
-
-    Attributes:
-        name: as tables print it.
-        description: the property, in one sentence.
-        function: returns what failed and where, or None. It raises NotImplementedError where the attention cannot run.
-        needs_grad: whether it computes gradients.
-    """
+    """One property that an attention must have."""
 
     name: str
     description: str
     function: Callable[[Subject], str | None]
+    """Returns what failed and where, or None; raises NotImplementedError if the attention cannot run."""
     needs_grad: bool = False
 
 

@@ -31,8 +31,8 @@ def memory(subject: Subject) -> str | None:
 def flops(subject: Subject) -> str | None:
     """The declared FLOPs are between a fifth of the counted FLOPs and all of them, and grow with length as those do.
 
-    Counted are the matrix products that ran, masked halves included; declared is causal work only. Torch does not see the products
-    of somebody's own GPU kernel: where it counts nothing there, the check passes.
+    All matrix products that ran are counted, masked halves included; only causal work is declared. Torch cannot count the products
+    of a custom GPU kernel: if it counts none on a GPU, the check passes.
     """
     (dtype,) = subject.dtypes(torch.float32)
     attention = subject.in_dtype(dtype)

@@ -87,8 +87,8 @@ def finite(subject: Subject) -> str | None:
     """Huge, tiny, zero and constant inputs, and rows without any token, give finite outputs and gradients."""
     for dtype in subject.dtypes(torch.float32, torch.bfloat16):
         attention = subject.in_dtype(dtype)
-        # bfloat16 has the range of float32, so that what overflows at a length does so in both: the shortest and the longest are
-        # enough. Without instructions for bfloat16 a backward pass is 60 times as slow.
+        # bfloat16 has the range of float32, so both overflow at the same lengths: here the shortest and the longest are enough.
+        # Without instructions for bfloat16 a backward pass is 60 times as slow.
         for time in subject.lengths if dtype == torch.float32 else sorted({1, subject.lengths[-1]}):
             for case in _extreme_inputs(subject.inputs(time, batch=2, dtype=dtype)):
                 if failure := _not_finite(attention, case):
@@ -105,8 +105,8 @@ class _Case(NamedTuple):
 def _extreme_inputs(x: Tensor) -> list[_Case]:
     """Cases from two rows [2, time, hidden_dim] of normal inputs.
 
-    1e3 makes scores of a million. With ten times that float32 holds a score to a few units only, and the backward pass of a
-    softmax, which computes the weights again, has no meaning.
+    1e3 makes scores of a million. With 1e4 float32 would round scores to a few units: too coarse for the backward pass of a
+    softmax, which computes the weights again.
     """
     one_empty = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).to(x.device)
     return [
@@ -119,7 +119,7 @@ def _extreme_inputs(x: Tensor) -> list[_Case]:
 
 
 def _not_finite(attention: Attention, case: _Case) -> str | None:
-    """The first output or gradient with NaN or infinity."""
+    """Names the first output or gradient with NaN or infinity."""
     leaf = case.inputs.clone().requires_grad_()
     output = attention(leaf, case.attention_mask)
     leaves: dict[str, Tensor] = {"the inputs": leaf}

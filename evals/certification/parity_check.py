@@ -1,4 +1,4 @@
-"""Check of parity: `attend` and its gradients against the reference, or against their own definition where there is none."""
+"""Check of parity: `attend` and its gradients against the reference, or without one against float64 and finite differences."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def parity(subject: Subject) -> str | None:
     """`attend` and its gradients equal the reference's, in float64, float32 and bfloat16.
 
     A variant without a reference is compared with itself in float64, where its gradient must be its slope. That finds lost
-    precision and wrong gradients, but not a function other than the one that was meant.
+    precision and wrong gradients, but not a function other than the intended one.
     """
     attend, reference = subject.attention.attend, subject.attention.reference
     dtypes = subject.dtypes(*TOLERANCE)

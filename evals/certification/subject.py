@@ -22,18 +22,12 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torc
 
 @dataclass(frozen=True)
 class Subject:
-    """The attention under test. Checks know nothing of it but the contract in `bsbr.interface`.
-
-    Attributes:
-        build: makes the attention.
-        device: cpu or cuda.
-        finest: the most precise dtype of its kernels. It is float64 unless they run only on a GPU: rounding hides small errors in
-            any other.
-    """
+    """The attention under test. Checks know nothing of it but the contract in `bsbr.interface`."""
 
     build: Build
     device: str = "cpu"
     finest: torch.dtype = torch.float64
+    """The most precise dtype of its kernels: float64, unless they run only on a GPU. Rounding in others hides small errors."""
 
     @cached_property
     def attention(self) -> Attention:
@@ -41,7 +35,7 @@ class Subject:
         return self.in_dtype(self.finest)
 
     def dtypes(self, *wanted: torch.dtype) -> list[torch.dtype]:
-        """The wanted dtypes that are no finer than the finest; the finest if all are finer."""
+        """The wanted dtypes that are no more precise than the finest; the finest if all are more precise."""
         finest = torch.finfo(self.finest).eps
         return [dtype for dtype in wanted if torch.finfo(dtype).eps >= finest] or [self.finest]
 
@@ -77,7 +71,7 @@ class Subject:
 
 @torch.no_grad()
 def randomize_zero_parameters(module: M) -> M:
-    """Draws every parameter that is all 0, in place: such a parameter hides whatever it multiplies."""
+    """Draws every parameter that is all 0, in place: such a parameter hides errors in its factors."""
     for parameter in module.parameters():
         if not parameter.any():
             parameter.normal_()
@@ -85,7 +79,7 @@ def randomize_zero_parameters(module: M) -> M:
 
 
 def first_difference(output: Tensor, truth: Tensor) -> str:
-    """The first position at which two [batch, time, hidden_dim] outputs differ by more than rounding, in words; empty if none."""
+    """Names the first position at which two [batch, time, hidden_dim] outputs differ by more than rounding; empty if none."""
     if output.shape != truth.shape:
         return f"the shape: {list(output.shape)}, not {list(truth.shape)}"
     per_position = (output - truth).abs().amax(dim=(0, 2))

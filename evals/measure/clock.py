@@ -21,23 +21,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 @dataclass(frozen=True)
 class TimeSlice:
-    """The samples of one time slice, and what the device reports besides.
+    """The samples of one time slice, and the state of the device."""
 
-    Attributes:
-        samples_s: seconds of each call.
-        called_s: seconds spent in all calls, including those that warm up and give no sample.
-        host_s: median seconds that the host took to queue a call; None on a CPU.
-        exposed: how many samples contain waiting for the host.
-        throttled: why the device may have been slower than it can be, in words.
-        device: state of the device after the slice.
-    """
-
-    samples_s: list[float]
-    called_s: float
-    host_s: float | None = None
-    exposed: int = 0
-    throttled: str | None = None
-    device: dict[str, Any] | None = None
+    samples_s: list[float]  # seconds of each call
+    called_s: float  # seconds spent in all calls, including those that warm up and give no sample
+    host_s: float | None = None  # median seconds that the host took to queue a call; None on a CPU
+    exposed: int = 0  # how many samples contain waiting for the host
+    throttled: str | None = None  # why the device may have run below its full speed, in words
+    device: dict[str, Any] | None = None  # state of the device after the slice
 
 
 class Clock(Protocol):
@@ -51,18 +42,12 @@ class Clock(Protocol):
 
 
 def make_clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
-    """The clock of a device, which takes over this process.
-
-    Args:
-        work: what to time.
-        device: cpu or cuda.
-        mode: eager, or graph for CUDA graphs.
-    """
+    """Makes the clock of a device (cpu or cuda). On a CPU it turns off the garbage collector of this process."""
     return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
 
 
 class CpuClock:
-    """Wall time of each call. Garbage is collected between time slices and not within, where it would be charged to a call."""
+    """Wall time of each call. Garbage is collected between time slices; within one it would be charged to a call."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -132,9 +117,9 @@ class DeviceClock:
 def settle_allocator() -> None:
     """Makes malloc keep all memory in this process: blocks of any size come from a heap that never shrinks.
 
-    By default glibc adapts which sizes it returns to the kernel to the blocks that are released first, imports included. Whether a
-    call then paid for its pages anew depended on what its process had imported: one attention under two names differed by 5 %.
-    Does nothing outside Linux.
+    By default the first blocks that a process releases, those of imports included, decide which sizes glibc returns to the kernel.
+    So the imports decided whether a call paid for its pages anew: one attention under two names differed by 5 %. Does nothing
+    outside Linux.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

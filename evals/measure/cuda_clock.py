@@ -28,7 +28,7 @@ class Mark(Protocol):
 
 
 class Device(Protocol):
-    """A device that executes in order what the host queues: what `CudaClock` needs of it."""
+    """A device with a queue that it executes in order, as `CudaClock` needs it."""
 
     def now(self) -> float:
         """Time of the host's clock, in seconds."""
@@ -46,7 +46,7 @@ class Device(Protocol):
         """Waits until the queue is empty."""
 
     def capture(self, work: Work) -> Work:
-        """Returns a call that replays everything `work` queues at the cost of one launch.
+        """Returns a call that replays everything that `work` queues at the cost of one launch.
 
         Raises:
             CannotCapture: if the work cannot become a CUDA graph.
@@ -62,17 +62,11 @@ class CannotCapture(NotImplementedError):
 
 @dataclass(frozen=True)
 class Burst:
-    """Samples of one call each, in order.
+    """Samples of one call each, in order."""
 
-    Attributes:
-        device_s: seconds from the call's start to its end on the device.
-        host_s: seconds that the host took to queue the call.
-        exposed: positions of samples whose device time contains waiting for the host, because the call was not queued completely
-            when the device began it.
-    """
-
-    device_s: list[float]
-    host_s: list[float]
+    device_s: list[float]  # seconds from the call's start to its end on the device
+    host_s: list[float]  # seconds that the host took to queue the call
+    # Positions of samples that contain waiting for the host: the device began the call before it was queued completely.
     exposed: list[int]
 
 
@@ -131,13 +125,10 @@ class CudaClock:
         return seconds
 
     def warm(self, min_s: float = 0.2, max_s: float = 2.0) -> bool:
-        """Calls the work until the device's clock rate is steady: over the last 50 ms it changed by less than 1 %.
-
-        Args:
-            min_s, max_s: the least and the most seconds that this takes.
+        """Calls the work for `min_s` to `max_s`, until the device's clock rate changes by less than 1 % in 50 ms.
 
         Returns:
-            Whether the rate became steady; True after `min_s` where it cannot be read.
+            Whether the rate became steady; True after `min_s` if it cannot be read.
         """
         self._check_ready()
         begin = self._device.now()
@@ -233,7 +224,7 @@ class TorchDevice:
     """The current CUDA device, used through torch."""
 
     LARGEST_L2_BYTES = 2**27
-    """The largest L2 cache of any device so far, flushed where the driver does not report the size: too much is enough."""
+    """The largest L2 cache of any device so far, flushed if the driver does not report the size."""
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

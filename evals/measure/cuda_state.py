@@ -23,21 +23,13 @@ MAX_CLOCK_DROP = 0.05
 
 @dataclass(frozen=True)
 class DeviceState:
-    """One reading of the driver; None for a value that this device does not report.
+    """One reading of the driver; None for a value that this device does not report."""
 
-    Attributes:
-        sm_mhz: clock of the processors.
-        memory_mhz: clock of the memory.
-        temperature_c: in °C.
-        power_w: in watts.
-        reasons: the driver's bits for why clocks are low.
-    """
-
-    sm_mhz: float | None
+    sm_mhz: float | None  # clock of the processors
     memory_mhz: float | None
     temperature_c: float | None
     power_w: float | None
-    reasons: int | None
+    reasons: int | None  # the driver's bits for why clocks are low
 
 
 def read_state() -> DeviceState | None:

@@ -19,7 +19,7 @@ SYSTEM = Path("/sys/devices/system/cpu")
 Fact = str | int | float | bool | None
 
 IDENTITY = ("processor", "torch", "device", "dtype", "threads")
-"""The settings that decide how fast a machine can be: where they are equal, its peaks are equal."""
+"""The settings that decide how fast a machine can be. Machines that agree in them have the same peaks."""
 
 LIBRARIES = ("numpy", "triton")
 """Libraries besides torch whose version can change a number."""
@@ -32,11 +32,7 @@ SPEED_VARIABLES = (
 
 
 def processor_name(device: str) -> str:
-    """Model name of the processor that computes. Two machines with one name are taken to be equal.
-
-    Args:
-        device: cpu or cuda.
-    """
+    """Model name of the processor that computes on a device (cpu or cuda). Machines with the same name count as equal."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_cpuinfo().get('model name') or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
@@ -46,9 +42,7 @@ def provenance(device: str = "cpu") -> dict[str, Fact]:
     """Software, host, processor and commit as one flat dict of JSON types; None for a fact that is unknown here.
 
     `load_1m` is the load at the time of the call, before a measurement adds to it. Takes some 20 ms, most of them for git.
-
-    Args:
-        device: cpu or cuda; facts about the GPU are None for a measurement on the CPU.
+    Facts about the GPU are None for a measurement on the CPU.
     """
     commit, dirty = _commit()
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -114,7 +108,7 @@ def _gpu(device: str) -> dict[str, Fact]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit that is checked out, and whether a tracked file differs from it; None where git does not know."""
+    """The commit that is checked out, and whether a tracked file differs from it; None if git does not know."""
     if not (ROOT / ".git").exists():  # unpacked from an archive, perhaps inside another repository
         return None, None
     # Optional locks could disturb a commit that is made at the same moment.

@@ -1,4 +1,4 @@
-"""Memory that work needs at its peak, by torch's allocator and by the kernel; and memory that is free."""
+"""Peak memory of some work, by torch's allocator and by the kernel; and free memory."""
 
 import ctypes
 import gc
@@ -14,27 +14,23 @@ from evals.measure.clock import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 class CudaPeak(NamedTuple):
-    """Bytes above those held before: of tensors, and of what the allocator took from the device to hold them."""
+    """Bytes above those held before."""
 
-    allocated_bytes: int
-    reserved_bytes: int
+    allocated_bytes: int  # of tensors
+    reserved_bytes: int  # that the allocator took from the device to hold them
 
 
 def peak_allocated_bytes(work: Work, device: str = "cpu") -> int:
-    """The most bytes of tensors that `work` holds at once, above those held before it, by the account of torch's allocator.
+    """The most bytes of tensors that one call of `work` holds at once, above those held before it, by torch's allocator.
 
-    CPU: every allocation and release is an event of the profiler; their running sum is exact, as no polling is. Scratch memory
-    that a library takes without torch's allocator is not in it. CUDA: the allocator's own peak.
-
-    Args:
-        work: is called once.
-        device: cpu or cuda.
+    CPU: every allocation and release is an event of the profiler, and their running sum is exact. Scratch memory that a library
+    takes without torch's allocator is not in it. CUDA: the allocator's own peak.
     """
     return cuda_peak_memory(work).allocated_bytes if device == "cuda" else _cpu_peak_bytes(work)
 
 
 def cuda_peak_memory(work: Work) -> CudaPeak:
-    """The most that `work` holds at once on the GPU, by the allocator's own account; other allocations are not in it."""
+    """The most that `work` holds at once on the GPU, by torch's allocator; other allocations are not in it."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # memory cached earlier would be used without being counted as reserved
     torch.cuda.reset_peak_memory_stats()
@@ -56,19 +52,19 @@ def _cpu_peak_bytes(work: Work) -> int:
 
 
 def process_peak_bytes(work: Work) -> int | None:
-    """How far the resident memory of this process rises during `work`, scratch memory of libraries included.
+    """The rise of this process's resident memory during `work`, scratch memory of libraries included.
 
     It is the kernel's own high-water mark of touched pages (proc(5), clear_refs). Call it in a process in which `work` has not
     run yet.
 
     Returns:
-        Bytes; None where the kernel has no such mark (it is Linux's).
+        Bytes; None outside Linux, which alone has such a mark.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
     libc = ctypes.CDLL(None)
-    # Released blocks must return to the kernel at once: the mark does not rise where they are used again.
+    # Released blocks must return to the kernel at once: the mark does not rise when they are used again.
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     libc.mallopt(M_TRIM_THRESHOLD, 0)
     libc.malloc_trim(0)
@@ -89,5 +85,5 @@ def available_bytes() -> int:
 
 
 def private_bytes() -> int:
-    """Memory that the kernel counts against RLIMIT_DATA for this process; 0 where it does not count (it is Linux's)."""
+    """Memory that the kernel counts against RLIMIT_DATA for this process; 0 outside Linux."""
     return int(getattr(psutil.Process().memory_info(), "data", 0))

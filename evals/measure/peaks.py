@@ -1,7 +1,7 @@
-"""The highest FLOP/s and bytes/s of this machine, measured: what `evals.stats.roofline` bounds a call's latency with.
+"""The highest FLOP/s and bytes/s of this machine, with which `evals.stats.roofline` bounds the latency of a call.
 
-Both rates are measured here and not read off a data sheet. A measured rate is a lower bound of what the machine can do: it is at
-least as fast as it was seen to be. So wherever there is a choice, the faster figure counts.
+Both rates are measured and not read off a data sheet. A measured rate is a lower bound of what the machine can do, so of several
+figures the fastest counts.
 """
 
 import itertools
@@ -36,20 +36,17 @@ class MemoryPass(NamedTuple):
 
 
 def measure_peaks(device: str, dtype: torch.dtype, threads: int, seconds: float = 0.8) -> Peaks:
-    """Repeats matrix products and memory passes of several sizes, and keeps the best rate of each.
+    """Repeats matrix products and memory passes of several sizes, and returns the best rates, with all threads and with one.
 
     They alternate, so that a busy tenth of a second spoils one try of each and not all tries of one. Caches are warm, and bytes
     are counted as a caller sees them: a copy of 1 MiB moves 2 MiB, whatever the cache does besides.
     Call it in a process of its own: it sets the number of threads.
 
     Args:
-        device: cpu or cuda.
+        device: cpu or cuda; a GPU counts as one thread.
         dtype: of the products, beside float32.
-        threads: measured together, and compared with one thread alone; a GPU counts as one thread.
+        threads: number of threads to measure together.
         seconds: about how long to measure; everything is tried once in any case.
-
-    Returns:
-        The highest rates seen, with all threads and with one.
     """
     counts = [1] if device == "cuda" else sorted({1, threads})
     passes = list(memory_passes(device))
@@ -77,15 +74,15 @@ def measure_peaks(device: str, dtype: torch.dtype, threads: int, seconds: float 
         attempt()
     one, every = counts[0], counts[-1]
     ladders = {count: tuple(sorted(rates.items())) for count, rates in bytes_per_s.items()}
-    # What one thread reaches, several reach too: they only need not to share it.
+    # Several threads reach what one thread reaches, since all but one may do nothing.
     return Peaks(max(flops_per_s.values()), merge_ladders(ladders.values()), every, flops_per_s[one], ladders[one])
 
 
 def _products(device: str, dtype: torch.dtype) -> Iterator[Product]:
     """Square matrix products, from a small one to one that takes 4 ms.
 
-    Besides `dtype` float32 is tried, since a variant may compute in more precision than it is given, and float16 is the slower
-    one on a CPU. On CUDA float32 means TF32, which kernels are free to use. The matrices are random: zeros switch fewer
+    float32 is tried beside `dtype`, since a variant may compute in more precision than that of its inputs, and float16 is slower
+    than float32 on a CPU. On CUDA float32 means TF32, which kernels are free to use. The matrices are random: zeros switch fewer
     transistors, and are faster on a GPU.
     """
     torch.backends.cuda.matmul.allow_tf32 = True

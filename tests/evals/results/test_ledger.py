@@ -39,7 +39,7 @@ def test_an_incomplete_last_line_is_reported_and_loses_nothing_else(ledger: Ledg
     assert ledger.repair() == ""
 
 
-def test_mending_moves_an_incomplete_line_and_reports_it_once(ledger: Ledger) -> None:
+def test_repair_moves_an_incomplete_line_and_reports_it_once(ledger: Ledger) -> None:
     assert ledger.repair() == ""
     ledger.append(RECORDS[1])
     with ledger.path.open("a") as file:
@@ -133,7 +133,7 @@ def test_records_of_one_file_keep_their_order_whatever_the_clock(tmp_path: Path)
     assert numbers.index(0) < numbers.index(1)
 
 
-def test_an_incomplete_line_of_a_node_is_mended_by_that_node_alone(tmp_path: Path) -> None:
+def test_an_incomplete_line_of_a_node_is_repaired_by_that_node_alone(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     node = Ledger(path, "node-a")
     node.append(RECORDS[0])
