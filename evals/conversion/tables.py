@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from evals.results.formatting import format_mean_share
 from evals.results.ledger import Record
 from evals.results.markup import Table
 from evals.results.schema import columns
-from evals.stats.intervals import mean_interval
 
 STAGES = ("original", "converted", "distilled")
 
@@ -67,12 +67,6 @@ def summarize(results: pd.DataFrame, split: str) -> Table:
         by_stage = group.groupby("stage")
         perplexities = [math.exp(by_stage.get_group(stage)["nats"].mean()) for stage in STAGES]
         distilled = by_stage.get_group("distilled")
-        gaps = [_format_mean_share(distilled[column]) for column in ("gap_closed", "gap_closed_beyond")]
+        gaps = [format_mean_share(distilled[column]) for column in ("gap_closed", "gap_closed_beyond")]
         rows.append([*map(str, key), str(len(distilled)), *(f"{value:.3f}" for value in perplexities), *gaps])
     return Table(f"Perplexity, and how much of the loss that converting costs is recovered; windows of the {split} split", rows)
-
-
-def _format_mean_share(values: "pd.Series[float]") -> str:
-    """Mean of shares in percent, and half of its 95 % interval if there are several."""
-    mean = mean_interval(list(values))
-    return f"{mean.value:.0%}" + ("" if math.isnan(mean.low) else f" ± {(mean.high - mean.low) / 2:.0%}")

@@ -1,16 +1,15 @@
 """Pairwise crossovers: which attention is faster than which, and at which lengths."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from evals.plots.descriptions import subtitle
-from evals.plots.layout import name_rows, new_figure, short_name
+from evals.plots.layout import BESIDE, name_rows, new_figure, short_name
 from evals.plots.style import GREY, style_of
 from evals.results.formatting import format_estimate
 from evals.results.frames import Sweep
@@ -20,7 +19,7 @@ SHADES = {"faster": "#e4ca6c", "slower": "#6a86b8", "unclear": "#f2f2f2"}
 
 
 class Stretch(NamedTuple):
-    """A range of lengths at which the first of a pair is `faster`, `slower`, or `unclear`: within the interval of a crossing."""
+    """A range of lengths, and whether the first of a pair is `faster`, `slower` or `unclear` (within a crossing's interval)."""
 
     low: float
     high: float
@@ -57,12 +56,12 @@ def crossings(sweep: Sweep) -> Figure | None:
     axes.spines[:].set_visible(False)
     labels = {"faster": "the row is faster", "slower": "the row is slower", "unclear": "unclear"}
     keys = [Patch(facecolor=shade, edgecolor=GREY, linewidth=0.3, label=labels[state]) for state, shade in SHADES.items()]
-    axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    axes.legend(handles=keys, **BESIDE)
     return figure
 
 
 def _draw_cell(axes: Axes, row: int, column: int, sweep: Sweep, first: str, second: str) -> None:
-    """Draws the stretches of one pair from left to right, with a line where they cross and the lengths in numbers."""
+    """Draws the stretches of one pair from left to right, and a line and a number for the length of each crossing."""
 
     def across(length: float) -> float:
         return column + 0.04 + 0.92 * math.log(length / sweep.x[0]) / math.log(sweep.x[-1] / sweep.x[0])
@@ -70,22 +69,23 @@ def _draw_cell(axes: Axes, row: int, column: int, sweep: Sweep, first: str, seco
     for low, high, state in stretches(sweep, first, second):
         span = (across(low), across(high) - across(low))
         axes.broken_barh([span], (row - 0.42, 0.84), facecolor=SHADES[state], gid=f"{first} {second} {state}")
-    lengths = sorted(at for at in _pair(sweep, first, second)["at"] if sweep.x[0] <= at <= sweep.x[-1])
-    places = [column, *map(across, lengths), column + 1]
-    axes.vlines(places[1:-1], row - 0.42, row + 0.42, color="black", linewidth=0.8)
-    for length, (before, place, after) in zip(lengths, zip(places, places[1:], places[2:], strict=False), strict=True):
-        left, right = place - before, after - place
+    crossed = [row["at"] for row in crossovers_between(sweep, first, second)]
+    lengths = sorted(at for at in crossed if sweep.x[0] <= at <= sweep.x[-1])
+    positions = [column, *map(across, lengths), column + 1]
+    axes.vlines(positions[1:-1], row - 0.42, row + 0.42, color="black", linewidth=0.8)
+    for length, before, x, after in zip(lengths, positions, positions[1:], positions[2:], strict=False):
+        left, right = x - before, after - x
         if max(left, right) > 0.42:  # has room for a number
             offset, side = (0.04, "left") if right > left else (-0.04, "right")
-            axes.text(place + offset, row, format_estimate(length), size=6.5, ha=side, va="center")
+            axes.text(x + offset, row, format_estimate(length), size=6.5, ha=side, va="center")
 
 
-def _pair(sweep: Sweep, first: str, second: str) -> pd.DataFrame:
-    """The rows of the table of crossovers that are of both attentions, in either order."""
-    assert sweep.crossovers is not None
+def crossovers_between(sweep: Sweep, first: str, second: str) -> list[dict[Any, Any]]:
+    """The rows of crossovers.csv on a pair of attentions, in either order."""
+    if sweep.crossovers is None:
+        return []
     names = sweep.crossovers[["first", "second"]]
-    found: pd.DataFrame = sweep.crossovers[names.isin([first]).any(axis=1) & names.isin([second]).any(axis=1)]
-    return found
+    return sweep.crossovers[names.isin([first]).any(axis=1) & names.isin([second]).any(axis=1)].to_dict("records")
 
 
 def stretches(sweep: Sweep, first: str, second: str) -> list[Stretch]:
@@ -94,17 +94,17 @@ def stretches(sweep: Sweep, first: str, second: str) -> list[Stretch]:
     Returns:
         The stretches in ascending order; empty if the pair was not compared.
     """
-    found = _pair(sweep, first, second)
+    rows = crossovers_between(sweep, first, second)
     # Speed-ups were measured paired; latencies decide where there is no common reference.
     paired = (sweep.by_attention[first]["speedup"] / sweep.by_attention[second]["speedup"]).to_numpy(float)
     unpaired = (sweep.by_attention[second]["latency_s"] / sweep.by_attention[first]["latency_s"]).to_numpy(float)
     ratio = np.where(np.isfinite(paired), paired, unpaired)
     known = np.isfinite(ratio) & (ratio > 0)
-    if found.empty or not known.any():
+    if not rows or not known.any():
         return []
     least, most = float(sweep.x[known][0]), float(sweep.x[known][-1])
     doubtful = []
-    for row in found.to_dict("records"):
+    for row in rows:
         ends = [row["at"] if math.isnan(row[end]) else row[end] for end in ("at_low", "at_high")]
         if not any(math.isnan(end) for end in ends):
             doubtful.append((min(max(ends[0], least), most), min(max(ends[1], least), most)))

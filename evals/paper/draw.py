@@ -1,9 +1,10 @@
 """Draws the study: finds the data of each figure, draws the figure, and writes it with its caption."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -18,9 +19,8 @@ from evals.plots.style import render
 STUDY = Path("results/paper")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A drawn figure: the name of its file, the picture, its description, and the folders that its data come from."""
+class Drawing(NamedTuple):
+    """A drawn figure: the name of its files, the picture, its description, and the folders of its data."""
 
     name: str
     picture: Figure
@@ -31,34 +31,26 @@ class Drawing:
 def draw_study(results: Path, plots: Path) -> list[Path]:
     """Draws the CPU half of the study, and the GPU half (`results`/cuda into `plots`/cuda) if it was measured.
 
-    Prints on stderr which figures lack their data.
-
-    Args:
-        results: the study's folder of results, as results/paper.
-        plots: the folder of its figures, as plots/paper.
-
-    Returns:
-        The paths of all files written.
+    Prints on stderr which figures lack their data. Returns the paths of all files written.
 
     Raises:
-        ValueError: if a file is no table of results, or there is no data at all.
+        ValueError: if a file is not a results table, or there are no data at all.
     """
     paths = []
-    for half in ("", "cuda"):
-        if half == "" or (results / half).is_dir():
+    for half in (".", "cuda"):
+        if (results / half).is_dir() or half == ".":
             paths += draw_half(results / half, plots / half)
             print(*missing_data(results / half).values(), sep="\n", file=sys.stderr)
     return paths
 
 
 def draw_half(results: Path, plots: Path, figures: Sequence[StudyFigure] = FIGURES) -> list[Path]:
-    """Writes every figure whose data are in `results`, each with its caption, and deletes figures of earlier runs.
+    """Writes every figure that has data in `results`, each with its caption, and deletes figures of earlier runs.
 
-    Returns:
-        The paths of all files written.
+    Returns the paths of all files written.
 
     Raises:
-        ValueError: if a file is no table of results, or there is no data at all.
+        ValueError: if a file is not a results table, or there are no data at all.
     """
     plots.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -79,42 +71,34 @@ def missing_data(results: Path, figures: Sequence[StudyFigure] = FIGURES) -> dic
     for figure in figures:
         absent = [data for data in figure.data if not find_sources(results, data)]
         if absent:
-            command = command_of(absent[0], typed_path(results))
-            made = f": `{command}` makes it" if command else ""
-            explanations[figure.name] = f"{figure.name} is not drawn, for there is no {typed_path(results)}/{absent[0]}{made}"
+            folder = typed_path(results)
+            explanations[figure.name] = (
+                f"{figure.name} is not drawn, for there is no {folder}/{absent[0]}: `{command_of(absent[0], folder)}` makes it"
+            )
     return explanations
 
 
 def drawings(results: Path, figures: Sequence[StudyFigure] = FIGURES) -> Iterator[Drawing]:
-    """Draws every figure whose data are in `results`. Raises ValueError for a file that is no table of results."""
-    known = {
-        source.folder: source
-        for data in {data for figure in figures for data in (*figure.data, *figure.optional)}
-        for source in find_sources(results, data)
-    }
+    """Draws every figure that has data in `results`. Raises ValueError for a file that is not a results table."""
+    find = cache(partial(find_sources, results))  # reads the tables of a folder once for all figures
     for figure in figures:
-        if all(find_sources(results, data) for data in figure.data):
-            for name, sources, given in _draw_arguments(figure, results, known):
-                picture = render(figure.draw, *given)
+        if all(map(find, figure.data)):
+            for name, sources, arguments in _draw_arguments(figure, find):
+                picture = render(figure.draw, *arguments)
                 if picture is not None:
                     yield Drawing(name, picture, figure.description, sources)
 
 
 def _draw_arguments(
-    figure: StudyFigure, results: Path, known: dict[Path, Source]
+    figure: StudyFigure, find: Callable[[str], Sequence[Source]]
 ) -> Iterator[tuple[str, tuple[Source, ...], list[object]]]:
-    """The arguments of each call of `figure.draw`: every data set of one folder, or the first data set of several folders."""
+    """The name, sources and arguments of each picture: one for each data set of one folder, or one for several folders."""
     if len(figure.data) == 1 and not figure.optional:
-        several = "*" in figure.data[0]
-        for source in find_sources(results, figure.data[0]):
-            source = known[source.folder]
+        for source in find(figure.data[0]):
+            folder = f"-{source.folder.name}" if "*" in figure.data[0] else ""
             samples = [raw_samples(source.records)] if figure.samples else []
             for suffix, data in source.sets.items():
-                yield f"{figure.name}{f'-{source.folder.name}' if several else ''}{suffix}", (source,), [data, *samples]
-        return
-    sources = [known.get(results / data) for data in (*figure.data, *figure.optional)]
-    yield (
-        figure.name,
-        tuple(source for source in sources if source),
-        [next(iter(source.sets.values())) if source else None for source in sources],
-    )
+                yield f"{figure.name}{folder}{suffix}", (source,), [data, *samples]
+    else:
+        sources = [next(iter(find(data)), None) for data in (*figure.data, *figure.optional)]
+        yield figure.name, tuple(filter(None, sources)), [source.first if source else None for source in sources]

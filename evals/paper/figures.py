@@ -25,24 +25,14 @@ Draw = Callable[..., Figure | None]
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """One figure of the study.
-
-    Attributes:
-        name: of its files.
-        description: what it draws, in one sentence.
-        data: folders of results/paper, all of which the figure needs; `draw` takes their data in this order. A pattern, which
-            stands alone, makes a figure of each folder that matches it.
-        draw: returns None if the data have nothing to draw.
-        optional: more folders, for which `draw` may be given None.
-        samples: whether `draw` also takes the raw samples of its folder.
-    """
+    """One figure of the study. `draw` takes the data of `data` and `optional` in this order."""
 
     name: str
     description: str
-    data: tuple[str, ...]
+    data: tuple[str, ...]  # folders of results/paper, all of them required; or one pattern, for a figure of each folder
     draw: Draw
-    optional: tuple[str, ...] = ()
-    samples: bool = False
+    optional: tuple[str, ...] = ()  # `draw` gets None for a folder that does not exist
+    samples: bool = False  # whether `draw` also takes the raw samples
 
 
 def _lines(metric: Metric) -> Draw:

@@ -1,5 +1,6 @@
 """Figures of several metrics: all attentions at a few lengths, decoding over the context, and the dashboard of the study."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from evals.plots.accuracy import AccuracySweep
 from evals.plots.descriptions import subtitle
-from evals.plots.layout import add_legend, name_rows, new_figure, scale_log, scale_metric, scale_settings
+from evals.plots.layout import BESIDE, add_legend, name_rows, new_figure, scale_log, scale_metric, scale_settings
 from evals.plots.lines import draw_line
 from evals.plots.memory import representatives
 from evals.plots.style import FAILURES, GREY, style_of
@@ -22,7 +23,7 @@ from evals.results.metrics import LATENCY, PEAK_MEMORY, ROOFLINE, SPEEDUP, STATE
 from evals.results.settings import training_phrase
 
 TITLES = {PEAK_MEMORY: "Peak memory", ROOFLINE: "Fraction of roofline"}
-"""Titles of the panels whose metric has a label that is too long for them."""
+"""Short panel titles of metrics with long labels."""
 
 
 # --- all attentions at a few lengths -----------------------------------------------------------------
@@ -34,39 +35,39 @@ def comparison(sweep: Sweep) -> Figure | None:
     Returns:
         None if nothing was measured at one of them.
     """
-    places = representatives(sweep)
-    if any(sweep.rows.loc[sweep.rows[sweep.column] == sweep.values[at], "latency_s"].isna().all() for at in places):
+    indices = representatives(sweep)
+    if any(sweep.rows.loc[sweep.rows[sweep.column] == sweep.values[index], "latency_s"].isna().all() for index in indices):
         return None
-    last = {name: cells["latency_s"].iloc[-1] for name, cells in sweep.by_attention.items()}
+    last = {name: rows["latency_s"].iloc[-1] for name, rows in sweep.by_attention.items()}
     names, styles = sorted(last, key=lambda name: (np.isnan(last[name]), last[name])), style_of(last)
     failed = [
-        f"{name} at {sweep.at(at)} ({outcome})"
-        for at in places
+        f"{name} at {sweep.at(index)} ({outcome})"
+        for index in indices
         for name in names
-        if (outcome := sweep.by_attention[name]["outcome"].iloc[at]) in FAILURES
+        if (outcome := sweep.by_attention[name]["outcome"].iloc[index]) in FAILURES
     ]
     words = subtitle(sweep, f"not shown: {', '.join(failed)}" if failed else "", sampled=True)
     figure = new_figure("All attentions compared, left is better", words, 0.7 + 0.24 * len(names))
     panels = figure.subplots(1, 2, sharey=True)
-    sizes = np.linspace(3.5, 7.0, len(places)).tolist()
+    sizes = np.linspace(3.5, 7.0, len(indices)).tolist()
     for axes, metric in zip(panels, (LATENCY, PEAK_MEMORY), strict=True):
         for row, name in enumerate(names):
-            cells, line = sweep.by_attention[name].iloc[places], styles[name].line(discrete=True)
-            values = cells[metric.column].to_numpy(float)
+            rows, line = sweep.by_attention[name].iloc[indices], styles[name].line(discrete=True)
+            values = rows[metric.column].to_numpy(float)
             axes.plot(values, [row] * len(values), color=styles[name].colour, linewidth=0.8, alpha=0.6)
             for value, size in zip(values, sizes, strict=True):
                 axes.plot([value], [row], gid=name, zorder=3, **line | {"markersize": size})
             if metric.low and metric.high:
-                axes.hlines([row] * len(cells), cells[metric.low], cells[metric.high], styles[name].colour, linewidth=3, alpha=0.25)
+                axes.hlines([row] * len(rows), rows[metric.low], rows[metric.high], styles[name].colour, linewidth=3, alpha=0.25)
         axes.set(xscale="log", xlabel=metric.label)
         axes.margins(x=0.08)
         scale_log(axes.xaxis, 10 if metric is LATENCY else 4, metric.unit.format)
     name_rows(panels[0], names, styles)
     dots = [
-        Line2D([], [], marker="o", linestyle="none", color=GREY, markersize=size, label=sweep.at(at))
-        for at, size in zip(places, sizes, strict=True)
+        Line2D([], [], marker="o", linestyle="none", color=GREY, markersize=size, label=sweep.at(index))
+        for index, size in zip(indices, sizes, strict=True)
     ]
-    panels[-1].legend(handles=dots, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    panels[-1].legend(handles=dots, **BESIDE)
     return figure
 
 
@@ -104,10 +105,6 @@ def _draw_metric(axes: Axes, sweep: Sweep, metric: Metric) -> None:
 def dashboard(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
     """Draws latency, speed-up, memory, fraction of the roofline, exponents, and accuracy against state, a panel each.
 
-    Args:
-        sweep: timings over length.
-        learned: the data of accuracy, whose panel is left out without them.
-
     Returns:
         None if nothing is swept or nothing was measured.
     """
@@ -130,7 +127,7 @@ def dashboard(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | No
             training_phrase(name, format_setting(rows[name].iloc[0])) for name in ("task", "num_pairs", "seq_len") if name in rows
         ]
         notes.append(f"recall: {', '.join(task)}")
-    down = -(-len(draws) // 3)
+    down = math.ceil(len(draws) / 3)
     figure = new_figure("The study at a glance", subtitle(sweep, *notes), 1.95 * down)
     panels = figure.subplots(down, 3, squeeze=False)
     for axes, draw in zip(panels.flat, draws, strict=False):

@@ -18,13 +18,7 @@ RINGS = 5
 
 
 class Respect(NamedTuple):
-    """One axis of the chart.
-
-    Attributes:
-        key: its name in the chart.
-        meaning: its definition.
-        costs: the number of each attention; less is better.
-    """
+    """One axis of the chart: its name, its definition, and the cost of each attention, of which less is better."""
 
     key: str
     meaning: str
@@ -50,7 +44,7 @@ def radar(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
     note = "each axis: the best of all over the attention's own; rim: the best; each ring further in: twice as bad"
     rest = f"centre: {2**RINGS} times worse than the best, or more; no corner: no number"
     meanings = "; ".join(f"{axis.key}: {axis.meaning}" for axis in axes)
-    down = -(-len(names) // 4)
+    down = math.ceil(len(names) / 4)
     title = "How near each attention comes to the best, larger is better"
     figure = new_figure(title, subtitle(sweep, f"{note}; {rest}", meanings), 1.75 * down)
     angles = np.linspace(0, 2 * math.pi, len(axes), endpoint=False)
@@ -70,7 +64,7 @@ def radar(sweep: Sweep, learned: AccuracySweep | None = None) -> Figure | None:
 
 
 def respects(sweep: Sweep, learned: AccuracySweep | None = None) -> list[Respect]:
-    """The axes of which any number is known: latency, its growth, memory, parameters, state, and accuracy of recall."""
+    """The axes with numbers: latency, its growth, memory, parameters, state, and accuracy of recall."""
     first, last = sweep.at(0), sweep.at(-1)
 
     def cost(column: str, at: int) -> dict[str, float]:
@@ -87,7 +81,7 @@ def respects(sweep: Sweep, learned: AccuracySweep | None = None) -> list[Respect
     ]
     if learned is not None:
         rows = learned.at_last(learned.trained)
-        # Of accuracy more is better, so its inverse is the cost.
+        # More accuracy is better, so the cost is its inverse.
         costs = {str(row["attention"]): 1 / row["accuracy"] for _, row in rows.iterrows() if row["accuracy"] > 0}
         task = f"{rows['task'].iloc[0]} at {rows['seq_len'].iloc[0]:.0f} tokens" if len(rows) else ""
         axes.append(Respect("recall", f"accuracy on {task}, more is better", costs))

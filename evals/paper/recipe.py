@@ -17,19 +17,12 @@ GPU = "device=cuda"
 
 @dataclass(frozen=True)
 class Step:
-    """One folder of results and the commands that make it.
+    """One folder of results and the commands that make it."""
 
-    Attributes:
-        data: path of the folder in results/paper.
-        what: what is measured.
-        commands: the commands, with {results} in place of the folder of the study.
-        gpu: what is added to them on a GPU; None if the step is measured on a CPU only.
-    """
-
-    data: str
-    what: str
-    commands: tuple[str, ...]
-    gpu: str | None = None
+    data: str  # path of the folder in results/paper
+    what: str  # what is measured
+    commands: tuple[str, ...]  # {results} stands for the folder of the study
+    gpu: str | None = None  # arguments that they take on a GPU; None if the step is measured on a CPU only
 
     def lines(self, results: str) -> list[str]:
         """The commands as one types them, for results in this folder."""
@@ -53,11 +46,10 @@ def recipe(path: Path = RECIPE) -> list[Step]:
 
 
 def step_of(data: str) -> Step | None:
-    """The first step whose folder has this name or matches this pattern; None if there is none."""
+    """The first step for a folder of this name or pattern; None for a folder that the recipe does not make."""
     return next((step for step in recipe() if fnmatch(step.data, data)), None)
 
 
-def command_of(data: str, results: str) -> str | None:
-    """The first command that makes this folder or pattern; None if there is none."""
-    step = step_of(data)
-    return step.lines(results)[0] if step else None
+def command_of(data: str, results: str) -> str:
+    """The first command that makes a folder or pattern of the recipe."""
+    return next(step.lines(results)[0] for step in recipe() if fnmatch(step.data, data))

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.plots.conversion import describe_conversion
-from evals.plots.layout import new_figure
+from evals.plots.layout import BESIDE, new_figure
 
 MEASURES = {"cosine": "Cosine of hidden states", "mse": "Relative MSE of hidden states", "kl": "KL of next tokens, nats"}
 """Title of each measure, by its column."""
@@ -40,5 +40,5 @@ def similarity(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
         )
         axes.set(title=name, xlabel="", ylabel="", xlim=(-0.3, 1.3))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    panels[-1].legend(**BESIDE)
     return figure

@@ -14,10 +14,10 @@ from evals.results.ledger import Ledger, Record
 from evals.results.metrics import BYTES
 
 Data = Any
-"""A Sweep, an AccuracySweep, or the two tables of a conversion: what the functions of figures draw."""
+"""A Sweep, an AccuracySweep, or the two tables of a conversion: a data set that a figure draws."""
 
 HASHES = {"comparison": "comparison", "study": "study", "search": "search", "conversion": "run"}
-"""The kinds of record that describe how others were made, and the field with the hash of all settings."""
+"""The kinds of record that describe how measurements were made, and their field with the hash of all settings."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
 
     @cached_property
     def sets(self) -> dict[str, Data]:
-        """The data of each figure, by the suffix of its name ("" if there is one). Raises ValueError for an invalid table."""
+        """The data sets by the suffix of their figures' names ("" if there is one). Raises ValueError for an invalid table."""
         kind = schema.kind_of(self.folder / "results.csv")
         if kind == "conversion":
             return dict(registry.conversion_tables(self.table, schema.read(self.folder / "positions.csv")))
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def first(self) -> Data:
-        """The data of the first figure."""
+        """The first data set."""
         return next(iter(self.sets.values()))
 
     @cached_property
@@ -51,7 +51,7 @@ class Source:
 
     @cached_property
     def descriptions(self) -> list[Record]:
-        """The records that describe the rows of the table, the last of each; all such records if the table names none."""
+        """The last record that describes each row of the table; all such records if the table names none."""
         named = {kind: set(self.table[kind].dropna()) for kind in HASHES if kind in self.table}
         last: dict[str, Record] = {}
         for record in self.records:
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def days(self) -> list[str]:
-        """The first and the last day on which something was begun."""
+        """The first and the last day on which a measurement began."""
         days = sorted(str(record["time"])[:10] for record in self.descriptions)
         return _unique([days[0], days[-1]]) if days else []
 

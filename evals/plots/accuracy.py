@@ -1,7 +1,7 @@
 """Figures of training: accuracy, its costs, bits per byte, and losses of the best learning rate of each attention."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pandas as pd
@@ -27,23 +27,16 @@ from evals.results.settings import (
 )
 
 SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
-"""The settings that change the model and leave the task as it is."""
+"""The settings that change the model, not the task."""
 
 
 class AccuracySweep(NamedTuple):
-    """The data of one set of figures.
+    """The data of one set of figures."""
 
-    Attributes:
-        rows: rows of an accuracy table with outcome ok, of the best learning rates.
-        curves: the training losses of all runs.
-        swept: column of the swept setting.
-        failed: the attentions that failed, with their outcomes, in words.
-    """
-
-    rows: pd.DataFrame
-    curves: pd.DataFrame
-    swept: str
-    failed: str
+    rows: pd.DataFrame  # of an accuracy table: outcome ok, best learning rates
+    curves: pd.DataFrame  # training losses of all runs
+    swept: str  # column of the swept setting
+    failed: str  # attentions that failed, with their outcomes
 
     @property
     def styles(self) -> dict[str, Style]:
@@ -87,8 +80,8 @@ def accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame, swept: str) -> 
     ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
     bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
     failed = ", ".join(f"{row['attention']} ({row['outcome']})" for _, row in bad.iterrows())
-    apart = varying(ok, (name for name in TRAINING_SETTINGS if name != swept))
-    for values, rows in group_by(ok, apart):
+    separate = varying(ok, (name for name in TRAINING_SETTINGS if name != swept))
+    for values, rows in group_by(ok, separate):
         if len(rows):
             yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, failed)
 
@@ -122,7 +115,7 @@ def _accuracy_over(sweep: AccuracySweep, rows: pd.DataFrame, column: str, title:
 
 
 def describe_chance(rows: pd.DataFrame) -> str:
-    """Says what accuracy guessing has, which is drawn where rows have no depth."""
+    """Describes the accuracy of guessing, which is drawn as a dashed line unless the rows are by depth."""
     low, high = rows["chance"].min(), rows["chance"].max()
     dashed = "dashed: " if rows["depth"].isna().all() else ""
     return f"{dashed}chance, {low:.2g}" if low == high else f"{dashed}chance"
@@ -149,7 +142,7 @@ def loss(sweep: AccuracySweep) -> Figure | None:
     curves = curves[curves["best"] & (curves["seed"] == 0)]
     if curves.empty:
         return None
-    smooth = curves.groupby("attention", sort=False)[LOSS.column].transform(lambda one: one.rolling(5, min_periods=1).mean())
+    smooth = curves.groupby("attention", sort=False)[LOSS.column].transform(lambda losses: losses.rolling(5, min_periods=1).mean())
     curves = curves.assign(**{LOSS.column: smooth})
     rows = sweep.at_last(sweep.trained).drop(columns="seeds")
     notes = "seed 0; means over five points, of which a run has up to 200"
@@ -173,15 +166,15 @@ def _draw_lines(
 ) -> tuple[Figure, Axes]:
     """A figure with a line an attention, and a legend in the order in which they end; the caller scales the axes."""
     names = [str(name) for name in rows["attention"].unique()]
-    words = sweep.subtitle(rows if described is None else described, *notes)
-    figure = new_figure(title, words, max(BODY, legend_height(names)))
+    subtitle = sweep.subtitle(rows if described is None else described, *notes)
+    figure = new_figure(title, subtitle, max(BODY, legend_height(names)))
     axes, ends = figure.subplots(), {}
     absent = dict.fromkeys((column for column in (metric.low, metric.high) if column and column not in rows), math.nan)
     for name, part in rows.assign(**absent).groupby("attention", sort=False):
-        own, style = part.sort_values(x, kind="stable"), sweep.styles[str(name)]
-        draw_line(axes, own[x].to_numpy(float), own, metric, style, str(name))
+        part = part.sort_values(x, kind="stable")
+        draw_line(axes, part[x].to_numpy(float), part, metric, sweep.styles[str(name)], str(name))
         axes.lines[-1].set(clip_on=not markers, **{} if markers else {"marker": "none"})
-        ends[str(name)] = own[metric.column].iloc[-1]
+        ends[str(name)] = part[metric.column].iloc[-1]
     add_legend(axes, sweep.styles, sorted(names, key=lambda name: -ends[name]))
     return figure, axes
 
@@ -195,10 +188,10 @@ def recall_front(sweep: AccuracySweep) -> Figure | None:
 
 
 def recall_latency(sweep: AccuracySweep, decoded: Sweep) -> Figure | None:
-    """Draws accuracy against the time of the next token behind a context as long as that of training.
+    """Draws accuracy against the time of the next token after a context of the length of training.
 
     Args:
-        sweep: what the models learned.
+        sweep: the accuracies.
         decoded: timings of decoding with the same models; an attention that is not in both is left out.
 
     Returns:
@@ -227,13 +220,3 @@ def _front(sweep: AccuracySweep, rows: pd.DataFrame, cost: Metric, label: str, b
     scale_log(axes.xaxis, base, cost.unit.format)
     draw_front(axes, x, rows["accuracy"].to_numpy(float), higher_is_better=True)
     return figure
-
-
-ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
-    "accuracy": accuracy,
-    "by_length": accuracy_by_length,
-    "recall_front": recall_front,
-    "bits_by_position": bits_by_position,
-    "loss": loss,
-}
-"""The figures of accuracy tables; one without data is None."""

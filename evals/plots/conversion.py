@@ -1,7 +1,6 @@
 """Figures of conversions: perplexity over the context, and agreement with the original model."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import seaborn as sns
@@ -9,16 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evals.plots.layout import new_figure
+from evals.plots.layout import BESIDE, new_figure
 from evals.plots.style import STYLES
-from evals.stats.intervals import mean_interval
+from evals.results.formatting import format_mean_share
 
 STAGES = {"original": STYLES["standard"], "converted": STYLES["sliding_window"], "distilled": STYLES["bsbr"]}
 """The stages of a conversion in order, each with the style of an attention that it resembles."""
-
-AGREEMENTS = ("top_1", "top_5", "top_10")
-PALETTE = {stage: style.colour for stage, style in STAGES.items()}
-MARKERS = {stage: style.marker for stage, style in STAGES.items()}
 
 
 def perplexity(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
@@ -26,10 +21,10 @@ def perplexity(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
     figure, panels = _model_panels(results, "Perplexity in each chunk of the context, lower is better")
     for name, axes in panels.items():
         for stage, style in STAGES.items():
-            own = positions[(positions["model"] == name) & (positions["stage"] == stage)]
+            rows = positions[(positions["model"] == name) & (positions["stage"] == stage)]
             columns = {"x": "position", "y": "perplexity", "ax": axes}
-            sns.lineplot(own, **columns, units="seed", estimator=None, color=style.colour, linewidth=0.5)
-            sns.lineplot(own, **columns, errorbar=None, gid=f"{name}-{stage}", label=stage, **style.line())
+            sns.lineplot(rows, **columns, units="seed", estimator=None, color=style.colour, linewidth=0.5)
+            sns.lineplot(rows, **columns, errorbar=None, gid=f"{name}-{stage}", label=stage, **style.line())
         axes.set(xlabel="first token of the chunk", ylabel="")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return _with_legend(figure, list(panels.values()))
@@ -38,13 +33,13 @@ def perplexity(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
 def agreement(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
     """Draws how often the original's likeliest token is among the k likeliest of the model, a panel a model, a point a seed."""
     figure, panels = _model_panels(results, "Agreement with the original, higher is better")
-    long = results.melt(["model", "stage", "seed"], list(AGREEMENTS), "k", "share")
+    long = results.melt(["model", "stage", "seed"], ["top_1", "top_5", "top_10"], "k", "share")
     stages = ["converted", "distilled"]
     for name, axes in panels.items():
         for stage in stages:
-            own = long[(long["model"] == name) & (long["stage"] == stage)]
+            rows = long[(long["model"] == name) & (long["stage"] == stage)]
             sns.stripplot(
-                own.assign(k=own["k"].str.replace("_", " ")),
+                rows.assign(k=rows["k"].str.replace("_", " ")),
                 x="k",
                 y="share",
                 hue="stage",
@@ -52,18 +47,15 @@ def agreement(results: pd.DataFrame, positions: pd.DataFrame) -> Figure:
                 dodge=True,
                 jitter=False,
                 ax=axes,
-                palette=PALETTE,
-                marker=MARKERS[stage],
+                palette={stage: STAGES[stage].colour for stage in stages},
+                marker=STAGES[stage].marker,
                 size=5.5,
                 legend=False,
                 clip_on=False,
             )
-            axes.plot([], [], color=PALETTE[stage], marker=MARKERS[stage], linestyle="none", label=stage)
+            axes.plot([], [], color=STAGES[stage].colour, marker=STAGES[stage].marker, linestyle="none", label=stage)
         axes.set(xlabel="", ylabel="", ylim=(None, 1.02))
     return _with_legend(figure, list(panels.values()))
-
-
-FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], Figure]] = {"perplexity": perplexity, "agreement": agreement}
 
 
 def describe_conversion(results: pd.DataFrame) -> str:
@@ -79,7 +71,7 @@ def _model_panels(results: pd.DataFrame, title: str) -> tuple[Figure, dict[str, 
     """A figure with a panel for each model, and the part of the lost nats that distilling gives back."""
     names = sorted(set(results["model"].astype(str)))
     distilled = results[results["stage"] == "distilled"]
-    closed = ", ".join(f"{name} {_format_share(distilled[distilled['model'] == name]['gap_closed'])}" for name in names)
+    closed = ", ".join(f"{name} {format_mean_share(distilled[distilled['model'] == name]['gap_closed'])}" for name in names)
     figure = new_figure(
         title, [describe_conversion(results), f"of the nats a token that converting costs, distilling gives back {closed}"], 2.4
     )
@@ -89,16 +81,10 @@ def _model_panels(results: pd.DataFrame, title: str) -> tuple[Figure, dict[str, 
     return figure, panels
 
 
-def _format_share(values: "pd.Series[float]") -> str:
-    """The mean over seeds in percent, and half of its 95 % interval."""
-    mean = mean_interval(list(values))
-    return f"{mean.value:.0%}" if math.isnan(mean.low) else f"{mean.value:.0%} ± {(mean.high - mean.low) / 2:.0%}"
-
-
 def _with_legend(figure: Figure, panels: Sequence[Axes]) -> Figure:
     """Leaves one legend, right of the last panel."""
     for axes in panels[:-1]:
         if axes.get_legend():
             axes.get_legend().remove()  # type: ignore[union-attr]
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    panels[-1].legend(**BESIDE)
     return figure

@@ -14,18 +14,9 @@ from evals.plots.style import style_of
 from evals.results.frames import Sweep
 from evals.results.metrics import RATIO
 
-SAMPLE_COLUMNS = ("comparison", "attention", "round", "latency_s")
-
 
 def raw_samples(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Collects the latency samples of a ledger, without those of the A/A control.
-
-    Args:
-        records: the records of samples.jsonl.
-
-    Returns:
-        One row for each sample: comparison, attention, round, and latency_s in seconds.
-    """
+    """Collects the latency samples in seconds of a ledger's records, one per row, without those of the A/A control."""
     rows = [
         (record["comparison"], record["attention"], record["round"], sample)
         for record in records
@@ -33,15 +24,11 @@ def raw_samples(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
         for time_slice in record["time_slices"]
         for sample in time_slice
     ]
-    return pd.DataFrame(rows, columns=list(SAMPLE_COLUMNS))
+    return pd.DataFrame(rows, columns=["comparison", "attention", "round", "latency_s"])
 
 
 def distribution(sweep: Sweep, samples: pd.DataFrame | None) -> Figure | None:
-    """Draws the samples of each attention, relative to their median, as violins at up to three settings.
-
-    Args:
-        sweep: a sweep of timings.
-        samples: from `raw_samples`.
+    """Draws the samples (from `raw_samples`) of each attention, relative to their median, as violins at up to three settings.
 
     Returns:
         None if no row of the sweep has samples.
@@ -53,13 +40,13 @@ def distribution(sweep: Sweep, samples: pd.DataFrame | None) -> Figure | None:
     if samples.empty:
         return None
     samples["ratio"] = samples["latency_s"] / samples.groupby(["attention", sweep.column])["latency_s"].transform("median")
-    names, places, styles = list(sweep.by_attention), representatives(sweep), style_of(sweep.attentions)
+    names, indices, styles = list(sweep.by_attention), representatives(sweep), style_of(sweep.attentions)
     note = "violin: density of all samples of all rounds, from the fastest to the slowest; lines: quartiles"
     title = "Latency samples over their median, narrow is better"
     figure = new_figure(title, subtitle(sweep, note), 0.7 + 0.3 * len(names))
-    panels = figure.subplots(1, len(places), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, at in zip(panels, places, strict=True):
-        chosen = samples[samples[sweep.column] == sweep.values[at]]
+    panels = figure.subplots(1, len(indices), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, index in zip(panels, indices, strict=True):
+        chosen = samples[samples[sweep.column] == sweep.values[index]]
         axes.axvline(1.0, color="#b0b0b0", linewidth=0.8, zorder=0)
         sns.violinplot(
             chosen,
@@ -79,7 +66,7 @@ def distribution(sweep: Sweep, samples: pd.DataFrame | None) -> Figure | None:
             width=0.85,
             alpha=0.6,
         )
-        axes.set(title=sweep.at(at), xlabel="latency / median")
+        axes.set(title=sweep.at(index), xlabel="latency / median")
         scale_log(axes.xaxis, 10, RATIO.format, ticks=4)
     name_rows(panels[0], names, styles)
     return figure

@@ -24,13 +24,13 @@ def speedup_heatmap(sweep: Sweep) -> Figure | None:
         None if there is no speed-up, or no attention but the reference.
     """
     names = [name for name in sweep.by_attention if name != sweep.reference]
-    cells = {name: sweep.by_attention[name] for name in names}
-    speedups = pd.DataFrame({name: rows["speedup"] for name, rows in cells.items()}, dtype=float).T
+    by_name = {name: sweep.by_attention[name] for name in names}
+    speedups = pd.DataFrame({name: rows["speedup"] for name, rows in by_name.items()}, dtype=float).T
     if not speedups.gt(0).any(axis=None):
         return None
     narrow = len(sweep.values) > 9
-    texts = pd.DataFrame({name: [_cell_text(row, narrow) for _, row in rows.iterrows()] for name, rows in cells.items()}).T
-    verdicts = {verdict for rows in cells.values() for verdict in rows["verdict"].dropna()}
+    texts = pd.DataFrame({name: [_cell_text(row, narrow) for _, row in rows.iterrows()] for name, rows in by_name.items()}).T
+    verdicts = {verdict for rows in by_name.values() for verdict in rows["verdict"].dropna()}
     key = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items() if verdict in verdicts)
     failures = failure_handles(sweep.rows["outcome"])
     body = 0.75 + (0.34 if narrow else 0.25) * len(names) + 0.2 * -(-len(failures) // 4)
@@ -38,7 +38,7 @@ def speedup_heatmap(sweep: Sweep) -> Figure | None:
     figure = new_figure(f"Speed-up over {sweep.reference}", words, body)
     axes = figure.subplots()
     powers = np.log2(speedups.where(speedups > 0))
-    # As far below 1 as above it; beyond 32 times, all is one colour.
+    # The scale is symmetric around 1 and ends at 32 times.
     reach = min(max(math.ceil(np.nanmax(np.abs(powers))), 1), 5)
     sns.heatmap(
         powers,
@@ -56,7 +56,7 @@ def speedup_heatmap(sweep: Sweep) -> Figure | None:
     for text, shade in zip(axes.texts, shades, strict=True):
         text.set_color("black" if relative_luminance(shade) > 0.2 else "white")
     figure.axes[1].set_yticklabels([f"1/{2**reach}×", "1×", f"{2**reach}×"], size=7)  # of the colour bar
-    for row, (name, rows) in enumerate(cells.items()):
+    for row, (name, rows) in enumerate(by_name.items()):
         mark_failures(axes, np.arange(len(rows), dtype=float) + 0.5, rows["outcome"], row + 0.5, Style(GREY, ""), name)
         for column in np.flatnonzero(~(rows["speedup"] > 0) & ~rows["outcome"].isin(FAILURES)):
             axes.text(column + 0.5, row + 0.5, "–", color=GREY, ha="center", va="center")

@@ -24,6 +24,8 @@ WIDTH = 7.0
 """Width of every figure in inches: that of a paper, so that points are points in print."""
 BODY = 3.3
 """Height of a figure of one panel in inches, without title and subtitle."""
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+"""Arguments of `Axes.legend` that put a legend right of the axes."""
 
 
 # --- the page ----------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def new_figure(title: str, subtitle: Iterable[str], body: float = BODY) -> Figur
 
 
 def legend_height(names: Sequence[str], lines: int = 1) -> float:
-    """Height in inches of a legend of these names with so many lines of text each."""
+    """Height in inches of a legend that has `lines` lines of text for each name."""
     return 0.3 + (0.04 + 0.115 * lines) * len(names)
 
 
@@ -72,25 +74,21 @@ def add_legend(
         discrete: markers without lines.
     """
     details = details or {}
-    handles = []
-    for name in names:
-        label = "\n".join(filter(None, (short_name(name), details.get(name, ""))))
-        handles.append(Line2D([], [], label=label, **styles[name].line(discrete)))
-    legend = axes.legend(
-        handles=[*handles, *extra], loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=1 if discrete else 2.8
-    )
+    labels = {name: "\n".join(filter(None, (short_name(name), details.get(name)))) for name in names}
+    handles = [Line2D([], [], label=label, **styles[name].line(discrete)) for name, label in labels.items()]
+    legend = axes.legend(handles=[*handles, *extra], handlelength=1 if discrete else 2.8, **BESIDE)
     for text, name in zip(legend.get_texts(), names, strict=False):
         text.set_fontweight("normal" if details.get(name) else styles[name].weight)
         text.set_gid(f"{name} legend")
 
 
 def short_name(name: str) -> str:
-    """The name of an attention without its middle if it is too long for a legend."""
+    """The name of an attention, shortened in the middle if it is too long for a legend."""
     return shorten(name, 24)
 
 
 def name_rows(axes: Axes, names: Sequence[str], styles: Mapping[str, Style], first: float = 0.0) -> None:
-    """Names the rows of axes, from top to bottom: they are at y = first, first + 1, …"""
+    """Labels the rows of axes, from top to bottom, at y = first, first + 1, …"""
     axes.set_yticks([row + first for row in range(len(names))], [short_name(name) for name in names], rotation=0)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight(styles[name].weight)
@@ -136,17 +134,13 @@ def scale_metric(axes: Axes, rows: pd.DataFrame, metric: Metric) -> None:
 def scale_settings(axes: Axes, values: Sequence[Any], label: str, *, categories: bool = False) -> None:
     """Scales the x axis for the values of a setting, and leaves out tick labels that have no room.
 
-    Args:
-        axes: the axes.
-        values: ascending numbers, or categories, which stand at 0, 1, …
-        label: name of the setting.
-        categories: whether the values are categories.
+    Values are ascending numbers, or categories, which stand at 0, 1, …
     """
     x = np.arange(len(values), dtype=float) if categories else np.asarray(values, float)
     if categories:
         axes.set_xlim(-0.5, len(values) - 0.5)
         axes.grid(visible=False, axis="x")
-        place = (x + 0.5) / len(x)
+        fraction = (x + 0.5) / len(x)
     else:
         log = x[0] > 0 and x[-1] > x[0]
         scaled = np.log2(x) if log else x
@@ -155,15 +149,15 @@ def scale_settings(axes: Axes, values: Sequence[Any], label: str, *, categories:
         if log:
             axes.set_xscale("log", base=2)
         axes.set_xlim(*(2**limits if log else limits))
-        place = (scaled - limits[0]) / (limits[1] - limits[0])
+        fraction = (scaled - limits[0]) / (limits[1] - limits[0])
     # Labels of small panels are as large as those of large ones.
     room = 0.42 / (axes.get_position().width * WIDTH)
-    kept: list[int] = []
-    for index in reversed(range(len(x))):  # the last one counts most
-        if not kept or place[kept[-1]] - place[index] >= room or categories:
-            kept.append(index)
-    axes.xaxis.set_major_locator(FixedLocator(x[kept[::-1]].tolist()))
-    axes.set_xticks(x[kept[::-1]], [format_setting(values[index]) for index in kept[::-1]])
+    labelled: list[int] = []
+    for index in reversed(range(len(x))):  # the greatest value always has a label
+        if not labelled or fraction[labelled[0]] - fraction[index] >= room or categories:
+            labelled.insert(0, index)
+    axes.xaxis.set_major_locator(FixedLocator(x[labelled].tolist()))
+    axes.set_xticks(x[labelled], [format_setting(values[index]) for index in labelled])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
 
@@ -172,7 +166,7 @@ def scale_settings(axes: Axes, values: Sequence[Any], label: str, *, categories:
 
 
 def mark_failures(axes: Axes, x: Numbers, outcomes: "pd.Series[str]", y: float, style: Style, name: str) -> None:
-    """Marks each failed place at height `y` in the colour of the attention."""
+    """Marks each failure of an attention at height `y`, in the attention's colour."""
     for outcome, marker in FAILURES.items():
         failed = x[(outcomes == outcome).to_numpy()]
         if len(failed):
@@ -181,5 +175,5 @@ def mark_failures(axes: Axes, x: Numbers, outcomes: "pd.Series[str]", y: float, 
 
 def failure_handles(outcomes: Iterable[str]) -> list[Line2D]:
     """Legend handles of those outcomes that are failures."""
-    found = set(outcomes)
-    return [Line2D([], [], marker=FAILURES[one], color="black", label=one, **MARK) for one in FAILURES if one in found]
+    present = set(outcomes)
+    return [Line2D([], [], marker=FAILURES[name], color="black", label=name, **MARK) for name in FAILURES if name in present]

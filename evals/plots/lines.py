@@ -45,7 +45,7 @@ FACES = {"memory": "white", "": "#bbbbbb"}
 
 
 def line_plot(sweep: Sweep, metric: Metric) -> Figure | None:
-    """Draws a metric over the swept setting, with failed cells above the plot.
+    """Draws a metric over the swept setting, with the marks of failures above the plot.
 
     Returns:
         None if the metric is the roofline and the table has none.
@@ -54,20 +54,20 @@ def line_plot(sweep: Sweep, metric: Metric) -> Figure | None:
     if metric is ROOFLINE and not measured:
         return None
     styles = style_of(sweep.attentions)
-    found = crossings_with_reference(sweep) if metric is SPEEDUP else {}
+    crossings = crossings_with_reference(sweep) if metric is SPEEDUP else {}
     notes = ["roofline: the least time that the measured compute and memory bandwidth of this machine allow"] * (metric is ROOFLINE)
-    notes += [f"rings: where it crosses {sweep.reference}; bars and brackets: {CONFIDENCE:.0%} interval of that"] * bool(found)
-    details = {name: f"crosses at {', '.join(map(_describe_crossing, places))}" for name, places in found.items()}
+    notes += [f"rings: where it crosses {sweep.reference}; bars and brackets: {CONFIDENCE:.0%} interval of that"] * bool(crossings)
+    details = {name: f"crosses at {', '.join(map(_describe_crossing, found))}" for name, found in crossings.items()}
     figure, axes = _new_plot(
         sweep, metric.title(sweep.reference), subtitle(sweep, *notes, sampled=bool(metric.low)), styles, details
     )
     scale_settings(axes, sweep.values, sweep.axis, categories=sweep.discrete)
-    for index, (name, cells) in enumerate(sweep.by_attention.items()):
-        aside = 0.7 * ((index + 0.5) / len(sweep.by_attention) - 0.5) if sweep.discrete else 0.0
-        draw_line(axes, sweep.x + aside, cells, metric, styles[name], name, discrete=sweep.discrete)
+    for index, (name, rows) in enumerate(sweep.by_attention.items()):
+        x = sweep.x + (0.7 * ((index + 0.5) / len(sweep.by_attention) - 0.5) if sweep.discrete else 0.0)
+        draw_line(axes, x, rows, metric, styles[name], name, discrete=sweep.discrete)
         if metric is ROOFLINE:
-            _mark_bounds(axes, sweep.x + aside, cells, styles[name], name)
-        _ring_crossings(axes, found.get(name, []), styles[name], name)
+            _mark_bounds(axes, x, rows, styles[name], name)
+        _ring_crossings(axes, crossings.get(name, []), styles[name], name)
     if measured:
         scale_metric(axes, sweep.rows, metric)
     else:
@@ -83,7 +83,7 @@ def line_plot(sweep: Sweep, metric: Metric) -> Figure | None:
 def _new_plot(
     sweep: Sweep, title: str, words: Sequence[str], styles: Mapping[str, Style], details: Mapping[str, str]
 ) -> tuple[Figure, Axes]:
-    """A figure with one plot, and above it a row for each attention with failed cells."""
+    """A figure with one plot, and above it a row of marks for each attention that failed anywhere."""
     failed = sweep.failed
     strip = 0.17 * len(failed) + 0.06
     legend = legend_height([*sweep.by_attention, *failed], 2 if details else 1)
@@ -108,12 +108,12 @@ def draw_line(
     """Draws a metric of one attention with its interval: a bar at each point, and a band between neighbours.
 
     Args:
-        axes: the axes.
-        x: where the rows stand.
-        rows: one row for each x; a row without a number leaves a gap.
-        metric: the column and the columns of its interval, if it has one.
-        style: of the attention.
-        name: of the attention, becomes the id of the line.
+        axes: the axes to draw in.
+        x: the position of each row; a row without a number leaves a gap.
+        rows: the rows of the attention.
+        metric: the column to draw.
+        style: the style of the attention.
+        name: becomes the id of the line.
         discrete: draws points and bars only.
     """
     y = rows[metric.column].to_numpy(float)
@@ -176,12 +176,8 @@ def crossings_with_reference(sweep: Sweep) -> dict[str, list[Crossing]]:
 
 
 def _describe_crossing(crossing: Crossing) -> str:
-    interval = [format_estimate(end) for end in (crossing.low, crossing.high)]
-    return (
-        f"{format_estimate(crossing.at)} [{' to '.join(interval)}]"
-        if crossing.low < crossing.high
-        else format_estimate(crossing.at)
-    )
+    at, low, high = map(format_estimate, crossing)
+    return f"{at} [{low} to {high}]" if crossing.low < crossing.high else at
 
 
 def _ring_crossings(axes: Axes, crossings: Sequence[Crossing], style: Style, name: str) -> None:
@@ -198,14 +194,10 @@ def _ring_crossings(axes: Axes, crossings: Sequence[Crossing], style: Style, nam
 
 
 def scaling_plot(sweep: Sweep, quantity: str) -> Figure | None:
-    """Draws a metric over length as points, and through them the power law that was fitted to it.
-
-    Args:
-        sweep: a sweep over length with fits.
-        quantity: latency or memory.
+    """Draws latency or memory (`quantity`) over length as points, and through them the power law that was fitted to it.
 
     Returns:
-        None if the swept setting is no length, or nothing was fitted to what is drawn.
+        None if the swept setting is not the length, or there is no fit or no number.
     """
     if sweep.scaling is None or sweep.column != "seq_len" or sweep.discrete:
         return None
@@ -235,7 +227,7 @@ def scaling_plot(sweep: Sweep, quantity: str) -> Figure | None:
 
 
 def _is_fitted(fit: Mapping[str, Any]) -> bool:
-    """Whether there is a law to draw: one dominated by its overhead has no valid exponent, and is drawn all the same."""
+    """Whether a law can be drawn; one dominated by its overhead can, although its exponent is not valid."""
     return all(math.isfinite(fit.get(part, math.nan)) for part in ("overhead", "factor", "exponent"))
 
 

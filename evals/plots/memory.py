@@ -1,6 +1,5 @@
 """The parts of memory: parameters, activations and decoding state of each attention, stacked."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,7 +8,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from evals.plots.descriptions import subtitle
-from evals.plots.layout import name_rows, new_figure
+from evals.plots.layout import BESIDE, name_rows, new_figure
 from evals.plots.style import FAILURES, GREY, PARTS, style_of
 from evals.results.frames import Sweep
 from evals.results.metrics import BYTES
@@ -32,8 +31,8 @@ def memory_split(sweep: Sweep) -> Figure | None:
     if any(not sweep.rows[column].gt(0).any() for column in COLUMNS.values()):
         return None
     names, places = list(sweep.by_attention), representatives(sweep)
-    held = set(sweep.rows["workload"]) == {"decode"}
-    note = "" if held else "activations: the peak above inputs and parameters; state: what decoding would keep, not held here"
+    decodes = set(sweep.rows["workload"]) == {"decode"}
+    note = "" if decodes else "activations: the peak above inputs and parameters; state: what decoding would keep, not held here"
     scale = "each panel has a scale of its own" if len(places) > 1 else ""
     figure = new_figure(
         "Parts of memory, lower is better", subtitle(sweep, "; ".join(filter(None, (note, scale)))), 0.75 + 0.2 * len(names)
@@ -43,8 +42,8 @@ def memory_split(sweep: Sweep) -> Figure | None:
         cells = pd.DataFrame({name: sweep.by_attention[name].iloc[at] for name in names}).T
         parts = cells[list(COLUMNS.values())].astype(float).set_axis(list(COLUMNS), axis=1)
         unit, suffix = max((step for step in BYTES.steps if step[0] <= parts.sum(axis=1).max()), default=BYTES.steps[0])
-        look: dict[str, Any] = {"color": list(PARTS.values()), "edgecolor": GREY, "linewidth": 0.4, "width": 0.7, "legend": False}
-        (parts / unit).plot.barh(stacked=True, ax=axes, **look)
+        bars = (parts / unit).plot.barh
+        bars(stacked=True, ax=axes, color=list(PARTS.values()), edgecolor=GREY, linewidth=0.4, width=0.7, legend=False)
         for row, (_, cell) in enumerate(cells.iterrows()):
             end = (parts.iloc[row].sum() / unit, row)
             axes.annotate(_describe_unknown(cell), end, (4, 0), textcoords="offset points", size=6.5, color=GREY, va="center")
@@ -53,13 +52,13 @@ def memory_split(sweep: Sweep) -> Figure | None:
         axes.set(title=sweep.at(at), xlabel=f"memory in{suffix}")
     name_rows(panels[0], names, style_of(names))
     keys = [Patch(facecolor=colour, edgecolor=GREY, linewidth=0.4, label=part) for part, colour in PARTS.items()]
-    panels[-1].legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    panels[-1].legend(handles=keys, **BESIDE)
     return figure
 
 
 def _describe_unknown(cell: "pd.Series[Any]") -> str:
     """Explains why a bar is not complete: the outcome, or the parts that were not measured."""
-    missing: Sequence[str] = [part for part, column in COLUMNS.items() if pd.isna(cell[column])]
+    missing = [part for part, column in COLUMNS.items() if pd.isna(cell[column])]
     if cell["outcome"] in FAILURES:
         return str(cell["outcome"])
     return "not measured" if len(missing) == len(COLUMNS) else f"{', '.join(missing)}: unknown" if missing else ""

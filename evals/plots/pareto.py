@@ -20,38 +20,36 @@ X, Y = LATENCY.column, PEAK_MEMORY.column
 
 
 def pareto(sweep: Sweep, *, parameters: bool = False) -> Figure | None:
-    """Draws latency and peak memory at the greatest setting, or at each of the first three without an order.
+    """Draws latency and peak memory at the greatest setting, or at each of the first three if settings have no order.
 
-    Args:
-        sweep: a sweep of timings.
-        parameters: draws a disc around each point, whose area is proportional to the parameters.
+    If `parameters` is true, a disc around each point has an area proportional to the parameters.
 
     Returns:
         None if no setting has two attentions to choose from, or if the parameters to draw are unknown.
     """
     points = sweep.rows[(sweep.rows[X] > 0) & (sweep.rows[Y] > 0)]
     choices = points[sweep.column].value_counts()
-    crowded = [place for place in sweep.values if choices.get(place, 0) > 1]
-    places = crowded[-1:] if sweep.ordered else crowded[:3]
+    comparable = [value for value in sweep.values if choices.get(value, 0) > 1]
+    values = comparable[-1:] if sweep.ordered else comparable[:3]
     most = points["parameter_bytes"].max()
-    if not places or (parameters and not most > 0):
+    if not values or (parameters and not most > 0):
         return None
-    points = points[points[sweep.column].isin(places)]
-    names = [sweep.at(sweep.values.index(place)) for place in places]
-    title = f"Latency and peak memory{f' at {names[0]}' if len(places) == 1 else ''}, lower left is better"
+    points = points[points[sweep.column].isin(values)]
+    names = [sweep.at(sweep.values.index(value)) for value in values]
+    title = f"Latency and peak memory{f' at {names[0]}' if len(values) == 1 else ''}, lower left is better"
     front = "line: the Pareto front; no other attention beats one on it in both"
     disc = f"area of a disc: parameters, at most {BYTES.format(most, digits=2)}" if parameters else ""
-    absent = "; ".join(_describe_absent(sweep, place) for place in places)
+    absent = "; ".join(_describe_absent(sweep, value) for value in values)
     note = "; ".join(filter(None, (front, disc, absent)))
     figure = new_figure(title, subtitle(sweep, note))
-    panels = figure.subplots(1, len(places), sharex=True, sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(values), sharex=True, sharey=True, squeeze=False)[0]
     panels[0].set(xlim=log_limits(points[X].min(), points[X].max()), ylim=log_limits(points[Y].min(), points[Y].max()))
-    scale_log(panels[0].xaxis, 10, LATENCY.unit.format, ticks=9 // len(places))
+    scale_log(panels[0].xaxis, 10, LATENCY.unit.format, ticks=9 // len(values))
     scale_log(panels[0].yaxis, 2, PEAK_MEMORY.unit.format)
     styles = style_of(sweep.attentions)
-    for axes, place, name in zip(panels, places, names, strict=True):
-        _draw_points(axes, points[points[sweep.column] == place], styles, parameters=parameters)
-        axes.set(xlabel=LATENCY.label, ylabel=PEAK_MEMORY.label, title=name if len(places) > 1 else "")
+    for axes, value, name in zip(panels, values, names, strict=True):
+        _draw_points(axes, points[points[sweep.column] == value], styles, parameters=parameters)
+        axes.set(xlabel=LATENCY.label, ylabel=PEAK_MEMORY.label, title=name if len(values) > 1 else "")
         axes.label_outer()
     add_legend(panels[-1], styles, [name for name in sweep.by_attention if name in set(points["attention"])], discrete=True)
     return figure
@@ -60,7 +58,8 @@ def pareto(sweep: Sweep, *, parameters: bool = False) -> Figure | None:
 def _draw_points(axes: Axes, rows: pd.DataFrame, styles: Mapping[str, Style], *, parameters: bool) -> None:
     """Draws the attentions of one setting with the intervals of their latencies, and their front."""
     names = list(styles)
-    colours, markers = ({name: getattr(styles[name], part) for name in names} for part in ("colour", "marker"))
+    colours = {name: style.colour for name, style in styles.items()}
+    markers = {name: style.marker for name, style in styles.items()}
     if parameters:
         area = 550 * rows["parameter_bytes"] / rows["parameter_bytes"].max()
         axes.scatter(rows[X], rows[Y], area, rows["attention"].map(colours), alpha=0.25, zorder=1.8, gid="parameters")
@@ -86,14 +85,14 @@ def draw_front(axes: Axes, x: Numbers, y: Numbers, *, higher_is_better: bool = F
     axes.step(steps_x, steps_y, where="post", color="#9a9a9a", linewidth=1.6, zorder=1.5, gid="front")
 
 
-def _describe_absent(sweep: Sweep, place: Any) -> str:
+def _describe_absent(sweep: Sweep, value: Any) -> str:
     """Names the attentions without a point at a setting, and the reasons."""
     reasons = []
-    for name, cells in sweep.by_attention.items():
-        cell = cells.loc[place]
-        if cell["outcome"] in FAILURES:
-            reasons.append(f"{name} ({cell['outcome']})")
-        elif not (cell[X] > 0 and cell[Y] > 0):
+    for name, rows in sweep.by_attention.items():
+        row = rows.loc[value]
+        if row["outcome"] in FAILURES:
+            reasons.append(f"{name} ({row['outcome']})")
+        elif not (row[X] > 0 and row[Y] > 0):
             reasons.append(f"{name} (not measured)")
-    at = f" at {sweep.at(sweep.values.index(place))}" if not sweep.ordered else ""
+    at = f" at {sweep.at(sweep.values.index(value))}" if not sweep.ordered else ""
     return f"not shown{at}: {', '.join(reasons)}" if reasons else ""

@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evals.plots import conversion
-from evals.plots.accuracy import ACCURACY_FIGURES as OVER_ALL_TARGETS
+from evals.plots import accuracy, conversion
 from evals.plots.accuracy import AccuracySweep, accuracy_sweeps
 from evals.plots.distribution import distribution, raw_samples
 from evals.plots.heatmap import speedup_heatmap
@@ -35,20 +34,36 @@ FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
 }
 """The figures of a table of timings; one without data is None. `distribution`, which needs raw samples, joins them."""
 
-ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {**OVER_ALL_TARGETS, "needle_depth": needle_depth}
+ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
+    "accuracy": accuracy.accuracy,
+    "by_length": accuracy.accuracy_by_length,
+    "recall_front": accuracy.recall_front,
+    "bits_by_position": accuracy.bits_by_position,
+    "loss": accuracy.loss,
+    "needle_depth": needle_depth,
+}
 """The figures of an accuracy table; one without data is None."""
+
+CONVERSION_FIGURES = {"perplexity": conversion.perplexity, "agreement": conversion.agreement}
+
+
+def _render_all(
+    figures: Mapping[str, Callable[..., Figure | None]], data_sets: Iterable[tuple[str, tuple[object, ...]]]
+) -> Iterator[tuple[str, Figure]]:
+    """Draws every figure of every data set that it has data in; yields its name with the suffix of the data set, and the figure."""
+    for suffix, data in data_sets:
+        for name, draw in figures.items():
+            figure = render(draw, *data)
+            if figure is not None:
+                yield f"{name}{suffix}", figure
 
 
 def sweep_figures(
     results: pd.DataFrame, fits: Mapping[str, pd.DataFrame], samples: pd.DataFrame | None = None
 ) -> Iterator[tuple[str, Figure]]:
     """Draws every figure of a checked table of timings that has data; yields its name (latency, latency-decode) and the figure."""
-    for suffix, sweep in sweeps(results, fits):
-        figures: dict[str, Callable[[Sweep], Figure | None]] = {**FIGURES, "distribution": partial(distribution, samples=samples)}
-        for name, draw in figures.items():
-            figure = render(draw, sweep)
-            if figure is not None:
-                yield f"{name}{suffix}", figure
+    figures: dict[str, Callable[[Sweep], Figure | None]] = {**FIGURES, "distribution": partial(distribution, samples=samples)}
+    return _render_all(figures, ((suffix, (sweep,)) for suffix, sweep in sweeps(results, fits)))
 
 
 def draw_sweep(
@@ -80,24 +95,22 @@ def draw_sweep(
 
 
 def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes max_context.{png,svg} from a table of the longest contexts; one figure for each combination of settings.
+    """Writes max_context.{png,svg} from a table of the longest contexts: one figure for each combination of settings.
 
-    Returns:
-        The paths written.
+    Returns the paths written.
 
     Raises:
         ValueError: if a column is missing, there is no row, a number is invalid, or an attention has two rows.
     """
     results = check_table(results, "max_context")
-    named = []
-    for values, rows in group_by(results, varying(results, (*SETTINGS, "limit_bytes"))):
+    groups = list(group_by(results, varying(results, (*SETTINGS, "limit_bytes"))))
+    for _, rows in groups:
         twice = rows["attention"][rows["attention"].duplicated()]
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
-        figure = render(max_context_plot, rows)
-        if figure is not None:
-            named.append((f"max_context{''.join(f'-{format_setting(value)}' for value in values)}", figure))
-    return save_all(named, folder, ["max_context"])
+    data_sets = (("".join(f"-{format_setting(value)}" for value in values), (rows,)) for values, rows in groups)
+    figures = {"max_context": max_context_plot}
+    return save_all(_render_all(figures, data_sets), folder, figures)
 
 
 def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, AccuracySweep]]:
@@ -108,13 +121,8 @@ def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iter
 
 def draw_accuracy(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of an accuracy table and its training losses; raises ValueError as `checked_accuracy_sweeps`."""
-    named = [
-        (f"{name}{suffix}", figure)
-        for suffix, sweep in checked_accuracy_sweeps(results, curves)
-        for name, draw in ACCURACY_FIGURES.items()
-        if (figure := render(draw, sweep)) is not None
-    ]
-    return save_all(named, folder, ACCURACY_FIGURES)
+    data_sets = ((suffix, (sweep,)) for suffix, sweep in checked_accuracy_sweeps(results, curves))
+    return save_all(_render_all(ACCURACY_FIGURES, data_sets), folder, ACCURACY_FIGURES)
 
 
 def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
@@ -125,24 +133,13 @@ def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterato
 
 def draw_conversion(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of `python -m evals.distill`'s tables; raises ValueError as `conversion_tables`."""
-    named = [
-        (f"{name}{suffix}", figure)
-        for suffix, tables in conversion_tables(results, positions)
-        for name, draw in conversion.FIGURES.items()
-        if (figure := render(draw, *tables)) is not None
-    ]
-    return save_all(named, folder, conversion.FIGURES)
+    return save_all(_render_all(CONVERSION_FIGURES, conversion_tables(results, positions)), folder, CONVERSION_FIGURES)
 
 
 def draw_folder(results: Path, plots: Path) -> list[Path]:
-    """Writes the figures of a folder of results, by the kind of its results.csv.
+    """Writes the figures of a folder of results into the folder `plots`, by the kind of its results.csv.
 
-    Args:
-        results: a folder with results.csv and the tables and the ledger that belong to it.
-        plots: the folder for the figures.
-
-    Returns:
-        The paths written.
+    Returns the paths written.
 
     Raises:
         ValueError: if there is no table, or it cannot be drawn.

@@ -12,15 +12,9 @@ FORMS = ("png", "svg")
 
 
 def save_all(figures: Iterable[tuple[str, Figure]], folder: Path, kinds: Iterable[str]) -> list[Path]:
-    """Writes named figures into a folder, and deletes earlier figures of the given kinds.
+    """Writes figures, by their names without suffix, into a folder; returns the paths.
 
-    Args:
-        figures: pairs of file name, without suffix, and figure.
-        folder: made if it does not exist.
-        kinds: prefixes of the names; other files stay.
-
-    Returns:
-        The paths written.
+    Deletes earlier figures with names that begin with one of `kinds`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stale = {path for kind in kinds for form in FORMS for path in folder.glob(f"{kind}*.{form}")}

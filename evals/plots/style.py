@@ -65,9 +65,9 @@ MARK: dict[str, Any] = {"markersize": 5, "markeredgewidth": 1.1, "markeredgecolo
 
 GREY = "#555555"
 DARK_TO_LIGHT = LinearSegmentedColormap.from_list("dark_to_light", ("#12306a", "#6a86b8", "#b0b0b0", "#e4ca6c", "#fff6c8"))
-"""The colour map of heatmaps: blue over grey to yellow, which no colour-blindness confuses, and which rises in print too."""
+"""The colour map of heatmaps: blue over grey to yellow, distinct in every colour vision and ascending in grey."""
 PARTS = {"parameters": "#26384a", "activations": "#8ba0b4", "state": "#dfe7ee"}
-"""Colours of the parts of memory: no attention's, and as far apart in grey as in colour."""
+"""Colours of the parts of memory: none is an attention's, and they are as far apart in grey as in colour."""
 
 RC: dict[str, Any] = {
     **sns.axes_style("ticks"),
@@ -114,9 +114,9 @@ def style_of(attentions: Iterable[str]) -> dict[str, Style]:
 
 def _spare(start: int, attempt: int) -> Style:
     # All colours at the first dashes come before any colour again; marker follows colour, so each pair is fixed.
-    turn, step = divmod(attempt, len(SPARE_COLOURS))
+    lap, step = divmod(attempt, len(SPARE_COLOURS))
     index = (start + step) % len(SPARE_COLOURS)
-    return Style(SPARE_COLOURS[index], SPARE_MARKERS[(index + turn) % len(SPARE_MARKERS)], (2 + 1.5 * turn, 1))
+    return Style(SPARE_COLOURS[index], SPARE_MARKERS[(index + lap) % len(SPARE_MARKERS)], (2 + 1.5 * lap, 1))
 
 
 def render(draw: Callable[P, Figure | None], *arguments: P.args, **options: P.kwargs) -> Figure | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from evals.errors import UsageError
 from evals.results.metrics import Metric
+from evals.stats.intervals import mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +50,12 @@ def format_mean(value: float, low: float, high: float, *, decimals: int = 3) -> 
     """Writes a mean over seeds and half of its interval, '0.981±0.02'; without an interval (NaN) the mean alone."""
     half = (high - low) / 2
     return f"{value:.{decimals}f}" + ("" if math.isnan(half) else f"±{half:.2g}")
+
+
+def format_mean_share(shares: "pd.Series[float]") -> str:
+    """Writes the mean of shares in percent, and half of its 95 % interval if there are several."""
+    mean = mean_interval(list(shares))
+    return f"{mean.value:.0%}" if math.isnan(mean.low) else f"{mean.value:.0%} ± {(mean.high - mean.low) / 2:.0%}"
 
 
 def format_setting(value: object) -> str:

@@ -21,9 +21,9 @@ def required_source(results: Path, data: str) -> Source:
     """The folder of these data. Raises ValueError, which names the command that makes it, if it is not there."""
     sources = find_sources(results, data)
     if not sources:
-        command = command_of(data, typed_path(results))
-        made = f"; `{command}` makes it" if command else ""
-        raise ValueError(f"{typed_path(results)}/{data} holds no results, and the study's page needs them{made}")
+        folder = typed_path(results)
+        command = command_of(data, folder)
+        raise ValueError(f"{folder}/{data} holds no results, and the study's page needs them; `{command}` makes it")
     return sources[0]
 
 
@@ -38,10 +38,9 @@ def describe_optional(results: Path, data: str, describe: Callable[[Source], str
     sources = find_sources(results, data)
     if sources:
         return "\n\n".join(map(describe, sources))
-    step, command = step_of(data), command_of(data, typed_path(results))
-    made = f" `{command}` does it." if command else ""
-    what = f", {step.what}" if step else ""
-    return f"*Not measured yet{what}.*{made}"
+    step = step_of(data)
+    assert step is not None
+    return f"*Not measured yet, {step.what}.* `{step.lines(typed_path(results))[0]}` does it."
 
 
 def rows_of(sweep: Sweep, name: str) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from evals.paper.captions import typed_path
-from evals.paper.crossings import stretches
+from evals.paper.crossings import crossovers_between, stretches
 from evals.paper.findings.data import OURS, required_sweep, rows_of
 from evals.paper.findings.text import (
     enumerate_words,
@@ -21,7 +21,6 @@ from evals.paper.findings.text import (
 from evals.paper.radar import respects
 from evals.paper.sources import find_sources
 from evals.plots.heatmap import format_ratio
-from evals.results.frames import Sweep
 from evals.results.settings import conditions
 
 VERDICTS = {
@@ -56,11 +55,11 @@ def speed(results: Path) -> str:
     verdicts = [
         words.format(enumerate_words(lengths))
         for verdict, words in VERDICTS.items()
-        if (lengths := [length for length, one in zip(sweep.ticks, ours["verdict"], strict=True) if one == verdict])
+        if (lengths := [length for length, value in zip(sweep.ticks, ours["verdict"], strict=True) if value == verdict])
     ]
     sentences += [f"{', '.join(verdicts)}."] if verdicts else []
     sentences += [
-        f"They cross at {_describe_crossing(row)} tokens." for row in _crossovers(sweep, OURS, reference) if row["at"] > 0
+        f"They cross at {_describe_crossing(row)} tokens." for row in crossovers_between(sweep, OURS, reference) if row["at"] > 0
     ]
     return " ".join(sentences)
 
@@ -73,7 +72,7 @@ def pairs(results: Path) -> str:
         if name != OURS:
             cut = stretches(sweep, OURS, name)
             states = (
-                [f"{one.low:.0f} to {one.high:.0f}" for one in cut if one.state == state]
+                [f"{stretch.low:.0f} to {stretch.high:.0f}" for stretch in cut if stretch.state == state]
                 for state in ("slower", "unclear", "faster")
             )
             rows.append([f"`{name}`", *(", ".join(state) or "–" for state in states)])
@@ -137,13 +136,6 @@ def disadvantages(results: Path) -> str:
             better = sum(cost < costs[OURS] for cost in costs.values())
             rows.append([respect.meaning, f"`{best}`", ratio, f"{better} of {len(costs) - 1}"])
     return markdown_table(["", "best", f"{OURS} is worse by", "others that are better"], rows)
-
-
-def _crossovers(sweep: Sweep, first: str, second: str) -> list[dict[Any, Any]]:
-    if sweep.crossovers is None:
-        return []
-    names = sweep.crossovers[["first", "second"]]
-    return sweep.crossovers[names.isin([first]).any(axis=1) & names.isin([second]).any(axis=1)].to_dict("records")
 
 
 def _describe_crossing(row: dict[Any, Any]) -> str:
