@@ -42,41 +42,41 @@ ID = re.compile(r'(?<=[#"])[a-z]+[0-9a-f]{10}(?=[")])')
 
 
 def shape(svg: str) -> str:
-    """The file without numbers, and without the names that are hashes of them."""
+    """The file without numbers and without ids, which are hashes of numbers."""
     return NUMBER.sub("0", ID.sub("id", svg))
 
 
-def places(svg: str) -> list[float]:
+def coordinates(svg: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(ID.sub("", svg))]
 
 
-def test_every_figure_is_the_one_of_the_committed_data(tmp_path: Path) -> None:
-    """A stale picture, a stale caption, and one too many or too few all fail: `python -m evals.figures paper` mends it.
+def test_committed_figures_match_the_committed_data(tmp_path: Path) -> None:
+    """A stale, superfluous or missing figure or caption fails; `python -m evals.figures paper` draws them again.
 
     About half a second of CPU a figure, nearly all of it in writing SVG.
     """
     drawn = {}
     for drawing in drawings(RESULTS):
         drawn[drawing.name] = save(drawing.picture, tmp_path / f"{drawing.name}.svg").read_text(encoding="utf-8")
-        told = caption(drawing.name, drawing.description, drawing.sources, RESULTS)
-        assert (PLOTS / f"{drawing.name}.md").read_text(encoding="utf-8") == told, drawing.name
+        content = caption(drawing.name, drawing.description, drawing.sources, RESULTS)
+        assert (PLOTS / f"{drawing.name}.md").read_text(encoding="utf-8") == content, drawing.name
     assert {path.name for path in PLOTS.iterdir()} == {f"{name}.{form}" for name in drawn for form in (*FORMS, "md")}
     for name, now in drawn.items():
-        kept = (PLOTS / f"{name}.svg").read_text(encoding="utf-8")
-        assert shape(kept) == shape(now), name
+        committed = (PLOTS / f"{name}.svg").read_text(encoding="utf-8")
+        assert shape(committed) == shape(now), name
         # Another processor's logarithms may differ in the last digit: a hundredth of a point is nothing.
-        assert places(kept) == pytest.approx(places(now), abs=0.01), name
+        assert coordinates(committed) == pytest.approx(coordinates(now), abs=0.01), name
 
 
-def test_every_datum_of_a_figure_has_a_command() -> None:
-    for one in FIGURES:
-        for datum in (*one.data, *one.optional):
-            assert step_of(datum) is not None, f"{one.name} takes {datum}, which conf/paper.yaml does not make"
+def test_every_folder_that_a_figure_needs_is_in_the_recipe() -> None:
+    for figure in FIGURES:
+        for folder in (*figure.data, *figure.optional):
+            assert step_of(folder) is not None, f"{figure.name} takes {folder}, which conf/paper.yaml does not make"
     assert len({one.name for one in FIGURES}) == len(FIGURES)
 
 
-def test_what_is_committed_was_made_by_the_recipe() -> None:
-    """Every folder of results has its step, so that nothing is drawn that nobody can make again."""
+def test_every_committed_folder_is_in_the_recipe() -> None:
+    """Otherwise nobody could measure the data of a figure again."""
     folders = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("results.csv")}
     assert folders <= {step.data for step in recipe()}
 
@@ -91,22 +91,22 @@ def ledger(folder: Path, *records: dict[str, object]) -> Source:
     return Source(folder)
 
 
-def described(key: str, commit: str, *, dirty: bool, day: str) -> dict[str, object]:
+def description(key: str, commit: str, *, dirty: bool, day: str) -> dict[str, object]:
     facts = {"commit": commit, "dirty": dirty, "cpu": "a processor", "memory_bytes": 2**34, "platform": "Linux", "python": "3.11"}
     provenance = {**facts, "torch": "2.13", "gpu": None}
     return {"kind": "comparison", "comparison": key, "provenance": provenance, "time": f"{day}T10:00:00+00:00"}
 
 
-def test_a_caption_says_where_its_data_come_from(tmp_path: Path) -> None:
+def test_a_caption_names_the_origin_of_the_data(tmp_path: Path) -> None:
     one = ledger(
         tmp_path / "results" / "seq_len",
         {"kind": "command", "command": "python -m evals.run sweep=seq_len mine=1", "time": "2026-01-02"},
-        described("aaaa", "1" * 40, dirty=True, day="2026-01-02"),
-        described("bbbb", "2" * 40, dirty=False, day="2026-01-03"),
-        described("cccc", "3" * 40, dirty=False, day="2026-01-01"),  # of which no row is left
+        description("aaaa", "1" * 40, dirty=True, day="2026-01-02"),
+        description("bbbb", "2" * 40, dirty=False, day="2026-01-03"),
+        description("cccc", "3" * 40, dirty=False, day="2026-01-01"),  # no row of the table has this key
     )
-    told = caption("speedup", "What it draws.", [one], tmp_path / "results")
-    for said in (
+    content = caption("speedup", "What it draws.", [one], tmp_path / "results")
+    for expected in (
         "What it draws.",
         "`python -m evals.figures paper`",
         "command: `python -m evals.run sweep=seq_len mine=1`",
@@ -116,37 +116,37 @@ def test_a_caption_says_where_its_data_come_from(tmp_path: Path) -> None:
         "config hash: aaaa, bbbb",
         "2026-01-02 and 2026-01-03",
     ):
-        assert said in told
-    assert "cccc" not in told
-    assert "3333" not in told
+        assert expected in content
+    assert "cccc" not in content
+    assert "3333" not in content
 
 
-def test_a_ledger_without_a_command_takes_the_recipe_s(tmp_path: Path) -> None:
-    one = ledger(tmp_path / "seq_len", described("aaaa", "1" * 40, dirty=False, day="2026-01-02"))
+def test_a_caption_names_the_recipe_s_command_if_the_ledger_has_none(tmp_path: Path) -> None:
+    one = ledger(tmp_path / "seq_len", description("aaaa", "1" * 40, dirty=False, day="2026-01-02"))
     assert f"command: `python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}`" in caption(
         "a", "b", [one], tmp_path
     )
 
 
-def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    told = missing_data(tmp_path)
-    assert {one.name for one in FIGURES} == {*told}
-    assert told["speedup"] == (
+def test_missing_data_are_reported_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    content = missing_data(tmp_path)
+    assert {one.name for one in FIGURES} == {*content}
+    assert content["speedup"] == (
         f"speedup is not drawn, for there is no {tmp_path}/seq_len: "
         f"`python -m evals.run sweep=seq_len sampling=careful results_dir={tmp_path}` makes it"
     )
-    assert "sweep=recall " in told["recall_front"]  # a pattern's first step
+    assert "sweep=recall " in content["recall_front"]  # a pattern's first step
     with pytest.raises(ValueError, match=r"holds no data of the study: `python -m evals\.paper`"):
         draw_half(tmp_path, tmp_path / "plots")
 
 
-def test_one_datum_is_enough_to_draw_what_is_of_it(tmp_path: Path) -> None:
+def test_figures_without_data_are_left_out_and_stale_ones_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "seq_len"
     folder.mkdir(parents=True)
     table().to_csv(folder / "results.csv", index=False)
     stale = tmp_path / "plots" / "needle.svg"
     stale.parent.mkdir()
-    stale.write_text("of another time")
+    stale.write_text("an earlier figure")
     some = [one for one in FIGURES if one.name in ("radar", "crossovers", "needle")]  # nothing was fitted, nothing learned
     paths = draw_half(tmp_path / "results", tmp_path / "plots", some)
     assert {path.name for path in paths} == {"radar.svg", "radar.png", "radar.md"} == {path.name for path in stale.parent.iterdir()}
@@ -162,14 +162,14 @@ def swept(results: pd.DataFrame, *crossed: tuple[str, str, float, float, float],
     return sweep
 
 
-def raced() -> pd.DataFrame:
+def measured() -> pd.DataFrame:
     """Standard is the reference, of speed-up 1; bsbr's is n^0.3 / 2: slower at 1 token, faster at 128 and more."""
     results = table(("standard", "bsbr"))
     return results.assign(speedup=results["speedup"].where(results["attention"] == "bsbr", 1.0))
 
 
-def test_who_is_faster_where() -> None:
-    sweep = swept(raced(), ("standard", "bsbr", 10.0, 5.0, 20.0))
+def test_stretches_are_cut_at_the_interval_of_a_crossing() -> None:
+    sweep = swept(measured(), ("standard", "bsbr", 10.0, 5.0, 20.0))
     assert [tuple(one) for one in stretches(sweep, "bsbr", "standard")] == [
         (1, 5, "slower"),
         (5, 20, "unclear"),
@@ -178,10 +178,10 @@ def test_who_is_faster_where() -> None:
     assert [one.state for one in stretches(sweep, "standard", "bsbr")] == ["faster", "unclear", "slower"]
 
 
-def test_doubt_that_leaves_the_range_ends_with_it_and_no_crossing_is_one_stretch() -> None:
-    doubtful = swept(raced(), ("standard", "bsbr", math.nan, 0.0, 128.0))
+def test_an_interval_is_clipped_to_the_range_and_no_crossing_is_one_stretch() -> None:
+    doubtful = swept(measured(), ("standard", "bsbr", math.nan, 0.0, 128.0))
     assert [tuple(one) for one in stretches(doubtful, "bsbr", "standard")] == [(1, 128, "unclear"), (128, 8192, "faster")]
-    never = swept(raced().query("seq_len > 1"), ("standard", "bsbr", math.nan, math.nan, math.nan))
+    never = swept(measured().query("seq_len > 1"), ("standard", "bsbr", math.nan, math.nan, math.nan))
     assert [tuple(one) for one in stretches(never, "bsbr", "standard")] == [(128, 8192, "faster")]
 
 
@@ -195,11 +195,11 @@ def test_a_ring_of_the_radar_is_twice_as_bad() -> None:
     for key, ring in (("latency", RINGS - 1), ("memory", RINGS - 1), ("growth", RINGS), ("weights", RINGS)):
         assert levels["bsbr"][keys.index(key)] == pytest.approx(ring)
         assert levels["standard"][keys.index(key)] == pytest.approx(RINGS)
-    told = " ".join(words(picture).split())
-    assert all(f"{axis.key}: {axis.meaning}" in told for axis in respects(sweep))
+    content = " ".join(words(picture).split())
+    assert all(f"{axis.key}: {axis.meaning}" in content for axis in respects(sweep))
 
 
-def test_what_failed_has_no_corner_and_no_mark() -> None:
+def test_a_failure_has_no_corner_and_no_mark() -> None:
     sweep = swept(failing(table(), "linear", 8192, "oom"))
     (latency,) = [axis for axis in respects(sweep) if axis.key == "latency"]
     assert {*latency.costs} == {"standard", "bsbr"}
@@ -208,7 +208,7 @@ def test_what_failed_has_no_corner_and_no_mark() -> None:
     assert "not shown: linear at 8k tokens (oom)" in words(picture)
 
 
-def test_a_disc_s_area_is_its_parameters() -> None:
+def test_the_area_of_a_disc_is_proportional_to_the_parameters() -> None:
     sizes = {"standard": 2**20, "bsbr": 2**22, "linear": 2**20}
     picture = pareto(swept(table().assign(parameter_bytes=table()["attention"].map(sizes))), parameters=True)
     assert picture is not None
@@ -230,7 +230,7 @@ def test_text_can_be_read_in_print() -> None:
 
 
 def assert_readable(picture: Figure, name: str) -> None:
-    """No text is small, leaves the page, or covers another; ticks have their own distance, and turned ones none that boxes tell."""
+    """Checks that no text is small, leaves the page, or covers another; labels of ticks are not checked for overlap."""
     picture.set_dpi(200)
     FigureCanvasAgg(picture).draw()
     own = [text for axes in picture.axes for text in (axes.title, axes._left_title, *axes.texts)]
@@ -248,23 +248,23 @@ def assert_readable(picture: Figure, name: str) -> None:
         assert not a.overlaps(b), (name, one, other)
 
 
-# --- measuring it ---------------------------------------------------------------------------------
+# --- measuring ---------------------------------------------------------------------------------
 
 
-def test_all_of_it_is_the_recipe_in_its_order() -> None:
+def test_plan_of_everything_is_the_recipe_in_order() -> None:
     commands, results, plots = plan([])
     assert commands == [command for step in recipe() for command in step.lines("results/paper")]
     assert (results, plots) == (Path("results/paper"), Path("plots/paper"))
 
 
-def test_words_choose_and_are_handed_on() -> None:
+def test_arguments_select_data_and_are_passed_on() -> None:
     commands, results, _ = plan(["seq_len", "distillation", "results_dir=/tmp/mine", "sampling=quick"], dry=True)
     assert commands[0] == "python -m evals.run sweep=seq_len sampling=careful results_dir=/tmp/mine sampling=quick --dry-run"
     assert all("--results-dir /tmp/mine" in command and "sampling" not in command for command in commands[1:])
     assert results == Path("/tmp/mine")
 
 
-def test_the_gpu_half_has_a_folder_of_its_own() -> None:
+def test_the_gpu_half_has_a_separate_folder() -> None:
     commands, results, _ = plan(["device=cuda"])
     assert commands
     assert all("results_dir=results/paper/cuda" in command and "device=cuda" in command for command in commands)
@@ -272,37 +272,39 @@ def test_the_gpu_half_has_a_folder_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         (["seq"], "unknown data seq; known are seq_len, "),
         (["distillation", "device=cuda"], "distillation is measured on a CPU only"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_an_error_of_one_sentence(given: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(given) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert expected in error
     assert error.count("\n") == 1
 
 
 # --- what the page says ---------------------------------------------------------------------------
 
 
-def test_sentences_say_what_the_table_holds(tmp_path: Path) -> None:
+def test_findings_state_the_numbers_of_the_table(tmp_path: Path) -> None:
     folder = tmp_path / "seq_len"
     folder.mkdir()
     table().to_csv(folder / "results.csv", index=False)
     crossing(("standard", "bsbr", 10.0, 5.0, 20.0)).to_csv(folder / "crossovers.csv", index=False)
     last = table()[(table()["attention"] == "bsbr") & (table()["seq_len"] == 8192)].iloc[0]
-    told = speed(tmp_path)
-    assert f"is {last['speedup']:.3g} [{last['speedup_low']:.3g}, {last['speedup_high']:.3g}] times as fast as `standard`" in told
-    assert "faster at 128, 1000 and 8k tokens, slower at 1." in told
-    assert "They cross at 10 [5, 20] tokens." in told
+    content = speed(tmp_path)
+    assert (
+        f"is {last['speedup']:.3g} [{last['speedup_low']:.3g}, {last['speedup_high']:.3g}] times as fast as `standard`" in content
+    )
+    assert "faster at 128, 1000 and 8k tokens, slower at 1." in content
+    assert "They cross at 10 [5, 20] tokens." in content
     losing = {row.split("|")[1].strip(): row for row in FINDINGS["disadvantages"](tmp_path).splitlines()}
     assert "| `standard` | 2.0× | 1 of 2 |" in losing["latency at 8k tokens"]
 
 
-def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
+def test_required_data_raise_and_optional_data_are_reported_as_not_measured(tmp_path: Path) -> None:
     required_source.cache_clear()
     with pytest.raises(ValueError, match=r"seq_len holds no results, .* `python -m evals\.run sweep=seq_len .*` makes it"):
         FINDINGS["speed"](tmp_path)
@@ -311,7 +313,7 @@ def test_what_the_page_needs_and_what_it_can_do_without(tmp_path: Path) -> None:
         assert FINDINGS[name](tmp_path).startswith("*Not measured yet, ")
 
 
-def test_a_table_of_recall_says_the_state_once_or_with_every_size(tmp_path: Path) -> None:
+def test_a_table_of_recall_has_the_state_once_or_with_every_size(tmp_path: Path) -> None:
     required_source.cache_clear()
     rows = recalled()
     for name, found in {"recall": rows, "recall_sizes": sized(rows)}.items():
@@ -322,17 +324,17 @@ def test_a_table_of_recall_says_the_state_once_or_with_every_size(tmp_path: Path
     assert once[2][1:] == ["pairs 4", "pairs 8", "pairs 16", "state", "of standard |"]
     last = rows[rows["best"] & (rows["num_pairs"] == 16)].sort_values("accuracy", ascending=False)
     assert [row[0] for row in once[4:]] == [f"| `{name}`" for name in last["attention"]]
-    kept = {row[0]: row[4:] for row in once[4:]}  # 1000, 2000 and 3000 bytes
-    assert kept["| `bsbr`"] == ["1.95 KiB", "2.0× |"]
+    states = {row[0]: row[4:] for row in once[4:]}  # 1000, 2000 and 3000 bytes
+    assert states["| `bsbr`"] == ["1.95 KiB", "2.0× |"]
     assert each[2][1:] == ["hidden dim 4", "hidden dim 8", "hidden dim 16 |"]
-    told = {row[0]: [one.partition(", ")[2] for one in row[1:]] for row in each[4:]}
-    assert told["| `bsbr`"] == ["7.81 KiB", "15.6 KiB", "31.2 KiB |"]
+    content = {row[0]: [one.partition(", ")[2] for one in row[1:]] for row in each[4:]}
+    assert content["| `bsbr`"] == ["7.81 KiB", "15.6 KiB", "31.2 KiB |"]
 
 
-def test_every_table_of_the_page_is_one() -> None:
-    """Of the committed data: each row has as many cells as its head, and no number is missing where there is a row."""
+def test_every_finding_is_well_formed_markdown() -> None:
+    """In the findings of the committed data, every row of a table has as many columns as its head, and no number is NaN."""
     for name, tell in FINDINGS.items():
-        told = tell(RESULTS)
-        assert "nan" not in told, name
-        for block in re.findall(r"(?:^\|.*\n?)+", told, flags=re.MULTILINE):
+        content = tell(RESULTS)
+        assert "nan" not in content, name
+        for block in re.findall(r"(?:^\|.*\n?)+", content, flags=re.MULTILINE):
             assert len({row.count("|") for row in io.StringIO(block)}) == 1, name

@@ -18,15 +18,15 @@ from tests.evals.learned import NAMES, losses, recalled, sized
 
 
 def learned(rows: pd.DataFrame, swept: str = "num_pairs") -> accuracy.AccuracySweep:
-    ((suffix, found),) = accuracy.accuracy_sweeps(rows, losses(), swept)
+    ((suffix, sweep),) = accuracy.accuracy_sweeps(rows, losses(), swept)
     assert suffix == ""
-    return found
+    return sweep
 
 
 def drawn(picture: Figure | None, name: str) -> Line2D:
     assert picture is not None
-    (found,) = [one for one in picture.axes[0].get_lines() if one.get_gid() == name]
-    return found
+    (sweep,) = [one for one in picture.axes[0].get_lines() if one.get_gid() == name]
+    return sweep
 
 
 def best(rows: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def test_accuracy_is_that_of_the_best_rate_at_the_length_of_training(name: str) 
     assert np.asarray(line.get_ydata()).tolist() == own["accuracy"].tolist()
 
 
-def test_accuracy_by_length_is_where_the_sweep_goes_furthest() -> None:
+def test_accuracy_by_length_takes_the_greatest_swept_value() -> None:
     rows = recalled(lengths=(64, 128, 256))
     line = drawn(accuracy.accuracy_by_length(learned(rows)), "bsbr")
     own = best(rows, "bsbr")[lambda one: one["num_pairs"] == 16]
@@ -51,7 +51,7 @@ def test_accuracy_by_length_is_where_the_sweep_goes_furthest() -> None:
     assert accuracy.accuracy_by_length(learned(recalled())) is None
 
 
-def test_the_front_leaves_out_who_needs_more_and_remembers_less() -> None:
+def test_a_dominated_attention_is_not_on_the_front() -> None:
     rows = recalled(places=(4, 16))
     at = {"standard": (3000.0, 0.9), "bsbr": (1000.0, 0.8), "linear": (2000.0, 0.5)}
     for column, index in (("state_bytes", 0), ("accuracy", 1)):
@@ -63,20 +63,20 @@ def test_the_front_leaves_out_who_needs_more_and_remembers_less() -> None:
     assert np.asarray(drawn(accuracy.recall_front(learned(rows)), "linear").get_xdata()).tolist() == [2000.0]
 
 
-def test_the_front_over_time_takes_what_decoding_took_behind_as_long_a_context() -> None:
+def test_recall_latency_takes_decoding_at_the_length_of_training() -> None:
     rows, times = recalled(), sweeps.table(NAMES, (64, 128))
     (decoded,) = (one for _, one in frames.sweeps(times, {}))
-    taken = times[times["seq_len"] == 64].set_index("attention")["latency_s"]
+    decode_latency = times[times["seq_len"] == 64].set_index("attention")["latency_s"]
     for name in NAMES:
         point = drawn(accuracy.recall_latency(learned(rows), decoded), name)
-        assert np.asarray(point.get_xdata()).tolist() == [taken[name]]
-        asked = best(rows, name)[lambda one: one["num_pairs"] == 16]
-        assert np.asarray(point.get_ydata()).tolist() == asked["accuracy"].tolist()
+        assert np.asarray(point.get_xdata()).tolist() == [decode_latency[name]]
+        greatest = best(rows, name)[lambda one: one["num_pairs"] == 16]
+        assert np.asarray(point.get_ydata()).tolist() == greatest["accuracy"].tolist()
     (longer,) = (one for _, one in frames.sweeps(sweeps.table(NAMES, (128,)), {}))
     assert accuracy.recall_latency(learned(rows), longer) is None
 
 
-def test_sizes_of_an_attention_are_points_of_one_line_and_any_may_be_on_the_front() -> None:
+def test_sizes_of_an_attention_are_points_of_one_line_and_each_can_be_on_the_front() -> None:
     rows = sized(recalled())
     picture = accuracy.recall_front(learned(rows, "hidden_dim"))
     for name in NAMES:
@@ -85,13 +85,13 @@ def test_sizes_of_an_attention_are_points_of_one_line_and_any_may_be_on_the_fron
         assert np.asarray(line.get_ydata()).tolist() == own["accuracy"].tolist()
     front = drawn(picture, "front")
     corners = set(zip(np.asarray(front.get_xdata()).tolist(), np.asarray(front.get_ydata()).tolist(), strict=True))
-    shown = rows[rows["best"]]
-    for _, row in shown.iterrows():
-        beaten = ((shown["state_bytes"] <= row["state_bytes"]) & (shown["accuracy"] > row["accuracy"])).any()
+    best_rows = rows[rows["best"]]
+    for _, row in best_rows.iterrows():
+        beaten = ((best_rows["state_bytes"] <= row["state_bytes"]) & (best_rows["accuracy"] > row["accuracy"])).any()
         assert beaten == ((row["state_bytes"], row["accuracy"]) not in corners)
 
 
-def test_the_front_over_time_takes_each_size_s_own_time() -> None:
+def test_recall_latency_takes_the_latency_of_each_size() -> None:
     rows = sized(recalled(places=(32, 64)))
     times = pd.concat([sweeps.table(NAMES, (64,)).assign(hidden_dim=width, swept="model.hidden_dim") for width in (32, 64)])
     times["latency_s"] *= times["hidden_dim"]
@@ -101,7 +101,7 @@ def test_the_front_over_time_takes_each_size_s_own_time() -> None:
         assert np.asarray(drawn(picture, name).get_xdata()).tolist() == times[times["attention"] == name]["latency_s"].tolist()
 
 
-def test_a_needle_map_has_every_depth_and_length_of_every_attention() -> None:
+def test_needle_heatmap_has_every_depth_and_length_of_every_attention() -> None:
     rows = recalled("depth", places=(4,), lengths=(64, 128))
     picture = needle_depth(learned(rows))
     assert picture is not None
@@ -117,35 +117,35 @@ def test_a_needle_map_has_every_depth_and_length_of_every_attention() -> None:
     assert needle_depth(learned(recalled())) is None
 
 
-def test_bits_per_byte_take_the_place_of_accuracy() -> None:
-    found = learned(recalled("position", places=(4,), lengths=(64, 128)))
-    line = drawn(accuracy.bits_by_position(found), "linear")
-    own = best(found.rows, "linear")[lambda one: (one["eval_seq_len"] == 128) & one["position"].notna()]
+def test_bits_per_byte_replace_accuracy() -> None:
+    sweep = learned(recalled("position", places=(4,), lengths=(64, 128)))
+    line = drawn(accuracy.bits_by_position(sweep), "linear")
+    own = best(sweep.rows, "linear")[lambda one: (one["eval_seq_len"] == 128) & one["position"].notna()]
     assert np.asarray(line.get_xdata()).tolist() == [1, 2, 4]
     assert np.asarray(line.get_ydata()).tolist() == own["bits_per_byte"].tolist()
-    assert [accuracy.accuracy(found), accuracy.accuracy_by_length(found), accuracy.recall_front(found)] == [None] * 3
+    assert [accuracy.accuracy(sweep), accuracy.accuracy_by_length(sweep), accuracy.recall_front(sweep)] == [None] * 3
     assert accuracy.bits_by_position(learned(recalled())) is None
 
 
-def test_losses_are_of_the_first_seed_at_the_best_rate() -> None:
+def test_losses_are_those_of_the_first_seed_at_the_best_rate() -> None:
     line = drawn(accuracy.loss(learned(recalled())), "standard")
     losses = [5.0 / step for step in range(1, 21)]
     smooth = [sum(losses[max(0, at - 4) : at + 1]) / len(losses[max(0, at - 4) : at + 1]) for at in range(20)]
     assert np.asarray(line.get_ydata()).tolist() == pytest.approx(smooth)
 
 
-def test_what_failed_is_named_and_other_settings_have_figures_of_their_own(tmp_path: Path) -> None:
+def test_failures_are_named_and_other_settings_have_separate_figures(tmp_path: Path) -> None:
     rows = recalled()
     failed = rows.assign(outcome=rows["outcome"].mask(rows["attention"] == "linear", "diverged"))
-    found = learned(failed)
-    assert found.failed == "linear (diverged)"
-    assert set(found.rows["attention"]) == {"standard", "bsbr"}
+    sweep = learned(failed)
+    assert sweep.failed == "linear (diverged)"
+    assert set(sweep.rows["attention"]) == {"standard", "bsbr"}
     both = pd.concat([rows, rows.assign(seq_len=128, eval_seq_len=128)])
     paths = registry.draw_accuracy(both, losses(), tmp_path)
     assert {path.name for path in paths} >= {"accuracy-64.png", "accuracy-128.svg", "loss-64.png"}
 
 
-def test_pictures_are_the_same_bytes_again_and_replace_those_before(tmp_path: Path) -> None:
+def test_redrawing_gives_the_same_bytes_and_replaces_earlier_figures(tmp_path: Path) -> None:
     (tmp_path / "needle_depth-old.png").write_bytes(b"")
     first = {path.name: path.read_bytes() for path in registry.draw_accuracy(recalled(), losses(), tmp_path)}
     again = {path.name: path.read_bytes() for path in registry.draw_accuracy(recalled(), losses(), tmp_path)}
@@ -153,7 +153,7 @@ def test_pictures_are_the_same_bytes_again_and_replace_those_before(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {*first}
 
 
-def test_they_are_drawn_again_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_accuracy_tables_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "recall"
     folder.mkdir()
     recalled().to_csv(folder / "results.csv", index=False)

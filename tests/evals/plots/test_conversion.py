@@ -45,7 +45,7 @@ def test_agreement_shows_every_seed() -> None:
     assert sorted(top_1) == [0.5, 0.6]
 
 
-def test_a_folder_of_conversions_is_drawn_again(tmp_path: Path) -> None:
+def test_a_folder_of_conversions_is_drawn(tmp_path: Path) -> None:
     for name, table in zip(("results", "positions"), tables((0, 2)), strict=True):
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     drawn = {path.name for path in draw_folder(tmp_path, tmp_path / "plots")}

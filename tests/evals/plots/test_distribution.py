@@ -37,7 +37,7 @@ def draw(results: pd.DataFrame, records: list[dict[str, object]]) -> Figure | No
     return render(distribution, sweep, raw_samples(records))
 
 
-def test_samples_are_those_of_all_slices_that_are_ok_and_of_no_control() -> None:
+def test_samples_come_from_all_ok_time_slices_except_those_of_the_control() -> None:
     records = [
         record("a", "bsbr", [1.0, 2.0], [3.0]),
         record("a", "standard", [9.0], is_control=True),
@@ -49,7 +49,7 @@ def test_samples_are_those_of_all_slices_that_are_ok_and_of_no_control() -> None
     assert {*samples["attention"]} == {"bsbr"}
 
 
-def test_a_violin_reaches_to_the_fastest_and_the_slowest_sample() -> None:
+def test_a_violin_spans_the_fastest_to_the_slowest_sample() -> None:
     results, records = measured()
     figure = draw(results, records)
     assert figure is not None
@@ -67,7 +67,7 @@ def test_a_violin_reaches_to_the_fastest_and_the_slowest_sample() -> None:
     assert "all samples of all rounds" in words(figure)
 
 
-def test_a_failed_cell_and_a_ledger_without_samples_have_no_violin(tmp_path: Path) -> None:
+def test_a_failure_and_a_ledger_without_samples_have_no_violin(tmp_path: Path) -> None:
     results, records = measured()
     figure = draw(failing(results, "linear", 8192, "oom"), records)
     assert figure is not None

@@ -50,7 +50,7 @@ def test_a_point_without_neighbours_has_a_bar() -> None:
 
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("outcome", FAILURES)
-def test_a_failed_cell_is_a_mark_of_its_kind_and_never_a_number(name: str, outcome: str) -> None:
+def test_a_failure_is_the_mark_of_its_outcome_and_never_a_number(name: str, outcome: str) -> None:
     results = failing(table(), "linear", 1000, outcome)
     axes, lanes = drawn(results, name).axes
     x, y = data(line(axes, "linear"))
@@ -62,7 +62,7 @@ def test_a_failed_cell_is_a_mark_of_its_kind_and_never_a_number(name: str, outco
     assert legend(axes)[3:4] == [outcome]
 
 
-def test_an_attention_that_failed_everywhere_is_still_in_the_picture() -> None:
+def test_an_attention_that_failed_everywhere_is_drawn() -> None:
     results = table()
     for length in LENGTHS:
         results = failing(results, "bsbr", length, "uncertified")
@@ -72,7 +72,7 @@ def test_an_attention_that_failed_everywhere_is_still_in_the_picture() -> None:
     assert data(line(axes, "bsbr"))[1] == pytest.approx([math.nan] * len(LENGTHS), nan_ok=True)
 
 
-def test_a_cell_that_was_not_measured_is_a_gap_without_a_mark() -> None:
+def test_an_unmeasured_setting_is_a_gap_without_a_mark() -> None:
     results = table()
     results = results[(results["attention"] != "linear") | (results["seq_len"] != 128)]
     picture = drawn(results)
@@ -92,14 +92,14 @@ def test_every_value_lies_inside_the_axes_and_every_line_has_its_name() -> None:
         assert sorted(legend(axes)[: len(STYLES)]) == sorted(STYLES)
 
 
-def test_names_stand_in_the_order_of_their_lines() -> None:
+def test_legend_has_the_order_of_the_ends_of_the_lines() -> None:
     axes = drawn(table(tuple(STYLES))).axes[0]
     ends = {attention: data(line(axes, attention))[1][-1] for attention in STYLES}
     assert legend(axes) == sorted(ends, key=lambda name: -ends[name])
 
 
 @pytest.mark.parametrize("lengths", [(1,), (8192,)])
-def test_a_single_place_is_points_side_by_side_with_bars(lengths: tuple[int, ...]) -> None:
+def test_a_single_setting_is_points_side_by_side_with_bars(lengths: tuple[int, ...]) -> None:
     axes = drawn(table(lengths=lengths).assign(swept=np.nan)).axes[0]
     positions = [data(line(axes, name))[0][0] for name in ("standard", "bsbr", "linear")]
     assert len(set(positions)) == 3
@@ -107,14 +107,14 @@ def test_a_single_place_is_points_side_by_side_with_bars(lengths: tuple[int, ...
     assert data(line(axes, "bsbr"))[1] == pytest.approx([2e-6 * lengths[0] ** 1.1])
 
 
-def test_settings_without_an_order_make_categories() -> None:
+def test_settings_without_an_order_are_categories() -> None:
     results = pd.concat([table(lengths=(128,)).assign(swept="dtype", dtype=dtype) for dtype in ("float32", "bfloat16")])
     axes = drawn(results).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["float32", "bfloat16"]
     assert line(axes, "bsbr").get_linestyle() == "None"
 
 
-def test_the_picture_says_what_was_compared() -> None:
+def test_subtitle_describes_the_comparison() -> None:
     said = words(drawn(table(), "speedup"))
     for fact in (
         "over standard",
@@ -147,7 +147,7 @@ def test_ticks_are_in_human_units(name: str, value: float, said: str) -> None:
 # --- roofline --------------------------------------------------------------------------------------
 
 
-def test_the_fill_of_a_marker_says_what_binds() -> None:
+def test_the_fill_of_a_marker_is_the_bound() -> None:
     picture = drawn(table(("standard", "bsbr")), "roofline")
     axes = picture.axes[0]
     for name in ("standard", "bsbr"):
@@ -162,13 +162,13 @@ def test_the_fill_of_a_marker_says_what_binds() -> None:
     assert keys.items() >= {"bound by compute": "black", "bound by memory bandwidth": "white"}.items()
 
 
-def test_the_roofline_itself_is_in_the_picture() -> None:
+def test_the_roofline_itself_is_drawn() -> None:
     axes = drawn(table(), "roofline").axes[0]
     assert axes.get_ylim()[1] > 1.0
     assert set(np.asarray(line(axes, "parity").get_ydata(), float)) == {1.0}
 
 
-def test_an_unknown_limit_is_neither() -> None:
+def test_an_unknown_bound_has_a_fill_of_its_own() -> None:
     picture = drawn(table().drop(columns="bound"), "roofline")
     assert legend(picture.axes[0])[-1] == "bound by: unknown"
     assert line(picture.axes[0], "bsbr unknown").get_markerfacecolor() not in ("white", STYLES["bsbr"].colour)
@@ -177,7 +177,7 @@ def test_an_unknown_limit_is_neither() -> None:
 # --- crossings -------------------------------------------------------------------------------------
 
 
-def test_a_crossing_is_a_bar_over_its_interval_and_a_ring_on_the_line_that_is_crossed() -> None:
+def test_a_crossing_is_a_bar_over_its_interval_and_a_ring_on_the_line_of_the_reference() -> None:
     given = crossing(("standard", "bsbr", 500, 300, 900), ("linear", "standard", 200, 100, 400), ("bsbr", "linear", 50, 40, 60))
     (axes,) = drawn(table(), "speedup", crossovers=given).axes
     assert data(line(axes, "bsbr crossing")) == ([500], [1])
@@ -188,7 +188,7 @@ def test_a_crossing_is_a_bar_over_its_interval_and_a_ring_on_the_line_that_is_cr
     assert {"linear\ncrosses at 200 [100 to 400]", "bsbr\ncrosses at 500 [300 to 900]", "standard"} == {*legend(axes)}
 
 
-def test_an_attention_may_cross_twice() -> None:
+def test_an_attention_can_cross_twice() -> None:
     given = crossing(("standard", "bsbr", 3000, 2500, 3500), ("standard", "bsbr", 20, 10, 30))
     (axes,) = drawn(table(), "speedup", crossovers=given).axes
     assert "bsbr\ncrosses at 20 [10 to 30], 2.9k [2.4k to 3.4k]" in legend(axes)
@@ -205,7 +205,7 @@ def test_an_attention_may_cross_twice() -> None:
     ],
     ids=["none in range", "out of range", "not with the reference", "of nobody here"],
 )
-def test_what_crosses_nowhere_in_the_picture_is_not_drawn(row: tuple[str, str, float, float, float]) -> None:
+def test_a_crossing_outside_of_the_figure_is_not_drawn(row: tuple[str, str, float, float, float]) -> None:
     (axes,) = drawn(table(), "speedup", crossovers=crossing(row)).axes
     assert not [found for found in axes.lines if "crossing" in str(found.get_gid())]
     assert "crosses" not in "".join(legend(axes))
@@ -244,7 +244,7 @@ def test_the_law_is_drawn_through_the_points(name: str, column: str) -> None:
         assert law.get_color() == points.get_color()
 
 
-def test_the_exponent_stands_with_its_interval_under_the_name() -> None:
+def test_the_exponent_and_its_interval_are_below_the_name() -> None:
     figure = drawn(table(), "scaling", fitted())
     said = "\n".join([words(figure), *legend(figure.axes[0])])
     assert said.count("1.10 (1.05 to 1.16), declared 1") == 3
@@ -252,7 +252,7 @@ def test_the_exponent_stands_with_its_interval_under_the_name() -> None:
 
 
 @pytest.mark.parametrize("note", ["range too short", "overhead dominated"])
-def test_where_no_exponent_may_be_claimed_the_reason_stands_instead(note: str) -> None:
+def test_a_note_replaces_the_exponent(note: str) -> None:
     laws = fitted()
     bsbr = laws["attention"] == "bsbr"
     laws.loc[bsbr, ["exponent", "exponent_low", "exponent_high", "overhead", "factor"]] = math.nan
@@ -263,12 +263,12 @@ def test_where_no_exponent_may_be_claimed_the_reason_stands_instead(note: str) -
     assert data(line(picture.axes[0], "bsbr"))[0] == list(LENGTHS)
 
 
-def test_an_exponent_without_an_interval_or_a_declaration_stands_alone() -> None:
+def test_an_exponent_without_an_interval_or_a_declared_one() -> None:
     laws = fitted().assign(exponent_low=math.nan, exponent_high=math.nan, declared_exponent=math.nan)
     assert "bsbr\n1.10" in legend(drawn(table(), "scaling", laws).axes[0])
 
 
-def test_a_law_is_drawn_over_lengths_alone() -> None:
+def test_a_law_is_drawn_over_lengths_only() -> None:
     batches = table().rename(columns={"seq_len": "batch_size", "batch_size": "seq_len"}).assign(swept="shape.batch_size")
     assert attempted(batches, "scaling", fitted()) is None
     assert attempted(table(lengths=(128,)), "scaling", fitted()) is None
@@ -276,12 +276,12 @@ def test_a_law_is_drawn_over_lengths_alone() -> None:
     assert attempted(table(), "scaling_memory", fitted()[fitted()["quantity"] == "latency"]) is None
 
 
-def test_a_law_ends_where_its_attention_does() -> None:
+def test_a_law_ends_at_the_last_measured_length() -> None:
     axes = drawn(failing(table(), "linear", 8192, "oom"), "scaling", fitted()).axes[0]
     assert data(line(axes, "linear fit"))[0][-1] == pytest.approx(1000)
 
 
-def test_names_of_places_leave_room_for_each_other() -> None:
+def test_tick_labels_do_not_overlap() -> None:
     lengths = (*range(1000, 1010), 4096, 8192)
     axes = drawn(table(lengths=lengths)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1009", "4k", "8k"]

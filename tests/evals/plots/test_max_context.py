@@ -1,4 +1,4 @@
-"""The plot of longest contexts draws every attention, longest first, and says what happened at the next length."""
+"""The plot of longest contexts draws every attention, longest first, with the outcome at the next length."""
 
 import math
 from pathlib import Path
@@ -12,8 +12,8 @@ from evals.plots.style import STYLES
 from tests.evals.sweeps import data
 
 
-def found() -> pd.DataFrame:
-    """What a search for the longest context writes."""
+def max_context_table() -> pd.DataFrame:
+    """A max_context table."""
     rows = [
         ("standard", "ok", 17560.0, 19152.0, "oom"),
         ("bsbr", "ok", 65536.0, math.nan, None),
@@ -25,7 +25,7 @@ def found() -> pd.DataFrame:
 
 
 def test_points_are_the_contexts_and_the_longest_comes_first() -> None:
-    axes = max_context_plot(found()).axes[0]
+    axes = max_context_plot(max_context_table()).axes[0]
     points = {str(point.get_gid()): point for point in axes.lines if point.get_gid()}
     assert {name: data(point) for name, point in points.items()} == {"bsbr": ([65536], [0]), "standard": ([17560], [1])}
     for name, point in points.items():
@@ -33,25 +33,25 @@ def test_points_are_the_contexts_and_the_longest_comes_first() -> None:
         assert axes.get_xlim()[0] < data(point)[0][0] < axes.get_xlim()[1]
 
 
-def test_what_happened_at_the_next_length_is_said() -> None:
-    texts = [text.get_text() for text in max_context_plot(found()).axes[0].texts]
+def test_outcome_at_the_next_length_is_written() -> None:
+    texts = [text.get_text() for text in max_context_plot(max_context_table()).axes[0].texts]
     assert {"64k", "17k; oom at 19k", "none (oom)", "none (uncertified)"} <= set(texts)
 
 
-def test_a_search_that_found_nothing_is_a_figure_too(tmp_path: Path) -> None:
-    assert len(draw_max_context(found().assign(max_context=math.nan), tmp_path)) == 2
+def test_a_search_without_a_result_is_drawn(tmp_path: Path) -> None:
+    assert len(draw_max_context(max_context_table().assign(max_context=math.nan), tmp_path)) == 2
 
 
-def test_other_settings_have_figures_of_their_own(tmp_path: Path) -> None:
-    both = pd.concat([found(), found().assign(dtype="bfloat16")], ignore_index=True)
+def test_other_settings_have_separate_figures(tmp_path: Path) -> None:
+    both = pd.concat([max_context_table(), max_context_table().assign(dtype="bfloat16")], ignore_index=True)
     assert {path.stem for path in draw_max_context(both, tmp_path)} == {"max_context-float32", "max_context-bfloat16"}
     with pytest.raises(ValueError, match="standard has more than one row"):
-        draw_max_context(pd.concat([found(), found()], ignore_index=True), tmp_path)
+        draw_max_context(pd.concat([max_context_table(), max_context_table()], ignore_index=True), tmp_path)
 
 
-def test_the_command_knows_such_a_table(tmp_path: Path) -> None:
-    found().to_csv(tmp_path / "results.csv", index=False)
+def test_the_command_draws_a_table_of_longest_contexts(tmp_path: Path) -> None:
+    max_context_table().to_csv(tmp_path / "results.csv", index=False)
     drawn = draw_folder(tmp_path, tmp_path / "plots")
     assert {path.name for path in drawn} == {"max_context.png", "max_context.svg"}
-    for path in draw_max_context(found(), tmp_path / "direct"):
+    for path in draw_max_context(max_context_table(), tmp_path / "direct"):
         assert (tmp_path / "plots" / path.name).read_bytes() == path.read_bytes()

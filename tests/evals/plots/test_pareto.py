@@ -1,4 +1,4 @@
-"""The Pareto plot draws the points of one setting, their front, and names who is missing."""
+"""The Pareto plot draws the points of one setting, their front, and names the attentions without a point."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from evals.plots.style import STYLES
 from tests.evals.sweeps import attempted, data, drawn, failing, legend, line, table, words
 
 
-def test_nobody_on_the_front_is_beaten_and_everybody_else_is() -> None:
+def test_the_front_is_the_set_of_points_that_none_dominates() -> None:
     generator = np.random.default_rng(0)
     for size in (1, 2, 9, 40):
         # Few values, so that there are ties.
@@ -35,7 +35,7 @@ def test_nobody_on_the_front_is_beaten_and_everybody_else_is() -> None:
         assert corners == sorted(corners)
 
 
-def test_points_are_the_rows_of_the_greatest_place() -> None:
+def test_points_are_the_rows_of_the_greatest_setting() -> None:
     results = table(tuple(STYLES)).sample(frac=1, random_state=0)
     axes = drawn(results, "pareto").axes[0]
     (scatter,) = (found for found in axes.collections if isinstance(found, PathCollection))
@@ -62,20 +62,20 @@ def test_every_point_has_its_name_in_the_legend() -> None:
     assert sorted(legend(drawn(results, "pareto").axes[0])) == sorted(results["attention"].unique())
 
 
-def test_who_failed_at_the_greatest_place_is_named_and_not_drawn() -> None:
+def test_a_failure_at_the_greatest_setting_is_named_and_not_drawn() -> None:
     results = failing(table(tuple(STYLES)), "hopfield", 8192, "oom")
     picture = drawn(results, "pareto")
     assert "not shown: hopfield (oom)" in words(picture)
     assert "hopfield" not in legend(picture.axes[0])
 
 
-def test_the_greatest_place_is_the_greatest_that_leaves_a_choice() -> None:
+def test_the_setting_is_the_greatest_one_with_two_points() -> None:
     results = failing(failing(table(), "standard", 8192, "oom"), "linear", 8192, "timeout")
     assert "1000 tokens" in words(drawn(results, "pareto"))
     assert attempted(table(("bsbr",)), "pareto") is None
 
 
-def test_places_without_an_order_stand_side_by_side_on_one_scale() -> None:
+def test_settings_without_an_order_are_side_by_side_on_one_scale() -> None:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     results = pd.concat([table(lengths=(128 * 2**i,)).assign(swept="dtype", dtype=dtype) for i, dtype in enumerate(dtypes)])
     results["seq_len"] = 128

@@ -25,18 +25,18 @@ from evals.results.frames import check_table, read_fits
 from tests.evals.sweeps import NEW, attempted, crossing, drawn, failing, fitted, line, table, words
 
 
-def test_a_sweep_that_failed_everywhere_says_so(tmp_path: Path) -> None:
+def test_a_sweep_that_failed_everywhere_has_a_note(tmp_path: Path) -> None:
     results = table().assign(outcome="crash")
     assert "no cell gave a number" in words(drawn(results))
     assert len(draw_sweep(results, tmp_path)) == 8  # nothing to map, and no front
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [(1, "1"), (128, "128"), (1000, "1000"), (1024, "1k"), (1536, "1.5k"), (2**20, "1M"), (0.1, "0.1"), (True, "True")],
 )
-def test_settings_read_as_people_write_them(value: object, said: str) -> None:
-    assert format_setting(value) == said
+def test_format_setting(value: object, expected: str) -> None:
+    assert format_setting(value) == expected
 
 
 def csv(results: pd.DataFrame) -> bytes:
@@ -66,7 +66,7 @@ def csv(results: pd.DataFrame) -> bytes:
         (csv(pd.concat([table(), table()])), "standard has more than one row at seq_len = 1"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(
+def test_an_invalid_table_is_an_error_of_one_sentence(
     content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
@@ -87,7 +87,7 @@ def test_the_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.csv").write_bytes(csv(table()))
     (tmp_path / "plots").write_text("a file where a folder should be")
     assert main([str(tmp_path), "--plots", str(tmp_path / "plots")]) == 2
@@ -110,12 +110,12 @@ FITTED = {"scaling", "scaling_memory"}
     ],
 )
 @pytest.mark.parametrize("how", ["absent", "empty"])
-def test_what_needs_a_column_that_is_not_there_is_left_out(without: tuple[str, ...], left: set[str], how: str) -> None:
+def test_a_figure_without_its_column_is_left_out(without: tuple[str, ...], left: set[str], how: str) -> None:
     results = table().drop(columns=[*without]) if how == "absent" else table().assign(**dict.fromkeys(without, math.nan))
     assert {name for name in FIGURES if attempted(results, name) is not None} == left
 
 
-def test_numbers_left_in_a_failed_row_reach_no_figure() -> None:
+def test_numbers_in_a_failed_row_are_not_drawn() -> None:
     results = failing(table(), "linear", 1000, "timeout")
     cell = results["outcome"] == "timeout"
     absurd, none = (
@@ -133,30 +133,30 @@ def svg(picture: Figure) -> bytes:
     return file.getvalue()
 
 
-def test_what_differs_in_another_setting_goes_to_its_own_figure(tmp_path: Path) -> None:
+def test_rows_that_differ_in_another_setting_have_separate_figures(tmp_path: Path) -> None:
     results = pd.concat([table(), table().assign(workload="decode")])
-    told = pd.concat([fitted().assign(workload=workload) for workload in ("decode", "prefill")])
+    both_fits = pd.concat([fitted().assign(workload=workload) for workload in ("decode", "prefill")])
     plain_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_table(fitted(), "scaling")})}
     assert plain_names == {f"{name}-{workload}" for name in ALL - FITTED for workload in ("decode", "prefill")}
-    fitted_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_table(told, "scaling")})}
+    fitted_names = {name for name, _ in sweep_figures(check_table(results), {"scaling": check_table(both_fits, "scaling")})}
     assert fitted_names == {f"{name}-{workload}" for name in ALL for workload in ("decode", "prefill")}
 
 
-def test_a_number_that_goes_with_the_swept_setting_splits_nothing() -> None:
+def test_a_setting_that_varies_with_the_swept_one_does_not_split_the_figure() -> None:
     results = table().assign(swept="shape.head_dim", head_dim=table()["seq_len"], seq_len=64, hidden_dim=8 * table()["seq_len"])
     assert "hidden 8 to 64k" in words(drawn(results))
 
 
-def test_one_style_everywhere() -> None:
+def test_an_attention_has_one_style_in_every_figure() -> None:
     few, many = table(("linear", "mine", "bsbr")), table((*STYLES, "mine"))
-    looked = {
+    drawn_styles = {
         (name, str(found.get_color()), found.get_marker())
         for results in (few, many)
         for name in ("bsbr", "mine")
         for kind in ("latency", "peak_memory", "roofline", "scaling")
         for found in [line(drawn(results, kind, fitted((*STYLES, "mine"))).axes[0], name)]
     }
-    assert looked == {(name, style_of([name])[name].colour, style_of([name])[name].marker) for name in ("bsbr", "mine")}
+    assert drawn_styles == {(name, style_of([name])[name].colour, style_of([name])[name].marker) for name in ("bsbr", "mine")}
 
 
 def crowded() -> pd.DataFrame:
@@ -194,21 +194,21 @@ def test_text_can_be_read_in_print(case: str) -> None:
         assert picture.get_figwidth() == 7  # the full width of a paper, so that points are points in print
         picture.set_dpi(200)  # as it is saved
         FigureCanvasAgg(picture).draw()
-        texts = shown(picture)
+        texts = visible_texts(picture)
         page = picture.bbox
         boxes = [text.get_window_extent() for text in texts]
         for text, box in zip(texts, boxes, strict=True):
             assert float(text.get_fontsize()) >= 6.5, (name, text.get_text())
             assert page.x0 <= box.x0 < box.x1 <= page.x1, (name, text.get_text())
             assert page.y0 <= box.y0 < box.y1 <= page.y1, (name, text.get_text())
-        # Boxes of lines hold the room below them; half a point of it may be shared.
+        # Boxes of lines hold the room below them; boxes can overlap by half a point of it.
         own = [(text.get_text(), box.padded(-0.5 * picture.dpi / 72)) for text, box in zip(texts, boxes, strict=True)]
         for (one, a), (other, b) in itertools.combinations(own, 2):
             assert not a.overlaps(b), (name, one, other)
 
 
-def shown(picture: Figure) -> list[Text]:
-    """The texts on the page; ticks beyond the limits of their axis have labels too, which are not drawn."""
+def visible_texts(picture: Figure) -> list[Text]:
+    """The visible texts of a figure, without the labels of ticks beyond the limits of their axis."""
     texts = set(picture.findobj(Text))
     for axes in picture.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -235,20 +235,20 @@ def test_redrawing_changes_no_byte_and_no_setting(tmp_path: Path) -> None:
     assert first["latency.svg"].startswith(b"<?xml")
 
 
-def test_redrawing_replaces_what_was_there_and_leaves_the_tables_alone(tmp_path: Path) -> None:
+def test_redrawing_replaces_earlier_figures_and_does_not_change_the_tables(tmp_path: Path) -> None:
     results, scaling = table(("standard", "bsbr")), fitted()
     copies = results.copy(), scaling.copy()
     draw_sweep(results, tmp_path, {"scaling": scaling})
     old = (tmp_path / "latency.svg").read_bytes()
-    (tmp_path / "mine.png").write_bytes(b"kept")
+    (tmp_path / "mine.png").write_bytes(b"not a figure of the registry")
     paths = draw_sweep(results.assign(latency_s=results["latency_s"] * 2), tmp_path)
     assert (tmp_path / "latency.svg").read_bytes() != old
-    assert {*tmp_path.iterdir()} == {*paths, tmp_path / "mine.png"}  # no scaling.svg of another time
+    assert {*tmp_path.iterdir()} == {*paths, tmp_path / "mine.png"}  # the earlier scaling.svg is deleted
     pd.testing.assert_frame_equal(results, copies[0])
     pd.testing.assert_frame_equal(scaling, copies[1])
 
 
-def test_a_folder_draws_what_its_tables_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_gives_the_same_figures_as_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = failing(table(), "linear", 8192, "oom")
     given = {"scaling": fitted(), "crossovers": crossing(("standard", "bsbr", 500, 300, math.nan))}
     source = tmp_path / "seq_len"
@@ -270,7 +270,7 @@ def test_a_folder_draws_what_its_tables_draw(tmp_path: Path, capsys: pytest.Capt
         ("crossovers", csv(fitted()), "crossovers.csv is no table of crossovers: column first, second, at"),
     ],
 )
-def test_a_table_of_fits_that_is_none_is_one_sentence(
+def test_an_invalid_table_of_fits_is_an_error_of_one_sentence(
     name: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.csv").write_bytes(csv(table()))
@@ -282,13 +282,13 @@ def test_a_table_of_fits_that_is_none_is_one_sentence(
 
 
 @pytest.mark.parametrize("content", [b"", csv(fitted().head(0))])
-def test_tables_of_fits_without_a_row_fit_nothing(content: bytes, tmp_path: Path) -> None:
+def test_an_empty_table_of_fits_gives_no_figure(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "scaling.csv").write_bytes(content)
     assert attempted(table(), "scaling", read_fits(tmp_path).get("scaling")) is None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({}, None),
         ({"parameter_bytes": [2**20, 2**20 + 9000, 2**20]}, None),  # within 1 %
@@ -297,17 +297,17 @@ def test_tables_of_fits_without_a_row_fit_nothing(content: bytes, tmp_path: Path
         ({"match": ["parameters matched within 1 %", "", ""]}, "parameters matched within 1 %"),
     ],
 )
-def test_every_figure_says_what_is_not_matched(change: dict[str, list[object]], said: str | None) -> None:
+def test_every_figure_names_unmatched_parameters(change: dict[str, list[object]], expected: str | None) -> None:
     results = table()
     for column, values in change.items():
         results[column] = results["attention"].map(dict(zip(("standard", "bsbr", "linear"), values, strict=True)))
     for name in FIGURES:
-        told = words(drawn(results, name, fitted()))
-        assert ("matched" in told) == (said is not None)
-        assert said is None or said in told
+        both_fits = words(drawn(results, name, fitted()))
+        assert ("matched" in both_fits) == (expected is not None)
+        assert expected is None or expected in both_fits
 
 
-def test_the_colours_on_the_page_are_those_of_the_styles() -> None:
+def test_the_colours_in_the_documentation_are_those_of_the_styles() -> None:
     axes = drawn(table(("gau", "mine"))).axes[0]
     for name, look in style_of(["gau", "mine"]).items():
         assert to_hex(line(axes, name).get_color()) == look.colour

@@ -12,7 +12,7 @@ from evals.paths import ROOT
 from evals.plots.style import SPARE_COLOURS, SPARE_MARKERS, STYLES, style_of
 
 
-def test_other_names_get_styles_of_their_own_that_do_not_change() -> None:
+def test_other_names_get_distinct_styles_that_do_not_change() -> None:
     assert style_of(["mine"])["mine"] == style_of(["mine", *STYLES])["mine"]
     names = [f"variant_{number}" for number in range(len(SPARE_COLOURS))]
     chosen = style_of([*names, *STYLES])
@@ -64,7 +64,7 @@ def lab(colour: str, vision: str) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("vision", VISION)
-def test_built_in_colours_can_be_told_apart(vision: str) -> None:
+def test_built_in_colours_are_distinguishable(vision: str) -> None:
     # A difference of 2.3 is just noticeable; six times that holds for thin lines.
     for one, other in itertools.combinations(STYLES.values(), 2):
         assert np.linalg.norm(lab(one.colour, vision) - lab(other.colour, vision)) > 14, (one, other)
