@@ -22,14 +22,7 @@ class Certificates:
         return {record["key"]: str(record["failure"]) for record in records if "key" in record}
 
     def add(self, key: str, attention: str, failure: str, *, finished: bool) -> None:
-        """Remembers a certificate.
-
-        Args:
-            key: digest of all that the certificate depends on.
-            attention: name of the candidate.
-            failure: the failed check and its finding; empty if all passed.
-            finished: whether all checks ran.
-        """
+        """Remembers a certificate. failure: the failed check and its finding, or empty. finished: whether all checks ran."""
         record = {"key": key, "attention": attention, "failure": failure, "time": now()}
         if finished:
             self._ledger.append(record)

@@ -18,18 +18,11 @@ from evals.measure.flops import count_flops
 
 
 class MinimumCost(NamedTuple):
-    """Lower bounds of one step, whatever its kernels.
+    """Lower bounds of one step, whatever its kernels."""
 
-    Attributes:
-        flops: FLOPs of matrix products, causal work only.
-        moved_bytes: the parameters, inputs and states that it reads, and the results that it leaves, each counted once. If all
-            fit into a cache, they move from there.
-        held_bytes: peak of memory above its inputs: the results that it leaves.
-    """
-
-    flops: int
-    moved_bytes: int
-    held_bytes: int
+    flops: int  # of matrix products, causal work only
+    moved_bytes: int  # parameters, inputs and states that it reads, and its results, each once; a cache may hold all of them
+    held_bytes: int  # peak of memory above its inputs: its results
 
 
 UNBOUNDED = MinimumCost(0, 0, 0)

@@ -35,12 +35,9 @@ class Setup:
 
 @torch.inference_mode()
 def check_and_time(setup: Setup) -> bool:
-    """Compares the ranks' output with that of one rank, times them, and counts what they send. Rank 0 prints all of it.
+    """Compares the ranks' output with that of one rank, times the ranks, and counts the bytes that they send; rank 0 prints.
 
-    Must run in every process that torchrun started.
-
-    Returns:
-        Whether the output is right.
+    Must run in every process that torchrun started. Returns whether the output is right.
     """
     with _process_group(setup.device) as device:
         attention = _build(setup, device)

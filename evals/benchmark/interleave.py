@@ -36,15 +36,15 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
     """Measures a commit and the working tree in alternating time slices.
 
     Args:
-        revision: the commit, as git takes it.
+        revision: names the commit, such as HEAD~1.
         overrides: settings for evals.run.
-        rounds: rounds of each side.
+        rounds: of each side.
 
     Returns:
         The result folders of the commit and of the working tree.
 
     Raises:
-        UsageError: if the arguments do not allow it, or with the last line that a failed command printed.
+        UsageError: for arguments that cannot be measured this way, or with the last line that a failed command printed.
     """
     if rounds < 2:
         raise UsageError(f"--rounds must be at least 2, since it is between rounds that noise shows, got {rounds}")

@@ -26,20 +26,11 @@ class Job(ABC):
     """Work on one comparison. What the ledger already holds of it is not done again, so a killed job resumes.
 
     Subclasses set `id` in their constructor.
-
-    Attributes:
-        kind: kind of the record that describes the job; also the field under which the job's records carry its id.
-        id: digest of all facts that the job's records depend on.
-        machine: the processor and the version of torch.
-        settings: conditions of the job, as columns of its table: the comparison's settings and the machine.
-        code: for each candidate, the digest of its attention's source code.
-        memory_limit_bytes: what a worker process may allocate.
-        preflight: certifies candidates, and measures their cost, before they are worked on.
     """
 
-    kind: ClassVar[str]
-    id: str
-    settings: dict[str, Any]
+    kind: ClassVar[str]  # kind of the record that describes the job; also the field under which all its records carry its id
+    id: str  # digest of all facts that the job's records depend on
+    settings: dict[str, Any]  # columns of the job's table: the comparison's settings, the processor and the version of torch
 
     def __init__(self, comparison: Comparison, ledger: Ledger, certificates: Certificates) -> None:
         """Prepares the work on a comparison; starts nothing.

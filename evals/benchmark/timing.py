@@ -12,11 +12,6 @@ from evals.results.ledger import Record
 
 
 @dataclass(frozen=True)
-class Built:
-    """First reply: module, inputs and state are built, and nothing was called yet."""
-
-
-@dataclass(frozen=True)
 class CallFirst:
     """Request for the first call, which includes all one-time work."""
 
@@ -38,7 +33,8 @@ class CallFor:
 
 
 Request = CallFirst | CallFor
-Reply = Built | FirstCall | TimeSlice
+Reply = FirstCall | TimeSlice | None
+"""None is the first reply: module, inputs and state are built, and nothing was called yet."""
 
 
 def serve_calls(comparison: Comparison, candidate: Candidate) -> Generator[Reply, Request, None]:
@@ -46,7 +42,7 @@ def serve_calls(comparison: Comparison, candidate: Candidate) -> Generator[Reply
     settle_allocator()
     work = prepare(comparison, candidate)
     clock = make_clock(work.call, comparison.device.kind, comparison.device.mode)
-    reply: Reply = Built()
+    reply: Reply = None
     while True:
         match (yield reply):
             case CallFirst():

@@ -35,10 +35,6 @@ def build_tables(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
 def write_outputs(cfg: DictConfig, job_ids: Collection[str]) -> int:
     """Writes all outputs of the sweep's folder, and prints the results of this command and the names of the files.
 
-    Args:
-        cfg: the config that the command's jobs share.
-        job_ids: the command's jobs.
-
     Returns:
         The exit code: INCOMPLETE if an attention of this command has no number.
     """

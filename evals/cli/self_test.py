@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from evals.paths import CONF, ROOT
 from evals.results import latency_table, schema
 from evals.results.ledger import Ledger
 
+SLOWDOWN = 1.05
 NAMES = ("standard", "bsbr", "linear", "sliding_window", "sparse", "hopfield", "delta_net", "gau")
 CERTIFICATES = Certificates(Path(tempfile.gettempdir()) / "bsbr-validate" / "certificates.jsonl")
 
@@ -43,30 +44,35 @@ def aa(numbers: range, overrides: Sequence[str]) -> bool:
         numbers: one comparison each; the number is the seed that draws an attention and a length.
         overrides: settings of the config, such as `device.threads=1`.
     """
-    covered = wrong = 0
-    for number in tqdm(numbers, desc="aa", disable=None):
-        chance = random.Random(number)
-        row = _against_itself(chance.choice(NAMES), chance.choice([64, 200, 512, 1000, 2048]), number, overrides, factor=1.0)
-        covered += row["speedup_low"] <= 1 <= row["speedup_high"]
-        wrong += row["verdict"] in ("faster", "slower")
-        tqdm.write(f"aa {number}: {_description(row)}")
+    rows = list(_self_comparisons("aa", numbers, [64, 200, 512, 1000, 2048], overrides, factor=1.0))
+    covered = sum(row["speedup_low"] <= 1 <= row["speedup_high"] for row in rows)
+    wrong = sum(row["verdict"] in ("faster", "slower") for row in rows)
     count = len(numbers)
     print(f"aa: {covered} of {count} intervals hold 1 (at least {0.925 * count:.0f})")
     print(f"aa: {wrong} of {count} are called faster or slower (at most {0.02 * count:.0f})")
     return covered >= 0.925 * count and wrong <= 0.02 * count
 
 
-def slowdown(numbers: range, overrides: Sequence[str], factor: float = 1.05) -> bool:
-    """Compares attentions with themselves slowed down by `factor`: at least 9 of 10 are called slower. Arguments as of `aa`."""
-    detected = 0
-    for number in tqdm(numbers, desc="slowdown", disable=None):
-        chance = random.Random(number)
-        row = _against_itself(chance.choice(NAMES), chance.choice([512, 1000, 2048]), number, overrides, factor=factor)
-        detected += row["verdict"] == "slower"
-        tqdm.write(f"slowdown {number}: {_description(row)}")
+def slowdown(numbers: range, overrides: Sequence[str]) -> bool:
+    """Compares attentions with copies slowed down by `SLOWDOWN`: at least 9 of 10 are called slower. Arguments as of `aa`."""
+    rows = list(_self_comparisons("slowdown", numbers, [512, 1000, 2048], overrides, factor=SLOWDOWN))
+    detected: int = sum(row["verdict"] == "slower" for row in rows)
     count = len(numbers)
-    print(f"slowdown: {detected} of {count} that take {factor:.0%} of the time are called slower (at least {0.9 * count:.0f})")
+    print(f"slowdown: {detected} of {count} that take {SLOWDOWN:.0%} of the time are called slower (at least {0.9 * count:.0f})")
     return detected >= 0.9 * count
+
+
+def _self_comparisons(
+    test: str, numbers: range, lengths: Sequence[int], overrides: Sequence[str], factor: float
+) -> Iterator[dict[str, Any]]:
+    """Yields and prints the result of one comparison per number."""
+    for number in tqdm(numbers, desc=test, disable=None):
+        chance = random.Random(number)
+        row = _against_itself(chance.choice(NAMES), chance.choice(lengths), number, overrides, factor)
+        interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
+        comparison = f"{row['relative_to']} at {row['seq_len']}, {row['rounds']} rounds"
+        tqdm.write(f"{test} {number}: {comparison}: {interval}, {row['verdict']}")
+        yield row
 
 
 def _against_itself(name: str, seq_len: int, seed: int, overrides: Sequence[str], factor: float) -> dict[str, Any]:
@@ -83,11 +89,6 @@ def _against_itself(name: str, seq_len: int, seed: int, overrides: Sequence[str]
     if row["outcome"] != "ok":
         raise UsageError(f"{name} against itself ended as {row['outcome']}: {row['detail']}")
     return row
-
-
-def _description(row: dict[str, Any]) -> str:
-    interval = f"{row['speedup']:.3f} ({row['speedup_low']:.3f} to {row['speedup_high']:.3f})"
-    return f"{row['relative_to']} at {row['seq_len']}, {row['rounds']} rounds: {interval}, {row['verdict']}"
 
 
 # --- the clock ------------------------------------------------------------------------------------
