@@ -115,7 +115,7 @@ def _defining_module(base: str, name: str) -> str:
     if importlib.util.find_spec(f"{base}.{name}") is not None:
         return f"{base}.{name}"
     home = str(getattr(getattr(importlib.import_module(base), name, None), "__module__", base))
-    # A type alias names the module of its generic type, such as collections.abc: it is defined where it is imported from.
+    # A type alias names the module of its generic type, such as collections.abc, instead of the module that defines it.
     return home if home.partition(".")[0] == base.partition(".")[0] else base
 
 

@@ -76,7 +76,7 @@ def attentions_of(module: nn.Module) -> list[Attention]:
 
 
 def _move_without_data(module: nn.Module, device: str) -> None:
-    """Module.to(device) under FakeTensorMode, where torch refuses it. Parameters and buffers have a device then, but no data."""
+    """Replaces Module.to(device), which torch refuses under FakeTensorMode. Parameters and buffers get a device, but no data."""
     moved: dict[Tensor, Tensor] = {}  # so that a tied weight stays one tensor
     for part in module.modules():
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
@@ -130,7 +130,7 @@ def _minimum_of_train_step(module: Module, inputs: Tensor) -> MinimumCost:
 
 
 def _minimum_of_decode(module: Module, inputs: Tensor) -> MinimumCost:
-    """Lower bounds of the first two tokens of a block: the first may do what a block needs once, the second attends to least."""
+    """Lower bounds of the first two tokens of a block: one-time work may make the first expensive; the second attends to least."""
     module.eval()
     context = _context_up_to_a_block(module, inputs)
     with torch.no_grad():
@@ -141,9 +141,9 @@ def _minimum_of_decode(module: Module, inputs: Tensor) -> MinimumCost:
 
 
 def _context_up_to_a_block(module: Module, inputs: Tensor) -> Tensor:
-    """The context that ends where the first block within a decoding call begins. Inputs are repeated to reach it."""
+    """The context up to the first block that begins within a decoding call, from repeated inputs."""
     block = longest_block(module)
-    start = inputs.shape[1] - min(block, 2 * inputs.shape[1]) // 2  # where the call begins
+    start = inputs.shape[1] - min(block, 2 * inputs.shape[1]) // 2  # context before the call
     return torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
 
 

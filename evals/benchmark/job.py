@@ -51,7 +51,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self, report: ProgressCallback) -> Iterator[Record]:
-        """Does what is left to do; yields each record once it is in the ledger. Must run in the main thread."""
+        """Does the remaining work; yields each record once it is in the ledger. Must run in the main thread."""
 
     @abstractmethod
     def remaining(self) -> tuple[int, float | None]:

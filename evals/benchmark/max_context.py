@@ -104,7 +104,7 @@ class ContextSearch(Job):
         return super().description() | limits
 
     def _search(self, candidate: Candidate, report: Callable[[str], None]) -> list[Record]:
-        """Probes one candidate where the ledger does not know the result; returns the new records."""
+        """Probes one candidate at the lengths that the ledger lacks; returns the new records."""
         known = self._known_probes(candidate)
         added: list[Record] = []
 

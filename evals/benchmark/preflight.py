@@ -119,7 +119,7 @@ def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[Rec
 
 
 def measure_memory(comparison: Comparison, candidate: Candidate) -> Record:
-    """Peaks of memory of a call, the time that this took, what the call counted, and the implementation that runs.
+    """Peaks of memory of a call, the duration of their measurement, the call's counts, and its implementation.
 
     Must run in a process that has not worked before: `process_peak_bytes` needs that.
     """
@@ -139,6 +139,6 @@ def implementation(comparison: Comparison, candidate: Candidate) -> str:
     """Name of the implementation that the attention runs on this device, in this precision, at this length."""
     device = comparison.device
     attention = candidate.build(comparison.model).to(device.kind, device.torch_dtype).eval()
-    time = min(comparison.shape.seq_len, 2 * attention.block_length)  # two blocks run what many do
+    time = min(comparison.shape.seq_len, 2 * attention.block_length)  # two blocks run the same kernels as many
     tokens = torch.zeros(1, time, comparison.model.hidden_dim, device=device.kind, dtype=device.torch_dtype)
     return attention.implementation(*attention.project(tokens))

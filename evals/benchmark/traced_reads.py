@@ -1,4 +1,4 @@
-"""Traces what a computation costs, on tensors without data: its FLOPs, and which bytes of given tensors it reads."""
+"""Traces a computation on tensors without data: its FLOPs, and the bytes of given tensors that it reads."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple

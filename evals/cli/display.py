@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_display(jobs: int, *, quiet: bool) -> "Display":
-    """The display for where standard output goes. jobs: number of comparisons of the command."""
+    """The display that suits standard output. jobs: number of comparisons of the command."""
     if quiet:
         return Display()
     return TableDisplay(jobs) if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else LogDisplay()
@@ -155,7 +155,7 @@ class TableDisplay(Display):
             grid.add_column(heading, justify="right", no_wrap=True)
         grid.add_column("", no_wrap=True)
         for name, values, state in rows:
-            # On a narrow terminal names are shortened, values are not.
+            # A narrow terminal shortens names, never values.
             name = shorten(name, max(self.console.width - 2 - used, 8))
             grid.add_row(Text(f"  {name}"), *map(Text, values), Text(state, "dim"))
         note = self.table.footnote()

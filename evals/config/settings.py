@@ -32,7 +32,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Model:
-    """Size of the attention, and what is built around it; conf/model/base.yaml explains each setting."""
+    """Size of the attention, and the model around it; conf/model/base.yaml explains each setting."""
 
     scope: Annotated[Scope, one_of(SCOPES)]
     hidden_dim: Size
@@ -117,7 +117,7 @@ class Candidate:
         try:
             attention = instantiate(self.node, hidden_dim=model.hidden_dim, num_heads=model.num_heads)
         except InstantiationException as error:
-            cause = error.__cause__ or error  # Hydra wraps the message that says what is wrong
+            cause = error.__cause__ or error  # Hydra wraps the exception with the useful message
             message = not_found(self.node["_target_"]) if "Error loading" in str(cause) else one_sentence(cause)
             if model.positions == "rotary" and "unexpected keyword argument 'rotary'" in message:
                 message = (

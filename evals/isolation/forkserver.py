@@ -1,4 +1,4 @@
-"""The fork server: it has imported what worker processes need, and forks each of them.
+"""The fork server: imports the modules that worker processes need, and forks each worker.
 
 This module imports nothing but the standard library, so that a command can start the server before anything else.
 """

@@ -76,7 +76,7 @@ class Worker(Generic[Request, Reply]):
         """Waits for the next value or a failure, then stops the process."""
         if not wait([self._connection], timeout_s):
             return Result("timeout", detail=f"took longer than {timeout_s:g} s")
-        with contextlib.suppress(EOFError, ConnectionResetError):  # raised where the child died before it sent anything
+        with contextlib.suppress(EOFError, ConnectionResetError):  # the child died before it sent anything
             result: Result[Reply] = self._connection.recv()
             self._signal(signal.SIGSTOP)
             return result
@@ -146,7 +146,7 @@ def _run_child(
 
 
 def _serve(connection: Connection, generator: Generator[Reply, Request, None]) -> None:
-    """Sends what the generator yields and hands it the requests, until it ends or the parent closes the pipe."""
+    """Sends the generator's values and passes requests to it, until it ends or the parent closes the pipe."""
     with contextlib.suppress(StopIteration, EOFError):
         reply = next(generator)
         while True:
