@@ -1,4 +1,4 @@
-"""The certificate passes correct attentions and fails wrong ones, each for what is wrong with it."""
+"""The certificate passes correct attentions and fails wrong ones, each in the check of its error."""
 
 import inspect
 import re
@@ -121,7 +121,7 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
 
 
 @pytest.mark.parametrize(("cls", "options", "checks", "check", "message"), WRONG, ids=[case[0].__name__ for case in WRONG])
-def test_a_wrong_attention_fails_for_what_is_wrong_with_it(
+def test_a_wrong_attention_fails_the_check_of_its_error(
     cls: type[Attention], options: dict[str, int], checks: set[str], check: str, message: str
 ) -> None:
     failed = failures(partial(cls, 16, 2, **options))

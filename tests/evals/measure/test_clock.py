@@ -83,7 +83,7 @@ def test_a_time_slice_has_at_least_one_call_and_every_sample_is_a_call() -> None
 
 
 def test_samples_are_the_seconds_of_their_calls() -> None:
-    """Calls of different known lengths can be told apart by their samples, in order."""
+    """The samples of calls of different known lengths differ accordingly, in order."""
     sizes = iter([1, *FIRST * 50])
     buffers = {size: torch.ones(size * MIB // 4) for size in (1, *FIRST)}
 

@@ -1,4 +1,4 @@
-"""The clock of a CUDA device: its logic on a simulated device with virtual time, and on a real device where there is one."""
+"""The clock of a CUDA device: its logic on a simulated device with virtual time, and its readings on a real device."""
 
 import math
 from collections import deque

@@ -1,4 +1,4 @@
-"""Measured peaks: every rate is there, and the calls that are timed do the work that they are counted for."""
+"""Measured peaks: no rate is missing, and the timed calls do all the work that is counted."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_working_sets_leave_three_quarters_of_the_free_memory_alone(monkeypatch:
 
 
 def test_a_pass_goes_over_the_whole_working_set() -> None:
-    """A pass that touched less than it is counted for would report a peak above the machine's."""
+    """A pass that touched fewer bytes than are counted would report a peak above the machine's."""
     for size, call in list(module.memory_passes("cpu"))[:6]:
         moved = call()
         assert isinstance(moved, torch.Tensor)

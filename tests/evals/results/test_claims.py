@@ -30,35 +30,36 @@ BYTES: dict[str, Time] = {"standard": lambda n: 4.0 * n * n, "linear": lambda n:
 def write(
     folder: Path, times: Mapping[str, Time] = TIMES, *, noise: float = 0.01, rounds: int = 6, ledger: bool = True, **columns: Any
 ) -> Path:
-    """Writes one comparison per length. Each round slows all attentions alike by up to 30 %, and each a little on its own."""
+    """Writes one comparison per length. Each round slows all attentions alike by up to 30 %, and has noise for each of them."""
     generator = np.random.default_rng(0)
     rows, reference = [], "standard"
     for n in SIZES:
         shared = np.exp(generator.uniform(-0.3, 0.3, (rounds, 4, 1)))
-        turns: dict[tuple[str, bool], list[list[list[float]]]] = {}
-        for name, twin in [*((name, False) for name in times), (reference, True)]:
+        slices: dict[tuple[str, bool], list[list[list[float]]]] = {}
+        for name, is_control in [*((name, False) for name in times), (reference, True)]:
             own = np.exp(generator.normal(0, noise, (rounds, 1, 1)) + generator.normal(0, noise, (rounds, 4, 5)))
-            turns[name, twin] = (times[name](n) * shared * own).tolist()
+            slices[name, is_control] = (times[name](n) * shared * own).tolist()
         if ledger:
-            for (name, twin), of_rounds in turns.items():
-                for number, taken in enumerate(of_rounds):
+            for (name, is_control), by_round in slices.items():
+                for number, time_slices in enumerate(by_round):
                     Ledger(folder / "samples.jsonl").append(
                         {
                             "kind": "latency",
                             "comparison": f"c{n}",
                             "attention": name,
                             "round": number,
-                            "is_control": twin,
+                            "is_control": is_control,
                             "outcome": "ok",
                             "round_s": 1.0,
                             "first_call_s": 0.1,
-                            "time_slices": taken,
+                            "time_slices": time_slices,
                         }
                     )
-        floor = noise_floor(speedup_interval(turns[reference, False], turns[reference, True], generator=generator))
+        floor = noise_floor(speedup_interval(slices[reference, False], slices[reference, True], generator=generator))
         for name in times:
-            latency = median_interval([[t for turn in one for t in turn] for one in turns[name, False]], generator=generator)
-            speedup = speedup_interval(turns[reference, False], turns[name, False], generator=generator)
+            samples = [[sample for part in time_slices for sample in part] for time_slices in slices[name, False]]
+            latency = median_interval(samples, generator=generator)
+            speedup = speedup_interval(slices[reference, False], slices[name, False], generator=generator)
             rows.append(
                 {
                     "sweep": "seq_len",
@@ -134,8 +135,8 @@ def test_a_text_that_is_no_claim_is_refused_in_one_sentence(text: str, message: 
     with pytest.raises(UsageError, match=message):
         parse(text)
     assert main([text]) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -171,12 +172,12 @@ def test_a_text_that_is_no_claim_is_refused_in_one_sentence(text: str, message: 
 )
 def test_verdicts(measured: Path, text: str, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main([text, str(measured)])
-    said = capsys.readouterr().out
-    assert said.startswith(f"{verdict}: ")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{verdict}: ")
     assert code == EXIT_CODES[verdict]
-    assert "processor Test CPU; torch 2.13.0" in said
-    assert str(measured) in said
-    assert ("would decide it: " in said) == (verdict == "undecided")
+    assert "processor Test CPU; torch 2.13.0" in printed
+    assert str(measured) in printed
+    assert ("would decide it: " in printed) == (verdict == "undecided")
 
 
 def test_the_evidence_at_one_setting(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,9 +191,9 @@ def test_the_evidence_at_one_setting(measured: Path, capsys: pytest.CaptureFixtu
 
 def test_without_a_setting_the_worst_one_decides(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bsbr faster than standard", str(measured)])
-    said = capsys.readouterr().out
-    assert "at seq_len 128" in said.splitlines()[0]
-    assert "the worst of 6 settings: 4 supported, 2 refuted, 0 undecided" in said
+    printed = capsys.readouterr().out
+    assert "at seq_len 128" in printed.splitlines()[0]
+    assert "the worst of 6 settings: 4 supported, 2 refuted, 0 undecided" in printed
 
 
 def test_two_attentions_other_than_the_reference_are_paired_from_the_ledger(
@@ -223,9 +224,9 @@ def test_two_attentions_other_than_the_reference_are_paired_from_the_ledger(
     ],
 )
 def test_weighing_by_hand(ratio: Interval, claimed: float, floor: float, verdict: str) -> None:
-    said, decides = weigh(ratio, claimed, floor, 5)
-    assert said == verdict
-    assert bool(decides) == (verdict == "undecided")
+    decided, missing = weigh(ratio, claimed, floor, 5)
+    assert decided == verdict
+    assert bool(missing) == (verdict == "undecided")
 
 
 def test_an_undecided_claim_says_how_many_rounds_it_takes() -> None:
@@ -248,7 +249,7 @@ def test_noise_supports_no_claim_about_equal_attentions(tmp_path: Path, capsys: 
 
 
 def test_ff_dims_of_matched_parameters_are_not_a_setting(tmp_path: Path) -> None:
-    """With match=params each candidate has an ff_dim of its own, and they are still measured side by side."""
+    """With match=params ff_dim differs between candidates, and they are still measured side by side."""
     folder = write(tmp_path, ledger=False, match="params")
     table = pd.read_csv(folder / "results.csv")
     table["ff_dim"] = table["attention"].map({"standard": 1024, "linear": 1000, "bsbr": 900})
@@ -289,9 +290,9 @@ def test_an_unmeasured_name_or_setting_is_reported_with_the_measured_ones(
     measured: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([text, str(measured)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert pd.Series([said]).str.contains(message).all()
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert pd.Series([printed]).str.contains(message).all()
 
 
 def test_own_sweeps_are_searched_before_those_of_the_study(
@@ -312,6 +313,6 @@ def test_a_folder_without_a_table_is_named(tmp_path: Path, capsys: pytest.Captur
     assert main(["bsbr faster than linear", str(tmp_path / "none")]) == 2
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     assert main(["bsbr faster than linear", str(tmp_path)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert "none/results.csv is no table of results" in said[0]
-    assert "has no column attention" in said[1]
+    printed = capsys.readouterr().err.splitlines()
+    assert "none/results.csv is no table of results" in printed[0]
+    assert "has no column attention" in printed[1]

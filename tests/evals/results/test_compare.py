@@ -1,4 +1,4 @@
-"""Comparison of two folders with known truth, and of two commits of which one is worse."""
+"""Comparison of two folders with known truth, and of a commit with a worse one."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def cell(logs: Numbers, times: Sequence[float] = (), *, attention: str = "bsbr",
 
 
 def in_turns(a: Numbers, b: Numbers, **other: Any) -> tuple[Cell, Cell]:
-    """Round r of A at 20 r seconds, of B 10 seconds later."""
+    """Round r of A is measured at 20 r seconds, that of B 10 seconds later."""
     return cell(a, [20.0 * r for r in range(len(a))], **other), cell(b, [20.0 * r + 10 for r in range(len(b))], **other)
 
 
@@ -211,9 +211,9 @@ def write(folder: Path, made: Sequence[Made], *, processor: str = "P", start: in
         for index, middle in enumerate(one.rounds if one.outcome == "ok" else ()):
             time = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=start + step * index)
             common = {"kind": "latency", **of, "round": index, "outcome": "ok", "time": time.isoformat(timespec="seconds")}
-            turns = [[middle * 0.9, middle], [middle, middle, middle * 3]]  # an outlier does not move the median
+            slices = [[middle * 0.9, middle], [middle, middle, middle * 3]]  # an outlier does not move the median
             records += [
-                {**common, "is_control": False, "time_slices": turns},
+                {**common, "is_control": False, "time_slices": slices},
                 {**common, "is_control": True, "time_slices": [[middle * 7]]},
             ]
         ledger.append(*records)
@@ -227,7 +227,7 @@ def write(folder: Path, made: Sequence[Made], *, processor: str = "P", start: in
     return folder
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert all(len(line) <= 80 for line in out.splitlines())
@@ -246,7 +246,7 @@ def test_exit_code_1_for_a_slowdown_above_the_threshold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, threshold: str, code: int
 ) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made(rounds=slowed(factor))], start=1000)
-    got, out, err = said(capsys, a, b, "--threshold", threshold)
+    got, out, err = run_command(capsys, a, b, "--threshold", threshold)
     assert (got, err) == (code, "")
     assert f"{1 / factor:.3f}x" in out
     assert ("regression: bsbr takes" in out) == bool(code)
@@ -255,14 +255,14 @@ def test_exit_code_1_for_a_slowdown_above_the_threshold(
 
 def test_a_missing_noise_floor_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made(floor=None)]), write(tmp_path / "b", [Made(floor=None, rounds=slowed(1.2))], start=1000)
-    code, out, _ = said(capsys, a, b)
+    code, out, _ = run_command(capsys, a, b)
     assert code == 1
     assert "Where there is no floor, nothing was measured against itself." in out
 
 
 def test_a_missing_folder_of_the_csv_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
-    code, _, err = said(capsys, a, b, "--csv", tmp_path / "nowhere" / "rows.csv")
+    code, _, err = run_command(capsys, a, b, "--csv", tmp_path / "nowhere" / "rows.csv")
     assert code == 2
     assert "nowhere" in err
     assert len(err.splitlines()) == 1
@@ -272,7 +272,7 @@ def test_interleaved_folders_are_paired(tmp_path: Path, capsys: pytest.CaptureFi
     noise = [1.0, 1.5, 0.7, 1.2, 0.9]
     a = write(tmp_path / "a", [Made(rounds=[0.01 * by for by in noise])])
     b = write(tmp_path / "b", [Made(rounds=[0.0108 * by * (1 + 0.001 * n) for n, by in enumerate(noise)])], start=25)
-    code, out, _ = said(capsys, a, b)
+    code, out, _ = run_command(capsys, a, b)
     assert code == 1
     assert "slower" in out
     assert "not interleaved" not in out
@@ -284,7 +284,7 @@ def test_cells_of_one_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureFi
         tmp_path / "a", [Made(), Made("linear"), Made("gau", outcome="crash", peak_bytes=None), Made("old", outcome="timeout")]
     )
     b = write(tmp_path / "b", [Made(), broken, Made("gau"), Made("old", outcome="timeout")])
-    code, out, _ = said(capsys, a, b, "--csv", tmp_path / "out.csv")
+    code, out, _ = run_command(capsys, a, b, "--csv", tmp_path / "out.csv")
     names = ("bsbr", "linear", "sparse", "gau", "old")
     verdicts = {line.split()[0]: line for line in out.splitlines() if line.split()[:1] and line.split()[0] in names}
     assert verdicts["bsbr"].endswith(" same")
@@ -307,23 +307,23 @@ def test_cells_of_one_folder_are_listed(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_cell_that_fails_only_in_b_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a", [Made(), Made("sparse")])
     b = write(tmp_path / "b", [Made(), Made("sparse", outcome="oom", detail="needs 9 GiB of 8", peak_bytes=None)])
-    code, out, _ = said(capsys, a, b)
+    code, out, _ = run_command(capsys, a, b)
     assert code == 1
     assert "regression: sparse was ok and is oom: needs 9 GiB of 8" in out
 
 
 @pytest.mark.parametrize(
-    ("peak", "code", "shown"), [(2**20, 0, False), (2**20 + 4096, 0, True), (2**21, 1, True), (2**19, 0, True)]
+    ("peak", "code", "is_printed"), [(2**20, 0, False), (2**20 + 4096, 0, True), (2**21, 1, True), (2**19, 0, True)]
 )
 def test_changed_memory_is_printed_and_growth_is_a_regression(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], peak: int, code: int, shown: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], peak: int, code: int, is_printed: bool
 ) -> None:
     a = write(tmp_path / "a", [Made(), Made("linear")])
     b = write(tmp_path / "b", [Made(peak_bytes=peak), Made("linear")])
-    got, out, _ = said(capsys, a, b)
+    got, out, _ = run_command(capsys, a, b)
     assert got == code
     _, _, block = out.partition("peak memory where it changed")
-    assert bool(block) == shown
+    assert bool(block) == is_printed
     assert ("regression: bsbr holds 2097152 bytes instead of 1048576" in block) == bool(code)
     assert "linear" not in block
 
@@ -335,7 +335,7 @@ def test_different_machines_and_long_names_fit_80_columns(tmp_path: Path, capsys
         write(tmp_path / "a", many, processor="Slow 3000 (2 cores)"),
         write(tmp_path / "b", many, processor="Fast 9000 (64 cores)"),
     )
-    code, out, _ = said(capsys, a, b)
+    code, out, _ = run_command(capsys, a, b)
     assert code == 0
     assert "Their processors differ: the ratios compare these machines as much as the code." in " ".join(out.split())
     flowing = " ".join(out.split())  # where a line breaks depends on how long the folder's name is
@@ -349,7 +349,7 @@ def test_an_incomplete_line_is_reported_and_the_rest_counts(tmp_path: Path, caps
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made()])
     with (a / "samples.jsonl").open("a") as file:
         file.write('{"kind": "lat')
-    code, _, err = said(capsys, a, b)
+    code, _, err = run_command(capsys, a, b)
     assert code == 0
     assert err == f"warning: {a / 'samples.jsonl'} is damaged in line 12, which is left out\n"
 
@@ -381,7 +381,7 @@ def test_a_folder_without_usable_results_is_one_sentence_and_code_2(
     (b / name).unlink()
     if text is not None:
         (b / name).write_text(text, errors="surrogateescape")
-    code, out, err = said(capsys, a, b)
+    code, out, err = run_command(capsys, a, b)
     assert (code, out) == (2, "")
     last = err.splitlines()[-1]
     assert last.startswith(f"error: {b}")
@@ -395,7 +395,7 @@ def test_an_invalid_latency_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     record = json.loads(lines[1])
     lines[1] = json.dumps({**record, "time_slices": ["?"]}).replace('"?"', f"[{latency}]")
     (b / "samples.jsonl").write_text("\n".join(lines))
-    code, _, err = said(capsys, a, b)
+    code, _, err = run_command(capsys, a, b)
     assert code == 2
     assert err.startswith(f"error: {b} is corrupt: ")
     assert len(err.splitlines()) == 1
@@ -404,7 +404,7 @@ def test_an_invalid_latency_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def test_no_cell_in_common_names_the_settings_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a", [Made(settings={"dtype": "float32"}), Made(settings={"dtype": "float32", "seq_len": 64})])
     b = write(tmp_path / "b", [Made(settings={"dtype": "bfloat16", "seq_len": 128})])
-    code, _, err = said(capsys, a, b)
+    code, _, err = run_command(capsys, a, b)
     assert code == 2
     assert err == (
         "error: A and B have no cell in common: seq_len is 512, 64 in A and 128 in B; dtype is float32 in A and bfloat16 in B\n"
@@ -413,7 +413,7 @@ def test_no_cell_in_common_names_the_settings_that_differ(tmp_path: Path, capsys
 
 def test_two_machines_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", [Made()]), write(tmp_path / "b", [Made(), Made()])
-    code, _, err = said(capsys, a, b)
+    code, _, err = run_command(capsys, a, b)
     assert code == 2
     assert "B holds bsbr twice under the same settings" in err
 
@@ -438,7 +438,7 @@ def test_two_machines_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = said(capsys, *arguments)
+    code, out, err = run_command(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert words in err
@@ -467,7 +467,7 @@ def git(tree: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with this code, in whose working tree an attention holds 1 MiB more than in its last commit."""
+    """A repository with this code. In its working tree an attention holds 1 MiB more than in its last commit."""
     tree = tmp_path_factory.mktemp("compare").resolve() / "repository"
     for name in ("bsbr", "baselines", "evals", "conf", "schemas"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -482,7 +482,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """A trap: python does not look where it is started, and finds the working tree's code wherever that is."""
+    """A trap: Python finds the code of the working tree from any folder, and not that of the folder in which it starts."""
     return {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
 
 
@@ -528,7 +528,7 @@ def test_ctrl_c_removes_the_checkout_of_the_base(repository: Path) -> None:
 @of_a_repository
 def test_a_base_that_cannot_be_measured_is_reported_with_its_error(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(tree: Path, *more: str) -> str:
-        """What is said in `tree` by a command that is not started there: its own imports are none of what is asked."""
+        """The error of a command for `tree` that runs in this process, with this process's imports."""
         monkeypatch.chdir(tree)
         monkeypatch.setattr(interleave, "ROOT", tree)
         for name, value in environment(tree).items():

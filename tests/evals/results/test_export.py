@@ -1,4 +1,4 @@
-"""Exported tables hold the numbers of the results, the reasons for missing ones, and compile in LaTeX whatever a name holds."""
+"""Exported tables hold the numbers of the results and the reasons for missing ones, and compile in LaTeX with any name."""
 
 import re
 import shutil
@@ -41,9 +41,9 @@ def test_every_latency_is_in_its_cell(form: object, separator: str) -> None:
     for name in results["attention"].unique():
         start = name.replace("_", r"\_")
         line = next(line for line in table.splitlines() if line.strip("| ").startswith(f"{start} "))
-        told = [text.strip() for text in line.strip("|").rstrip("\\ ").split(separator)[1:]]
+        texts = [text.strip() for text in line.strip("|").rstrip("\\ ").split(separator)[1:]]
         rows = results[results["attention"] == name].set_index("seq_len")
-        for length, text in zip(lengths, told, strict=True):
+        for length, text in zip(lengths, texts, strict=True):
             number = text.replace(r"$\pm$", "±").partition("±")[0]
             last = 10.0 ** -len(number.partition(".")[2])
             assert float(number) == pytest.approx(rows.loc[length, "latency_s"] * 1e3, abs=0.501 * last, rel=0)
@@ -102,12 +102,12 @@ def test_a_failed_learning_rate_is_shown_only_if_all_failed() -> None:
 
 def test_a_folder_above_result_folders_exports_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(PAPER)]) == 0
-    said = capsys.readouterr().out
-    titles = re.findall(r"^\*\*(\S+): ", said, flags=re.MULTILINE)
+    printed = capsys.readouterr().out
+    titles = re.findall(r"^\*\*(\S+): ", printed, flags=re.MULTILINE)
     assert set(titles) == {str(path.parent.relative_to(PAPER)).replace("_", r"\_") for path in PAPER.rglob("results.csv")}
     conversions = pd.read_csv(PAPER / "distillation" / "results.csv")
-    kept = conversions[(conversions["model"] == "gpt2") & (conversions["stage"] == "original")]["perplexity"].mean()
-    assert f"| gpt2 | {kept:.2f} |" in said
+    perplexity = conversions[(conversions["model"] == "gpt2") & (conversions["stage"] == "original")]["perplexity"].mean()
+    assert f"| gpt2 | {perplexity:.2f} |" in printed
     assert main([str(PAPER / "seq_len"), "--to", "latex"]) == 0
     assert r"\caption{latency in ms, lower is better" in capsys.readouterr().out
 

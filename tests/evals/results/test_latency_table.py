@@ -11,7 +11,7 @@ from evals.results import latency_table
 from evals.results.ledger import Record
 from evals.results.scaling_table import build
 
-CEILINGS = {
+PEAKS = {
     "flops_per_s": 1e11,
     "bytes_per_s": [[65536, 1e11], [1 << 28, 1e10]],
     "threads": 2,
@@ -20,7 +20,7 @@ CEILINGS = {
 }
 
 
-def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float = 0.01, **trial: Any) -> list[Record]:
+def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float = 0.01, **preflight: Any) -> list[Record]:
     """The records of a sweep, from the latencies in seconds of each attention at each length."""
     generator = np.random.default_rng(0)
     records: list[Record] = []
@@ -29,18 +29,19 @@ def sweep(lengths: dict[int, dict[str, float]], *, rounds: int = 6, noise: float
         settings = {"workload": "prefill", "scope": "attention", "device": "cpu", "dtype": "float32", "threads": 2}
         settings |= {"batch_size": 1, "seq_len": n, "hidden_dim": 64, "num_heads": 2, "processor": "P", "torch": "T"}
         described = {"kind": "comparison", "comparison": key, "sweep": "s", "swept": "shape.seq_len", "relative_to": "standard"}
-        records.append({**described, "settings": settings, "candidates": {name: {} for name in seconds}, "peaks": CEILINGS})
+        records.append({**described, "settings": settings, "candidates": {name: {} for name in seconds}, "peaks": PEAKS})
         declared = {"flops": 1000 * n, "min_bytes": 100 * n, "held_bytes": 10 * n, "parameter_bytes": 4096, "state_bytes": n}
         for name in seconds:
             shared = {"comparison": key, "attention": name, "outcome": "ok", "detail": ""}
-            records.append({"kind": "preflight", **shared, **declared, "peak_bytes": 100 * n, "call_s": 1.0, **trial})
+            records.append({"kind": "preflight", **shared, **declared, "peak_bytes": 100 * n, "call_s": 1.0, **preflight})
         for number in range(rounds):
             drift = math.exp(generator.normal(0, 0.3))  # of the whole machine
-            for name, twin in [*((name, False) for name in seconds), ("standard", True)]:
-                turns = [[drift * seconds[name] * math.exp(generator.normal(0, noise)) for _ in range(3)] for _ in range(8)]
-                shared = {"comparison": key, "attention": name, "is_control": twin, "round": number, "outcome": "ok", "detail": ""}
+            for name, is_control in [*((name, False) for name in seconds), ("standard", True)]:
+                slices = [[drift * seconds[name] * math.exp(generator.normal(0, noise)) for _ in range(3)] for _ in range(8)]
+                shared = {"comparison": key, "attention": name, "is_control": is_control, "round": number}
+                shared |= {"outcome": "ok", "detail": ""}
                 records.append(
-                    {"kind": "latency", **shared, "tokens": n, "first_call_s": 1.0, "time_slices": turns, "round_s": 1.0}
+                    {"kind": "latency", **shared, "tokens": n, "first_call_s": 1.0, "time_slices": slices, "round_s": 1.0}
                 )
         records.append({"kind": "stop", "comparison": key, "stop_reason": "target"})
     return records
@@ -67,16 +68,16 @@ def test_a_row_has_its_fraction_of_the_roofline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preflight", "objection"),
+    ("preflight", "message"),
     [
         ({"flops": 10**11}, "faster than physics: a call took .* but its FLOPs and bytes take at least 1 s"),
         ({"peak_bytes": 5, "held_bytes": 1280}, "a peak of 5 bytes, where its output alone takes 1280"),
     ],
 )
-def test_an_impossible_number_is_not_published(preflight: dict[str, int], objection: str) -> None:
+def test_an_impossible_number_is_not_published(preflight: dict[str, int], message: str) -> None:
     rows = latency_table.build(sweep({128: {"standard": 0.01, "other": 0.02}}, **preflight))
     assert set(rows["outcome"]) == {"impossible"}
-    assert rows["detail"].str.contains(objection).all()
+    assert rows["detail"].str.contains(message).all()
     assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
 
 
@@ -116,7 +117,7 @@ def test_exponents_and_crossings_of_known_curves() -> None:
 
 
 def test_attentions_with_matched_parameters_are_compared() -> None:
-    """With match=params each attention has an ff_dim of its own, which changes with the size of the model."""
+    """With match=params ff_dim differs between attentions, and changes with the size of the model."""
     lengths = {n: {"standard": 1e-9 * n**2, "line": 1e-6 * n} for n in (128, 512, 1024, 4096)}
     records = sweep(lengths, noise=0.02)
     rows = latency_table.build(records)

@@ -57,7 +57,7 @@ def test_every_column_has_a_description_and_numbers_a_unit(kind: str) -> None:
 
 
 def test_a_changed_schema_has_a_new_version() -> None:
-    """schemas/versions.json holds a digest of each version without its descriptions: a change of anything else is a new version."""
+    """schemas/versions.json holds a digest of each version without its descriptions; any other change needs a new version."""
     known = json.loads((FOLDER / "versions.json").read_text())
     for kind in KINDS:
         parts = {name: part for name, part in schema(kind).items() if name not in ("title", "description")}
@@ -108,23 +108,23 @@ def test_rows_with_a_failure_and_with_an_option_of_the_user_conform(tmp_path: Pa
     failed = next(one for one in records if one["kind"] == "latency" and one["attention"] == "twice")
     failed.update(outcome="oom", detail="it needed 9 GiB")
     for one in records:
-        if one["kind"] == "comparison":  # of a workload of one's own, and its option
+        if one["kind"] == "comparison":  # of a user's workload with an option
             one["settings"] = {**one["settings"], "workload": "mine", "depth": 3}
     tables = build_tables(records)
     assert sorted(tables) == ["crossovers", "latency", "scaling"]
-    for kind, found in tables.items():
-        path = write_table(found, tmp_path, kind)
-        told = list(read_rows(path))
-        assert [objections(row, kind) for row in told] == [[]] * len(told)
-        assert len(told) == len(found) > 0
-        assert {row[VERSION] for row in told} == {version(kind)}
+    for kind, table in tables.items():
+        path = write_table(table, tmp_path, kind)
+        rows = list(read_rows(path))
+        assert [objections(row, kind) for row in rows] == [[]] * len(rows)
+        assert len(rows) == len(table) > 0
+        assert {row[VERSION] for row in rows} == {version(kind)}
 
 
 # --- rows that are wrong ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("folder", "change", "objection"),
+    ("folder", "change", "message"),
     [
         ("seq_len", {"latency_s": "fast"}, "'fast' is not of type 'number', 'null'"),
         ("seq_len", {"seq_len": 12.5}, "12.5 is not of type 'integer'"),
@@ -141,11 +141,11 @@ def test_rows_with_a_failure_and_with_an_option_of_the_user_conform(tmp_path: Pa
         ("distillation", {"stage": "melted"}, "'melted' is not one of"),
     ],
 )
-def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], objection: str) -> None:
+def test_a_wrong_row_is_refused(folder: str, change: dict[str, Any], message: str) -> None:
     path = PAPER / folder / "results.csv"
     right = next(row for row in read_rows(path) if row.get("outcome", "ok") == "ok")
     wrong = {name: value for name, value in (right | change).items() if value is not ...}
-    assert objection in "\n".join(objections(wrong, kind_of(path)))
+    assert message in "\n".join(objections(wrong, kind_of(path)))
 
 
 def test_parsing_cells_of_csv() -> None:

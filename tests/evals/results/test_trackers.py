@@ -1,4 +1,4 @@
-"""Each tracker's own reader finds the numbers of the table that was exported to it."""
+"""Each tracker's reader returns the numbers of the exported table."""
 
 import math
 import struct
@@ -34,11 +34,11 @@ HELD = {
 def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="NOT TESTED: no tensorboard")
     trackers.tensorboard(RESULTS, None, sweep="mine", folder=tmp_path)
-    place = trackers.tensorboard(RESULTS, CURVES, sweep="mine", folder=tmp_path)  # again: in place of the first
+    target = trackers.tensorboard(RESULTS, CURVES, sweep="mine", folder=tmp_path)  # again: replaces the first
     held = {}
-    for events in place.rglob("events*"):
+    for events in target.rglob("events*"):
         read = reader.EventAccumulator(str(events)).Reload()
-        name = str(events.parent.relative_to(place))
+        name = str(events.parent.relative_to(target))
         assert name not in held
         held[name] = {
             tag.removeprefix("mine/"): {event.step: pytest.approx(event.value) for event in read.Scalars(tag)}
@@ -68,9 +68,9 @@ def test_wandb_holds_every_number(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="NOT TESTED: no wandb")
     from wandb.proto import wandb_internal_pb2
 
-    place = trackers.wandb(RESULTS, CURVES, sweep="mine", folder=tmp_path)
+    target = trackers.wandb(RESULTS, CURVES, sweep="mine", folder=tmp_path)
     held: dict[str, dict[str, dict[int, float]]] = {}
-    for file in place.glob("offline-run-*/*.wandb"):
+    for file in target.glob("offline-run-*/*.wandb"):
         name, numbers = "", {}
         for data in logged(file.read_bytes()):
             record = wandb_internal_pb2.Record()
@@ -85,8 +85,8 @@ def test_wandb_holds_every_number(tmp_path: Path) -> None:
 
 
 def logged(data: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, behind the 7 bytes that say what it is: blocks of 32 KiB, in which each
-    piece has a checksum, its length, and whether it is whole (1), a beginning (2), a middle (3) or an end (4)."""
+    """The records of a file in LevelDB's log format: 7 bytes of file header, then blocks of 32 KiB. Each piece of a record has a
+    checksum, its length, and its kind: whole (1), beginning (2), middle (3) or end (4)."""
     position, record = 7, b""
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:

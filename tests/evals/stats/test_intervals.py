@@ -88,7 +88,7 @@ def test_more_rounds_that_agree_narrow_the_interval() -> None:
     assert widths == sorted(widths, reverse=True)
 
 
-def test_speedup_covers_the_truth_under_noise_that_both_share_and_that_each_has() -> None:
+def test_speedup_covers_the_truth_under_shared_and_separate_noise() -> None:
     generator = np.random.default_rng(0)
     intervals = []
     for _ in range(400):
@@ -99,7 +99,7 @@ def test_speedup_covers_the_truth_under_noise_that_both_share_and_that_each_has(
     assert 0.90 <= coverage(intervals, 3.0) <= 0.995
 
 
-def test_what_slows_a_whole_round_cancels_in_the_speedup() -> None:
+def test_a_slow_round_cancels_in_the_speedup() -> None:
     generator = np.random.default_rng(0)
     reference, ours = noisy_rounds(generator, 0.0, [30] * 3), noisy_rounds(generator, 0.0, [30] * 3)
     slowed = [2.0, 1.0, 0.6]
@@ -116,7 +116,7 @@ def test_what_slows_a_whole_round_cancels_in_the_speedup() -> None:
     assert width(unpaired) > 3 * width(paired)
 
 
-def test_what_slows_one_time_slice_of_both_cancels_in_the_speedup() -> None:
+def test_a_slow_time_slice_of_both_cancels_in_the_speedup() -> None:
     generator = np.random.default_rng(0)
     drift = np.exp(generator.normal(0, 0.5, (4, 10)))
     reference = [[[4.0 * s * (1 + 0.01 * x) for x in generator.normal(size=5)] for s in one] for one in drift]

@@ -1,4 +1,4 @@
-"""Rooflines worked by hand, their monotonicity, and that nothing is called impossible without proof."""
+"""Rooflines worked by hand, their monotonicity, and the proof that an impossible sample needs."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_between_two_working_sets_the_faster_counts_and_below_all_of_them_the_fa
     assert bandwidth(10, ladder) == 100e6
 
 
-def test_a_step_that_was_measured_in_a_bad_moment_is_as_fast_as_what_fits_less_well() -> None:
+def test_a_working_set_is_at_least_as_fast_as_larger_ones() -> None:
     ladder = ((64 * KIB, 5e6), (1 * MIB, 50e6), (16 * MIB, 10e6))
     assert bandwidth(64 * KIB, ladder) == 50e6
 
@@ -65,7 +65,7 @@ def test_the_roofline_never_falls_with_more_work() -> None:
 
 
 def test_threads_that_were_disturbed_together_prove_only_the_bound_of_one_thread() -> None:
-    """Four threads reached together what one reaches alone: only a quarter of that time is certain to be needed."""
+    """Four threads together reached the rate of one alone: only a quarter of that time is certain to be needed."""
     ladder = ((64 * KIB, 1e9), (1 * MIB, 1e9))
     disturbed = Peaks(10e9, ladder, 4, 10e9, ladder)
     limit = roofline(40e9, 8 * MIB, disturbed)

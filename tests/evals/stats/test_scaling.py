@@ -21,7 +21,7 @@ def noisy(
     rounds: int,
     noise: float,
 ) -> Rounds:
-    """Rounds by size: the true time with noise of each size (caches, the moment) and noise of each round."""
+    """Rounds by size: the true time, with noise per size (caches, the moment) and noise per round."""
     size_noise = generator.normal(0, between, len(sizes))
     return [list(time(n) * np.exp(off + generator.normal(0, noise, rounds))) for n, off in zip(sizes, size_noise, strict=True)]
 
