@@ -1,7 +1,7 @@
 """`python -m evals.certify`: checks that attentions keep their contract, before anyone times them.
 
 Without arguments it checks every attention in `conf/attention/`; `'attention=[bsbr]'` checks one, and `--config-dir my/conf
-'attention=[mine]'` one of your own. It prints a table, and for each check that fails what failed and where. Exit code 1 if any
+'attention=[mine]'` one of your own. It prints a table, and for each failed check the failure and its position. Exit code 1 if any
 fails. An attention that this machine cannot run is unsupported, which is no failure; `device=cuda` checks it on a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""One sequence across several processes: checks a context-parallel attention, times it, and prints what it sends.
+"""One sequence across several processes: checks a context-parallel attention, times it, and prints the bytes sent.
 
     torchrun --standalone --nproc-per-node=2 -m evals.context_parallel --seq-len 65536
 

@@ -3,4 +3,4 @@
 from collections.abc import Callable
 
 Work = Callable[[], object]
-"""One call of what is measured."""
+"""One call of the measured work."""

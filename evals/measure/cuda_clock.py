@@ -254,7 +254,7 @@ class TorchDevice:
     def capture(self, work: Work) -> Work:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what libraries set up in their first calls on a stream cannot be captured
+        with torch.cuda.stream(side):  # the set-up of libraries in their first calls on a stream cannot be captured
             for _ in range(3):
                 work()
         torch.cuda.current_stream().wait_stream(side)
@@ -264,7 +264,7 @@ class TorchDevice:
             with torch.cuda.graph(graph, stream=side):
                 work()
         except RuntimeError as error:  # every CUDA error is one
-            # Ending a failed capture raises, too, on top of what the work raised.
+            # Ending a failed capture raises another error on top of the work's.
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

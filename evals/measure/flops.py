@@ -1,4 +1,4 @@
-"""Floating point operations of what runs, counted by torch."""
+"""Floating point operations of some work, counted by torch."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """The highest FLOP/s and bytes/s of this machine, with which `evals.stats.roofline` bounds the latency of a call.
 
-Both rates are measured and not read off a data sheet. A measured rate is a lower bound of what the machine can do, so of several
-figures the fastest counts.
+Both rates are measured and not read off a data sheet. A measured rate is a lower bound of the true peak, so of several figures the
+fastest counts.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def measure_peaks(device: str, dtype: torch.dtype, threads: int, seconds: float 
     """Repeats matrix products and memory passes of several sizes, and returns the best rates, with all threads and with one.
 
     They alternate, so that a busy tenth of a second spoils one try of each and not all tries of one. Caches are warm, and bytes
-    are counted as a caller sees them: a copy of 1 MiB moves 2 MiB, whatever the cache does besides.
+    are counted without those that caches add: a copy of 1 MiB moves 2 MiB.
     Call it in a process of its own: it sets the number of threads.
 
     Args:

@@ -232,7 +232,7 @@ def _judge_overtaking(claim: Claim, results: ResultFolder, cell: pd.DataFrame, w
 
 
 def _find_crossings(results: ResultFolder, lengths: Sequence[float], ours: Sequence[Row], theirs: Sequence[Row]) -> Crossings:
-    """Crossings from the paired rounds of the ledger; from the intervals in the table where rounds are missing."""
+    """Crossings from the paired rounds of the ledger; if rounds are missing, from the intervals in the table."""
     log_ratios = [results.log_ratios(*rows) for rows in zip(ours, theirs, strict=True)]
     if all(len(rounds) > 1 for rounds in log_ratios):
         return Crossings(crossovers(lengths, log_ratios), -float(np.mean(log_ratios[-1])), PAIRED)

@@ -32,7 +32,7 @@ def compare_cells(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
 
     Returns:
         One row per cell of either folder: its settings; its outcome, latency, rounds and memory in both folders; `ratio`, the
-        latency in A over that in B, above 1 where B is faster; `p_holm`, the p-value corrected for all cells.
+        latency in A over that in B, above 1 if B is faster; `p_holm`, the p-value corrected for all cells.
 
     Raises:
         UsageError: if the folders have no cell in common, or one holds a cell twice.
@@ -50,7 +50,7 @@ def compare_cells(a: Sequence[Cell], b: Sequence[Cell]) -> pd.DataFrame:
         if cell_a and cell_b and cell_a.rounds and cell_b.rounds:
             ratio, row["paired"] = cell_ratio(cell_a, cell_b)
             row |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-            # fmax ignores a NaN: where one folder has no noise floor that of the other counts.
+            # fmax ignores a NaN: if one folder has no noise floor, that of the other counts.
             row["noise_floor"] = float(np.fmax(cell_a.noise_floor, cell_b.noise_floor))
             timed.append((row, ratio))
         rows.append(row)

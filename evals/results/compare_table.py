@@ -1,4 +1,4 @@
-"""A comparison of two result folders as text: what limits it, the table of ratios, memory that changed, and regressions."""
+"""A comparison of two result folders as text: warnings, the table of ratios, changed memory, and regressions."""
 
 import math
 import textwrap

@@ -24,9 +24,8 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
         option = {} if study["swept"] is None else {key: settings[key]}
         swept |= dict.fromkeys(option)
         for run in trained.runs:
-            row = {"sweep": study["sweep"], "swept": study["swept"], "attention": trained.name}
+            row = {"sweep": study["sweep"], "swept": study["swept"], "attention": trained.name, "seed": run["seed"], **option}
             row |= {"learning_rate": run["learning_rate"], "best": run["learning_rate"] == trained.best_learning_rate}
-            row |= {"seed": run["seed"], **option}
             for step, loss in run.get("curve", []):
                 rows.append(row | {"step": step, "tokens": step * settings["batch_size"] * settings["seq_len"], "loss_nats": loss})
     return pd.DataFrame(rows, columns=[*COLUMNS, *swept])

@@ -62,7 +62,7 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 
 def read_fits(folder: Path) -> dict[str, pd.DataFrame]:
-    """Reads and checks folder/scaling.csv and folder/crossovers.csv, as far as they exist and are not empty.
+    """Reads and checks folder/scaling.csv and folder/crossovers.csv, if they exist and are not empty.
 
     Raises:
         ValueError: in one sentence, if one is not such a table.

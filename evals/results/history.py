@@ -92,7 +92,7 @@ class History:
         return [float(np.median(slices)) for slices in self.medians(process).values()]
 
     def log_ratios(self, reference: Process, process: Process) -> list[float]:
-        """The logarithm of each round's median ratio; above 0 where the process is faster than the reference."""
+        """The logarithm of each round's median ratio; above 0 if the process is faster than the reference."""
         return [math.log(np.median(ratios)) for ratios in self.ratios(reference, process)]
 
     def latency(self, process: Process) -> Interval:

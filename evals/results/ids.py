@@ -1,4 +1,4 @@
-"""Ids of comparisons, studies and runs: digests of what they depend on."""
+"""Ids of comparisons, studies and runs: digests of everything that they depend on."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The tables of fits: how each attention's latency and memory scale along the swept setting, and where latencies cross."""
+"""The tables of fits: the scaling of each attention's latency and memory along the swept setting, and crossings of latencies."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations

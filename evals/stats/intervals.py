@@ -23,7 +23,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bounds, low <= value <= high; both bounds are NaN where the spread is unknown."""
+    """An estimate with its bounds, low <= value <= high; both bounds are NaN if the spread is unknown."""
 
     value: float
     low: float
@@ -44,10 +44,10 @@ def median_interval(
 
     The interval consists of the percentiles (Davison & Hinkley 1997, sections 3.8 and 5.3) of log deviations that are first
     widened for how few rounds there are (Hesterberg 2015, arXiv:1411.5279): the plain percentiles of 3 rounds cannot reach
-    beyond the outermost of them, which covers 75 % at best where rounds differ. Measured coverage of the 95 % interval with 2
-    to 10 rounds of 30 samples, normal or skewed with outliers: 0.92 to 0.96 where noise between rounds is 0.5 to 3 times that
-    within (plain percentiles: 0.61 with 2 rounds, 0.74 with 3), and 0.99 where there is none, because two rounds that agree may
-    do so by chance. From a single round only samples are resampled, and the interval misses what differs between processes.
+    beyond the outermost of them, which covers 75 % at best if rounds differ. Measured coverage of the 95 % interval with 2
+    to 10 rounds of 30 samples, normal or skewed with outliers: 0.92 to 0.96 if noise between rounds is 0.5 to 3 times that
+    within (plain percentiles: 0.61 with 2 rounds, 0.74 with 3), and 0.99 without noise between rounds, because two rounds that
+    agree may do so by chance. From a single round only samples are resampled, and the interval lacks the noise between processes.
 
     Args:
         rounds: positive samples in any unit, one sequence a round; their lengths may differ.
@@ -74,7 +74,7 @@ def speedup_interval(
 ) -> Speedup:
     """How many times faster the candidate is than the reference: the median ratio of paired time slices.
 
-    Time slice i of both ran within milliseconds of each other, so what slowed the machine at that moment cancels in
+    Time slice i of both ran within milliseconds of each other, so a slowdown of the machine at that moment cancels in
     reference[r][i] / candidate[r][i], the ratio of their medians. The ratios are then treated as samples by `median_interval`.
     The p-value is that of Student's t on the logarithms of the rounds' medians: a correction for many comparisons needs tails
     that a few thousand resamples cannot hold.

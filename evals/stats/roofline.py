@@ -1,7 +1,7 @@
 """The roofline: the least time that a call can take on this machine, and the test for samples that beat it.
 
 Work of F operations that must move B bytes takes at least max(F / peak FLOP/s, B / bandwidth) (Williams 2009,
-doi:10.1145/1498765.1498785). Both rates are measured (`evals.measure.peaks`), and so are lower bounds of what the machine can do.
+doi:10.1145/1498765.1498785). Both rates are measured (`evals.measure.peaks`), and so are lower bounds of the true peaks.
 A sample is therefore called impossible only if it beats the roofline by more than such rates vary.
 """
 

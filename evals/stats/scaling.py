@@ -46,8 +46,8 @@ def fit_scaling(sizes: Sequence[float], rounds: Rounds, *, confidence: float = C
     significantly worse than the best of all, SSE(p) − SSE(p̂) ≤ t²·s², with Student's t of k − 3 degrees of freedom for k
     sizes, or k − 2 where â = 0, since then only b and p are fitted. s² is the scatter of the sizes about the fit, but never
     less than the scatter of rounds implies. Measured coverage of the 95 % interval with 5 to 10 sizes, exponents 1 to 2,
-    scatter of 2 to 15 % between sizes and between rounds, and overhead of 0 to 40 % at the middle size: 0.940 to 0.965 where
-    scatter between sizes dominates; up to 1 with 4 sizes, or where all scatter is between rounds.
+    scatter of 2 to 15 % between sizes and between rounds, and overhead of 0 to 40 % at the middle size: 0.940 to 0.965 if
+    scatter between sizes dominates; up to 1 with 4 sizes, or if all scatter is between rounds.
 
     Args:
         sizes: positive and distinct.
@@ -133,7 +133,7 @@ def agreement(measured: Scaling, declared: Scaling) -> str:
 
 
 def _variance_of_rounds(logs: Sequence[Array]) -> float:
-    """Variance of a size's log t implied by the rounds, pooled over sizes; 0 where each size has one round."""
+    """Variance of a size's log t implied by the rounds, pooled over sizes; 0 if each size has one round."""
     freedom = max(sum(len(numbers) - 1 for numbers in logs), 1)
     pooled = sum(float(((numbers - numbers.mean()) ** 2).sum()) for numbers in logs) / freedom
     return pooled * float(np.mean([1 / len(numbers) for numbers in logs]))

@@ -11,7 +11,7 @@ from evals.stats.intervals import Array, Rounds
 
 
 class Moments(NamedTuple):
-    """The mean at each size, the variance of that mean (NaN where unknown) and the variance's degrees of freedom."""
+    """The mean at each size, the variance of that mean (NaN if unknown) and the variance's degrees of freedom."""
 
     mean: Array
     variance: Array

@@ -63,7 +63,7 @@ def noise_floor(control: Interval) -> float:
             attentions as equal; the uncertainty of a speed-up is in that speed-up's interval already.
 
     Returns:
-        0.02 for 2 %; infinity where the control has no interval.
+        0.02 for 2 %; infinity if the control has no interval.
     """
     if math.isnan(control.low):
         return math.inf
