@@ -1,8 +1,8 @@
 """Decoders of Hugging Face models as candidates: an original and its conversion, built from a config with random weights.
 
-A decoder without its embeddings and head is what an `Attention` is to the harness: a causal map of hidden states with a state. So
-it is certified and timed as attentions are, with its feed-forward parts and the library's own overhead. In a sweep, model.scope is
-`attention`: nothing of the harness is around it.
+A decoder without its embeddings and head keeps the contract of `Attention`: it is a causal map of hidden states with a state.
+The harness certifies and times it like an attention, including its feed-forward parts and the library's overhead. A sweep sets
+model.scope to `attention`, so that no part of the harness's own model is added.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from bsbr.interface import Attention, State, check_hidden_states, next_position,
 from evals.conversion.modules import retrievals, weight_matrices
 
 UNPADDED = "bsbr_unpadded"
-"""Name of a conversion's attention without a mask function. `Attention.forward` has removed the padding, and to build a mask the
-library would read data, which `evals.benchmark.cost` does not have when it counts."""
+"""Name of a conversion's attention without a mask function. `Attention.forward` removes padding, so no mask is needed; and building
+a mask reads data, which do not exist when `evals.benchmark.cost` counts FLOPs."""
 
 
 class PretrainedDecoder(Attention):

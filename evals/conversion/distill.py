@@ -1,8 +1,8 @@
 """Distillation of a pretrained model into its conversion: attention outputs layer by layer, then logits.
 
-Trained are the parts of retrieval, and a low-rank update of every weight matrix of the layers (LoRA, arXiv:2106.09685), which is
-merged at the end: a distilled model is an ordinary one. In the first stage every attention gets the inputs of the teacher's, so
-that no layer waits until the ones below it are right. The second stage corrects what is left.
+Distillation trains the parameters of retrieval and a low-rank update of every weight matrix of the layers (LoRA,
+arXiv:2106.09685), which is merged at the end: a distilled model has the modules of an undistilled one. In the first stage every
+attention gets the inputs of the teacher's attention, so that all layers learn at once. The second stage corrects the rest.
 """
 
 import math
@@ -58,7 +58,7 @@ def distill(
 ) -> Iterator[DistillationStep]:
     """Distills a teacher into its conversion, in place; the low-rank updates are merged when the iterator ends.
 
-    Both models are put into eval mode: dropout would be one more difference between them.
+    Both models are put into eval mode, because dropout would make them differ.
 
     Args:
         teacher: the original model.
@@ -67,8 +67,8 @@ def distill(
         align: settings of the first stage, on attention outputs.
         distil: settings of the second stage, on logits.
         rank: of the low-rank updates; 0 for none.
-        train_retrieval: whether the parts of retrieval are trained, too.
-        checkpoint_folder: where checkpoints are saved, and where the distillation continues from.
+        train_retrieval: whether the parameters of retrieval are trained too.
+        checkpoint_folder: contains the checkpoints that the distillation saves and continues from.
 
     Yields:
         Every step with its loss.
@@ -99,12 +99,12 @@ def distill(
 
 
 def count_trained_parameters(converted: nn.Module) -> int:
-    """Number of parameters that a distillation trains, once it has begun."""
+    """Number of parameters that a distillation trains; it is known after the first step."""
     return sum(parameter.numel() for parameter in converted.parameters() if parameter.requires_grad)
 
 
 def _select_trained_parameters(converted: PreTrainedModel, rank: int, train_retrieval: bool) -> None:
-    """Freezes all parameters but those of retrieval, and adds low-rank updates, if they are to be trained."""
+    """Freezes all parameters, or all but those of retrieval, and adds low-rank updates unless the rank is 0."""
     for parameter in converted.parameters():
         parameter.requires_grad_(False)
     for name in converted_attention_names(converted):

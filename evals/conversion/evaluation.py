@@ -17,15 +17,10 @@ TOP_K = (1, 5, 10)
 
 
 class Outputs(NamedTuple):
-    """Outputs of a model for a batch of windows.
+    """Outputs of a model for a batch of windows."""
 
-    Attributes:
-        logits: [batch, context − 1, vocabulary], for every token but the first.
-        hidden_states: [batch, context, hidden], after the last layer.
-    """
-
-    logits: Tensor
-    hidden_states: Tensor
+    logits: Tensor  # [batch, context − 1, vocabulary], for every token but the first
+    hidden_states: Tensor  # [batch, context, hidden], after the last layer
 
 
 @torch.no_grad()
@@ -36,9 +31,9 @@ def evaluate(
 
     Args:
         teacher: the original model.
-        models: what is evaluated, by name; the teacher can be one of them.
+        models: the models to evaluate, by name; the teacher can be one of them.
         windows: batches of token ids, [batch, context] each, context a multiple of chunk_size.
-        chunk_size: tokens of a chunk.
+        chunk_size: number of tokens of a chunk.
 
     Returns:
         By model, means over tokens: `nats`, the loss; `cosine` and `mse` of the last hidden states against the teacher's, `mse`

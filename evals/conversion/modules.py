@@ -7,7 +7,7 @@ from bsbr.convert import Retrieval
 
 
 def weight_matrices(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Parameter]]:
-    """Modules of the layers whose weight is a matrix, and these weights; neither embeddings nor the head."""
+    """Modules with a weight matrix, and their weights, without embeddings and the head."""
     outside = {id(model.get_output_embeddings()), *(id(part) for part in model.modules() if isinstance(part, nn.Embedding))}
     weights = ((part, getattr(part, "weight", None)) for part in model.modules() if id(part) not in outside)
     return [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]

@@ -31,31 +31,18 @@ MODULES = (
     *("evals.conversion.study", "evals.conversion.distill", "evals.conversion.evaluation", "evals.conversion.modules"),
     *("evals.conversion.teachers", "evals.training.optimizer"),
 )
-"""Modules that decide what a run comes to, beside `bsbr.convert`: a change of their code makes the run anew."""
+"""Modules that determine the result of a run, besides `bsbr.convert`: a run is repeated if their code changes."""
 
 DISTILLATION_WINDOWS, EVALUATION_WINDOWS = "heal", "asked"
-"""Parts of the random seeds of windows. Other words would draw other windows, and make other numbers than the published ones."""
+"""Parts of the random seeds of windows; any change draws different windows, and the published numbers could not be reproduced."""
 
 Report = Callable[[str], object]
-"""Takes one line about what runs now."""
+"""Receives one line about the progress."""
 
 
 @dataclass(frozen=True)
 class DistillationPlan:
-    """Everything that a run depends on, apart from the code.
-
-    Attributes:
-        teacher: the original model.
-        chunk_size, chunk_overlap: of the conversion, in tokens.
-        chunks: length of the context, in chunks.
-        batch: windows per step.
-        align_steps, distil_steps: steps on attention outputs and on logits.
-        learning_rate: peak learning rate of both stages.
-        rank: of the low-rank updates; 0 for none.
-        retrieval: whether the parts of retrieval are trained, too.
-        split: the text that the models are evaluated on.
-        num_eval_examples: windows of it.
-    """
+    """All settings of a run; `NUMBERS` explains those that are whole numbers."""
 
     teacher: Teacher
     chunk_size: int
@@ -64,10 +51,10 @@ class DistillationPlan:
     batch: int
     align_steps: int
     distil_steps: int
-    learning_rate: float
+    learning_rate: float  # peak of both stages
     rank: int
-    retrieval: bool
-    split: Split
+    retrieval: bool  # whether the parameters of retrieval are trained too
+    split: Split  # the text that the models are evaluated on
     num_eval_examples: int
 
     @property
@@ -120,16 +107,13 @@ def plans(arguments: argparse.Namespace) -> Iterator[DistillationPlan]:
 
 
 def run_all(all_plans: Iterable[DistillationPlan], results_dir: Path, folder: Path, report: Report) -> list[Record]:
-    """Runs the plans whose runs are not in the ledger yet, and appends each run to it.
+    """Runs the plans that the ledger has no run of, and appends each run to it; returns all records.
 
     Args:
-        all_plans: what to run.
-        results_dir: its `checkpoints` hold the trained teachers.
-        folder: where the ledger is, and checkpoints of unfinished distillations.
-        report: is given the progress.
-
-    Returns:
-        All records of the ledger.
+        all_plans: the plans.
+        results_dir: contains `checkpoints`, the folder of trained teachers.
+        folder: contains the ledger and the checkpoints of unfinished distillations.
+        report: receives the progress.
     """
     ledger = Ledger(folder / "samples.jsonl")
     for plan in all_plans:
@@ -148,15 +132,9 @@ def run_all(all_plans: Iterable[DistillationPlan], results_dir: Path, folder: Pa
 def run(plan: DistillationPlan, teacher_folder: Path, checkpoint_folder: Path, report: Report) -> Record:
     """Runs one plan.
 
-    Args:
-        plan: what to run.
-        teacher_folder: where trained teachers are kept.
-        checkpoint_folder: where checkpoints of the distillation are.
-        report: is given the progress.
-
     Returns:
-        `models`, the evaluation of the original, converted and distilled model; `parameters` of the original; how many the
-        distillation trained; `mean_gate`, the mean absolute gate of each attention.
+        `models`, the evaluation of the original, converted and distilled model; `parameters`, the number of the original's;
+        `trained_parameters`, the number that the distillation trained; `mean_gate`, the mean absolute gate of each attention.
     """
     teacher, texts = plan.teacher, plan.teacher.load_texts()
     name = f"{teacher.model}, seed {teacher.seed}"
@@ -190,7 +168,7 @@ def run(plan: DistillationPlan, teacher_folder: Path, checkpoint_folder: Path, r
 
 
 def _original_model(teacher: Teacher, texts: Texts, folder: Path, report: Report) -> PreTrainedModel:
-    """The teacher's model in eval mode: loaded, or trained as far as its checkpoint in the folder has not."""
+    """The teacher's model in eval mode: loaded from the hub, or trained from its last checkpoint on."""
     if teacher.pretrained:
         model = load_pretrained(teacher.model)
     else:

@@ -24,9 +24,9 @@ def build(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """Builds the tables of a ledger.
 
     Returns:
-        `conversion`, a row per run and model: its measures, and which part of the loss that converting adds is recovered
-        (gap_closed). gap_closed_beyond is the same for the tokens after the first chunk: in the first, a conversion equals its
-        original, and distillation can only change it. `positions`, the perplexity of each chunk of the context.
+        `conversion`, a row per run and model: its measures, and the part of the loss added by the conversion that it recovers
+        (gap_closed). gap_closed_beyond is the same without the first chunk, in which a conversion equals its original.
+        `positions`, the perplexity of each chunk of the context.
     """
     rows: list[dict[str, Any]] = []
     positions: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ def build(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
 
 
 def _gap_closed(models: Record, stage: str, loss: Callable[[Record], float]) -> float:
-    """Part of the loss that converting adds which a stage recovers; NaN if it adds none, as in a context of one chunk."""
+    """Part of the loss added by the conversion that a stage recovers; NaN if none was added, as in a context of one chunk."""
     original, converted, recovered = (loss(models[name]) for name in ("original", "converted", stage))
     return (converted - recovered) / (converted - original) if converted != original else math.nan
 

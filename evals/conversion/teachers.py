@@ -22,7 +22,7 @@ MODELS = ("gpt2", "llama")
 """Architectures of the small models."""
 
 LEARNING_RATE = 3e-3
-"""Peak learning rate of their training."""
+"""Peak learning rate of small models."""
 
 Texts = dict[Split, NDArray[Any]]
 """Token ids of each split."""
@@ -30,26 +30,16 @@ Texts = dict[Split, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Teacher:
-    """Everything that a teacher depends on, apart from the code.
+    """All settings of a teacher."""
 
-    Attributes:
-        model: one of `MODELS`; if `pretrained`, a name on the hub or a folder.
-        pretrained: whether the model is loaded instead of trained.
-        seed: of its parameters and of the order of its text.
-        hidden, layers, heads: sizes of a small model.
-        context: tokens of a window.
-        batch: windows per step.
-        train_steps: optimizer steps of a small model.
-    """
-
-    model: str
-    pretrained: bool
-    seed: int
+    model: str  # one of `MODELS`; if `pretrained`, a name on the hub or a folder
+    pretrained: bool  # loaded instead of trained
+    seed: int  # of the parameters and the order of the text
     hidden: int
     layers: int
     heads: int
-    context: int
-    batch: int
+    context: int  # tokens of a window
+    batch: int  # windows per step
     train_steps: int
 
     @property
@@ -103,16 +93,9 @@ def load_pretrained(name: str) -> PreTrainedModel:
 
 
 def train(model: PreTrainedModel, teacher: Teacher, texts: Texts, checkpoint_path: Path) -> Iterator[tuple[int, float]]:
-    """Trains a small model in place.
+    """Trains a small model in place, from the checkpoint on if it exists; yields the number of each step, from 1, and its loss.
 
-    Args:
-        model: from `Teacher.build`.
-        teacher: its settings.
-        texts: from `Teacher.load_texts`.
-        checkpoint_path: where the training continues from. It stays, so that no teacher is trained twice.
-
-    Yields:
-        The number of the step, counted from 1, and its loss.
+    The checkpoint of the last step is not deleted, so that no teacher is trained twice.
     """
 
     def loss_of(step: int) -> Tensor:
@@ -137,18 +120,7 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def draw_windows(texts: Texts, split: Split, batch: int, context: int, *seed: int | str) -> Tensor:
-    """Draws windows at random positions of a split.
-
-    Args:
-        texts: token ids of each split.
-        split: which of them.
-        batch: number of windows.
-        context: tokens of a window.
-        seed: parts that determine the positions.
-
-    Returns:
-        Token ids [batch, context].
-    """
+    """Draws token ids [batch, context] at random positions of a split; the parts of `seed` determine the positions."""
     text = texts[split]
     starts = torch.randint(len(text) - context, (batch, 1), generator=generator("conversion", *seed))
     return torch.from_numpy(text[(starts + torch.arange(context)).numpy()]).long()

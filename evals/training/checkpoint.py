@@ -13,13 +13,9 @@ from torch.optim import Optimizer
 
 
 def save(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-    """Writes a checkpoint. A process that is killed meanwhile leaves the file as it was.
+    """Writes parameters, buffers, optimizer state, the global random state, and `progress` as JSON.
 
-    Args:
-        path: the file; its folder is made if necessary.
-        model: its parameters and buffers are saved.
-        optimizer: its state of every parameter is saved.
-        progress: anything that JSON can hold.
+    A process that is killed during the write does not change an earlier checkpoint.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in _named_tensors(model).items()}
     for name, parameter in model.named_parameters():
@@ -39,15 +35,10 @@ def save(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str,
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Restores a checkpoint, the global random state included.
-
-    Args:
-        path: the file.
-        model: receives parameters and buffers in place.
-        optimizer: receives its state.
+    """Restores model, optimizer and the global random state in place.
 
     Returns:
-        The progress that was saved; None if there is no file, and nothing is changed.
+        The saved progress; None, with nothing changed, if the file does not exist.
     """
     if not path.exists():
         return None

@@ -20,10 +20,6 @@ T = TypeVar("T")
 def train_comparison(comparison: Comparison, results_dir: Path) -> None:
     """Trains all candidates of a comparison in this process group; rank 0 writes the records to the ledger.
 
-    Args:
-        comparison: the same in every process.
-        results_dir: folder of all sweeps' results.
-
     Raises:
         UsageError: if the comparison has no task.
     """
@@ -55,7 +51,7 @@ def _train_run(study: Study, candidate: Candidate, learning_rate: float, seed: i
 
 
 def _from_first_rank(compute: Callable[[], T]) -> T:
-    """Computes a value on rank 0 alone and sends it to all ranks: files that each read itself could change in between."""
+    """Computes a value on rank 0 and sends it to all ranks, which could read different versions of the same file."""
     values = [compute() if is_first_rank() else None]
     dist.broadcast_object_list(values)
     return values[0]  # type: ignore[return-value]

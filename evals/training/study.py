@@ -24,17 +24,13 @@ TRAINER_MODULES = (
     *("evals.training.trainer", "evals.training.loss", "evals.training.optimizer"),
     *("evals.benchmark.workloads", "evals.training.tasks.base"),
 )
-"""Modules that decide what a training run comes to: a change of their code makes the run anew."""
+"""Modules that determine the result of a training run: a run is repeated if their code changes."""
 
 
 def next_run(runs: Sequence[Record], training: Training) -> tuple[float, int] | None:
-    """Learning rate and seed of the next run of one candidate; None if it has them all.
+    """Learning rate and seed of the next run of a candidate, given the records of its runs; None after the last run.
 
     Every learning rate is tried with seed 0; the best of them is then trained with the other seeds.
-
-    Args:
-        runs: records of its runs so far.
-        training: the learning rates and the number of seeds.
     """
     done = {(run["learning_rate"], run["seed"]) for run in runs}
     best = best_learning_rate(runs, training.learning_rates)
