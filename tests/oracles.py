@@ -1,4 +1,4 @@
-"""Slow truths of the softmax family, in float64, from the definitions: one explicit mask or loop each, no code of ours.
+"""Oracles of the softmax family: float64, from the definitions, each with an explicit mask or loop, no code shared with baselines.
 
 q: [batch, heads, m, head_dim]; k, v: [batch, kv_heads, n, head_dim]; the rows of q are the last m of n positions.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, sees: Callable[[int, int], bool]) -> Tensor:
-    """Softmax attention where query position i gives weight to key position t iff sees(i, t)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, is_visible: Callable[[int, int], bool]) -> Tensor:
+    """Softmax attention where query position i attends to key position t iff is_visible(i, t)."""
     q, k, v = _float64_per_head(q, k, v)
     m, n = q.shape[2], k.shape[2]
-    visible = torch.tensor([[sees(i, t) for t in range(n)] for i in range(n - m, n)])
+    visible = torch.tensor([[is_visible(i, t) for t in range(n)] for i in range(n - m, n)])
     weights = torch.exp(_scores(q, k, q.shape[3] ** -0.5, visible)) * visible
     return (weights / weights.sum(dim=3, keepdim=True)) @ v
 
@@ -27,12 +27,12 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, window_size: int) -> Tensor:
 
 
 def sparse(q: Tensor, k: Tensor, v: Tensor, block_size: int, summary_size: int) -> Tensor:
-    def sees(i: int, t: int) -> bool:
+    def is_visible(i: int, t: int) -> bool:
         own_block = i // block_size * block_size
         last_of_its_block = t // block_size * block_size + block_size - 1
         return own_block <= t <= i or (t < own_block and last_of_its_block - t < summary_size)
 
-    return masked_attention(q, k, v, sees)
+    return masked_attention(q, k, v, is_visible)
 
 
 def hopfield(q: Tensor, k: Tensor, v: Tensor, beta: float, num_steps: int) -> Tensor:
@@ -47,7 +47,7 @@ def hopfield(q: Tensor, k: Tensor, v: Tensor, beta: float, num_steps: int) -> Te
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """Scores less the greatest visible one of their row, which the softmax does not notice and exp needs."""
+    """Scores minus the row's largest visible score: the softmax stays the same, and exp cannot overflow."""
     scores = torch.where(visible, scale * (q @ k.mT), -1e300)
     return scores - scores.amax(dim=3, keepdim=True).detach()
 

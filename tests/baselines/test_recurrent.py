@@ -165,9 +165,9 @@ def test_low_precision_rounds_inputs_and_outputs_only(
     rounded = [x.to(dtype) for x in inputs(5 * CHUNK + 3)]
     out = fast(*rounded, chunk_size=CHUNK)
     assert out.dtype == dtype
-    truth = reference(*rounded)
-    # Rounding the result alone gives half an ulp, that is eps / 2; float32 sums add next to nothing.
-    assert torch.linalg.vector_norm(out.double() - truth) <= torch.finfo(dtype).eps * torch.linalg.vector_norm(truth)
+    expected = reference(*rounded)
+    # Rounding the result gives half an ulp, eps / 2; float32 sums add almost nothing.
+    assert torch.linalg.vector_norm(out.double() - expected) <= torch.finfo(dtype).eps * torch.linalg.vector_norm(expected)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -233,8 +233,8 @@ def test_equal_keys_do_not_cancel_in_float32() -> None:
     q = torch.ones(1, 1, 200, 4) / 2
     v = torch.randn(1, 1, 200, 4, generator=torch.Generator().manual_seed(0))
     beta = torch.full((1, 1, 200), 0.99)
-    truth = delta_rule_reference(q, q, v, beta)
-    torch.testing.assert_close(delta_rule(q, q, v, beta).double(), truth, rtol=1e-4, atol=1e-5)
+    expected = delta_rule_reference(q, q, v, beta)
+    torch.testing.assert_close(delta_rule(q, q, v, beta).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @MODULES
@@ -251,7 +251,7 @@ def test_hard_inputs_give_finite_outputs_and_gradients(cls: Make, scale: float, 
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-def test_linear_attention_of_vanished_features_is_zero() -> None:
+def test_linear_attention_with_underflowed_features_is_zero() -> None:
     q = torch.full((1, 1, 5, 2), -1e4, requires_grad=True)
     out = linear_attention(q, q, torch.ones(1, 1, 5, 2), chunk_size=2)
     out.sum().backward()
@@ -380,8 +380,8 @@ def test_a_decoding_step_costs_the_same_at_any_length(cls: Make) -> None:
     attention = build(cls)
     counts = []
     with torch.no_grad():
-        for seen in (3 * CHUNK, 50 * CHUNK):
-            _, state = attention.extend(torch.randn(1, seen, 16, dtype=torch.float64))
+        for context in (3 * CHUNK, 50 * CHUNK):
+            _, state = attention.extend(torch.randn(1, context, 16, dtype=torch.float64))
             with FlopCounterMode(display=False) as counter:
                 attention.extend(torch.randn(1, 1, 16, dtype=torch.float64), state)
             counts.append(counter.get_total_flops())
@@ -441,23 +441,23 @@ def time_first(*tensors: Tensor) -> list[Tensor]:
 def test_linear_attention_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.linear_attn.naive")
     q, k, v = as_float32(linear_inputs(3 * CHUNK + 7))
-    theirs, _ = naive.naive_recurrent_linear_attn(*time_first(F.elu(q) + 1, F.elu(k) + 1, v), scale=1.0, normalize=True)
-    torch.testing.assert_close(linear_attention(q, k, v, chunk_size=CHUNK), theirs.transpose(1, 2), rtol=2e-6, atol=2e-6)
+    from_fla, _ = naive.naive_recurrent_linear_attn(*time_first(F.elu(q) + 1, F.elu(k) + 1, v), scale=1.0, normalize=True)
+    torch.testing.assert_close(linear_attention(q, k, v, chunk_size=CHUNK), from_fla.transpose(1, 2), rtol=2e-6, atol=2e-6)
 
 
 def test_the_delta_rule_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.delta_rule.naive")
     q, k, v, beta = as_float32(delta_inputs(3 * CHUNK + 7))
-    theirs, _ = naive.delta_rule_recurrence(q, k, v, beta)  # which scales by 1/√d
-    torch.testing.assert_close(delta_rule(q, k, v, beta, chunk_size=CHUNK) / 6**0.5, theirs, rtol=2e-6, atol=2e-6)
+    from_fla, _ = naive.delta_rule_recurrence(q, k, v, beta)  # which scales by 1/√d
+    torch.testing.assert_close(delta_rule(q, k, v, beta, chunk_size=CHUNK) / 6**0.5, from_fla, rtol=2e-6, atol=2e-6)
 
 
 def test_the_gated_delta_rule_equals_that_of_fla() -> None:
     naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     q, k, v, beta, log_alpha = as_float32(gated_delta_inputs(3 * CHUNK + 7))
-    theirs, _ = naive.naive_recurrent_gated_delta_rule(*time_first(q, k, v, beta, log_alpha), scale=1.0)
+    from_fla, _ = naive.naive_recurrent_gated_delta_rule(*time_first(q, k, v, beta, log_alpha), scale=1.0)
     ours = gated_delta_rule(q, k, v, beta, log_alpha, chunk_size=CHUNK)
-    torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours, from_fla.transpose(1, 2), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
@@ -497,14 +497,14 @@ def test_fla_adapters_equal_the_torch_path_with_naive_kernels(cls: Any, monkeypa
     monkeypatch.setattr(fla, "_kernel", lambda package, name, q: naive_kernel(name))
     torch.manual_seed(0)
     ours = cls(16, 4, num_kv_heads=2, chunk_size=CHUNK).bfloat16()
-    theirs = cls(16, 4, num_kv_heads=2, impl="fla").bfloat16()
-    theirs.load_state_dict(ours.state_dict())
+    from_fla = cls(16, 4, num_kv_heads=2, impl="fla").bfloat16()
+    from_fla.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3 * CHUNK + 7, 16).bfloat16()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x), ours(x), rtol=3e-2, atol=1e-2)
+        torch.testing.assert_close(from_fla(x), ours(x), rtol=3e-2, atol=1e-2)
         for cut in (1, CHUNK + 1):
-            (_, our_state), (_, their_state) = ours.extend(x[:, :cut]), theirs.extend(x[:, :cut])
+            (_, our_state), (_, their_state) = ours.extend(x[:, :cut]), from_fla.extend(x[:, :cut])
             torch.testing.assert_close(their_state["total"], our_state["total"], rtol=3e-2, atol=1e-2)
             torch.testing.assert_close(
-                theirs.extend(x[:, cut:], their_state)[0], ours.extend(x[:, cut:], our_state)[0], rtol=3e-2, atol=1e-2
+                from_fla.extend(x[:, cut:], their_state)[0], ours.extend(x[:, cut:], our_state)[0], rtol=3e-2, atol=1e-2
             )

@@ -252,9 +252,9 @@ def test_a_gradient_flows_through_pages() -> None:
     x = torch.randn(1, 300, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     _, state = attention.extend(x[:, :-1])
     output, _ = attention.extend(x[:, -1:], state)
-    (got,) = torch.autograd.grad(output.square().sum(), x)
-    (wanted,) = torch.autograd.grad(attention(x)[:, -1:].square().sum(), x)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    (actual,) = torch.autograd.grad(output.square().sum(), x)
+    (expected,) = torch.autograd.grad(attention(x)[:, -1:].square().sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

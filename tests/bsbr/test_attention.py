@@ -60,7 +60,7 @@ def test_projections_match_the_definition(time: int, options: dict[str, Any]) ->
         weight = weights[f"{name}.weight"].reshape(-1, 4, 16)
         return np.einsum("bti,hdi->bhtd", values, weight)
 
-    def turned(values: Any) -> Any:
+    def rotated(values: Any) -> Any:
         if not options.get("rotary"):
             return values
         z = (values[..., :2] + 1j * values[..., 2:]) * np.exp(1j * np.outer(np.arange(time), [1, 0.01]))
@@ -73,29 +73,30 @@ def test_projections_match_the_definition(time: int, options: dict[str, Any]) ->
             features = np.einsum("bhti,oi->bhto", values, weights.get("features.projection.weight", np.eye(4)))
         else:
             weight = weights[f"features.{name}.weight"]
-            kinds = {4: 3, 2: 2, 1: 1}[feature_dim]  # factors: 3 have 6 products, of which the first 4 are used; 2 have 3; 1 has 1
-            features = np.einsum("bti,hdi->bhtd", x, weight.reshape(-1, kinds, 16))
+            # 3 factors have 6 products, of which the first 4 are used; 2 have 3; 1 has 1.
+            num_factors = {4: 3, 2: 2, 1: 1}[feature_dim]
+            features = np.einsum("bti,hdi->bhtd", x, weight.reshape(-1, num_factors, 16))
         unit = features / np.sqrt((features**2).sum(axis=-1, keepdims=True) + 1e-6)
         if options.get("feature_map") == "linear":
             return unit
         return np.stack([unit[..., i] * unit[..., j] * (1 if i == j else 2**0.5) for i, j in PAIRS[feature_dim]], axis=-1)
 
     q, k, v = heads(x, "q_proj"), heads(x, "k_proj"), heads(x, "v_proj")
-    begins = range(0, time, CHUNK)
-    first_tokens = np.stack([x[:, begin] for begin in begins], axis=1)
-    chunks = [x[:, begin : begin + CHUNK] for begin in begins[:-1]]
+    chunk_starts = range(0, time, CHUNK)
+    first_tokens = np.stack([x[:, begin] for begin in chunk_starts], axis=1)
+    chunks = [x[:, begin : begin + CHUNK] for begin in chunk_starts[:-1]]
     pooled = [chunk[:, -1] if options.get("meta_pooling") == "last" else chunk.mean(axis=1) for chunk in chunks]
     pooled = np.stack(pooled, axis=1) if chunks else np.zeros((2, 0, 16))
     own = "meta_" if options.get("meta_projections") else ""
-    expected = [turned(q), turned(k), v, heads(first_tokens, f"{own}q_proj"), heads(pooled, f"{own}k_proj")]
+    expected = [rotated(q), rotated(k), v, heads(first_tokens, f"{own}q_proj"), heads(pooled, f"{own}k_proj")]
     expected += [phi("q_proj", q), phi("k_proj", k)]
     if options.get("chunk_states") != "sum":
         logits = x @ weights["beta_proj.weight"].T + weights["beta_proj.bias"]
         expected.append((1 / (1 + np.exp(-logits))).transpose(0, 2, 1))
 
     tensors = attention.project(torch.from_numpy(x))
-    for actual, wanted in zip(tensors, expected, strict=True):
-        np.testing.assert_allclose(actual.detach().numpy(), wanted, rtol=0, atol=1e-12)
+    for actual, expected_value in zip(tensors, expected, strict=True):
+        np.testing.assert_allclose(actual.detach().numpy(), expected_value, rtol=0, atol=1e-12)
 
     attended = attention.reference(*tensors).detach().numpy().transpose(0, 2, 1, 3).reshape(2, time, 16)
     output = attention(torch.from_numpy(x)).detach().numpy()
@@ -118,11 +119,11 @@ def test_gradients_match_the_reference(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK])
 def test_one_chunk_without_gradients_skips_the_features(time: int, options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden(time)
-    wanted = attention(x)
+    expected_value = attention(x)
     made = []
     attention.features.register_forward_hook(lambda *_: made.append("φ"))
     with torch.no_grad():
-        torch.testing.assert_close(attention(x), wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(attention(x), expected_value, rtol=0, atol=1e-12)
         assert not made
         attention(hidden(CHUNK + 1))
     assert made
@@ -202,7 +203,7 @@ def test_a_chunk_is_retrieved_only_once_it_is_complete() -> None:
 # --- the delta rule and normalisation --------------------------------------------------------------
 
 
-def alone(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
+def single_head(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
     """An attention with one head, chunks of 4, head_dim 4 and gain 1; and q, k, v, r, h of 12 tokens, all zero."""
     attention = BSBRAttention(4, 1, chunk_size=4, feature_map="linear", initial_gain=1, **options).double()
     q = torch.zeros(1, 1, 12, 4, dtype=torch.float64)
@@ -212,8 +213,8 @@ def alone(**options: Any) -> tuple[BSBRAttention, dict[str, Tensor]]:
 
 def test_the_delta_rule_replaces_the_value_of_a_repeated_key() -> None:
     # A key is stored twice in a chunk, with 1 and then 5. The next chunk reads 5 with β = 1, and their sum without β.
-    for options, wanted in (({"retrieval_norm": False}, 5), ({"retrieval_norm": False, "chunk_states": "sum"}, 6)):
-        attention, tensors = alone(**options)
+    for options, expected_value in (({"retrieval_norm": False}, 5), ({"retrieval_norm": False, "chunk_states": "sum"}, 6)):
+        attention, tensors = single_head(**options)
         key = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
         keys, values = torch.zeros(1, 1, 12, 4, dtype=torch.float64), tensors["v"]
         keys[0, 0, [0, 3]] = key
@@ -222,20 +223,20 @@ def test_the_delta_rule_replaces_the_value_of_a_repeated_key() -> None:
         queries[0, 0, 4] = key
         beta = [torch.ones(1, 1, 12, dtype=torch.float64)][: attention.beta_proj is not None]
         out = attention.attend(*tensors.values(), queries, keys, *beta)
-        torch.testing.assert_close(out[0, 0, 4], torch.tensor([0, wanted, 0, 0], dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(out[0, 0, 4], torch.tensor([0, expected_value, 0, 0], dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [2, 7, 40])
 def test_normalised_retrieval_does_not_fade_with_the_number_of_chunks(chunks: int) -> None:
     # One value of norm 2 = √head_dim under one key, among empty chunks: read in full, or divided by the number of chunks.
     key, value = torch.eye(4, dtype=torch.float64)[0], torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)
-    for norm, wanted in ((True, value), (False, value / (chunks - 1))):
-        attention, _ = alone(retrieval_norm=norm)
+    for norm, expected_value in ((True, value), (False, value / (chunks - 1))):
+        attention, _ = single_head(retrieval_norm=norm)
         x = torch.zeros(1, 1, 4 * chunks, 4, dtype=torch.float64)
         keys, values, queries = x.clone(), x.clone(), x.clone()
         keys[0, 0, 2], values[0, 0, 2], queries[0, 0, -1] = key, value, key
         out = attention.attend(x, x, values, x[:, :, :chunks], x[:, :, : chunks - 1], queries, keys, torch.ones_like(x[..., 0]))
-        torch.testing.assert_close(out[0, 0, -1], wanted, rtol=0, atol=1e-9)
+        torch.testing.assert_close(out[0, 0, -1], expected_value, rtol=0, atol=1e-9)
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -364,8 +365,8 @@ def test_with_top_k_all_flops_but_the_scores_are_linear() -> None:
 def test_the_gain_starts_at_its_initial_value_and_can_leave_zero(given: dict[str, float], gain: float) -> None:
     attention, x = BSBRAttention(16, 4, chunk_size=CHUNK, **given).double(), hidden(3 * CHUNK + 2)
     assert attention.gain.tolist() == [gain] * 4
-    alone = torch.cat([attention(chunk) for chunk in x.split(CHUNK, dim=1)], dim=1)
-    assert torch.allclose(attention(x), alone, rtol=0, atol=1e-12) == (gain == 0)
+    chunk_outputs = torch.cat([attention(chunk) for chunk in x.split(CHUNK, dim=1)], dim=1)
+    assert torch.allclose(attention(x), chunk_outputs, rtol=0, atol=1e-12) == (gain == 0)
     (slope,) = torch.autograd.grad(attention(x).square().sum(), attention.retrieval_gain)
     assert slope.all()  # it can leave 0
 
@@ -395,12 +396,12 @@ def test_the_gain_starts_at_its_initial_value_and_can_leave_zero(given: dict[str
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got num_heads=4, num_kv_heads=3"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
+def test_bad_options_raise(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         BSBRAttention(16, 4, **options)
     assert str(caught.value) == sentence
 
 
-def test_heads_that_do_not_divide_are_named() -> None:
+def test_heads_that_do_not_divide_raise() -> None:
     with pytest.raises(ValueError, match=r"^hidden_dim must be a multiple of num_heads, got hidden_dim=16, num_heads=5$"):
         BSBRAttention(16, 5)

@@ -115,7 +115,7 @@ def test_the_loss_is_float32_where_the_model_is_bfloat16() -> None:
     assert abs(loss.item() - build().loss(tokens()).item()) < 0.1
 
 
-def test_a_loss_without_targets_is_named() -> None:
+def test_a_loss_without_targets_raises() -> None:
     lm = build()
     for ids, mask, longest in (
         (tokens(1), None, 1),
@@ -205,7 +205,7 @@ def test_generation_leaves_no_graph_and_changes_no_mode() -> None:
         ),
     ],
 )
-def test_bad_input_to_generation_is_named(options: dict[str, Any], sentence: str) -> None:
+def test_bad_input_to_generation_raises(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         build().generate(**{"input_ids": tokens(3), "max_new_tokens": 2} | options)
     assert str(caught.value) == sentence

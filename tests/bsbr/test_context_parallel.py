@@ -1,4 +1,4 @@
-"""Tests of context parallelism: processes over gloo, whose values and gradients are compared with those of the whole sequence.
+"""Tests of context parallelism: values and gradients of several gloo processes equal those of one process.
 
 All cases with the same number of ranks run in the same processes, which write their results to files.
 """
@@ -100,28 +100,28 @@ def hidden(time: int) -> Tensor:
 # --- in each rank ---------------------------------------------------------------------------------
 
 
-def follow(_: Connection, rank: int, size: int, folder: Path) -> None:
+def run_rank(_: Connection, rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (lengths, sizes, options) in FUNCTIONS.items():
         if len(lengths) == size:
-            found[name] = _function(rank, lengths, sizes, options)
+            results[name] = _function(rank, lengths, sizes, options)
     for name, (ranks, time, options) in MODULES.items():
         if ranks == size:
-            found[name] = _module(rank, split_evenly(time, size, CHUNK), options)
+            results[name] = _module(rank, split_evenly(time, size, CHUNK), options)
     for name, (lengths, options) in RINGS.items():
         if len(lengths) == size:
-            found[name] = _ring(rank, lengths, options)
+            results[name] = _ring(rank, lengths, options)
     if size == 2:
         for name, lengths in BAD.items():
-            found[name] = _refused(rank, lengths)
-        found["float32 and bfloat16"] = [_in(dtype, rank) for dtype in (torch.float32, torch.bfloat16)]
-        found["another"] = _unable(rank)
-        found["data parallel"] = _data_parallel(rank)
+            results[name] = _refused(rank, lengths)
+        results["float32 and bfloat16"] = [_in(dtype, rank) for dtype in (torch.float32, torch.bfloat16)]
+        results["another"] = _unable(rank)
+        results["data parallel"] = _data_parallel(rank)
     if size == 4:
-        found["a group"] = _in_a_group(rank)
-    torch.save(found, folder / f"{rank}.pt")
+        results["a group"] = _in_a_group(rank)
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -196,7 +196,7 @@ def _data_parallel(rank: int) -> dict[str, Tensor | None]:
 
 
 def _in_a_group(rank: int) -> Any:
-    """A group of two of four ranks, whose numbers in the group differ from those of the processes."""
+    """Runs a group of two of the four processes, with other rank numbers in the group than in the world."""
     pair = dist.new_group([1, 3])
     if rank not in (1, 3):
         with pytest.raises(RuntimeError) as refusal:
@@ -210,11 +210,11 @@ def _in_a_group(rank: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """The results of each rank, by case."""
     folders = {size: tmp_path_factory.mktemp(f"ranks-{size}") for size in (2, 4)}
     # Forked from a server that has imported torch once for all of them.
-    started = [forkserver.launch(follow, rank, size, folders[size])[0] for size in folders for rank in range(size)]
+    started = [forkserver.launch(run_rank, rank, size, folders[size])[0] for size in folders for rank in range(size)]
     for process in started:
         process.join(timeout=120)
     assert [process.exitcode for process in started] == [0] * len(started)
@@ -228,9 +228,9 @@ def summed(each: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
-def test_values_and_gradients_match_one_rank_and_the_reference(case: str, found: dict[str, list[Any]]) -> None:
+def test_values_and_gradients_match_one_rank_and_the_reference(case: str, results: dict[str, list[Any]]) -> None:
     lengths, sizes, options = FUNCTIONS[case]
-    out, gradients = torch.cat([one["out"] for one in found[case]], dim=2), summed(found[case])
+    out, gradients = torch.cat([one["out"] for one in results[case]], dim=2), summed(results[case])
     for function in (bsbr_attention, reference.bsbr_attention):
         tensors = whole(lengths, **sizes)
         expected = function(**tensors, chunk_size=CHUNK, **options)
@@ -241,15 +241,15 @@ def test_values_and_gradients_match_one_rank_and_the_reference(case: str, found:
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
-def test_sent_bytes_match_the_formula(case: str, found: dict[str, list[Any]]) -> None:
+def test_sent_bytes_match_the_formula(case: str, results: dict[str, list[Any]]) -> None:
     lengths, sizes, options = FUNCTIONS[case]
     shape = {"kv_heads": HEADS, "feature_dim": HEAD_DIM, **sizes, "head_dim": HEAD_DIM, "itemsize": 8, "batch_size": BATCH}
     overlap = options.get("chunk_overlap", 0)
-    for rank, one in enumerate(found[case]):
+    for rank, one in enumerate(results[case]):
         assert one["sent"] == sent_bytes(lengths, rank, chunk_size=CHUNK, chunk_overlap=overlap, **shape)
 
 
-def test_the_formula_by_hand() -> None:
+def test_sent_bytes_by_hand() -> None:
     # Two chunks of rank 0 go to ranks 1 and 2, one of rank 1 to rank 2: (3 + 1)·6 numbers of 8 bytes a chunk and head.
     shape = {"chunk_size": 4, "kv_heads": 2, "head_dim": 6, "feature_dim": 3, "itemsize": 8, "batch_size": 5}
     chunk = 5 * 2 * (3 + 1) * 6 * 8
@@ -262,30 +262,30 @@ def test_the_formula_by_hand() -> None:
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_module_across_ranks_matches_the_module_on_one(case: str, found: dict[str, list[Any]]) -> None:
+def test_a_module_across_ranks_matches_the_module_on_one(case: str, results: dict[str, list[Any]]) -> None:
     _, time, options = MODULES[case]
     attention, states = module(options), hidden(time)
     expected = attention(states)
     (expected * weights(expected.detach())).sum().backward()
-    torch.testing.assert_close(torch.cat([one["out"] for one in found[case]], dim=1), expected.detach(), rtol=0, atol=1e-12)
-    gradients = summed(found[case])
+    torch.testing.assert_close(torch.cat([one["out"] for one in results[case]], dim=1), expected.detach(), rtol=0, atol=1e-12)
+    gradients = summed(results[case])
     for name, tensor in [*attention.named_parameters(), ("x", states)]:
         torch.testing.assert_close(gradients[name], tensor.grad, rtol=0, atol=1e-11)
 
 
-def test_data_parallel_sums_the_gradients_of_the_ranks(found: dict[str, list[Any]]) -> None:
+def test_data_parallel_sums_the_gradients_of_the_ranks(results: dict[str, list[Any]]) -> None:
     attention, states = module(MODULES["two ranks, all options"][2]), hidden(20)
     (attention(states) * weights(states.detach())).sum().backward()
-    for ranks in found["data parallel"]:
+    for ranks in results["data parallel"]:
         for name, parameter in attention.named_parameters():
             torch.testing.assert_close(ranks[name], parameter.grad, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_a_module_sends_shard_lengths_and_what_its_function_sends(case: str, found: dict[str, list[Any]]) -> None:
+def test_a_module_sends_the_bytes_of_its_function_and_shard_lengths(case: str, results: dict[str, list[Any]]) -> None:
     size, time, options = MODULES[case]
     attention = module(options)
-    for rank, one in enumerate(found[case]):
+    for rank, one in enumerate(results[case]):
         forward, backward = sent_bytes(
             split_evenly(time, size, CHUNK),
             rank,
@@ -301,12 +301,12 @@ def test_a_module_sends_shard_lengths_and_what_its_function_sends(case: str, fou
 
 
 @pytest.mark.parametrize("case", RINGS)
-def test_ring_attention_matches_standard_attention(case: str, found: dict[str, list[Any]]) -> None:
+def test_ring_attention_matches_standard_attention(case: str, results: dict[str, list[Any]]) -> None:
     lengths, options = RINGS[case]
     attention = ring(options)
-    out = torch.cat([one["out"] for one in found[case]], dim=1)
+    out = torch.cat([one["out"] for one in results[case]], dim=1)
     torch.testing.assert_close(out, attention(hidden(sum(lengths))).detach(), rtol=0, atol=1e-12)
-    for rank, one in enumerate(found[case]):
+    for rank, one in enumerate(results[case]):
         shape = {"kv_heads": attention.num_kv_heads, "head_dim": 4, "itemsize": 8, "batch_size": BATCH}
         assert one["sent"] == ring_sent_bytes(lengths, rank, **shape)
 
@@ -316,8 +316,8 @@ def test_sent_bytes_of_ring_attention_match_its_paper() -> None:
     assert [ring_sent_bytes([5] * 4, rank, kv_heads=3, head_dim=7, itemsize=2) for rank in range(4)] == [2 * 3 * 5 * 3 * 7 * 2] * 4
 
 
-def test_messages_keep_their_dtype(found: dict[str, list[Any]]) -> None:
-    of_types = list(zip(*found["float32 and bfloat16"], strict=True))
+def test_messages_keep_their_dtype(results: dict[str, list[Any]]) -> None:
+    of_types = list(zip(*results["float32 and bfloat16"], strict=True))
     for ranks, tolerance in zip(of_types, (1e-5, 2e-2), strict=True):
         out = torch.cat([one["out"] for one in ranks], dim=1)
         assert out.dtype == ranks[0]["whole"].dtype
@@ -326,8 +326,8 @@ def test_messages_keep_their_dtype(found: dict[str, list[Any]]) -> None:
     assert of_types[0][1]["sent"] == 0
 
 
-def test_ranks_of_a_group(found: dict[str, list[Any]]) -> None:
-    first, one, other, three = found["a group"]
+def test_ranks_are_those_of_the_group(results: dict[str, list[Any]]) -> None:
+    first, one, other, three = results["a group"]
     torch.testing.assert_close(torch.cat([one, three], dim=1), module({})(hidden(10)).detach(), rtol=0, atol=1e-12)
     assert first == "process 0 is not in the group of ranks that it was given"
     assert other == "process 2 is not in the group of ranks that it was given"
@@ -336,19 +336,19 @@ def test_ranks_of_a_group(found: dict[str, list[Any]]) -> None:
 # --- bad use --------------------------------------------------------------------------------------
 
 
-def test_bad_shards_raise_the_same_message_on_every_rank(found: dict[str, list[Any]]) -> None:
+def test_bad_shards_raise_the_same_message_on_every_rank(results: dict[str, list[Any]]) -> None:
     inside = "all shards but the last must be whole chunks, multiples of 4 tokens, got [6, 6]; cut the sequence where a chunk ends"
-    assert found["a boundary inside a chunk"] == [inside] * 2
+    assert results["a boundary inside a chunk"] == [inside] * 2
     for case in ("an empty rank", "an empty last rank"):
         sentence = f"every rank must hold at least one token, got shards of {BAD[case]}; use fewer ranks"
-        assert found[case] == [sentence] * 2
+        assert results[case] == [sentence] * 2
 
 
-def test_an_attention_without_context_parallelism_says_so(found: dict[str, list[Any]]) -> None:
-    assert found["another"] == ["Another does not run across ranks: it has no method `context_parallel_forward`"] * 2
+def test_an_attention_without_context_parallelism_raises(results: dict[str, list[Any]]) -> None:
+    assert results["another"] == ["Another does not run across ranks: it has no method `context_parallel_forward`"] * 2
 
 
-def test_without_a_process_group_it_says_what_to_do() -> None:
+def test_a_missing_process_group_raises() -> None:
     with pytest.raises(RuntimeError, match=r"needs a process group: start the ranks with torchrun, and call .*init_process_group"):
         ContextParallel(module({}))
 
@@ -360,6 +360,6 @@ def test_chunks_are_shared_evenly(seq_len: int, ranks: int, lengths: list[int]) 
     assert split_evenly(seq_len, ranks, CHUNK) == lengths
 
 
-def test_too_few_chunks_for_the_ranks() -> None:
+def test_fewer_chunks_than_ranks_raise() -> None:
     with pytest.raises(ValueError, match="8 tokens are 2 chunks of 4, too few for 3 ranks"):
         split_evenly(8, 3, CHUNK)

@@ -107,17 +107,17 @@ def padded(time: int, left: int, right: int) -> Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_logits_equal_the_original_s_within_one_chunk(name: str, dtype: torch.dtype, within: float) -> None:
+def test_logits_equal_the_original_within_one_chunk(name: str, dtype: torch.dtype, within: float) -> None:
     model = converted(name, dtype=dtype)
     for time in (1, B - 1, B):
         ids = tokens(2, time)
-        wanted = logits(original(name, dtype), ids)
-        assert wanted.std() > 0.1
-        assert (logits(model, ids) - wanted).abs().max() < within
+        expected = logits(original(name, dtype), ids)
+        assert expected.std() > 0.1
+        assert (logits(model, ids) - expected).abs().max() < within
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_the_original_s_with_a_chunk_longer_than_the_sequence(name: str) -> None:
+def test_logits_equal_the_original_with_a_chunk_longer_than_the_sequence(name: str) -> None:
     model = converted(name, chunk_size=80)
     ids = tokens(2, 79)
     assert (logits(model, ids) - logits(original(name), ids)).abs().max() < 1e-10
@@ -127,9 +127,9 @@ def test_logits_equal_the_original_s_with_a_chunk_longer_than_the_sequence(name:
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 1)])
 def test_padding_within_a_chunk_equals_the_original(name: str, left: int, right: int) -> None:
     ids, mask = tokens(2, B), padded(B, left, right)
-    got, wanted = (logits(model, ids, mask) for model in (converted(name), original(name)))
+    actual, expected = (logits(model, ids, mask) for model in (converted(name), original(name)))
     real = slice(None) if name == "t5" else mask.bool()  # its decoder has no padding here
-    assert (got - wanted)[real].abs().max() < 1e-10
+    assert (actual - expected)[real].abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -139,26 +139,26 @@ def test_padding_of_many_chunks_changes_no_real_logit(name: str, left: int, righ
     ids, mask = tokens(2, time), padded(time, left, right)
     if name == "bert":  # whose positions are those of the row
         left_positions = (mask.cumsum(1) - 1).clamp(min=0)
-        got = logits(model, ids, mask, position_ids=left_positions)
+        actual = logits(model, ids, mask, position_ids=left_positions)
     elif name == "t5":
         with torch.no_grad():
-            got = model.get_encoder()(ids, attention_mask=mask).last_hidden_state
-            alone = model.get_encoder()(ids[:1, left : time - right]).last_hidden_state
-        assert (got[:1, left : time - right] - alone).abs().max() < 1e-10
+            actual = model.get_encoder()(ids, attention_mask=mask).last_hidden_state
+            unpadded = model.get_encoder()(ids[:1, left : time - right]).last_hidden_state
+        assert (actual[:1, left : time - right] - unpadded).abs().max() < 1e-10
         return
     else:
-        got = logits(model, ids, mask)
-    alone = logits(model, ids[:1, left : time - right])
-    assert (got[:1, left : time - right] - alone).abs().max() < 1e-10
+        actual = logits(model, ids, mask)
+    unpadded = logits(model, ids[:1, left : time - right])
+    assert (actual[:1, left : time - right] - unpadded).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "t5"])
-def test_generate_equals_the_original_s_within_a_chunk(name: str) -> None:
+def test_generate_equals_the_original_within_a_chunk(name: str) -> None:
     model, options = converted(name, chunk_size=32), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     ids, mask = tokens(2, 9), padded(9, 4, 0)
-    wanted = original(name).generate(ids, attention_mask=mask, **options)
-    assert model.generate(ids, attention_mask=mask, **options).equal(wanted)
-    assert model.generate(ids, attention_mask=mask, use_cache=False, **options).equal(wanted)
+    expected = original(name).generate(ids, attention_mask=mask, **options)
+    assert model.generate(ids, attention_mask=mask, **options).equal(expected)
+    assert model.generate(ids, attention_mask=mask, use_cache=False, **options).equal(expected)
     beams = {**options, "num_beams": 3}
     assert model.generate(ids, attention_mask=mask, **beams).equal(original(name).generate(ids, attention_mask=mask, **beams))
 
@@ -205,7 +205,7 @@ def test_a_t5_decoder_streams_too() -> None:
 
 def test_the_decoding_state_keeps_one_entry_per_complete_chunk() -> None:
     model = converted("llama", gate=0.5)
-    kept = []
+    num_states = []
     for time in (10 * B + 1, 20 * B + 1):
         cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
@@ -213,8 +213,8 @@ def test_the_decoding_state_keeps_one_entry_per_complete_chunk() -> None:
             model(tokens(1, 1), cache=cache)
         state = cache.layers[0].state
         assert state["keys"].shape[2] == B
-        kept.append(state["states"].shape[2])
-    assert kept == [10, 20]
+        num_states.append(state["states"].shape[2])
+    assert num_states == [10, 20]
 
 
 def test_causal_attention_equals_the_definition() -> None:
@@ -266,7 +266,7 @@ def test_bidirectional_attention_token_by_token(top_k: int | None) -> None:
     for parameter in part.parameters():
         torch.nn.init.normal_(parameter)
     q, k, v = (torch.randn(1, 2, time, 4, dtype=torch.float64) for _ in range(3))
-    got = part.bidirectional_attention(q, k, v, None)
+    actual = part.bidirectional_attention(q, k, v, None)
     spans = [slice(0, 3), slice(3, 6), slice(6, 8)]
     for head in range(2):
         phi_q, phi_k = ((x[0, head] @ w[head]).softmax(dim=-1) for x, w in ((q, part.query_features), (k, part.key_features)))
@@ -283,8 +283,8 @@ def test_bidirectional_attention_token_by_token(top_k: int | None) -> None:
                     part.gate[head] * 4 / 3 * query_gate * w * phi_q[i] @ phi_k[s].T for w, s in zip(weights, others, strict=True)
                 ]
                 far = sum(w @ v[0, head, s] for w, s in zip(weight, others, strict=True))
-                wanted = (local + far) / (1 + sum(w.sum() for w in weight).abs())
-                assert (got[0, head, i] - wanted).abs().max() < 1e-10
+                expected = (local + far) / (1 + sum(w.sum() for w in weight).abs())
+                assert (actual[0, head, i] - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
@@ -367,7 +367,7 @@ def test_other_architectures_raise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "options", "message"),
     [
         ("mistral", {"chunk_size": 80, "chunk_overlap": 11}, "sliding window of 90 tokens, got 91"),
         ("bert", {"chunk_overlap": 1}, "chunk_overlap is for models that see the past alone"),
@@ -375,8 +375,8 @@ def test_other_architectures_raise(tmp_path: Path) -> None:
         ("gpt2", {"chunk_size": 0}, "chunk_size must be a positive integer"),
     ],
 )
-def test_invalid_options_raise(name: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_options_raise(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         convert_to_bsbr(original(name), **options)
 
 

@@ -57,6 +57,6 @@ def test_a_decoder_with_it_is_streamable_causal_and_padding_invariant(size: int)
     torch.testing.assert_close(model(padded, mask)[:, 3:20], whole, rtol=0, atol=1e-12)
 
 
-def test_a_bad_size_is_named() -> None:
+def test_a_bad_size_raises() -> None:
     with pytest.raises(ValueError, match="size must be a positive integer, got 0"):
         TransformerModel(10, 8, 1, 2, 8, attention=lambda **_: None, conv_size=0)  # type: ignore[arg-type, return-value]

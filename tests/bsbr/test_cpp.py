@@ -52,18 +52,23 @@ def inputs(
 def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
     """Compares values, with and without autograd, and all gradients with the reference, relative to the largest number."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    truth = reference.bsbr_attention(**leaves, **options)
+    expected = reference.bsbr_attention(**leaves, **options)
     out = bsbr_attention(**leaves, impl="cpp", **options)
     with torch.no_grad():
-        alone = bsbr_attention(**tensors, impl="cpp", **options)
+        without_autograd = bsbr_attention(**tensors, impl="cpp", **options)
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mine, theirs = (
+    gradients, expected_gradients = (
         torch.autograd.grad((x * upstream).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        for x in (out, truth)
+        for x in (out, expected)
     )
-    for name, a, b in zip(("out", "out alone", *leaves), (out, alone, *mine), (truth, truth, *theirs), strict=True):
+    for name, a, b in zip(
+        ("out", "out without autograd", *leaves),
+        (out, without_autograd, *gradients),
+        (expected, expected, *expected_gradients),
+        strict=True,
+    ):
         size = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(a.to(b), b, rtol=0, atol=tolerance * size, msg=lambda words, name=name: f"{name}: {words}")
+        torch.testing.assert_close(a.to(b), b, rtol=0, atol=tolerance * size, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def test_a_later_overflow_changes_no_earlier_output() -> None:
     assert torch.equal(before[:, :, :-1], after[:, :, :-1])
 
 
-def test_the_selection_of_a_backend() -> None:
+def test_impl_selects_the_backend() -> None:
     tensors = inputs(CHUNK + 1, dtype=torch.float32)
     made, options, dropping = BSBRInputs(**tensors), BSBROptions(CHUNK), BSBROptions(CHUNK, dropout_p=0.1)
     assert dispatch.select_backend("auto", made, options) == "cpp"

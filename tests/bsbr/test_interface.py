@@ -142,9 +142,9 @@ def test_the_default_extend_continues_at_any_point(num_kv_heads: int | None, rot
         first, state = attention.extend(x[:, :split])
         second, after = attention.extend(x[:, split:], state)
         torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-12)
-        for length, kept in ((split, state), (9, after)):
-            assert attention.state_bytes(length, 2) == sum(tensor.nbytes for key, tensor in kept.items() if key != "position")
-            assert kept["position"].tolist() == length
+        for length, current in ((split, state), (9, after)):
+            assert attention.state_bytes(length, 2) == sum(tensor.nbytes for key, tensor in current.items() if key != "position")
+            assert current["position"].tolist() == length
 
 
 def test_states_share_the_pages_of_a_cache() -> None:
@@ -210,14 +210,14 @@ def test_dtype_is_that_of_the_parameters() -> None:
         ({"hidden_dim": 12, "rotary": True}, "rotary=True needs an even head_dim, got 3 = 12 / 4"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
+def test_bad_options_raise(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         PlainSoftmax(**{"hidden_dim": 16, "num_heads": 4} | options)
     assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize("shape", [(3, 16), (2, 0, 16), (2, 3, 15), (2, 3, 16, 1)])
-def test_hidden_states_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
+def test_hidden_states_of_another_shape_raise(shape: tuple[int, ...]) -> None:
     attention = PlainSoftmax(16, 4)
     sentence = f"hidden_states must be [batch, time >= 1, hidden_dim = 16], got {list(shape)}"
     for call in (attention, attention.extend, lambda x: check_hidden_states(x, 16)):
@@ -227,7 +227,7 @@ def test_hidden_states_of_another_shape_are_named(shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 3), (3,), (2, 3, 1)])
-def test_a_mask_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+def test_a_mask_of_another_shape_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         PlainSoftmax(16, 4)(torch.zeros(2, 3, 16), torch.ones(shape))
     assert str(caught.value) == f"attention_mask must be [batch, time] = [2, 3], got {list(shape)}"

@@ -213,14 +213,14 @@ def test_checkpointing_changes_no_gradient(masked: bool, dropout: float) -> None
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
-    def kept(use_checkpointing: bool) -> int:
+    def saved_bytes(use_checkpointing: bool) -> int:
         sizes: list[int] = []
         model, ids = small(num_layers=4, use_checkpointing=use_checkpointing), tokens(200)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
             model(ids)
         return sum(sizes)
 
-    assert kept(True) < kept(False) / 4
+    assert saved_bytes(True) < saved_bytes(False) / 4
 
 
 def test_checkpointing_without_gradients_is_the_plain_forward() -> None:
@@ -247,13 +247,13 @@ def test_checkpointing_without_gradients_is_the_plain_forward() -> None:
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
+def test_bad_options_raise(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         small(**options)
     assert str(caught.value) == sentence
 
 
-def test_an_unknown_option_is_named() -> None:
+def test_an_unknown_option_raises() -> None:
     with pytest.raises(TypeError, match="chunk_sise"):
         small(chunk_sise=3)
 
@@ -267,7 +267,7 @@ def test_an_unknown_option_is_named() -> None:
         (torch.zeros(2, 3, 1, dtype=torch.int32), "torch.int32 [2, 3, 1]"),
     ],
 )
-def test_bad_token_ids_are_named(ids: Tensor, got: str) -> None:
+def test_bad_token_ids_raise(ids: Tensor, got: str) -> None:
     model = small()
     for call in (model, model.extend):
         with pytest.raises(ValueError) as caught:  # noqa: PT011
@@ -275,7 +275,7 @@ def test_bad_token_ids_are_named(ids: Tensor, got: str) -> None:
         assert str(caught.value) == f"input_ids must be integers [batch, time >= 1], got {got}"
 
 
-def test_a_mask_of_another_shape_is_named() -> None:
+def test_a_mask_of_another_shape_raises() -> None:
     for call in (partial(small(), tokens(4)), partial(BSBRLayer(16, 4, CHUNK, 24), torch.zeros(2, 4, 16))):
         with pytest.raises(ValueError, match=r"^attention_mask must be \[batch, time\] = \[2, 4\], got \[2, 5\]$"):
             call(torch.ones(2, 5))

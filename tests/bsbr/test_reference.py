@@ -131,7 +131,7 @@ def row(*numbers: float) -> Tensor:
     ("options", "expected"),
     [
         # q = 0, so inside a chunk every visible token counts the same: 1, (1+2)/2 | 4, (4+8)/2 | 16.
-        # F_0 = 1·1 + 1·2 = 3, F_1 = 1·4 + 2·8 = 20. Chunk 1 sees chunk 0 alone: F̄_1 = 3. Chunk 2 scores ln 3 and 0,
+        # F_0 = 1·1 + 1·2 = 3, F_1 = 1·4 + 2·8 = 20. Chunk 1 sees chunk 0 only: F̄_1 = 3. Chunk 2 scores ln 3 and 0,
         # weights 3/4 and 1/4: F̄_2 = 2.25 + 5 = 7.25. Read with φ(q) = 1, 2 | 3: 4 + 3, 6 + 6 | 16 + 21.75.
         ({}, [1, 1.5, 7, 12, 37.75]),
         # One token of overlap: (2+4)/2, (2+4+8)/3 | (8+16)/2.
@@ -281,11 +281,11 @@ def test_gradients_of_the_delta_rule_match_finite_differences(impl: Any) -> None
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_the_delta_rule_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     tensors = {name: x.to(dtype) for name, x in with_beta(8 * CHUNK + 3).items()}
-    got, expected = (
+    actual, expected = (
         function(**tensors, chunk_size=CHUNK, normalise=True) for function in (bsbr_attention, reference.bsbr_attention)
     )
-    assert got.dtype == dtype
-    assert is_close(got, expected, tolerance)
+    assert actual.dtype == dtype
+    assert is_close(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -293,11 +293,11 @@ def test_the_delta_rule_in_lower_precision(dtype: torch.dtype, tolerance: float)
 def test_gradients_match_the_reference(time: int, options: dict[str, int]) -> None:
     tensors = [x.requires_grad_() for x in inputs(time)]
     upstream = torch.randn(2, 4, time, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    got, expected = (
+    actual, expected = (
         torch.autograd.grad((function(*tensors, **options) * upstream).sum(), tensors, allow_unused=True, materialize_grads=True)
         for function in (fast, slow)
     )
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
@@ -311,11 +311,11 @@ def test_gradients_match_finite_differences(options: dict[str, int]) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_close_in_values_and_gradients(dtype: torch.dtype, tolerance: float, options: dict[str, int]) -> None:
     tensors = [x.requires_grad_() for x in inputs(8 * CHUNK + 3, dtype=dtype)]
-    got, expected = fast(*tensors, **options), slow(*tensors, **options)
-    assert got.dtype == dtype
-    assert is_close(got, expected, tolerance)
+    actual, expected = fast(*tensors, **options), slow(*tensors, **options)
+    assert actual.dtype == dtype
+    assert is_close(actual, expected, tolerance)
     for a, b in zip(
-        torch.autograd.grad(got.float().square().mean(), tensors),
+        torch.autograd.grad(actual.float().square().mean(), tensors),
         torch.autograd.grad(expected.square().mean(), tensors),
         strict=True,
     ):
@@ -323,7 +323,7 @@ def test_lower_precision_stays_close_in_values_and_gradients(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("function", [fast, slow])
-def test_top_k_selects_the_earliest_of_equal_scores_whatever_follows(function: Any) -> None:
+def test_top_k_selects_the_earliest_of_equal_scores_for_all_later_inputs(function: Any) -> None:
     tensors = inputs(40 * CHUNK)
     tensors[3] = torch.zeros_like(tensors[3])  # every score is 0
     expected = bsbr_oracle(*(x.numpy() for x in tensors), chunk_size=CHUNK, top_k=2)
@@ -397,8 +397,8 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
     tensors = inputs(22)
     both = fast(*tensors, top_k=2, chunk_overlap=3)
     for item in range(2):
-        alone = fast(*(x[item : item + 1] for x in tensors), top_k=2, chunk_overlap=3)
-        torch.testing.assert_close(alone, both[item : item + 1], rtol=0, atol=1e-12)
+        single = fast(*(x[item : item + 1] for x in tensors), top_k=2, chunk_overlap=3)
+        torch.testing.assert_close(single, both[item : item + 1], rtol=0, atol=1e-12)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
         ),
     ],
 )
-def test_bad_input_is_named(change: dict[str, Any], sentence: str) -> None:
+def test_bad_input_raises(change: dict[str, Any], sentence: str) -> None:
     names = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features")
     arguments: dict[str, Any] = dict(zip(names, inputs(9), strict=True)) | {"chunk_size": CHUNK} | change
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below

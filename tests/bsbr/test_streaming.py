@@ -70,7 +70,7 @@ def assert_same(first: State, second: State, **tolerance: float) -> None:
 
 
 @options_of_all_kinds
-def test_two_parts_match_the_whole_wherever_it_is_cut(options: dict[str, Any]) -> None:
+def test_two_parts_equal_the_whole_for_every_cut(options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden()
     whole = attention(x)
     output, state = attention.extend(x)
@@ -91,7 +91,7 @@ def test_any_number_of_parts_matches_the_whole(sizes: list[int], options: dict[s
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
+def test_streaming_in_lower_precision_stays_close(dtype: torch.dtype, tolerance: float) -> None:
     attention, x = build(chunk_overlap=2, compression_factor=2).to(dtype), hidden(8 * CHUNK + 2).to(dtype)
     whole = attention(x).float()
     output, state = in_pieces(attention.extend, x, [1] * x.shape[1])
@@ -109,7 +109,7 @@ def test_gradients_flow_through_the_state() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
-def test_the_number_of_columns_does_not_decide_between_equal_scores() -> None:
+def test_selection_between_equal_scores_does_not_depend_on_the_number_of_chunks() -> None:
     attention, x = build(retrieval_top_k=2), hidden(60 * CHUNK)
     x[:, ::CHUNK] = 0  # every meta query is 0, and so is every score
     output, _ = in_pieces(attention.extend, x, [CHUNK] * 60)
@@ -139,17 +139,17 @@ def test_many_continuations_start_from_one_state(cut: int, options: dict[str, An
     attention, x = build(**options), hidden()
     _, state = attention.extend(x[:, :cut])
     assert_same(in_pieces(attention.extend, x[:, :cut], [1] * cut)[1], state, rtol=0, atol=1e-10)
-    kept = {key: tensor.clone() for key, tensor in state.items()}
+    copy = {key: tensor.clone() for key, tensor in state.items()}
     for sizes in ([TIME - cut], [1, TIME - cut - 1], [2, TIME - cut - 2]):
         for tokens in (x[:, cut:], -x[:, cut:]):
             output, _ = in_pieces(attention.extend, tokens, sizes, state)
             expected = attention(torch.cat([x[:, :cut], tokens], dim=1))[:, cut:]
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
-            assert_same(state, kept)
+            assert_same(state, copy)
 
 
 @options_of_all_kinds
-def test_a_state_survives_the_disk(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_state_is_the_same_after_saving_and_loading(tmp_path: Path, options: dict[str, Any]) -> None:
     attention, x = build(**options), hidden()
     with torch.no_grad():
         for cut in (1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK):
@@ -162,7 +162,7 @@ def test_a_state_survives_the_disk(tmp_path: Path, options: dict[str, Any]) -> N
 
 @options_of_all_kinds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_state_holds_the_declared_bytes_and_keeps_no_other_memory_alive(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_a_state_holds_exactly_the_declared_bytes_of_memory(dtype: torch.dtype, options: dict[str, Any]) -> None:
     attention, x = build(**options).to(dtype), hidden().to(dtype)
     by_token: State | None = None
     with torch.no_grad():
@@ -172,9 +172,9 @@ def test_a_state_holds_the_declared_bytes_and_keeps_no_other_memory_alive(dtype:
             _, in_two = in_pieces(attention.extend, x[:, :time], [time // 2, time - time // 2][time < 2 :])
             for state in (by_token, at_once, in_two):
                 assert state["position"].tolist() == time
-                kept = [tensor for key, tensor in state.items() if key != "position"]  # a counter that every attention has
-                assert sum(tensor.nbytes for tensor in kept) == attention.state_bytes(time, batch_size=2)
-                assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == attention.state_bytes(time, 2)
+                tensors = [tensor for key, tensor in state.items() if key != "position"]  # a counter that every attention has
+                assert sum(tensor.nbytes for tensor in tensors) == attention.state_bytes(time, batch_size=2)
+                assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == attention.state_bytes(time, 2)
 
 
 # --- cost of a token ------------------------------------------------------------------------------
@@ -232,18 +232,18 @@ def test_layer_and_model_stream(make: Callable[..., BSBRLayer | BSBRModel], opti
 
 
 @pytest.mark.parametrize("cut", [1, CHUNK, 2 * CHUNK + 3])
-def test_a_models_state_is_a_value_and_survives_the_disk(tmp_path: Path, cut: int) -> None:
+def test_a_models_state_is_not_changed_and_can_be_saved(tmp_path: Path, cut: int) -> None:
     lm = model(chunk_overlap=2, rotary=True, num_kv_heads=2)
     ids = torch.randint(30, (2, TIME), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, state = lm.extend(ids[:, :cut])
-        kept = {key: tensor.clone() for key, tensor in state.items()}
+        copy = {key: tensor.clone() for key, tensor in state.items()}
         save_file(state, tmp_path / "prefix.safetensors")
         for prefix in (state, load_file(tmp_path / "prefix.safetensors")):
             for continuation in (ids[:, cut:], 29 - ids[:, cut:]):
                 expected = lm(torch.cat([ids[:, :cut], continuation], dim=1))[:, cut:]
                 torch.testing.assert_close(lm.extend(continuation, prefix)[0], expected, rtol=0, atol=1e-10)
-        assert_same(state, kept)
+        assert_same(state, copy)
     one = lm.layers[0].attention.extend(hidden(cut))[1]
     assert state.keys() == {"position"} | {f"layers.{index}.{key}" for index in range(12) for key in one}
     bytes_kept = sum(tensor.nbytes for key, tensor in state.items() if not key.endswith("position"))

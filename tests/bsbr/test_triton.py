@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels. Most run in a process of their own, because triton decides at import whether to interpret."""
+"""Tests of the Triton kernels. Most run in a new process, because triton decides at import whether to interpret kernels."""
 
 import os
 import subprocess
@@ -16,20 +16,20 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def run_alone(interpret: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", str(HERE / "kernels_alone.py")]
+def run_kernel_tests(interpret: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", str(HERE / "triton_kernel_cases.py")]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_interpreted_kernels_match_the_reference() -> None:
-    run_alone("1")
+    run_kernel_tests("1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_match_the_reference_on_a_gpu() -> None:
-    run_alone("0")
+    run_kernel_tests("0")
 
 
 def test_kernels_compile_for_hopper_without_spilling() -> None:
@@ -50,7 +50,7 @@ def test_importing_the_kernels_does_not_import_triton() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_unsupported_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_raise_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     q = torch.zeros(1, 1, 4, 8)
     inputs, options = BSBRInputs(q, q, q, q[:, :, :1], q[:, :, :0]), BSBROptions(chunk_size=4)

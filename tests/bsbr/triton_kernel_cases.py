@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels against `bsbr.reference`, in a process of their own, which test_triton.py starts.
+"""Tests of the Triton kernels against `bsbr.reference`, in a separate process, which test_triton.py starts.
 
 They run on the CPU under TRITON_INTERPRET=1, which triton reads when the kernels are imported, and otherwise on a GPU.
 """
@@ -88,7 +88,7 @@ def inputs(
 def triton_attention(
     *, chunk_size: int, chunk_overlap: int = 0, top_k: int | None = None, normalise: bool = False, **tensors: Tensor
 ) -> Tensor:
-    """The kernels, with the arguments of `reference.bsbr_attention`."""
+    """Runs the kernels with the arguments of `reference.bsbr_attention`."""
     return triton.attend(BSBRInputs(**tensors), BSBROptions(chunk_size, chunk_overlap, top_k, normalise))
 
 
@@ -96,30 +96,30 @@ def compare(tensors: dict[str, Tensor], **options: Any) -> None:
     """Compares values and all gradients with the reference, by relative norm."""
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     dtype = tensors["q"].dtype
-    got, expected = triton_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
-    assert got.dtype == dtype
-    assert got.shape == expected.shape
-    assert_close("o", got, expected, TOLERANCE[dtype], 0)
-    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).to(got)
+    actual, expected = triton_attention(**tensors, **options), reference.bsbr_attention(**tensors, **options)
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    assert_close("o", actual, expected, TOLERANCE[dtype], 0)
+    upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(0)).to(actual)
     names = list(tensors)
     gradients = [
         torch.autograd.grad(out, list(tensors.values()), upstream.to(out), allow_unused=True, materialize_grads=True)
-        for out in (got, expected)
+        for out in (actual, expected)
     ]
     # A gradient of pure rounding, such as that of the scores of a softmax over one chunk, is compared with the largest gradient.
     largest = max(float(x.double().norm()) for x in gradients[1])
     for name, a, b in zip(names, *gradients, strict=True):
         assert a.dtype == tensors[name].dtype
         # The gradient of a score is a difference of sums over d_r·head_dim numbers: off by up to 1.4e-5 in float32 with 25600.
-        loose = 2 if name in ("meta_query", "meta_key") else 1
-        assert_close(f"the gradient of {name}", a, b, loose * TOLERANCE[dtype], 1e-2 * TOLERANCE[dtype] * largest)
+        factor = 2 if name in ("meta_query", "meta_key") else 1
+        assert_close(f"the gradient of {name}", a, b, factor * TOLERANCE[dtype], 1e-2 * TOLERANCE[dtype] * largest)
 
 
-def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:
     actual, expected = actual.detach(), expected.detach()
-    assert actual.isfinite().all(), what
+    assert actual.isfinite().all(), name
     error, size = float((actual.double() - expected.double()).norm()), float(expected.double().norm())
-    assert error <= max(tolerance * size, floor), f"{what} is off by {error:.2e} of {size:.2e}"
+    assert error <= max(tolerance * size, floor), f"{name} is off by {error:.2e} of {size:.2e}"
 
 
 # --- sizes and options ------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float, 
         *((53, None, options) for options in ({}, {"chunk_overlap": 1000}, {"top_k": 1})),
     ],
 )
-def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]) -> None:
+def test_values_and_gradients_for_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]) -> None:
     compare(inputs(time, 16, d_r=d_r), chunk_size=16, **options)
 
 
@@ -154,7 +154,9 @@ def test_lengths_and_options(time: int, d_r: int | None, options: dict[str, int]
     ],
     ids=str,
 )
-def test_awkward_sizes(time: int, chunk_size: int, sizes: dict[str, int], options: dict[str, int]) -> None:
+def test_values_and_gradients_for_sizes_that_are_no_powers_of_two(
+    time: int, chunk_size: int, sizes: dict[str, int], options: dict[str, int]
+) -> None:
     compare(inputs(time, chunk_size, **sizes), chunk_size=chunk_size, **options)
 
 
@@ -204,11 +206,11 @@ def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
 
 def test_the_upstream_gradient_may_be_expanded() -> None:
     tensors = {name: x.requires_grad_() for name, x in inputs(40, 16).items()}
-    got, expected = (
+    actual, expected = (
         torch.autograd.grad(function(**tensors, chunk_size=16).sum(), list(tensors.values()))
         for function in (triton_attention, reference.bsbr_attention)
     )
-    for name, a, b in zip(tensors, got, expected, strict=True):
+    for name, a, b in zip(tensors, actual, expected, strict=True):
         assert_close(name, a, b, 1e-5, 1e-4)
 
 
@@ -216,23 +218,23 @@ def test_the_upstream_gradient_may_be_expanded() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "chunk_overlap": 20}], ids=str)
-def test_later_inputs_change_no_bit_of_earlier_outputs(options: dict[str, int]) -> None:
+def test_earlier_outputs_have_the_same_bits_for_all_later_inputs(options: dict[str, int]) -> None:
     tensors = inputs(70, 16)
     whole = triton_attention(**tensors, chunk_size=16, **options)
     for cut in (32, 47):
-        spoilt = {name: x.clone() for name, x in tensors.items()}
+        changed = {name: x.clone() for name, x in tensors.items()}
         for name in ("q", "k", "v"):
-            spoilt[name][:, :, cut:] = 1e3
-        spoilt["meta_query"][:, :, -(-cut // 16) :] = 1e3
-        spoilt["meta_key"][:, :, cut // 16 :] = 1e3
-        part = triton_attention(**spoilt, chunk_size=16, **options)
+            changed[name][:, :, cut:] = 1e3
+        changed["meta_query"][:, :, -(-cut // 16) :] = 1e3
+        changed["meta_key"][:, :, cut // 16 :] = 1e3
+        part = triton_attention(**changed, chunk_size=16, **options)
         assert torch.equal(part[:, :, :cut], whole[:, :, :cut])
-        alone = {name: x[:, :, :cut] if name in ("q", "k", "v") else x for name, x in tensors.items()}
-        alone |= {"meta_query": tensors["meta_query"][:, :, : -(-cut // 16)], "meta_key": tensors["meta_key"][:, :, : cut // 16]}
-        torch.testing.assert_close(triton_attention(**alone, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
+        prefix = {name: x[:, :, :cut] if name in ("q", "k", "v") else x for name, x in tensors.items()}
+        prefix |= {"meta_query": tensors["meta_query"][:, :, : -(-cut // 16)], "meta_key": tensors["meta_key"][:, :, : cut // 16]}
+        torch.testing.assert_close(triton_attention(**prefix, chunk_size=16, **options), whole[:, :, :cut], rtol=0, atol=2e-6)
 
 
-def test_top_k_selects_the_earliest_of_equal_scores_whatever_follows() -> None:
+def test_top_k_selects_the_earliest_of_equal_scores() -> None:
     tensors = inputs(24, 2)
     tensors["meta_query"] = torch.zeros_like(tensors["meta_query"])
     compare(tensors, chunk_size=2, top_k=3)
@@ -264,10 +266,10 @@ def test_long_sequences_match_the_torch_backend(head_dim: int) -> None:
     tensors = inputs(8192 + 77, 128, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16)
     tensors = {name: x.requires_grad_() for name, x in tensors.items()}
     wide = {name: x.detach().float().requires_grad_() for name, x in tensors.items()}
-    got = triton_attention(**tensors, chunk_size=128, chunk_overlap=32)
+    actual = triton_attention(**tensors, chunk_size=128, chunk_overlap=32)
     expected = bsbr_attention(**wide, chunk_size=128, chunk_overlap=32)
-    assert_close("o", got, expected, 2e-2, 0)
-    upstream = torch.randn_like(got)
-    gradients = (torch.autograd.grad(o, list(x.values()), upstream.to(o)) for o, x in ((got, tensors), (expected, wide)))
+    assert_close("o", actual, expected, 2e-2, 0)
+    upstream = torch.randn_like(actual)
+    gradients = (torch.autograd.grad(o, list(x.values()), upstream.to(o)) for o, x in ((actual, tensors), (expected, wide)))
     for name, a, b in zip(tensors, *gradients, strict=True):
         assert_close(f"the gradient of {name}", a, b, 2e-2, 0)
