@@ -1,4 +1,4 @@
-"""`python -m evals.paper`: measures everything that the study consists of, and draws it; started again, it resumes.
+"""`python -m evals.paper`: measures and draws the whole study; a second start resumes an interrupted one.
 
 It runs the commands of conf/paper.yaml one after the other and stops at the first that fails. Names of data select some of
 them. `results_dir=` and `plots_dir=` are the folders of the output (results/paper, plots/paper); `device=cuda` measures the GPU
@@ -25,11 +25,11 @@ def plan(words: Sequence[str], *, dry: bool = False) -> tuple[list[str], Path, P
     """Plans the commands.
 
     Args:
-        words: the arguments: names of data and key=value.
+        words: names of data, and key=value.
         dry: adds --dry-run to the commands.
 
     Returns:
-        The commands as one types them, the folder of the results, and the folder of the figures.
+        The command lines, the folder of the results, and the folder of the figures.
 
     Raises:
         ValueError: for an unknown name, or a step that is not measured on a GPU if one is requested.

@@ -33,6 +33,6 @@ def _origin(source: Source, results: Path) -> str:
 
 
 def typed_path(folder: Path) -> str:
-    """The path of a folder as one types it in the repository's root."""
+    """The path of a folder relative to the repository, or absolute outside of it."""
     folder = folder.resolve()
     return (folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder).as_posix()

@@ -25,7 +25,7 @@ class Step:
     gpu: str | None = None  # arguments that they take on a GPU; None if the step is measured on a CPU only
 
     def lines(self, results: str) -> list[str]:
-        """The commands as one types them, for results in this folder."""
+        """The command lines for results in this folder."""
         return [command.replace("{results}", shlex.quote(results)) for command in self.commands]
 
 

@@ -1,1 +1,1 @@
-"""Figures of results tables: one file a kind of figure, drawn with seaborn and matplotlib; `registry` knows which a table has."""
+"""Figures of results tables: one file per kind of figure, and a `registry` of the figures of each kind of table."""

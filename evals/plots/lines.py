@@ -33,7 +33,7 @@ from evals.results.metrics import LATENCY, PEAK_MEMORY, ROOFLINE, SPEEDUP, THROU
 from evals.stats.intervals import CONFIDENCE
 
 LINE_METRICS = (LATENCY, THROUGHPUT, PEAK_MEMORY, SPEEDUP, ROOFLINE)
-"""The metrics that have a line plot of their own."""
+"""The metrics with a line plot."""
 FITTED = {"latency": LATENCY, "memory": PEAK_MEMORY}
 """The metric of each quantity that scaling.csv has fits of."""
 BOUNDS = {"compute": "bound by compute", "memory": "bound by memory bandwidth", "": "bound by: unknown"}
@@ -142,12 +142,12 @@ def _mark_bounds(axes: Axes, x: Numbers, cells: pd.DataFrame, style: Style, name
 
 
 def _bound_handles(sweep: Sweep) -> list[Line2D]:
-    found = set(sweep.rows.loc[sweep.rows[ROOFLINE.column].notna(), "bound"].fillna("").astype(str))
+    present = set(sweep.rows.loc[sweep.rows[ROOFLINE.column].notna(), "bound"].fillna("").astype(str))
     mark: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 4.5, "markeredgecolor": "black", "markeredgewidth": 1}
     return [
         Line2D([], [], markerfacecolor=FACES.get(bound, "black"), label=words, **mark)
         for bound, words in BOUNDS.items()
-        if bound in found
+        if bound in present
     ]
 
 
@@ -164,15 +164,15 @@ class Crossing(NamedTuple):
 
 def crossings_with_reference(sweep: Sweep) -> dict[str, list[Crossing]]:
     """The crossings of each attention with the reference within the range of the sweep, in ascending order."""
-    found: dict[str, list[Crossing]] = {}
+    crossings: dict[str, list[Crossing]] = {}
     if sweep.crossovers is None or sweep.discrete:
-        return found
+        return crossings
     for row in sweep.crossovers.sort_values("at", kind="stable").to_dict("records"):
         others = [name for name in (str(row["first"]), str(row["second"])) if name != sweep.reference]
         if len(others) == 1 and others[0] in sweep.by_attention and sweep.x[0] <= row["at"] <= sweep.x[-1]:
             low, high = (row["at"] if math.isnan(row[end]) else row[end] for end in ("at_low", "at_high"))
-            found.setdefault(others[0], []).append(Crossing(row["at"], low, high))
-    return found
+            crossings.setdefault(others[0], []).append(Crossing(row["at"], low, high))
+    return crossings
 
 
 def _describe_crossing(crossing: Crossing) -> str:
@@ -232,7 +232,7 @@ def _is_fitted(fit: Mapping[str, Any]) -> bool:
 
 
 def describe_exponent(fit: Mapping[str, Any]) -> str:
-    """The exponent with its interval and the declared one, or the reason why there is none."""
+    """The exponent with its interval and the declared one, or the reason for its absence."""
     note = fit.get("note")
     if isinstance(note, str) and note.strip():
         return note

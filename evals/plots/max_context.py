@@ -13,26 +13,22 @@ from evals.results.settings import conditions
 
 
 def max_context_plot(rows: pd.DataFrame) -> Figure:
-    """Draws one point an attention, the longest context first, and writes the outcome at the next length that was tried.
-
-    Args:
-        rows: one row an attention of a max_context table.
-    """
+    """Draws a point for each row, an attention of a max_context table, with the outcome at the next length; longest first."""
     rows = rows.sort_values("max_context", ascending=False, kind="stable", na_position="last")
-    names, found = [str(name) for name in rows["attention"]], rows["max_context"].fillna(0).to_numpy(float)
+    names, lengths = [str(name) for name in rows["attention"]], rows["max_context"].fillna(0).to_numpy(float)
     limits = rows["limit_bytes"].dropna().unique()
     limit = BYTES.format(float(limits[0])) if len(limits) == 1 else "the memory limit"
     note = f"everything counted: parameters, inputs, what the workload prepares, and its peak; at most {limit}"
     title = f"Longest context within {limit}, longer is better"
     figure = new_figure(title, [conditions(rows, "seq_len"), note], 0.6 + 0.24 * len(names))
     axes = figure.subplots()
-    known = found[found > 0]
+    known = lengths[lengths > 0]
     least, most = (known.min(), known.max()) if len(known) else (1.0, 2.0)
     axes.set_xlim(least / 2, most * (2 * most / least) ** 0.35)  # leaves room for the words behind the points
     scale_log(axes.xaxis, 2, format_setting)
     styles = style_of(names)
     name_rows(axes, names, styles)
-    for row, (name, length, (_, result)) in enumerate(zip(names, found, rows.iterrows(), strict=True)):
+    for row, (name, length, (_, result)) in enumerate(zip(names, lengths, rows.iterrows(), strict=True)):
         if length > 0:
             axes.plot([length], [row], gid=name, **styles[name].line(discrete=True))
         text: dict[str, Any] = {"size": 6.5, "color": GREY, "va": "center", "textcoords": "offset points"}

@@ -26,19 +26,19 @@ def memory_split(sweep: Sweep) -> Figure | None:
     """Draws stacked bars of parameters, activations and state at up to three settings.
 
     Returns:
-        None if one of the parts is never known.
+        None if a part is unknown in all rows.
     """
     if any(not sweep.rows[column].gt(0).any() for column in COLUMNS.values()):
         return None
-    names, places = list(sweep.by_attention), representatives(sweep)
+    names, settings = list(sweep.by_attention), representatives(sweep)
     decodes = set(sweep.rows["workload"]) == {"decode"}
     note = "" if decodes else "activations: the peak above inputs and parameters; state: what decoding would keep, not held here"
-    scale = "each panel has a scale of its own" if len(places) > 1 else ""
+    scale = "each panel has a scale of its own" if len(settings) > 1 else ""
     figure = new_figure(
         "Parts of memory, lower is better", subtitle(sweep, "; ".join(filter(None, (note, scale)))), 0.75 + 0.2 * len(names)
     )
-    panels = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
-    for axes, at in zip(panels, places, strict=True):
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for axes, at in zip(panels, settings, strict=True):
         cells = pd.DataFrame({name: sweep.by_attention[name].iloc[at] for name in names}).T
         parts = cells[list(COLUMNS.values())].astype(float).set_axis(list(COLUMNS), axis=1)
         unit, suffix = max((step for step in BYTES.steps if step[0] <= parts.sum(axis=1).max()), default=BYTES.steps[0])

@@ -32,7 +32,7 @@ FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
     "scaling_memory": partial(scaling_plot, quantity="memory"),
     "pareto": pareto,
 }
-"""The figures of a table of timings; one without data is None. `distribution`, which needs raw samples, joins them."""
+"""The figures of a table of timings, without `distribution`, which needs raw samples; a figure without data is None."""
 
 ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
     "accuracy": accuracy.accuracy,
@@ -42,7 +42,7 @@ ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
     "loss": accuracy.loss,
     "needle_depth": needle_depth,
 }
-"""The figures of an accuracy table; one without data is None."""
+"""The figures of an accuracy table; a figure without data is None."""
 
 CONVERSION_FIGURES = {"perplexity": conversion.perplexity, "agreement": conversion.agreement}
 
@@ -72,9 +72,9 @@ def draw_sweep(
     fits: Mapping[str, pd.DataFrame] | None = None,
     records: Iterable[Record] = (),
 ) -> list[Path]:
-    """Writes the figures of a table of timings as PNG and SVG, in place of those drawn there before.
+    """Writes the figures of a table of timings as PNG and SVG, and deletes earlier ones.
 
-    Rows that differ in another setting than the swept one get figures of their own, named after it (latency-decode.svg).
+    Rows that differ in another setting than the swept one get separate figures, named after it (latency-decode.svg).
     Figures whose table or column is missing are left out.
 
     Args:

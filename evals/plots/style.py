@@ -16,7 +16,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Style:
-    """How one attention is drawn in every figure. Marker and dashes tell it apart where colour cannot."""
+    """The style of one attention in every figure. Marker and dashes distinguish it without colour."""
 
     colour: str
     marker: str
@@ -122,7 +122,7 @@ def _spare(start: int, attempt: int) -> Style:
 def render(draw: Callable[P, Figure | None], *arguments: P.args, **options: P.kwargs) -> Figure | None:
     """Calls a function that draws a figure under the settings of all figures, and fixes its layout.
 
-    Without the fixed layout, the same figure would be placed differently by each file format.
+    Without it, each file format would lay out the same figure differently.
     """
     with style.context(["default", RC]):
         figure = draw(*arguments, **options)

@@ -1,7 +1,7 @@
 """The findings of the study: sentences and tables in Markdown, every number of which is read from results/paper.
 
-Each finding is a function of the folder of results. It raises ValueError if data that the study's page requires are missing, and
-says that they were not measured yet if the page can do without them.
+Each finding is a function of the folder of results. It raises ValueError if required data are missing, and reports optional data as
+not measured yet.
 """
 
 from collections.abc import Callable

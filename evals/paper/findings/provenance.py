@@ -15,8 +15,8 @@ def uncertainty(results: Path) -> str:
     rows = sweep.rows[sweep.rows["latency_s"] > 0]
     half = (rows["latency_high_s"] - rows["latency_low_s"]) / 2 / rows["latency_s"]
     worst = rows.iloc[int(half.to_numpy().argmax())]
-    changed = [one for one in _all_sources(results) if any("with changes" in commit for commit in one.commits)]
-    names = enumerate_words(f"`{one.folder.relative_to(results).as_posix()}`" for one in changed)
+    changed = [source for source in _all_sources(results) if any("with changes" in commit for commit in source.commits)]
+    names = enumerate_words(f"`{source.folder.relative_to(results).as_posix()}`" for source in changed)
     code = f" These were measured with code that had uncommitted changes: {names}." if changed else ""
     return (
         f"Half of a latency's interval is {write_percent(half.median())} of it in the median, {write_percent(half.max())} at most: "
@@ -28,15 +28,15 @@ def provenance(results: Path) -> str:
     """Tables the days, commits and processors of each folder."""
     rows = [
         [
-            f"`{one.folder.relative_to(results).as_posix()}`",
-            *("; ".join(words) or "?" for words in (one.days, one.commits, one.processors)),
+            f"`{source.folder.relative_to(results).as_posix()}`",
+            *("; ".join(words) or "?" for words in (source.days, source.commits, source.processors)),
         ]
-        for one in _all_sources(results)
+        for source in _all_sources(results)
     ]
     return markdown_table(["results/paper/", "begun on", "commit", "processor"], rows)
 
 
 def _all_sources(results: Path) -> list[Source]:
-    """The folders of the recipe that are there, and those of the patterns of figures."""
+    """The existing folders of the recipe and of the figures' pattern."""
     patterns = [*(step.data for step in recipe()), "recall*"]
-    return list({one.folder: one for pattern in patterns for one in find_sources(results, pattern)}.values())
+    return list({source.folder: source for pattern in patterns for source in find_sources(results, pattern)}.values())

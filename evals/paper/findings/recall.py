@@ -89,8 +89,8 @@ def _by_length(source: Source, column: str) -> str:
     evaluated = sweep.at_last(sweep.whole)
     lengths = sorted(evaluated["eval_seq_len"].unique())
     rows = []
-    for name, own in evaluated.groupby("attention", sort=False):
-        at = {row["eval_seq_len"]: row for _, row in own.iterrows()}
+    for name, rows_at in evaluated.groupby("attention", sort=False):
+        at = {row["eval_seq_len"]: row for _, row in rows_at.iterrows()}
         rows.append([f"`{name}`", *(_mean(at[length], column) if length in at else "" for length in lengths)])
     heads = [f"{column.replace('_', ' ')} at", *map(format_setting, lengths)]
     return f"{_sentence(sweep, evaluated)}\n\n{markdown_table(heads, rows)}"
@@ -98,7 +98,7 @@ def _by_length(source: Source, column: str) -> str:
 
 def _mean(row: "pd.Series[Any]", column: str) -> str:
     """The mean over seeds and half of its interval."""
-    value, low, high = (row[one] for one in (column, f"{column}_low", f"{column}_high"))
+    value, low, high = (row[name] for name in (column, f"{column}_low", f"{column}_high"))
     return f"{value:.3f}{f' ± {(high - low) / 2:.2g}' if high > low else ''}"
 
 
