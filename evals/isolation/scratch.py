@@ -9,7 +9,9 @@ from multiprocessing import util
 from pathlib import Path
 
 PREFIX = "bsbr-"
-"""Begins the names of scratch folders, before the number of their process. Short: the path of a socket has 104 characters."""
+"""Begins the names of scratch folders, before the number of their process."""
+LONGEST_ROOT = 49
+"""Characters of the temporary folder: the path of a socket may have 103, of which 54 are names of folders in it."""
 
 
 @functools.cache
@@ -17,9 +19,12 @@ def scratch_folder() -> Path:
     """Scratch folder of this process, created by the first call.
 
     The process holds a file lock on the folder. The kernel releases the lock when the process ends, for whatever reason. The
-    first call of a later process removes all unlocked folders of this user.
+    first call of a later process removes all unlocked folders of this user. The folder lies in the temporary folder, or in
+    /tmp where that path is too long for the sockets of multiprocessing.
     """
     root = Path(tempfile.gettempdir())
+    if len(os.fsencode(root)) > LONGEST_ROOT:
+        root = Path("/tmp")
     with (root / f"bsbr-scratch-{os.getuid()}.lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is being created is not locked yet, and must not be removed
         for folder in root.glob(f"{PREFIX}[0-9]*-*/"):

@@ -46,7 +46,7 @@ def temporary(folder: Path) -> set[str]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder with a short path, since sockets lie in it."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(prefix="bsbr-test-", dir="/tmp") as name:
         yield Path(name)
 
 
@@ -76,3 +76,12 @@ def test_a_command_that_is_killed_while_it_measures_leaves_only_its_scratch_fold
     last, new = start(WAITING, folder)
     assert temporary(folder) == {new}
     end(last)
+
+
+def test_workers_start_where_the_temporary_folder_has_a_long_path(folder: Path) -> None:
+    long = folder / ("x" * 90)
+    long.mkdir()
+    command, pid = start(MEASURING, long)
+    end(command)
+    assert int(pid)
+    assert temporary(long) == set()
