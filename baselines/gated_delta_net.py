@@ -107,8 +107,7 @@ def _chunkwise(
     outputs = scores.flatten(3, 4) @ corrections
     final = None
     if starts is not None:
-        decayed_queries = queries.unflatten(3, (group, size)) * since_start.unsqueeze(3)
-        outputs = outputs + decayed_queries.flatten(3, 4) @ starts
+        outputs = outputs + (queries.unflatten(3, (group, size)) * since_start.unsqueeze(3)).flatten(3, 4) @ starts
         remaining = since_start[:, :, -1, -1:] * starts[:, :, -1]
         final = remaining + (keys * until_end)[:, :, -1].mT @ corrections[:, :, -1]
     return ungroup_outputs(outputs, group, time).to(q.dtype), final
