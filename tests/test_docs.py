@@ -20,7 +20,7 @@ from mkdocs.exceptions import PluginError
 from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
 from evals.errors import UsageError
-from evals.paper.__main__ import plan
+from evals.paper.plan import plan
 from evals.paths import CONF, ROOT
 from evals.results import latency_table
 from evals.results.frames import read_table

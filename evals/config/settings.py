@@ -46,7 +46,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how a comparison is computed; conf/device/cuda.yaml explains each setting."""
+    """Device, precision and threads of a comparison; conf/device/cuda.yaml explains each setting."""
 
     kind: Annotated[Kind, Rule("cpu or cuda", lambda value: value in ("cpu", "cuda"))]
     dtype: Annotated[str, one_of(DTYPES)]

@@ -199,7 +199,7 @@ Row = pd.Series
 
 
 class Crossings(NamedTuple):
-    """Where the latencies of two attentions cross."""
+    """The points where the latencies of two attentions cross."""
 
     crossings: list[Crossover]  # in ascending order of their lengths
     lead: float  # logarithm of how many times faster the first is at the longest length; below 0 if it is slower

@@ -64,7 +64,7 @@ def crossovers(
 def crossovers_from_intervals(
     sizes: Sequence[float], first: Sequence[Interval], second: Sequence[Interval], *, confidence: float = CONFIDENCE
 ) -> list[Crossover]:
-    """As `crossovers`, from latencies whose intervals have the same confidence; they are not paired, so the result is wider."""
+    """Crossovers from unpaired latencies whose intervals have the same confidence; wider than `crossovers` of paired samples."""
     quantile = float(stdtrit(KNOWN_FREEDOM, (1 + confidence) / 2))
     mean, variance = np.zeros(len(sizes)), np.zeros(len(sizes))
     for sign, intervals in ((1, first), (-1, second)):

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from evals.paper.__main__ import main, plan
+from evals.paper.__main__ import main
 from evals.paper.captions import caption
 from evals.paper.crossings import crossings, stretches
 from evals.paper.draw import STUDY, draw_half, drawings, missing_data
@@ -22,6 +22,7 @@ from evals.paper.findings import FINDINGS
 from evals.paper.findings.data import required_source
 from evals.paper.findings.speed import speed
 from evals.paper.overview import comparison, dashboard, decode
+from evals.paper.plan import plan
 from evals.paper.radar import RINGS, radar, respects
 from evals.paper.recipe import recipe, step_of
 from evals.paper.sources import Source
