@@ -36,6 +36,7 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest([without_prose(path.read_text()) if path.suffix == ".py" else path.read_text() for path in paths])
 
 
+@functools.cache  # attentions share most files, and every job of a sweep asks for all of them
 def without_prose(source: str) -> str:
     """Python source without comments, docstrings, string statements and blank lines; its other lines stay as they are."""
     prose = [
