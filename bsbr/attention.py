@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bsbr import cost, reference, streaming
 from bsbr.backends import dispatch
+from bsbr.backends.selection import check_impl
 from bsbr.backends.triton import tuning
 from bsbr.context_parallel import context_parallel_bsbr_attention
 from bsbr.features import FeatureMap, build_feature_map
@@ -144,7 +145,7 @@ class BSBRAttention(MultiHeadAttention):
         impl: dispatch.Impl = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        dispatch.check_impl(impl)
+        check_impl(impl, "cpp", "triton")
         BSBROptions(chunk_size, chunk_overlap, retrieval_top_k)  # raises for options out of range
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bsbr.backends.cpp import calls
 from bsbr.backends.cpp import functions as cpp
+from bsbr.backends.cpp.operators import KERNELS
 from bsbr.backends.dispatch import Impl
 from bsbr.backends.pytorch import unit_norm
 from bsbr.interface import split_heads
@@ -49,7 +49,7 @@ class QuadraticFeatures(nn.Module):
         """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r], made of the hidden states [batch, time, hidden_dim] alone."""
         q_factors = split_heads(self.q_proj(hidden_states), self.num_heads)
         k_factors = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
-        use_cpp = self.impl in ("auto", "cpp") and calls.unsupported(q_factors, k_factors) is None
+        use_cpp = self.impl in ("auto", "cpp") and KERNELS.unsupported(q_factors, k_factors) is None
         make = cpp.quadratic_features if use_cpp else quadratic_features
         return make(q_factors, self.feature_dim), make(k_factors, self.feature_dim)
 

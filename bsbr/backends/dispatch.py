@@ -1,28 +1,17 @@
 """Selects the backend: the fastest one that can take the inputs, or the one that `impl` names and no other."""
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, cast
 
 from torch import Tensor
 
 from bsbr.backends import pytorch, triton
 from bsbr.backends.cpp import segment as cpp
+from bsbr.backends.selection import check_impl, select
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
 Impl = Literal["auto", "torch", "cpp", "triton"]
 """Values of the option `impl`: the name of a backend, or "auto" for the fastest that supports the inputs."""
-
-_UNSUPPORTED: dict[Impl, Callable[[BSBRInputs, BSBROptions], str | None]] = {
-    "triton": triton.unsupported,
-    "cpp": cpp.unsupported,
-}
-"""Backends that do not support every input, the fastest first, each with a function that returns the reason, or None."""
-
-
-def check_impl(impl: str) -> None:
-    """Raises ValueError unless `impl` is one of `Impl`."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
 
 
 def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl:
@@ -37,13 +26,12 @@ def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl
         ValueError: if there is no such backend.
         NotImplementedError: if `impl` names a backend that does not support the inputs.
     """
-    check_impl(impl)
-    if impl == "auto":
-        return next((name for name, unsupported in _UNSUPPORTED.items() if not unsupported(inputs, options)), "torch")
-    reason = _UNSUPPORTED[impl](inputs, options) if impl in _UNSUPPORTED else None
-    if reason:
-        raise NotImplementedError(f"impl='{impl}' was asked for: {reason}; impl='torch' takes every input")
-    return impl
+    check_impl(impl, "cpp", "triton")
+    backends = {
+        "triton": partial(triton.unsupported, inputs, options),
+        "cpp": partial(cpp.unsupported, inputs, options),
+    }
+    return cast(Impl, select(impl, backends))
 
 
 def attend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Tensor:

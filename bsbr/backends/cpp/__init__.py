@@ -1,9 +1,10 @@
-"""BSBR on a CPU in C++: one chunk of one head at a time, in the cache of one core, forward and backward.
+"""C++ kernels on a CPU, and BSBR's own.
 
-Operations on whole tensors (`bsbr.backends.pytorch`) write every intermediate result to memory, which takes longer than the
-matrix products. `bsbr.cpp` fuses the scores, softmax, values and read-out of a chunk, and their gradients. Retrieval between
-chunks is in `bsbr.backends.retrieval`.
+For any attention: `build` compiles a source, `calls` passes tensors to its functions and registers them with torch, and
+`differentiable` makes them differentiable. `tensors.h` and `tiles.h` are what a source is written with.
 
-`build` compiles the library, `calls` passes tensors to it, `operators` registers its functions with torch, `functions` makes
-them differentiable, and `segment` composes them.
+BSBR's functions are in `bsbr.cpp`: one chunk of one head at a time, in the cache of one core, forward and backward. Operations on
+whole tensors (`bsbr.backends.pytorch`) write every intermediate result to memory, which takes longer than the matrix products.
+`operators` registers its functions, `functions` makes them differentiable, and `segment` composes them. Retrieval between chunks
+is in `bsbr.backends.retrieval`.
 """

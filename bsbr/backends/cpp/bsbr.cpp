@@ -5,6 +5,64 @@
 
 namespace {
 
+constexpr index DEPTH = 256, COLUMNS = 128;  // of the states packed at once: they fit a core's L2 cache, and one panel its L1
+
+/// The distance between rows of scores; it leaves room for a panel of zeros after the keys.
+template <class T>
+index score_row(index keys) {
+    return padded<T>(keys) + 2 * WIDTH<T>;
+}
+
+/// Sizes of a function that works on tokens, chunk by chunk. before: rows of k and v before the first row of q. features: d_r.
+/// unit_norm: whether φ is the unit norm of what is passed as keys.
+struct ChunkSizes {
+    std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, head_dim, features, unit_norm, threads;
+
+    /// The most keys that a chunk attends to.
+    index max_keys() const { return std::min(chunk_size, time) + overlap; }
+
+    /// Of the most demanding function.
+    template <class T>
+    index scratch_size() const {
+        const index keys = padded<T>(max_keys()), dim = padded<T>(std::max(head_dim, features));
+        return 6 * keys * dim + dim * dim + 2 * keys * score_row<T>(keys) + 3 * ROWS * score_row<T>(std::max(keys, dim));
+    }
+};
+
+/// Sizes of retrieval from `chunks` states by `rows` chunks, of which row i sees the first `seen` + i. size: numbers of a state,
+/// or how many chunks are selected. add: whether results are added to what is there.
+struct RetrievalSizes {
+    std::int64_t batch, heads, kv_heads, rows, chunks, seen, size, add, threads;
+
+    template <class T>
+    index scratch_size() const {
+        return std::max<index>(DEPTH * COLUMNS, panels(size, 16) * 16);
+    }
+};
+
+/// Sizes of quadratic features: `size` products of two of `factors` numbers for each token.
+struct FeatureSizes {
+    std::int64_t batch, heads, time, factors, size, threads;
+
+    template <class T>
+    index scratch_size() const {
+        return 3 * (panels(2 * factors + size + 2 * LANES<T>, 16) * 16);
+    }
+};
+
+/// One chunk: its tokens, which are rows start … start + length of q, and the keys it attends to, rows first_key … first_key + keys
+/// of k. Its first token sees `seen_before` keys before its own.
+struct Chunk {
+    index start, length, first_key, keys, seen_before;
+    Chunk(const ChunkSizes& s, index number) {
+        start = number * s.chunk_size;
+        length = std::min<index>(s.chunk_size, s.time - start);
+        first_key = std::max<index>(0, s.before + start - s.overlap);
+        keys = s.before + start + length - first_key;
+        seen_before = keys - length;
+    }
+};
+
 // --- states of chunks ---------------------------------------------------------------------------
 
 /// F_s = φ(K_s)ᵀ V_s of every chunk; φ(k) is the key or its unit norm.
@@ -333,7 +391,7 @@ void score(const T* query, index row, const T* keys, index head_dim, T scale, in
 /// softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄. The division by the softmax's sum comes last, so the read-out is first scaled up by it.
 template <class T>
 index attend(const ChunkSizes& s, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor out, T* memory) {
-    const index row = score_row<T>(max_keys(s)), group = s.heads / s.kv_heads;
+    const index row = score_row<T>(s.max_keys()), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
     return in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
         const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
@@ -378,7 +436,7 @@ index attend_backward(
     const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q, Tensor d_k,
     Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory
 ) {
-    const index row = score_row<T>(max_keys(s)), group = s.heads / s.kv_heads;
+    const index row = score_row<T>(s.max_keys()), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
     // Chunks that overlap add to the gradients of the same keys; then one thread takes all chunks of a head, in order.
     const index together = s.overlap ? s.chunks : 1;
@@ -482,9 +540,6 @@ index attend_backward(
 
 }  // namespace
 
-#define FUNCTION(NAME, SIZES, TYPE, T, ...)                                                                           \
-    std::int64_t NAME##_scratch_##TYPE(const SIZES* s) { return scratch_size<T>(*s); }                                \
-    std::int64_t NAME##_##TYPE(const SIZES* s, const Tensor* x, T* memory) { return NAME(*s, __VA_ARGS__, memory); }
 #define FUNCTIONS(TYPE, T)                                                                                            \
     FUNCTION(chunk_states, ChunkSizes, TYPE, T, x[0], x[1], x[2])                                                     \
     FUNCTION(chunk_states_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                \

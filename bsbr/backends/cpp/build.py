@@ -1,4 +1,4 @@
-"""Compiles the C++ library on first use and caches it for this processor."""
+"""Compiles a C++ source on first use and caches the library for this processor."""
 
 import ctypes
 import functools
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("bsbr.cpp", "tensors.h", "tiles.h")]
-"""The compiled file, then its includes."""
+INCLUDES = [Path(__file__).with_name(name) for name in ("tensors.h", "tiles.h")]
+"""What every source may include."""
 
-FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """Loads the compiled `bsbr.cpp`.
+def library(source: Path) -> ctypes.CDLL | str:
+    """Loads the library compiled from `source`.
 
     The first call on a machine compiles it, which takes some seconds, with the compiler that CXX names, by default c++.
 
@@ -28,28 +28,28 @@ def library() -> ctypes.CDLL | str:
         The library; or, if it cannot be compiled or loaded, the reason as a sentence, after one RuntimeWarning.
     """
     try:
-        return ctypes.CDLL(str(_build()))
+        return ctypes.CDLL(str(_build(source)))
     except OSError as error:
         problem = str(error)
     except subprocess.CalledProcessError as error:
         problem = f"{' '.join(error.cmd[:1])} failed: {(error.stderr.strip().splitlines() or ['it printed nothing'])[0]}"
     reason = f"the C++ backend is not available ({problem}); it needs a C++ compiler with OpenMP, which CXX names"
-    warnings.warn(f"BSBR runs on the torch backend, several times slower: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{source.stem} runs on the torch backend, several times slower: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
-def _build() -> Path:
-    """Compiles the library unless it is cached for these sources and this processor; processes may call it at the same time."""
+def _build(source: Path) -> Path:
+    """Compiles `source` unless it is cached as it is, for this processor; processes may call it at the same time."""
     compiler = os.environ.get("CXX", "c++")
-    sources = [path.read_text() for path in SOURCES]
-    identity = [*sources, compiler, *FLAGS, platform.machine(), torch.__version__, _processor_features()]
-    name = f"bsbr-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+    texts = [path.read_text() for path in (source, *INCLUDES)]
+    identity = [*texts, compiler, *FLAGS[:-1], platform.machine(), torch.__version__, _processor_features()]
+    name = f"{source.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
-            subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(built)], check=True, capture_output=True, text=True)
+            subprocess.run([compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
             built.replace(folder / name)
     return folder / name
 

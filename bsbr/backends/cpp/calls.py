@@ -1,8 +1,14 @@
-"""Calls into the C++ library through ctypes: descriptions of tensors, sizes, and scratch memory for each thread."""
+"""C++ functions of a source file: calls through ctypes, and torch operators over them.
+
+A source includes tensors.h and exports, for each function and dtype, `<function>_<dtype>(sizes, tensors, scratch)` and
+`<function>_scratch_<dtype>(sizes)`; the macro FUNCTION of tensors.h writes both.
+"""
 
 import ctypes
 import functools
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,33 +16,7 @@ from torch import Tensor
 from bsbr.backends.cpp.build import library
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-"""The dtypes that the library is compiled for, and their names in its functions."""
-
-
-class ChunkSizes(ctypes.Structure):
-    """`ChunkSizes` of tensors.h: sizes of a function that works on tokens, chunk by chunk."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            *("batch", "heads", "kv_heads", "time", "before", "chunk_size", "overlap", "chunks", "head_dim", "features"),
-            *("unit_norm", "threads"),
-        )
-    ]
-
-
-class RetrievalSizes(ctypes.Structure):
-    """`RetrievalSizes` of tensors.h: sizes of a function that works on scores and states of chunks."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "rows", "chunks", "seen", "size", "add", "threads")
-    ]
-
-
-class FeatureSizes(ctypes.Structure):
-    """`FeatureSizes` of tensors.h: sizes of a function that makes features of tokens."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "time", "factors", "size", "threads")]
+"""The dtypes that a source is compiled for, and their names in its functions."""
 
 
 class _Strided(ctypes.Structure):
@@ -45,46 +25,101 @@ class _Strided(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)]
 
 
-def unsupported(*tensors: Tensor, dropout_p: float = 0.0) -> str | None:
-    """Why the C++ backend cannot take these tensors, as a sentence; None if it can."""
-    dtypes = {x.dtype for x in tensors}
-    if any(x.device.type != "cpu" for x in tensors):
-        return f"the C++ backend runs on a CPU, got tensors on {tensors[0].device}"
-    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
-        return f"the C++ backend takes float32 or float64, got {', '.join(sorted(map(str, dtypes)))}"
-    if dropout_p:
-        return "the C++ backend has no dropout"
-    loaded = library()
-    return loaded if isinstance(loaded, str) else None
+class Kernels:
+    """The C++ functions of one source file, compiled at first use, and the torch operators that call them.
 
-
-def call(function: str, sizes: ChunkSizes | RetrievalSizes | FeatureSizes, *tensors: Tensor | None) -> int:
-    """Calls a function of the library, which writes to some of the tensors.
+    Torch's profiler shows the operators `torch.ops.<namespace>.*`, and torch's FLOP counter counts them. Each returns the number
+    of floating point operations in the matrix products that it ran.
 
     Args:
-        function: its name without the dtype.
-        sizes: its sizes except `threads`, which is set here.
-        tensors: its tensors in order, all of one dtype except indices; None for an optional tensor that is not given.
-
-    Returns:
-        Number of floating point operations in the matrix products that it ran.
+        source: the C++ file.
+        namespace: the namespace of its operators, unique to this source.
     """
-    given = [x for x in tensors if x is not None]
-    if not all(x.numel() for x in given):
-        return 0
-    dtype = DTYPES[given[0].dtype]
-    sizes.threads = torch.get_num_threads()
-    # The library takes any strides but that of the last dimension. Tensors that are written have contiguous rows already.
-    rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    strided = (_Strided * len(rows))(*[_Strided() if x is None else _Strided(x.data_ptr(), *x.stride()[:3]) for x in rows])
-    scratch = given[0].new_empty(sizes.threads * _function(f"{function}_scratch_{dtype}")(ctypes.byref(sizes)))
-    return int(_function(f"{function}_{dtype}")(ctypes.byref(sizes), strided, ctypes.c_void_p(scratch.data_ptr())))
+
+    def __init__(self, source: Path, namespace: str) -> None:
+        self.source = source
+        self._library = torch.library.Library(namespace, "DEF")
+        self._operators = getattr(torch.ops, namespace)
+        self._names: list[str] = []
+
+    def operator(self, signature: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+        """Registers a function as the operator with this signature; its results are tensors that the caller allocated."""
+
+        def register(function: Callable[..., int]) -> Callable[..., int]:
+            name = signature.partition("(")[0]
+            self._library.define(signature)
+            self._library.impl(name, function, "CPU")
+            self._library.impl(name, lambda *_: 0, "Meta")  # tensors without data: nothing is computed
+            self._names.append(name)
+            return function
+
+        return register
+
+    def unsupported(self, *tensors: Tensor, dropout_p: float = 0.0) -> str | None:
+        """Why the functions cannot take these tensors, as a sentence; None if they can. May compile the source."""
+        dtypes = {x.dtype for x in tensors}
+        if any(x.device.type != "cpu" for x in tensors):
+            return f"the C++ backend runs on a CPU, got tensors on {tensors[0].device}"
+        if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+            return f"the C++ backend takes float32 or float64, got {', '.join(sorted(map(str, dtypes)))}"
+        if dropout_p:
+            return "the C++ backend has no dropout"
+        if is_transformed():
+            return "the C++ backend has no forward-mode derivatives and no rules for torch.func and torch.vmap"
+        loaded = library(self.source)
+        if isinstance(loaded, str):
+            return loaded
+        self._register_flop_formulas()
+        return None
+
+    def call(self, function: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> int:
+        """Calls a function, which writes to some of the tensors.
+
+        Args:
+            function: its name without the dtype.
+            sizes: its structure of sizes, in order, without the last field, `threads`, which is torch's number of threads.
+            tensors: its tensors in order, each [batch, heads, rows, dim] or with more dimensions that are contiguous after the
+                rows, all of one dtype except indices; None for an optional tensor that is not given.
+
+        Returns:
+            Number of floating point operations in the matrix products that it ran.
+        """
+        given = [x for x in tensors if x is not None]
+        if not all(x.numel() for x in given):
+            return 0
+        dtype = DTYPES[given[0].dtype]
+        threads = torch.get_num_threads()
+        structure = (ctypes.c_int64 * (len(sizes) + 1))(*sizes, threads)
+        # C++ takes any strides but that of the last dimension. Tensors that are written have contiguous rows already.
+        rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+        strided = (_Strided * len(rows))(*[_Strided() if x is None else _Strided(x.data_ptr(), *x.stride()[:3]) for x in rows])
+        compiled = self._function(function, dtype)
+        scratch = given[0].new_empty(threads * compiled.scratch(structure))
+        return int(compiled.run(structure, strided, ctypes.c_void_p(scratch.data_ptr())))
+
+    @functools.cache  # noqa: B019  instances are module globals
+    def _function(self, function: str, dtype: str) -> "_Function":
+        loaded = library(self.source)
+        assert isinstance(loaded, ctypes.CDLL), loaded
+        run, scratch = loaded[f"{function}_{dtype}"], loaded[f"{function}_scratch_{dtype}"]
+        run.restype = scratch.restype = ctypes.c_int64
+        return _Function(run, scratch)
+
+    @functools.cache  # noqa: B019  instances are module globals
+    def _register_flop_formulas(self) -> None:
+        """Makes torch's FLOP counter count the operators."""
+        # Late, because this module of torch imports Triton where it is installed.
+        from torch.utils.flop_counter import register_flop_formula
+
+        for name in self._names:
+            register_flop_formula(getattr(self._operators, name), get_raw=True)(lambda *_, out_val, **__: out_val)
 
 
-@functools.cache
-def _function(name: str) -> Any:
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), loaded
-    function = loaded[name]
-    function.restype = ctypes.c_int64
-    return function
+class _Function(NamedTuple):
+    run: Any
+    scratch: Any
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, torch.vmap or forward-mode differentiation is at work, which no C++ kernel has rules for."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

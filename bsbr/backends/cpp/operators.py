@@ -1,58 +1,69 @@
-"""Torch operators torch.ops.bsbr.* over the C++ library, which torch's profiler shows and torch's FLOP counter counts.
+"""The torch operators torch.ops.bsbr.* over the functions of bsbr.cpp.
 
-Each operator returns the number of floating point operations in the matrix products that it ran. Tensors are [batch, heads or
+Tensors are [batch, heads or
 kv_heads, time, dim] unless a docstring says otherwise. The caller allocates the tensors that an operator writes.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from bsbr.backends.cpp.calls import ChunkSizes, FeatureSizes, RetrievalSizes, call
+from bsbr.backends.cpp.calls import Kernels
 
-_LIBRARY = torch.library.Library("bsbr", "DEF")
-_WITH_PRODUCTS = (
-    *("chunk_states", "chunk_states_backward", "pseudo_values", "pseudo_values_backward"),
-    *("select_top_k", "mix_states", "attend", "attend_backward"),
-)
+KERNELS = Kernels(Path(__file__).with_name("bsbr.cpp"), "bsbr")
+"""The functions of bsbr.cpp."""
 
 
-def _operator(signature: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Registers a function as torch.ops.bsbr.<name>."""
+class ChunkSizes(NamedTuple):
+    """`ChunkSizes` of bsbr.cpp: sizes of a function that works on tokens, chunk by chunk."""
 
-    def register(function: Callable[..., int]) -> Callable[..., int]:
-        name = signature.partition("(")[0]
-        _LIBRARY.define(signature)
-        _LIBRARY.impl(name, function, "CPU")
-        _LIBRARY.impl(name, lambda *_: 0, "Meta")  # tensors without data: nothing is computed
-        return function
+    batch: int
+    heads: int
+    kv_heads: int
+    time: int
+    before: int
+    chunk_size: int
+    overlap: int
+    chunks: int
+    head_dim: int
+    features: int
+    unit_norm: int
 
-    return register
+
+class RetrievalSizes(NamedTuple):
+    """`RetrievalSizes` of bsbr.cpp: sizes of a function that works on scores and states of chunks."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    rows: int
+    chunks: int
+    seen: int
+    size: int
+    add: int
 
 
-@functools.cache
-def register_flop_formulas() -> None:
-    """Makes torch's FLOP counter count these operators."""
-    # Late, because this module of torch imports Triton where it is installed.
-    from torch.utils.flop_counter import register_flop_formula
+class FeatureSizes(NamedTuple):
+    """`FeatureSizes` of bsbr.cpp: sizes of a function that makes features of tokens."""
 
-    for name in _WITH_PRODUCTS:
-        register_flop_formula(getattr(torch.ops.bsbr, name), get_raw=True)(lambda *_, out_val, **__: out_val)
+    batch: int
+    heads: int
+    time: int
+    factors: int
+    size: int
 
 
 # --- states of chunks ---------------------------------------------------------------------------
 
 
-@_operator("chunk_states(Tensor keys, Tensor v, Tensor(a!) states, int chunk_size, bool unit_norm) -> int")
+@KERNELS.operator("chunk_states(Tensor keys, Tensor v, Tensor(a!) states, int chunk_size, bool unit_norm) -> int")
 def _chunk_states(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, unit_norm: bool) -> int:
     """Writes F_s of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has; φ(k) is `keys` or its unit norm."""
-    return call("chunk_states", _state_sizes(keys, v, states.shape[2], chunk_size, unit_norm), keys, v, states)
+    return KERNELS.call("chunk_states", _state_sizes(keys, v, states.shape[2], chunk_size, unit_norm), keys, v, states)
 
 
-@_operator(
+@KERNELS.operator(
     "chunk_states_backward(Tensor keys, Tensor v, Tensor d_states, Tensor(a!) d_keys, Tensor(b!) d_v, "
     "int chunk_size, bool unit_norm) -> int"
 )
@@ -61,17 +72,17 @@ def _chunk_states_backward(
 ) -> int:
     """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
     sizes = _state_sizes(keys, v, d_states.shape[2], chunk_size, unit_norm)
-    return call("chunk_states_backward", sizes, keys, v, d_states, d_keys, d_v)
+    return KERNELS.call("chunk_states_backward", sizes, keys, v, d_states, d_keys, d_v)
 
 
-@_operator("pseudo_values(Tensor keys, Tensor v, Tensor beta, Tensor(a!) pseudo, int chunk_size) -> int")
+@KERNELS.operator("pseudo_values(Tensor keys, Tensor v, Tensor beta, Tensor(a!) pseudo, int chunk_size) -> int")
 def _pseudo_values(keys: Tensor, v: Tensor, beta: Tensor, pseudo: Tensor, chunk_size: int) -> int:
     """Writes U, `pseudo` [batch, kv_heads, time, head_dim], of whole chunks. beta: [batch, kv_heads, time, 1]."""
     sizes = _state_sizes(keys, v, pseudo.shape[2] // chunk_size, chunk_size, False)
-    return call("pseudo_values", sizes, keys, v, beta, pseudo)
+    return KERNELS.call("pseudo_values", sizes, keys, v, beta, pseudo)
 
 
-@_operator(
+@KERNELS.operator(
     "pseudo_values_backward(Tensor keys, Tensor v, Tensor beta, Tensor pseudo, Tensor d_pseudo, Tensor(a!) d_keys, "
     "Tensor(b!) d_v, Tensor(c!) d_beta, int chunk_size) -> int"
 )
@@ -79,7 +90,7 @@ def _pseudo_values_backward(keys: Tensor, v: Tensor, beta: Tensor, pseudo: Tenso
     """Writes `d_keys`, `d_v` and `d_beta` of as many tokens as `pseudo` has."""
     *gradients, chunk_size = rest
     sizes = _state_sizes(keys, v, pseudo.shape[2] // chunk_size, chunk_size, False)
-    return call("pseudo_values_backward", sizes, keys, v, beta, pseudo, d_pseudo, *gradients)
+    return KERNELS.call("pseudo_values_backward", sizes, keys, v, beta, pseudo, d_pseudo, *gradients)
 
 
 def _state_sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, unit_norm: bool) -> ChunkSizes:
@@ -90,7 +101,7 @@ def _state_sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, unit_nor
 # --- retrieval ----------------------------------------------------------------------------------
 
 
-@_operator("select_top_k(Tensor scores, Tensor(a!) selected, int seen) -> int")
+@KERNELS.operator("select_top_k(Tensor scores, Tensor(a!) selected, int seen) -> int")
 def _select_top_k(scores: Tensor, selected: Tensor, seen: int) -> int:
     """Writes the indices of each row's highest scores, the highest first, to `selected` [batch, heads, rows, top_k].
 
@@ -98,10 +109,10 @@ def _select_top_k(scores: Tensor, selected: Tensor, seen: int) -> int:
     the next chunks follow.
     """
     (batch, heads, rows, chunks), top_k = scores.shape, selected.shape[3]
-    return call("select_top_k", RetrievalSizes(batch, heads, heads, rows, chunks, seen, top_k, False), scores, selected)
+    return KERNELS.call("select_top_k", RetrievalSizes(batch, heads, heads, rows, chunks, seen, top_k, False), scores, selected)
 
 
-@_operator("mix_states(Tensor weights, Tensor states, Tensor(a!) mixed, int seen, bool add) -> int")
+@KERNELS.operator("mix_states(Tensor weights, Tensor states, Tensor(a!) mixed, int seen, bool add) -> int")
 def _mix_states(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: bool) -> int:
     """Writes Σ_s weights[s] states[s] to `mixed` [batch, heads, rows, size], or adds it if `add`.
 
@@ -110,23 +121,23 @@ def _mix_states(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: 
     """
     (batch, heads, rows, chunks), (_, kv_heads, _, size) = weights.shape, states.shape
     sizes = RetrievalSizes(batch, heads, kv_heads, rows, chunks, seen, size, add)
-    return call("mix_states", sizes, weights, states, mixed)
+    return KERNELS.call("mix_states", sizes, weights, states, mixed)
 
 
 # --- output -------------------------------------------------------------------------------------
 
 
-@_operator(
+@KERNELS.operator(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) out, int chunk_size, int overlap) -> int"
 )
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, out: Tensor, chunk_size: int, overlap: int
 ) -> int:
     """Writes softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄ to `out`; φ(Q) is `features`, or the unit norm of q if that is None."""
-    return call("attend", _output_sizes(q, k, retrieved, chunk_size, overlap), q, k, v, features, retrieved, out)
+    return KERNELS.call("attend", _output_sizes(q, k, retrieved, chunk_size, overlap), q, k, v, features, retrieved, out)
 
 
-@_operator(
+@KERNELS.operator(
     "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) d_q, "
     "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap) -> int"
 )
@@ -134,7 +145,7 @@ def _attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, features: T
     """Writes the gradients; with an overlap, adds to `d_k` and `d_v` instead."""
     *gradients, chunk_size, overlap = rest
     sizes = _output_sizes(q, k, retrieved, chunk_size, overlap)
-    return call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)
+    return KERNELS.call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)
 
 
 def _output_sizes(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, overlap: int) -> ChunkSizes:
@@ -146,13 +157,18 @@ def _output_sizes(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, over
 # --- features -----------------------------------------------------------------------------------
 
 
-@_operator("quadratic_features(Tensor x, Tensor(a!) features) -> int")
+@KERNELS.operator("quadratic_features(Tensor x, Tensor(a!) features) -> int")
 def _quadratic_features(x: Tensor, features: Tensor) -> int:
     """Writes `features` [batch, heads, time, d_r] of x [batch, heads, time, factors]."""
-    return call("quadratic_features", FeatureSizes(*x.shape, features.shape[3]), x, features)
+    return KERNELS.call("quadratic_features", _feature_sizes(x, features), x, features)
 
 
-@_operator("quadratic_features_backward(Tensor d_features, Tensor x, Tensor(a!) d_x) -> int")
+@KERNELS.operator("quadratic_features_backward(Tensor d_features, Tensor x, Tensor(a!) d_x) -> int")
 def _quadratic_features_backward(d_features: Tensor, x: Tensor, d_x: Tensor) -> int:
     """Writes `d_x`."""
-    return call("quadratic_features_backward", FeatureSizes(*x.shape, d_features.shape[3]), d_features, x, d_x)
+    return KERNELS.call("quadratic_features_backward", _feature_sizes(x, d_features), d_features, x, d_x)
+
+
+def _feature_sizes(x: Tensor, features: Tensor) -> FeatureSizes:
+    batch, heads, time, factors = x.shape
+    return FeatureSizes(batch, heads, time, factors, features.shape[3])

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bsbr.backends.cpp import calls, operators
 from bsbr.backends.cpp.functions import ChunkStates, Output, PseudoValues, empty_like_heads, pseudo_values
+from bsbr.backends.cpp.operators import KERNELS
 from bsbr.backends.pytorch import unit_norm
 from bsbr.backends.retrieval import mix_states, retrieve
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
@@ -21,10 +21,7 @@ FEW_ROWS = 24
 
 def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
     """Why the C++ backend cannot take these inputs, as a sentence; None if it can. May compile the library."""
-    reason = calls.unsupported(*inputs.typed_tensors(), dropout_p=options.dropout_p)
-    if reason is None:
-        operators.register_flop_formulas()
-    return reason
+    return KERNELS.unsupported(*inputs.typed_tensors(), dropout_p=options.dropout_p)
 
 
 def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_MEMORY) -> Segment:
