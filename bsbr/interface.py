@@ -105,13 +105,13 @@ class Attention(nn.Module, ABC):
 
         Args:
             hidden_states: [batch, time, hidden_dim].
-            attention_mask: [batch, time], nonzero for a token, 0 for padding, anywhere in the row.
+            attention_mask: [batch, time], 1 or True for a token, 0 or False for padding, anywhere in the row.
 
         Returns:
             [batch, time, hidden_dim], 0 at padding.
 
         Raises:
-            ValueError: if a shape does not fit.
+            ValueError: if a shape does not fit, or the mask has other values.
         """
         check_hidden_states(hidden_states, self.hidden_dim)
         if attention_mask is None:

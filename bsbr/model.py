@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bsbr.attention import BSBRAttention
 from bsbr.convolution import ShortConvolution
 from bsbr.interface import Attention, State, next_position, position_counter, require_positive
-from bsbr.padding import pack
+from bsbr.padding import pack, token_mask
 
 BuildAttention = Callable[..., Attention]
 """A function called as `build(hidden_dim=..., num_heads=...)` once a layer: a class, a `functools.partial` of one, or a lambda."""
@@ -129,13 +129,13 @@ class TransformerModel(nn.Module):
 
         Args:
             input_ids: integers [batch, time].
-            attention_mask: [batch, time], nonzero for a token, 0 for padding.
+            attention_mask: [batch, time], 1 or True for a token, 0 or False for padding.
 
         Returns:
             [batch, time, hidden_dim], 0 at padding.
 
         Raises:
-            ValueError: if input_ids are not integers [batch, time >= 1].
+            ValueError: if input_ids are not integers [batch, time >= 1], or the mask has another shape or other values.
         """
         check_input_ids(input_ids)
         if attention_mask is None:
@@ -205,7 +205,10 @@ class CausalLM(nn.Module):
             ValueError: if there is no such token.
         """
         check_input_ids(input_ids)
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        if attention_mask is None:
+            real = torch.ones_like(input_ids, dtype=torch.bool)
+        else:
+            real = token_mask(attention_mask, input_ids.shape)
         # In the packed rows the token before a token is its neighbour, whatever padding was between them.
         ids, _ = pack(input_ids, real)
         lengths = real.sum(dim=1, keepdim=True)

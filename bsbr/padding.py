@@ -1,9 +1,49 @@
 """Removal of padding before an attention, so that attentions need no mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def token_mask(attention_mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """Checks an attention mask, and converts it to booleans.
+
+    The values of a mask that is not boolean are read, which waits for a GPU; a boolean mask costs nothing.
+
+    Args:
+        attention_mask: [batch, time], 1 or True for a token, 0 or False for padding.
+        shape: the expected [batch, time].
+
+    Returns:
+        [batch, time], True for tokens.
+
+    Raises:
+        ValueError: for another shape, or for other values, such as those of an additive mask.
+    """
+    if list(attention_mask.shape) != list(shape):
+        raise ValueError(f"attention_mask must be [batch, time] = {list(shape)}, got {list(attention_mask.shape)}")
+    check_mask_values(attention_mask)
+    return attention_mask.bool()
+
+
+def check_mask_values(attention_mask: Tensor, name: str = "attention_mask") -> None:
+    """Raises ValueError unless every value of a mask is 1 or True for a token, or 0 or False for padding.
+
+    A floating-point mask of zeros alone is refused too: it is an additive mask that hides nothing, and would hide all.
+    """
+    if attention_mask.dtype == torch.bool or attention_mask.is_meta or not attention_mask.numel():
+        return
+    wrong = (attention_mask != 0) & (attention_mask != 1)
+    if wrong.any():
+        got = f"{attention_mask[wrong][0].item():g}"
+    elif attention_mask.is_floating_point() and not attention_mask.any():
+        got = "zeros alone"
+    else:
+        return
+    raise ValueError(
+        f"{name} must be 1 or True for a token and 0 or False for padding, got {got}; if it is additive, pass {name} == 0"
+    )
 
 
 def pack(hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -14,19 +54,15 @@ def pack(hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Callabl
 
     Args:
         hidden_states: [batch, time, ...].
-        attention_mask: [batch, time], nonzero for a token, 0 for padding, anywhere in the row.
+        attention_mask: [batch, time], see `token_mask`; padding may be anywhere in the row.
 
     Returns:
         The packed tensor, of the same shape; and a function that moves outputs [batch, time, ...] back, with zeros at padding.
 
     Raises:
-        ValueError: if the mask is not [batch, time].
+        ValueError: if the mask is not [batch, time] of 0 and 1.
     """
-    if attention_mask.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be [batch, time] = {list(hidden_states.shape[:2])}, got {list(attention_mask.shape)}"
-        )
-    real = attention_mask != 0
+    real = token_mask(attention_mask, hidden_states.shape[:2])
     order = torch.argsort(real.logical_not().to(torch.uint8), dim=1, stable=True)
     real_packed = real.gather(1, order)
 

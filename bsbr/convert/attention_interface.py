@@ -3,6 +3,7 @@
 Importing this module registers both functions with transformers.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from bsbr.convert.retrieval import Retrieval
 from bsbr.convert.streaming import StreamingLayer
-from bsbr.padding import pack
+from bsbr.padding import check_mask_values, pack
 
 ATTENTION_NAME = "bsbr"
 """Name of the attention in `config._attn_implementation`."""
@@ -158,6 +159,19 @@ def padding_mask(
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return F.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]))
+
+
+def check_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a stack of layers: checks the values of its padding masks, which the library makes boolean unseen.
+
+    Raises:
+        ValueError: for a mask of other values than 0 and 1, such as an additive mask.
+    """
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    for name in ("attention_mask", "encoder_attention_mask"):
+        mask = arguments.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # `attention` refuses others
+            check_mask_values(mask, name)
 
 
 def pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -163,6 +163,14 @@ def self_attentions(model: nn.Module, architecture: Architecture) -> Iterator[nn
             yield module
 
 
+def _stacks(model: nn.Module) -> Iterator[nn.Module]:
+    """The library's models inside a model, or itself, that hold no other: those that turn masks and hidden states into outputs."""
+    for module in model.modules():
+        inner = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+        if inner == [module]:
+            yield module
+
+
 # --- classes ------------------------------------------------------------------------------------
 
 
@@ -178,6 +186,8 @@ class ConvertedModel:
             head_dim = getattr(attention, architecture.head_dim)
             attention.retrieval = Retrieval(config.num_attention_heads, kv_heads, head_dim, **config.bsbr)
             attention.register_forward_pre_hook(attention_interface.pass_cache_layer, with_kwargs=True)
+        for stack in _stacks(cast(nn.Module, self)):
+            stack.register_forward_pre_hook(attention_interface.check_masks, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:

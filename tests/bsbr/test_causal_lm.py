@@ -120,7 +120,7 @@ def test_a_loss_without_targets_raises() -> None:
     for ids, mask, longest in (
         (tokens(1), None, 1),
         (tokens(5), torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 0, 0]]), 1),
-        (tokens(5), torch.zeros(2, 5), 0),
+        (tokens(5), torch.zeros(2, 5, dtype=torch.bool), 0),
     ):
         with pytest.raises(ValueError, match=rf"^the loss needs a sequence of at least 2 tokens, the longest has {longest}$"):
             lm.loss(ids, mask)

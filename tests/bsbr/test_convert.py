@@ -388,3 +388,17 @@ def test_masks_and_caches_that_bsbr_would_ignore_raise() -> None:
         model(ids, attention_mask=torch.ones(1, 1, 10, 10))
     with pytest.raises(NotImplementedError, match="DynamicCache"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_additive_mask_raises(name: str) -> None:
+    model, ids = converted(name), tokens(1, 4)
+    for mask, got in ((torch.tensor([[-torch.inf, 0, 0, 0]]), "-inf"), (torch.zeros(1, 4), "zeros alone"), (ids + 1, r"\d+")):
+        with pytest.raises(ValueError, match=f"attention_mask must be 1 or True .* got {got}; "):
+            logits(model, ids, mask)
+    if model.config.is_encoder_decoder:
+        with pytest.raises(ValueError, match="encoder_attention_mask must be 1 or True"):
+            model(encoder_outputs=(torch.randn(1, 4, 32),), attention_mask=ids, decoder_input_ids=ids)
+    if name == "bert":
+        with pytest.raises(ValueError, match="attention_mask must be 1 or True"):
+            model.bert(ids, ids)

@@ -1,6 +1,8 @@
 """Tests of what every attention inherits: padding, heads, rotary positions, default streaming and checks."""
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bsbr import BSBRAttention, BSBRModel, CausalLM
 from bsbr.interface import (
     Attention,
     MultiHeadAttention,
@@ -86,9 +89,42 @@ def test_forward_sees_only_real_tokens(dtype: torch.dtype) -> None:
     assert attention(x, mask)[..., 0].tolist() == [[0, 2, 0, 4, 0], [0] * 5]
 
 
-def test_any_nonzero_is_a_token() -> None:
-    attention, x = RunningSum(1, 1), torch.ones(1, 3, 1)
-    assert attention(x, torch.tensor([[-1, 0, 7]]))[..., 0].tolist() == [[2, 0, 3]]
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        ([[0.0, 0.0, -torch.inf]], "-inf"),
+        ([[0.0, 0.0, torch.finfo(torch.float32).min]], "-3.40282e+38"),
+        ([[0, 0, torch.iinfo(torch.int64).min]], "-9.22337e+18"),
+        ([[0.0, 0.0, 0.0]], "zeros alone"),
+        ([[1.0, 0.5, 0.0]], "0.5"),
+        ([[1.0, torch.nan, 0.0]], "nan"),
+        ([[1, 1, 2]], "2"),
+    ],
+)
+def test_a_mask_of_other_values_raises_wherever_a_mask_is_taken(mask: list[list[float]], got: str) -> None:
+    attention_mask, x = torch.tensor(mask), torch.ones(1, 3, 8)
+    model = BSBRModel(5, 8, 1, 2, 2, 8)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    takers: dict[str, Callable[[Tensor], object]] = {
+        "pack": lambda mask: pack(x, mask),
+        "attention": lambda mask: RunningSum(8, 1)(x, mask),
+        "BSBR": lambda mask: BSBRAttention(8, 2, chunk_size=2)(x, mask),
+        "layer": lambda mask: model.layers[0](x, mask),
+        "model": lambda mask: model(ids, mask),
+        "language model": lambda mask: CausalLM(model)(ids, mask),
+        "loss": lambda mask: CausalLM(model).loss(ids, mask),
+    }
+    for take in takers.values():
+        with pytest.raises(ValueError, match=f"attention_mask must be 1 or True .* got {re.escape(got)}; .* == 0"):
+            take(attention_mask)
+        if got in ("-inf", "zeros alone"):  # the message's advice is right
+            take(attention_mask == 0)
+
+
+def test_a_row_of_padding_alone_is_no_additive_mask() -> None:
+    x = torch.ones(2, 3, 1)
+    assert RunningSum(1, 1)(x, torch.tensor([[0.0, 1.0, 1.0], [0.0] * 3]))[..., 0].tolist() == [[0, 2, 3], [0] * 3]
+    assert RunningSum(1, 1)(x, torch.zeros(2, 3, dtype=torch.int64)).eq(0).all()
 
 
 def test_padding_has_no_gradient() -> None:
