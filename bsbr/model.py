@@ -3,6 +3,7 @@
 `BSBRLayer` and `BSBRModel` are that decoder over BSBR; `CausalLM` adds a language-model head to a decoder.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -180,20 +181,23 @@ class CausalLM(nn.Module):
 
     Args:
         model: the decoder.
-        tied: whether W is the embedding matrix; otherwise W is a separate parameter.
+        tied: whether W is the embedding matrix, and `head` None; otherwise `head` has a W of its own.
     """
 
     def __init__(self, model: TransformerModel, *, tied: bool = True) -> None:
         super().__init__()
         self.model = model
         vocab_size, hidden_dim = model.embedding.weight.shape
-        self.head = nn.Linear(hidden_dim, vocab_size, bias=False)
-        if tied:
-            self.head.weight = model.embedding.weight
+        # One parameter under two names would come apart in to_empty and load_state_dict(assign=True).
+        self.head = None if tied else nn.Linear(hidden_dim, vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [batch, time, vocab_size] of the token after each token; arguments as in `TransformerModel.forward`."""
-        return cast(Tensor, self.head(self.model(input_ids, attention_mask)))
+        return self.logits(self.model(input_ids, attention_mask))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """W h: [..., hidden_dim] -> [..., vocab_size]."""
+        return F.linear(hidden_states, self.model.embedding.weight if self.head is None else self.head.weight)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Mean of −log p(token t+1 | tokens ≤ t) in nats, over the real tokens that have a real token before them.
@@ -221,7 +225,7 @@ class CausalLM(nn.Module):
     def extend(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits [batch, new, vocab_size] for new tokens, and the state after them; see `TransformerModel.extend`."""
         hidden_states, state = self.model.extend(input_ids, state)
-        return self.head(hidden_states), state
+        return self.logits(hidden_states), state
 
     @torch.no_grad()
     def generate(
@@ -248,13 +252,13 @@ class CausalLM(nn.Module):
             The new tokens [batch, max_new_tokens].
 
         Raises:
-            ValueError: for a negative temperature, or max_new_tokens or top_k below 1.
+            ValueError: for a temperature that is negative or not finite, or max_new_tokens or top_k below 1.
         """
         require_positive(max_new_tokens=max_new_tokens)
         if top_k is not None:
             require_positive(top_k=top_k)
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number of at least 0 (0 is greedy), got {temperature}")
         tokens = input_ids
         generated = []
         for _ in range(max_new_tokens):
@@ -360,5 +364,8 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if top_k is not None and top_k < logits.shape[-1]:
         worst_kept = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The largest logit becomes 0, so that no quotient overflows; a smaller temperature than `tiny` rounds to 0.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+    probabilities = torch.softmax(logits, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)

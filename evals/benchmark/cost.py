@@ -113,7 +113,7 @@ def _minimum_of_forward_backward(module: Module, inputs: Tensor) -> MinimumCost:
 
     def run() -> Tensor:
         # A model's loss needs data. What comes before it are the logits of every token that has a next one.
-        output: Tensor = module.head(module.model(inputs)[:, :-1]) if isinstance(module, CausalLM) else module(inputs)
+        output: Tensor = module.logits(module.model(inputs)[:, :-1]) if isinstance(module, CausalLM) else module(inputs)
         output.sum().backward()
         return output
 

@@ -154,7 +154,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
 def forward(module: Module, inputs: Tensor) -> Tensor:
     """Outputs of the whole sequence; for a model, the logits of the token that follows it."""
     if isinstance(module, CausalLM):
-        return cast(Tensor, module.head(module.model(inputs)[:, -1:]))
+        return module.logits(module.model(inputs)[:, -1:])
     output: Tensor = module(inputs)
     return output
 

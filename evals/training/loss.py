@@ -31,7 +31,7 @@ class PerTargetLoss(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> TargetScores:
         """Scores the targets; `inputs` and `targets` are [batch, time], and positions whose target is IGNORED do not count."""
         mask = targets != IGNORED
-        logits = self.model.head(self.model.model(inputs)[mask]).float()
+        logits = self.model.logits(self.model.model(inputs)[mask]).float()
         return TargetScores(F.cross_entropy(logits, targets[mask], reduction="none"), logits.argmax(dim=-1) == targets[mask])
 
 

@@ -1,6 +1,8 @@
 """Tests of `CausalLM` over every attention: logits, loss, streaming, generation, learning and bad input."""
 
+import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,13 +73,35 @@ def test_logits_are_causal_streamable_and_padding_invariant(name: str) -> None:
 
 def test_the_head_is_the_embedding_or_a_weight_of_its_own() -> None:
     tied, untied = build(), build(tied=False)
-    assert tied.head.weight is tied.model.embedding.weight
-    assert untied.head.weight is not untied.model.embedding.weight
+    assert tied.head is None
+    assert untied.head is not None
     difference = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
     assert difference == VOCAB * 16
-    for lm in (tied, untied):
-        torch.testing.assert_close(lm(tokens()), lm.model(tokens()) @ lm.head.weight.T)
-    assert tied.to(torch.bfloat16).head.weight is tied.model.embedding.weight
+    for lm, weight in ((tied, tied.model.embedding.weight), (untied, untied.head.weight)):
+        torch.testing.assert_close(lm(tokens()), lm.model(tokens()) @ weight.T)
+
+
+def on_meta_then_empty(lm: CausalLM) -> CausalLM:
+    empty = lm.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.fill_(0.5)
+    return empty
+
+
+def assigned(lm: CausalLM) -> CausalLM:
+    lm.load_state_dict({name: tensor.clone() for name, tensor in lm.state_dict().items()}, assign=True)
+    return lm
+
+
+@pytest.mark.parametrize("change", [on_meta_then_empty, assigned, deepcopy, lambda lm: lm.to(torch.float32)])
+def test_a_tied_head_stays_tied(change: Callable[[CausalLM], CausalLM]) -> None:
+    lm = change(build())
+    hidden_states = torch.ones(1, 1, 16, dtype=lm.model.embedding.weight.dtype)
+    before = lm.logits(hidden_states)
+    with torch.no_grad():
+        lm.model.embedding.weight.add_(1)
+    torch.testing.assert_close(lm.logits(hidden_states), before + 16)
 
 
 # --- loss -----------------------------------------------------------------------------------------
@@ -186,6 +210,21 @@ def test_samples_follow_the_softmax(temperature: float, top_k: int | None) -> No
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 1e-45, 5e-324])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature: float, dtype: torch.dtype) -> None:
+    lm, prompt = build().to(dtype), tokens(6, batch=3)
+    greedy = lm.generate(prompt, 5)
+    for top_k in (None, 3):
+        assert torch.equal(lm.generate(prompt, 5, temperature=temperature, top_k=top_k), greedy)
+
+
+def test_a_huge_temperature_takes_every_token_equally() -> None:
+    lm = build()
+    sampled = lm.generate(tokens(6, batch=1).expand(500, -1), 1, temperature=1e300, top_k=3)
+    assert len(sampled.unique()) == 3
+
+
 def test_generation_leaves_no_graph_and_changes_no_mode() -> None:
     lm = build()
     assert not lm.generate(tokens(3), 2).requires_grad
@@ -198,7 +237,9 @@ def test_generation_leaves_no_graph_and_changes_no_mode() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be a positive integer, got 2.0"),
         ({"top_k": 0}, "top_k must be a positive integer, got 0"),
-        ({"temperature": -0.5}, "temperature must be at least 0 (0 is greedy), got -0.5"),
+        ({"temperature": -0.5}, "temperature must be a finite number of at least 0 (0 is greedy), got -0.5"),
+        ({"temperature": math.inf}, "temperature must be a finite number of at least 0 (0 is greedy), got inf"),
+        ({"temperature": math.nan}, "temperature must be a finite number of at least 0 (0 is greedy), got nan"),
         (
             {"input_ids": torch.zeros(2, 0, dtype=torch.int64)},
             "input_ids must be integers [batch, time >= 1], got torch.int64 [2, 0]",
