@@ -147,7 +147,7 @@ class DeltaNetAttention(RecurrentAttention):
         chunk_size: int = 64,
         num_kv_heads: int | None = None,
         rotary: bool = False,
-        impl: str = "torch",
+        impl: str = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, chunk_size=chunk_size, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)

@@ -136,6 +136,7 @@ class GatedAttentionUnit(Attention):
         key_dim: width of queries and keys (the paper's s).
         value_dim: width of values and gate (the paper's e); None for 2·hidden_dim.
         rotary: whether all queries and keys are rotated by their positions, as in the paper.
+        impl: see `Attention`.
 
     Raises:
         ValueError: if a size is not a positive integer, or key_dim is odd with rotary.
@@ -150,8 +151,9 @@ class GatedAttentionUnit(Attention):
         key_dim: int = 128,
         value_dim: int | None = None,
         rotary: bool = False,
+        impl: str = "auto",
     ) -> None:
-        super().__init__(hidden_dim, num_heads)
+        super().__init__(hidden_dim, num_heads, impl=impl)
         value_dim = 2 * hidden_dim if value_dim is None else value_dim
         require_positive(chunk_size=chunk_size, key_dim=key_dim, value_dim=value_dim)
         if rotary and key_dim % 2:

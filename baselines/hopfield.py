@@ -80,6 +80,7 @@ class HopfieldAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
         beta, num_steps: as in `hopfield_attention`.
+        impl: see `Attention`.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class HopfieldAttention(MultiHeadAttention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
+        impl: str = "auto",
     ) -> None:
         check_options(beta, num_steps)
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, impl=impl)
         self.beta = beta
         self.num_steps = num_steps
 

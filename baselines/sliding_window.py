@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels import check_impl, flex
+from baselines.kernels import flex
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -137,12 +137,14 @@ class SlidingWindowAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
         window_size: as in `sliding_window_attention`.
-        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA; flex has no dropout. A single token always takes the
+        impl: see `Attention`; "flex" is torch's FlexAttention, made for CUDA; it has no dropout. A single token always takes the
             torch path.
 
     Raises:
         ValueError: if an option is out of range or impl is unknown.
     """
+
+    explicit_backends = ("flex",)
 
     def __init__(
         self,
@@ -153,25 +155,22 @@ class SlidingWindowAttention(MultiHeadAttention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
-        impl: str = "torch",
+        impl: str = "auto",
     ) -> None:
         require_positive(window_size=window_size)
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, impl=impl)
         self.window_size = window_size
-        self.impl = check_impl(impl, "torch", "flex")
 
     @property
     def block_length(self) -> int:
         return self.window_size
 
-    def implementation(self, *_: Tensor) -> str:
-        return self.impl
+    def unsupported(self, backend: str, *_: Tensor) -> str | None:
+        return f"FlexAttention has no dropout, got dropout={self.dropout}" if self.dropout_p else None
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
-        if self.impl == "flex" and q.shape[2] > 1:
-            if self.dropout_p:
-                raise NotImplementedError(f"impl=flex has no dropout, got dropout={self.dropout}: use impl=torch")
+        if self.select_backend(*tensors) == "flex" and q.shape[2] > 1:
             return flex.masked_attention(window_pattern(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
         return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p)
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from baselines.kernels import check_impl, flex
+from baselines.kernels import flex
 from baselines.kernels.merged_softmax import Part, Segments, attention_over_parts
 from baselines.standard import softmax_attention_over_pages
 from bsbr.interface import (
@@ -172,12 +172,14 @@ class SparseAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
         block_size, summary_size: as in `sparse_attention`.
-        impl: "torch", or "flex" for torch's FlexAttention, made for CUDA. `extend` always takes the torch path, because its state
-            does not hold all keys.
+        impl: see `Attention`; "flex" is torch's FlexAttention, made for CUDA. `extend` takes the torch path, because its state does
+            not hold all keys.
 
     Raises:
         ValueError: if summary_size is not within 1 … block_size, or impl is unknown.
     """
+
+    explicit_backends = ("flex",)
 
     def __init__(
         self,
@@ -188,20 +190,16 @@ class SparseAttention(MultiHeadAttention):
         summary_size: int = 8,
         num_kv_heads: int | None = None,
         rotary: bool = False,
-        impl: str = "torch",
+        impl: str = "auto",
     ) -> None:
         check_pattern(block_size, summary_size)
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
         self.block_size = block_size
         self.summary_size = summary_size
-        self.impl = check_impl(impl, "torch", "flex")
 
     @property
     def block_length(self) -> int:
         return self.block_size
-
-    def implementation(self, *_: Tensor) -> str:
-        return self.impl
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors

@@ -13,51 +13,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bsbr.backends.selection import check_impl
 from bsbr.interface import MultiHeadAttention, check_heads
 
-BACKENDS = {
-    "auto": None,
+KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""Kernels behind torch's scaled_dot_product_attention, by name; auto is torch's own choice."""
+"""Kernels behind torch's scaled_dot_product_attention, by name."""
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, backend: str | None = "auto") -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, impl: str = "auto") -> Tensor:
     """Causal softmax attention: softmax(q kᵀ/√head_dim + causal) v  (arXiv:1706.03762, eq. 1).
 
     Args:
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
         k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
         dropout_p: dropout probability of the weights. On a CPU no fused kernel has dropout, which then costs m×n memory per head.
-        backend: one of `BACKENDS`; None is auto.
+        impl: "torch" or "auto" for the kernel that torch chooses, or one of `KERNELS`.
 
     Returns:
         [batch, heads, m, head_dim]. Costs O(m·n·head_dim) per head. If 1 < m < n, a CPU holds one m×n mask for all heads; otherwise
         there is no m×n tensor.
 
     Raises:
-        ValueError: if the shapes do not fit, or the backend is unknown.
-        NotImplementedError: if the backend has no kernel for these tensors.
+        ValueError: if the shapes do not fit, or `impl` is unknown.
+        NotImplementedError: if that kernel does not support these tensors.
     """
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
     mask = suffix_mask(m, n)
     grouped = q.shape[1] != k.shape[1]
     attend = partial(F.scaled_dot_product_attention, q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
-    kernel = BACKENDS[backend_name(backend)]
-    if kernel is None:
+    if check_impl(impl, *KERNELS) in ("auto", "torch"):
         return attend()
     tensors = f"{q.dtype} tensors of head_dim {q.shape[-1]} on {q.device.type}"
-    refusal = f"backend={backend} has no kernel for {tensors}: use backend=auto, or a device that has one, such as CUDA"
+    refusal = f"impl={impl} has no kernel for {tensors}: use impl=torch, or a device that has one, such as CUDA"
     # On a CPU torch accepts these names and then runs another kernel.
-    if q.device.type == "cpu" and backend in ("cudnn", "efficient"):
+    if q.device.type == "cpu" and impl in ("cudnn", "efficient"):
         raise NotImplementedError(refusal)
     try:
         # Torch warns with every reason why it rejects a kernel.
-        with sdpa_kernel(kernel), warnings.catch_warnings(action="ignore"):
+        with sdpa_kernel(KERNELS[impl]), warnings.catch_warnings(action="ignore"):
             return attend()
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
@@ -76,14 +75,6 @@ def suffix_mask(m: int, n: int) -> Tensor | None:
     from torch.nn.attention.bias import causal_lower_right  # imported late: it loads torch's compiler, which takes seconds
 
     return causal_lower_right(m, n)
-
-
-def backend_name(backend: str | None) -> str:
-    """Name of a backend; None is auto. Raises ValueError if it is unknown."""
-    name = "auto" if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be null or one of {', '.join(BACKENDS)}, got {backend!r}")
-    return name
 
 
 def softmax_attention_over_pages(
@@ -130,34 +121,20 @@ class StandardAttention(MultiHeadAttention):
 
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
-        backend: name of the kernel, one of `BACKENDS`. A call that the kernel does not support raises NotImplementedError.
+        impl: as in `softmax_attention`. A call that the kernel does not support raises NotImplementedError.
 
     Raises:
-        ValueError: if an option is out of range or the backend is unknown.
+        ValueError: if an option is out of range.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        rotary: bool = False,
-        dropout: float = 0.0,
-        backend: str | None = "auto",
-    ) -> None:
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        self.backend = backend_name(backend)
-
-    def implementation(self, *_: Tensor) -> str:
-        return self.backend
+    explicit_backends = tuple(KERNELS)
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
-        return softmax_attention(q, k, v, dropout_p=self.dropout_p, backend=self.backend)
+        return softmax_attention(q, k, v, dropout_p=self.dropout_p, impl=self.impl)
 
     def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        if q.shape[2] > 1 or self.dropout_p or self.backend != "auto":
+        if q.shape[2] > 1 or self.dropout_p or self.impl in KERNELS:
             return super().attend_pages(q, keys, values)
         return softmax_attention_over_pages(q, keys, values)
 

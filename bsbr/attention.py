@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bsbr import cost, reference, streaming
 from bsbr.backends import dispatch
-from bsbr.backends.selection import check_impl
 from bsbr.backends.triton import tuning
 from bsbr.context_parallel import context_parallel_bsbr_attention
 from bsbr.features import FeatureMap, build_feature_map
@@ -40,7 +39,7 @@ def bsbr_attention(
     top_k: int | None = None,
     normalise: bool = False,
     dropout_p: float = 0.0,
-    impl: dispatch.Impl = "auto",
+    impl: str = "auto",
 ) -> Tensor:
     """O = softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄,  F̄_t = Σ_s softmax_s(r_t·h_s/√d ⊙ M_out) F_s,  F_s = φ(K_s)ᵀ V_s.
 
@@ -79,7 +78,7 @@ def bsbr_attention(
     return _attend(inputs, BSBROptions(chunk_size, chunk_overlap, top_k, normalise, dropout_p), impl)
 
 
-def _attend(inputs: BSBRInputs, options: BSBROptions, impl: dispatch.Impl) -> Tensor:
+def _attend(inputs: BSBRInputs, options: BSBROptions, impl: str) -> Tensor:
     check_inputs(inputs, options, retrievable=options.num_chunks(inputs.q.shape[-2]) - 1)
     return dispatch.attend(impl, inputs, options)
 
@@ -124,6 +123,8 @@ class BSBRAttention(MultiHeadAttention):
         ValueError: if an option is out of range; the message names it.
     """
 
+    backends = tuple(dispatch.BACKENDS)
+
     def __init__(
         self,
         hidden_dim: int,
@@ -142,10 +143,9 @@ class BSBRAttention(MultiHeadAttention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
-        impl: dispatch.Impl = "auto",
+        impl: str = "auto",
     ) -> None:
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout)
-        check_impl(impl, "cpp", "triton")
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, impl=impl)
         BSBROptions(chunk_size, chunk_overlap, retrieval_top_k)  # raises for options out of range
         compression_factor = 1 if compression_factor is None else compression_factor
         require_positive(compression_factor=compression_factor)
@@ -166,7 +166,6 @@ class BSBRAttention(MultiHeadAttention):
         self.retrieval_top_k = retrieval_top_k
         self.retrieval_norm = retrieval_norm
         self.meta_pooling: Pooling = meta_pooling
-        self.impl: dispatch.Impl = impl
         self.feature_dim = self.head_dim // compression_factor
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
@@ -220,9 +219,13 @@ class BSBRAttention(MultiHeadAttention):
             normalise=options.normalise,
         )
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        """See `Attention.unsupported`."""
+        return dispatch.BACKENDS[backend](self._inputs(tensors), self.options)
+
     def implementation(self, *tensors: Tensor) -> str:
         """The backend that `attend` runs for these tensors; for Triton, with the origin of its tile sizes."""
-        backend = dispatch.select_backend(self.impl, self._inputs(tensors), self.options)
+        backend = self.select_backend(*tensors)
         return f"triton, {tuning.used(tensors[0])}" if backend == "triton" else backend
 
     def context_parallel_forward(self, hidden_states: Tensor, group: SequenceGroup) -> Tensor:

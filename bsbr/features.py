@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from bsbr.backends.cpp import functions as cpp
 from bsbr.backends.cpp.operators import KERNELS
-from bsbr.backends.dispatch import Impl
 from bsbr.backends.pytorch import unit_norm
 from bsbr.interface import split_heads
 
@@ -38,7 +37,7 @@ class QuadraticFeatures(nn.Module):
     4.1) without the terms of order 0 and 1.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl) -> None:
+    def __init__(self, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: str) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.feature_dim, self.impl = num_heads, num_kv_heads, feature_dim, impl
         size = num_factors(feature_dim)
@@ -55,7 +54,7 @@ class QuadraticFeatures(nn.Module):
 
 
 def build_feature_map(
-    kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: Impl
+    kind: FeatureMap, hidden_dim: int, num_heads: int, num_kv_heads: int, feature_dim: int, impl: str
 ) -> LinearFeatures | QuadraticFeatures:
     """Builds the module of a feature map.
 

@@ -6,11 +6,13 @@ shares, so that a new variant only has to define `attend` and `flops`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from bsbr.backends.selection import check_impl, select
 from bsbr.padding import pack
 from bsbr.paging import append_to_pages, state_pages
 from bsbr.process_group import SequenceGroup
@@ -29,7 +31,22 @@ class Attention(nn.Module, ABC):
     A variant is built as `cls(hidden_dim=..., num_heads=..., **its own options)`, implements `project`, `attend`, `extend`, `flops`
     and `state_bytes`, and has an `out_proj`. It need not handle padding: `forward` moves the real tokens to the front, see
     `bsbr.padding.pack`, so that a padded sequence gives what the sequence gives without padding.
+
+    Args:
+        hidden_dim: width of the hidden states.
+        num_heads: query heads.
+        impl: the backend that computes it: "torch", one of `backends` or `explicit_backends`, or "auto" for the first of `backends`
+            that supports the inputs, or else "torch".
+
+    Raises:
+        ValueError: if a size is not a positive integer, or the attention has no such backend.
     """
+
+    backends: ClassVar[tuple[str, ...]] = ()
+    """Backends beside "torch", the fastest first; `impl="auto"` selects among them."""
+
+    explicit_backends: ClassVar[tuple[str, ...]] = ()
+    """Further backends, which run only if `impl` names them: kernels of other projects."""
 
     reference: ClassVar[Callable[..., Tensor] | None] = None
     """Slow float64 implementation of `attend` that follows the definition and shares no code with it, called as
@@ -37,11 +54,12 @@ class Attention(nn.Module, ABC):
 
     out_proj: nn.Module
 
-    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+    def __init__(self, hidden_dim: int, num_heads: int, *, impl: str = "auto") -> None:
         super().__init__()
         require_positive(hidden_dim=hidden_dim, num_heads=num_heads)
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
+        self.impl = check_impl(impl, *self.backends, *self.explicit_backends)
 
     @property
     def block_length(self) -> int:
@@ -56,9 +74,22 @@ class Attention(nn.Module, ABC):
     def attend(self, *tensors: Tensor) -> Tensor:
         """Computes the attention without its projections. A kernel benchmark times this method."""
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        """Why one of `backends` or `explicit_backends` cannot take the tensors of `attend`, as a sentence; None if it can."""
+        return None
+
+    def select_backend(self, *tensors: Tensor) -> str:
+        """Name of the backend that `attend` runs for these tensors.
+
+        Raises:
+            NotImplementedError: if `impl` names a backend that does not support the tensors.
+        """
+        names = self.backends if self.impl == "auto" else {self.impl} - {"torch"}
+        return select(self.impl, {name: partial(self.unsupported, name, *tensors) for name in names})
+
     def implementation(self, *tensors: Tensor) -> str:
         """Name of the implementation that `attend` runs for these tensors, as results record it."""
-        return "torch"
+        return self.select_backend(*tensors)
 
     @abstractmethod
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -141,6 +172,7 @@ class MultiHeadAttention(Attention):
         num_kv_heads: key and value heads, a divisor of num_heads; None means num_heads.
         rotary: whether q and k are rotated by their positions, see `rotate`; needs an even head_dim.
         dropout: dropout probability of attention weights in training, in [0, 1).
+        impl: see `Attention`.
 
     Raises:
         ValueError: if a size does not divide as above, or an option is out of range.
@@ -154,8 +186,9 @@ class MultiHeadAttention(Attention):
         num_kv_heads: int | None = None,
         rotary: bool = False,
         dropout: float = 0.0,
+        impl: str = "auto",
     ) -> None:
-        super().__init__(hidden_dim, num_heads)
+        super().__init__(hidden_dim, num_heads, impl=impl)
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim must be a multiple of num_heads, got hidden_dim={hidden_dim}, num_heads={num_heads}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

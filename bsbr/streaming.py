@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsbr.backends.dispatch import Impl, attend_segment
+from bsbr.backends.dispatch import attend_segment
 from bsbr.backends.pytorch import pseudo_values, sdpa
 from bsbr.cost import HeadSizes
 from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
@@ -78,7 +78,7 @@ class StreamingState(NamedTuple):
 
 
 def open_chunks(
-    inputs: BSBRInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions, impl: Impl
+    inputs: BSBRInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions, impl: str
 ) -> tuple[Tensor, StreamingState]:
     """Computes, in parallel, the output of tokens that begin at a chunk boundary.
 

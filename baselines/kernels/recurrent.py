@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels import check_impl
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -114,12 +113,14 @@ class RecurrentAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
         chunk_size: tokens computed together; changes the speed, not the result.
-        impl: "torch", or "fla" for the kernel of flash-linear-attention, which needs CUDA. `extend` by a single token always takes
-            the torch path.
+        impl: see `Attention`; "fla" is the kernel of flash-linear-attention, which needs CUDA. `extend` by a single token always
+            takes the torch path.
 
     Raises:
         ValueError: for a chunk_size that is not a positive integer, or an unknown impl.
     """
+
+    explicit_backends = ("fla",)
 
     def __init__(
         self,
@@ -129,12 +130,11 @@ class RecurrentAttention(MultiHeadAttention):
         chunk_size: int = 64,
         num_kv_heads: int | None = None,
         rotary: bool = False,
-        impl: str = "torch",
+        impl: str = "auto",
     ) -> None:
-        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary)
+        super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
         require_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.impl = check_impl(impl, "torch", "fla")
 
     @abstractmethod
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,9 +160,6 @@ class RecurrentAttention(MultiHeadAttention):
     @property
     def block_length(self) -> int:
         return self.chunk_size
-
-    def implementation(self, *_: Tensor) -> str:
-        return self.impl
 
     def attend(self, *tensors: Tensor) -> Tensor:
         return self.attend_after(None, *tensors)[0]

@@ -1,7 +1,7 @@
 """Selects the backend: the fastest one that can take the inputs, or the one that `impl` names and no other."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, cast
 
 from torch import Tensor
 
@@ -10,11 +10,11 @@ from bsbr.backends.cpp import segment as cpp
 from bsbr.backends.selection import check_impl, select
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
-Impl = Literal["auto", "torch", "cpp", "triton"]
-"""Values of the option `impl`: the name of a backend, or "auto" for the fastest that supports the inputs."""
+BACKENDS: dict[str, Callable[[BSBRInputs, BSBROptions], str | None]] = {"triton": triton.unsupported, "cpp": cpp.unsupported}
+"""The backends beside "torch", the fastest first, each with the reason why it cannot take some inputs, or None if it can."""
 
 
-def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl:
+def select_backend(impl: str, inputs: BSBRInputs, options: BSBROptions) -> str:
     """Name of the backend that runs: "torch", "cpp" (CPUs) or "triton" (GPUs).
 
     Args:
@@ -26,15 +26,11 @@ def select_backend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Impl
         ValueError: if there is no such backend.
         NotImplementedError: if `impl` names a backend that does not support the inputs.
     """
-    check_impl(impl, "cpp", "triton")
-    backends = {
-        "triton": partial(triton.unsupported, inputs, options),
-        "cpp": partial(cpp.unsupported, inputs, options),
-    }
-    return cast(Impl, select(impl, backends))
+    check_impl(impl, *BACKENDS)
+    return select(impl, {name: partial(unsupported, inputs, options) for name, unsupported in BACKENDS.items()})
 
 
-def attend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
+def attend(impl: str, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
     """BSBR of a whole sequence on the selected backend: [batch, heads, time, head_dim]. Arguments as `select_backend`."""
     backend = select_backend(impl, inputs, options)
     if backend == "triton":
@@ -44,7 +40,7 @@ def attend(impl: Impl, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
     return _segment(backend, inputs, options, EMPTY_MEMORY).output
 
 
-def attend_segment(impl: Impl, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+def attend_segment(impl: str, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
     """BSBR of a segment after the chunks of `past`, see `bsbr.backends.pytorch.segment`, on the selected backend.
 
     If Triton is selected the torch backend runs, because the kernels do not support earlier chunks.
@@ -52,6 +48,6 @@ def attend_segment(impl: Impl, inputs: BSBRInputs, options: BSBROptions, past: C
     return _segment(select_backend(impl, inputs, options), inputs, options, past)
 
 
-def _segment(backend: Impl, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
+def _segment(backend: str, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
     run = cpp.segment if backend == "cpp" else pytorch.segment
     return run(inputs, options, past)

@@ -466,7 +466,7 @@ def test_fla_kernels_raise_without_cuda(cls: Any) -> None:
     for call in (attention, attention.extend):
         with pytest.raises(NotImplementedError, match="impl=fla runs Triton kernels, which need CUDA, got tensors on cpu"):
             call(torch.zeros(1, 3, 16))
-    with pytest.raises(ValueError, match="impl must be one of torch, fla, got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, fla, got 'cuda'"):
         cls(16, 4, impl="cuda")
 
 

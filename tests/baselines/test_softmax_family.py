@@ -159,20 +159,20 @@ def test_all_equal_softmax_attention_if_every_key_is_visible(time: int) -> None:
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["flash", "math", "auto", None])
+@pytest.mark.parametrize("impl", ["flash", "math", "auto", "torch"])
 @pytest.mark.parametrize(("time", "queries"), [(1, 1), (31, 31), (31, 5), (31, 1)])
-def test_a_backend_does_not_change_the_result(backend: str | None, time: int, queries: int) -> None:
+def test_the_kernel_does_not_change_the_result(impl: str, time: int, queries: int) -> None:
     q, k, v = inputs(time, queries)
-    torch.testing.assert_close(softmax_attention(q, k, v, backend=backend), oracles.standard(q, k, v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(softmax_attention(q, k, v, impl=impl), oracles.standard(q, k, v), rtol=0, atol=1e-12)
 
 
-def test_a_backend_without_a_kernel_raises() -> None:
-    for backend, dropout in (("cudnn", 0.0), ("efficient", 0.0), ("flash", 0.5)):
-        sentence = f"backend={backend} has no kernel for torch.float32 tensors of head_dim 8 on cpu: use backend=auto, or a device"
+def test_a_kernel_that_does_not_support_the_tensors_raises() -> None:
+    for impl, dropout in (("cudnn", 0.0), ("efficient", 0.0), ("flash", 0.5)):
+        sentence = f"impl={impl} has no kernel for torch.float32 tensors of head_dim 8 on cpu: use impl=torch, or a device"
         with pytest.raises(NotImplementedError, match=sentence):
-            StandardAttention(16, 2, backend=backend, dropout=dropout)(torch.zeros(1, 3, 16))
-    with pytest.raises(ValueError, match="backend must be null or one of auto, flash, cudnn, efficient, math, got 'fast'"):
-        StandardAttention(16, 2, backend="fast")
+            StandardAttention(16, 2, impl=impl, dropout=dropout)(torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, flash, cudnn, efficient, math, got 'fast'"):
+        StandardAttention(16, 2, impl="fast")
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_flex_attention_raises_for_what_it_lacks() -> None:
     x = torch.randn(1, 9, 24, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
         build(SparseAttention, {"impl": "flex"})(x).sum().backward()
-    with pytest.raises(NotImplementedError, match=r"impl=flex has no dropout, got dropout=0\.5: use impl=torch"):
+    with pytest.raises(NotImplementedError, match=r"FlexAttention has no dropout, got dropout=0\.5; impl='torch' takes"):
         SlidingWindowAttention(24, 4, impl="flex", dropout=0.5)(x.float())
-    with pytest.raises(ValueError, match="impl must be one of torch, flex, got 'fla'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, flex, got 'fla'"):
         SparseAttention(24, 4, impl="fla")
 
 

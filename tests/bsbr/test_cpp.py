@@ -172,8 +172,8 @@ def test_impl_selects_the_backend() -> None:
         dispatch.select_backend("cpp", made, dropping)
     with pytest.raises(NotImplementedError, match=r"impl='triton' was asked for: the kernels "):
         dispatch.select_backend("triton", made, options)
-    with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, cpp, triton, got 'cuda'$"):
-        BSBRAttention(16, 4, impl="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^impl must be one of auto, torch, triton, cpp, got 'cuda'$"):
+        BSBRAttention(16, 4, impl="cuda")
 
 
 @pytest.fixture
