@@ -17,6 +17,7 @@ from baselines.kernels.recurrent import (
     ungroup_outputs,
     unit_norm,
 )
+from bsbr.precision import without_autocast
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -53,6 +54,7 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tenso
     return torch.stack(outputs, dim=2)
 
 
+@without_autocast
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk_size: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -166,12 +168,13 @@ class DeltaNetAttention(RecurrentAttention):
             return fla.delta_rule(q, k, v, beta, total)
         return _chunkwise(q, k, v, beta, self.chunk_size, total)
 
+    @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, beta = tensors
         keys = k.to(total.dtype)
         correction = beta.to(total.dtype).unsqueeze(3) * (v.to(total.dtype) - keys @ total)
         total = torch.addcmul(total, keys.mT, correction)
-        outputs = q.to(total.dtype).view(*k.shape[:2], -1, k.shape[3]) @ total
+        outputs = q.to(total.dtype).view(*k.shape[:2], q.shape[1] // k.shape[1], k.shape[3]) @ total
         return outputs.to(q.dtype).view(*q.shape[:3], v.shape[3]), total
 
     def reference(self, *tensors: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from baselines.kernels.recurrent import (
     ungroup_outputs,
     unit_norm,
 )
+from bsbr.precision import without_autocast
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -62,6 +63,7 @@ def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, lo
     return torch.stack(outputs, dim=2)
 
 
+@without_autocast
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, chunk_size: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -181,13 +183,14 @@ class GatedDeltaNetAttention(RecurrentAttention):
             return fla.gated_delta_rule(q, k, v, beta, log_alpha, total)
         return _chunkwise(q, k, v, beta, log_alpha, self.chunk_size, total)
 
+    @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, beta, log_alpha = tensors
         keys = k.to(total.dtype)
         total = log_alpha.to(total.dtype).exp().unsqueeze(3) * total
         correction = beta.to(total.dtype).unsqueeze(3) * (v.to(total.dtype) - keys @ total)
         total = torch.addcmul(total, keys.mT, correction)
-        outputs = q.to(total.dtype).view(*k.shape[:2], -1, k.shape[3]) @ total
+        outputs = q.to(total.dtype).view(*k.shape[:2], q.shape[1] // k.shape[1], k.shape[3]) @ total
         return outputs.to(q.dtype).view(*q.shape[:3], v.shape[3]), total
 
     def reference(self, *tensors: Tensor) -> Tensor:

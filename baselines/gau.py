@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter, require_positive, rotate
+from bsbr.precision import without_autocast
 
 
 def gated_attention_unit(
@@ -43,8 +44,7 @@ def gated_attention_unit(
             f"got {shapes} and u {list(u.shape)}"
         )
     require_positive(chunk_size=chunk_size)
-    attended, _ = _mixed_chunks(v, quad_q, quad_k, lin_q, lin_k, chunk_size, None, 0)
-    return (u * attended).to(u.dtype)
+    return _mixed_chunks(u, v, quad_q, quad_k, lin_q, lin_k, chunk_size, None, 0)[0]
 
 
 def gated_attention_unit_reference(
@@ -66,16 +66,9 @@ def gated_attention_unit_reference(
     return torch.cat(outputs, dim=1)
 
 
-def _quadratic_term(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
-    """Σ_s relu(quad_q_t·quad_k_s / c)² v_s over a chunk, for queries at the last positions of the keys: [..., new, value_dim].
-
-    quad_q: [..., new, key_dim]; quad_k: [..., all, key_dim]; v: [..., all, value_dim].
-    """
-    scores = (quad_q @ quad_k.mT).tril(quad_k.shape[-2] - quad_q.shape[-2])
-    return (scores / chunk_size).relu().square() @ v
-
-
+@without_autocast
 def _mixed_chunks(
+    u: Tensor,
     v: Tensor,
     quad_q: Tensor,
     quad_k: Tensor,
@@ -85,17 +78,17 @@ def _mixed_chunks(
     past: Tensor | None,
     chunks_before: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixed-chunk attention without the gate, of tokens that begin at a chunk boundary, and Σ lin_k vᵀ over all complete chunks.
+    """`gated_attention_unit` of tokens that begin at a chunk boundary, and Σ lin_k vᵀ over all complete chunks.
 
     Args:
-        v: [batch, time, value_dim].
+        u, v: [batch, time, value_dim].
         quad_q, quad_k, lin_q, lin_k: [batch, time, key_dim].
         chunk_size: tokens of a chunk.
         past: [batch, key_dim, value_dim], Σ lin_k vᵀ over earlier chunks; None at the start of a sequence.
         chunks_before: number of earlier chunks.
 
     Returns:
-        [batch, time, value_dim], and the new past, which is None if `past` is None and there is a single chunk.
+        [batch, time, value_dim] in the dtype of u, and the new past, which is None if `past` is None and there is a single chunk.
     """
     time, size = v.shape[1], min(chunk_size, v.shape[1])
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -112,14 +105,48 @@ def _mixed_chunks(
         tokens_before = torch.arange(chunks_before, chunks_before + chunks, device=v.device, dtype=dtype) * chunk_size
         attended = attended + (lin_q / tokens_before.clamp(min=1).view(-1, 1, 1)) @ before
         past = before[:, -1] + written[:, -1] if time % chunk_size == 0 else before[:, -1].clone()
-    return attended.flatten(1, 2)[:, :time], past
+    return (u * attended.flatten(1, 2)[:, :time]).to(u.dtype), past
+
+
+@without_autocast
+def _open_chunk(
+    u: Tensor,
+    v: Tensor,
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    chunk_size: int,
+    past: Tensor,
+    chunks_before: int,
+) -> tuple[Tensor, Tensor]:
+    """`_mixed_chunks` of the last tokens of a chunk, of which v, quad_k and lin_k hold all tokens so far.
+
+    Nothing is padded, so that a single token stays cheap.
+    """
+    dtype = past.dtype
+    v, quad_q, quad_k, lin_q, lin_k = (x.to(dtype) for x in (v, quad_q, quad_k, lin_q, lin_k))
+    attended = _quadratic_term(quad_q, quad_k, v, chunk_size) + lin_q @ past / max(chunks_before * chunk_size, 1)
+    if v.shape[1] == chunk_size:
+        past = past + lin_k.mT @ v
+    return (u * attended).to(u.dtype), past
+
+
+def _quadratic_term(quad_q: Tensor, quad_k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """Σ_s relu(quad_q_t·quad_k_s / c)² v_s over a chunk, for queries at the last positions of the keys: [..., new, value_dim].
+
+    quad_q: [..., new, key_dim]; quad_k: [..., all, key_dim]; v: [..., all, value_dim].
+    """
+    scores = (quad_q @ quad_k.mT).tril(quad_k.shape[-2] - quad_q.shape[-2])
+    return (scores / chunk_size).relu().square() @ v
 
 
 def _to_chunks(x: Tensor, size: int) -> Tensor:
     """[batch, time, dim] -> [batch, chunks, size, dim], with zeros after the last token."""
-    missing = -x.shape[1] % size
+    chunks = -(-x.shape[1] // size)
+    missing = chunks * size - x.shape[1]
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-    return padded.reshape(x.shape[0], -1, size, x.shape[2])
+    return padded.reshape(x.shape[0], chunks, size, x.shape[2])
 
 
 class GatedAttentionUnit(Attention):
@@ -191,30 +218,34 @@ class GatedAttentionUnit(Attention):
         check_hidden_states(hidden_states, self.hidden_dim)
         position, new = next_position(state), hidden_states.shape[1]
         u, v, quad_q, quad_k, lin_q, lin_k = self.project(hidden_states, position)
-        dtype = torch.promote_types(u.dtype, torch.float32)
+        past: Tensor | None
         if state is None:
+            dtype = torch.promote_types(u.dtype, torch.float32)
             past = u.new_zeros(u.shape[0], self.key_dim, self.value_dim, dtype=dtype)
         else:
             past = state["past"]
             v, quad_k, lin_k = (torch.cat([state[name], x], dim=1) for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k)))
-        # First the tokens that continue the open chunk, unpadded so that a single token stays cheap; then the chunks after it.
         size, (chunks_before, open_tokens) = self.chunk_size, divmod(position, self.chunk_size)
-        head = min(new, size - open_tokens)
-        attended = _quadratic_term(quad_q[:, :head].to(dtype), quad_k[:, :size].to(dtype), v[:, :size].to(dtype), size)
-        attended = attended + lin_q[:, :head].to(dtype) @ past / max(chunks_before * size, 1)
-        if open_tokens + head == size:
-            past = past + lin_k[:, :size].to(dtype).mT @ v[:, :size].to(dtype)
+        pieces = []
+        # First the tokens of the open chunk, then the chunks after it.
+        head = min(new, -position % size)
+        if head:
+            chunk = u[:, :head], v[:, :size], quad_q[:, :head], quad_k[:, :size], lin_q[:, :head], lin_k[:, :size]
+            gated, past = _open_chunk(*chunk, size, past, chunks_before)
+            pieces.append(gated)
         if head < new:
-            next_chunks = (v[:, size:], quad_q[:, head:], quad_k[:, size:], lin_q[:, head:], lin_k[:, size:])
-            rest, final = _mixed_chunks(*next_chunks, size, past, chunks_before + 1)
-            assert final is not None
-            attended, past = torch.cat([attended, rest], dim=1), final
+            first = open_tokens + head  # of v, quad_k and lin_k
+            chunks = u[:, head:], v[:, first:], quad_q[:, head:], quad_k[:, first:], lin_q[:, head:], lin_k[:, first:]
+            gated, past = _mixed_chunks(*chunks, size, past, chunks_before + bool(head))
+            pieces.append(gated)
         completed = (open_tokens + new) // size * size
         open_chunk = {"v": v, "quad_k": quad_k, "lin_k": lin_k}
         if completed:
             # Copies, so that a state holds no more than it needs.
             open_chunk = {name: x[:, completed:].clone() for name, x in open_chunk.items()}
-        return self.output((u * attended).to(u.dtype)), {"past": past, **open_chunk, "position": position_counter(position + new)}
+        assert past is not None
+        gated = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return self.output(gated), {"past": past, **open_chunk, "position": position_counter(position + new)}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """FLOPs of the matrix products.

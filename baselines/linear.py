@@ -9,9 +9,11 @@ from torch import Tensor
 
 from baselines.kernels import fla
 from baselines.kernels.recurrent import RecurrentAttention, check_inputs, group_queries, to_chunks, ungroup_outputs
+from bsbr.precision import without_autocast
 
-EPSILON = 1e-12
-"""Added to the normaliser, so that a query with features of 0 (underflow) has output 0, not 0/0, and a finite gradient."""
+EPSILON = 1e-24
+"""Added to the normaliser, so that a query with features of 0 (underflow) has output 0, not 0/0, and a finite gradient. It is small
+beside the product of two features of −20."""
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -51,6 +53,12 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
+def _features(x: Tensor) -> Tensor:
+    """φ(x) = elu(x) + 1, as e^min(x, 0) + max(x, 0): elu(x) itself is −1 in float32 from x = −17 on, and the sum 0."""
+    return x.clamp(max=0).exp() + x.relu()
+
+
+@without_autocast
 def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`linear_attention` after the state `initial`, and the final state.
 
@@ -62,10 +70,10 @@ def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor
     size, group = min(chunk_size, time), q.shape[1] // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
     # Padding comes after φ, so that a padded key has no features at all.
-    keys = to_chunks(F.elu(k.to(dtype)) + 1, size)
+    keys = to_chunks(_features(k.to(dtype)), size)
     # A column of ones in the values makes z the last column of S, and the normaliser the last column of the sums.
     values = to_chunks(F.pad(v.to(dtype), (0, 1), value=1.0), size)
-    queries = group_queries(to_chunks(F.elu(q.to(dtype)) + 1, size), kv_heads)
+    queries = group_queries(to_chunks(_features(q.to(dtype)), size), kv_heads)
 
     scores = (queries @ keys.mT).unflatten(3, (group, size)).tril().flatten(3, 4)
     sums = scores @ values
@@ -101,14 +109,16 @@ class LinearAttention(RecurrentAttention):
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = tensors
         if self.impl == "fla":
-            return fla.linear_attention(q, k, v, EPSILON, total)
+            return fla.linear_attention(_features(q), _features(k), v, EPSILON, total)
         return _chunkwise(q, k, v, self.chunk_size, total)
 
+    @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = tensors
-        keys, values = F.elu(k.to(total.dtype)) + 1, F.pad(v.to(total.dtype), (0, 1), value=1.0)
+        keys, values = _features(k.to(total.dtype)), F.pad(v.to(total.dtype), (0, 1), value=1.0)
         total = torch.addcmul(total, keys.mT, values)
-        sums = (F.elu(q.to(total.dtype)) + 1).view(*k.shape[:2], -1, k.shape[3]) @ total
+        queries = _features(q.to(total.dtype)).view(*k.shape[:2], q.shape[1] // k.shape[1], k.shape[3])
+        sums = queries @ total
         return _normalised(sums).to(q.dtype).view(*q.shape[:3], v.shape[3]), total
 
     def reference(self, *tensors: Tensor) -> Tensor:

@@ -81,11 +81,11 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, drop
     groups = q.shape[1] // kv_heads
     # The kernel's batch are the blocks, its heads are batch · kv_heads, and its rows are the queries that share keys: so the
     # output has the layout [time, heads], and grouped heads need neither repeated keys nor a kernel with group support.
-    rows = q.reshape(batch * kv_heads, groups, -1, block, q.shape[3]).permute(2, 0, 1, 3, 4).flatten(2, 3)
+    rows = q.reshape(batch * kv_heads, groups, q.shape[2] // block, block, q.shape[3]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     keys, values = (x.flatten(0, 1).unfold(1, block + window_size - 1, block).permute(1, 0, 3, 2) for x in (k, v))
     mask = _band(block, window_size, q.device).repeat(groups, 1)
     out = F.scaled_dot_product_attention(rows, keys, values, mask, dropout_p)
-    out = out.reshape(-1, batch, kv_heads, groups, block, v.shape[3]).permute(1, 2, 3, 0, 4, 5)
+    out = out.reshape(q.shape[2] // block, batch, kv_heads, groups, block, v.shape[3]).permute(1, 2, 3, 0, 4, 5)
     return out.reshape(*q.shape[:3], v.shape[3])
 
 

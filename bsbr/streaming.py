@@ -16,6 +16,7 @@ from bsbr.cost import HeadSizes
 from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
 from bsbr.interface import State, next_position, position_counter
 from bsbr.paging import state_pages
+from bsbr.precision import without_autocast
 
 PAGE = 64
 """Number of chunks per page, a tensor of meta keys or states. A new chunk copies the last page; states share full pages."""
@@ -150,6 +151,7 @@ def close_chunk(state: StreamingState, meta_key: Tensor) -> StreamingState:
     )
 
 
+@without_autocast
 def _updated(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
     """The state of an open chunk after more of its tokens, in the dtype of `state`."""
     k_features, v = k_features.to(state.dtype), v.to(state.dtype)

@@ -8,16 +8,16 @@ import importlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`baselines.linear.linear_attention` after the state `initial`, and the final state.
+    """`baselines.linear.linear_attention` of features after the state `initial`, and the final state.
 
     Args:
-        q: [batch, heads, time, head_dim].
-        k, v: [batch, kv_heads, time, head_dim].
+        q: φ of the queries, [batch, heads, time, head_dim].
+        k: φ of the keys, [batch, kv_heads, time, head_dim].
+        v: [batch, kv_heads, time, head_dim].
         epsilon: added to the normaliser.
         initial: [batch, kv_heads, head_dim, head_dim + 1], S and z as its last column; None at the start of a sequence.
 
@@ -28,7 +28,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float, initial: T
         NotImplementedError: if the tensors are not on a CUDA device, or fla is not installed.
     """
     kernel, groups = _kernel("linear_attn", "chunk_linear_attn", q), q.shape[1] // k.shape[1]
-    queries, keys, values = _time_first(groups, F.elu(q) + 1, F.elu(k) + 1, v)
+    queries, keys, values = _time_first(groups, q, k, v)
     start = None if initial is None else initial.repeat_interleave(groups, dim=1)
     total = None if start is None else start[..., :-1].contiguous()
     sums, total = kernel(queries, keys, values, scale=1.0, initial_state=total, output_final_state=True, normalize=False)

@@ -48,9 +48,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, **per_token: 
 
 def to_chunks(x: Tensor, size: int) -> Tensor:
     """[batch, heads, time, dim] -> [batch, heads, chunks, size, dim], contiguous, with zeros after the last token."""
-    missing = -x.shape[2] % size
+    chunks = -(-x.shape[2] // size)
+    missing = chunks * size - x.shape[2]
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-    return padded.reshape(*x.shape[:2], -1, size, x.shape[3]).contiguous()
+    return padded.reshape(*x.shape[:2], chunks, size, x.shape[3]).contiguous()
 
 
 def group_queries(queries: Tensor, kv_heads: int) -> Tensor:
@@ -58,13 +59,13 @@ def group_queries(queries: Tensor, kv_heads: int) -> Tensor:
 
     Queries that share keys become rows of one matrix: one product with the keys serves all of them, and no key is copied.
     """
-    grouped: Tensor = queries.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
+    grouped: Tensor = queries.unflatten(1, (kv_heads, queries.shape[1] // kv_heads)).transpose(2, 3).flatten(3, 4)
     return grouped
 
 
 def ungroup_outputs(outputs: Tensor, group: int, time: int) -> Tensor:
     """Inverse of `group_queries` and the padding: [batch, kv_heads, chunks, group · size, dim] -> [batch, heads, time, dim]."""
-    ungrouped: Tensor = outputs.unflatten(3, (group, -1)).transpose(2, 3)
+    ungrouped: Tensor = outputs.unflatten(3, (group, outputs.shape[3] // group)).transpose(2, 3)
     return ungrouped.flatten(1, 2).flatten(2, 3)[:, :, :time]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bsbr.backends.retrieval import retrieve
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
+from bsbr.precision import without_autocast
 
 
 def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_MEMORY) -> Segment:
@@ -135,6 +136,7 @@ def chunk_states(k_features: Tensor, v: Tensor, chunk_size: int, chunks: int, be
     return keys.mT @ values
 
 
+@without_autocast
 def pseudo_values(k_features: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
     """Pseudo-values U of the delta rule, S_i = S_{i−1} + φ(k_i) u_iᵀ with u_i = β_i (v_i − S_{i−1}ᵀ φ(k_i)).
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsbr.inputs import ChunkMemory
+from bsbr.precision import without_autocast
 
 SelectTopK = Callable[[Tensor, int, int], Tensor]
 """Type of `select_top_k` and its replacements."""
@@ -53,6 +54,7 @@ def mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor], 
     return mixed
 
 
+@without_autocast
 def retrieve(
     meta_query: Tensor,
     memory: ChunkMemory,

@@ -1,0 +1,29 @@
+"""Precision of computations that autocast must leave alone."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Makes a function of tensors compute in the dtypes that it chooses, also under `torch.autocast`.
+
+    A function that casts half types up, because its sums need float32, needs this: autocast would cast the operands of each of
+    its matrix products down again. Over 4096 tokens of float16, the sums of linear attention were then wrong by a half.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return run
