@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-INCLUDES = [Path(__file__).with_name(name) for name in ("tensors.h", "tiles.h")]
+INCLUDES = [Path(__file__).with_name(name) for name in ("tensors.h", "tiles.h", "vectors.h")]
 """What every source may include."""
 
 FLAGS = ["-O2", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
