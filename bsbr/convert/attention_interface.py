@@ -161,12 +161,16 @@ def padding_mask(
     return F.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]))
 
 
-def check_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a stack of layers: checks the values of its padding masks, which the library makes boolean unseen.
+def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a stack of layers: refuses arguments that the library would let pass.
 
     Raises:
-        ValueError: for a mask of other values than 0 and 1, such as an additive mask.
+        NotImplementedError: if attention weights are asked for.
+        ValueError: for a mask of other values than 0 and 1, such as an additive mask, which the library makes boolean.
     """
+    asked = kwargs.get("output_attentions")
+    if module.config.output_attentions if asked is None else asked:
+        raise NotImplementedError("a converted model has no attention weights to output: leave output_attentions False")
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     for name in ("attention_mask", "encoder_attention_mask"):
         mask = arguments.get(name)

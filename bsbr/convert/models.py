@@ -3,6 +3,7 @@
 A converted class is the library's own, with a `Retrieval` in every self-attention.
 """
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from bsbr.convert import attention_interface
 from bsbr.convert.retrieval import Retrieval
@@ -46,12 +49,6 @@ ARCHITECTURES = {
 }
 """Supported architectures by model_type."""
 
-AUTO_CLASSES = (
-    *("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"),
-    *("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"),
-)
-"""Auto classes that load converted models; see `register`."""
-
 
 def convert_to_bsbr(
     model_or_name: PreTrainedModel | str | Path,
@@ -63,8 +60,11 @@ def convert_to_bsbr(
 ) -> PreTrainedModel:
     """Converts a pretrained model: its self-attention becomes BSBR, everything else stays. The original is not changed.
 
-    The converted model keeps its dtype, device, tokenizer, `generate`, `save_pretrained` and `from_pretrained`. After
-    `import bsbr.convert`, `AutoModelForCausalLM.from_pretrained` and the other auto classes load what it saved.
+    The converted model keeps its dtype, device, tokenizer, `generate`, `save_pretrained` and `from_pretrained`. Frozen parameters
+    stay frozen, and every module keeps its mode (train or eval) and its gradient checkpointing. Hooks are not copied. After
+    `import bsbr.convert`, `AutoModelForCausalLM.from_pretrained` and the other auto classes load what it saved; so does its own
+    class, as in `from bsbr.convert.models import BSBRGPT2LMHeadModel`. The conversion holds the weights once more and nothing
+    else of their size.
 
     The gates of retrieval begin at 0: until they are trained, a token sees only its chunk and the `chunk_overlap` tokens before the
     chunk. A sequence of at most one chunk has the logits of the original model. BERT and T5's encoder retrieve from the chunks on
@@ -80,24 +80,27 @@ def convert_to_bsbr(
         compression_factor: head_dim / d_r, a divisor of the model's head_dim.
 
     Returns:
-        The converted model, in the mode (train or eval) of the original.
+        The converted model. The parameters of its retrieval are trainable.
 
     Raises:
-        ValueError: for an unsupported architecture, a name or folder without safetensors, or options that do not fit the model,
-            such as chunk_size + chunk_overlap above its sliding window.
+        ValueError: for something that is no model, an unsupported architecture, a name or folder without safetensors, a model that
+            outputs attention weights, or options that do not fit the model, such as chunk_size + chunk_overlap above its sliding
+            window.
     """
-    if not isinstance(model_or_name, PreTrainedModel):
-        return convert_to_bsbr(
-            load_model(str(model_or_name)),
-            chunk_size,
-            chunk_overlap=chunk_overlap,
-            retrieval_top_k=retrieval_top_k,
-            compression_factor=compression_factor,
+    if isinstance(model_or_name, str | Path):
+        model = load_model(str(model_or_name))
+    elif isinstance(model_or_name, PreTrainedModel):
+        model = model_or_name
+    else:
+        raise ValueError(
+            "a model to convert must be a PreTrainedModel of transformers, or the name or folder of one, got "
+            f"{type(model_or_name).__name__}; of a wrapped model, convert the model inside"
         )
-    model = model_or_name
     architecture = architecture_of(model.config)
     if chunk_overlap and not architecture.is_causal:
         raise ValueError(f"chunk_overlap is for models that see the past alone, and {model.config.model_type} is none: leave it 0")
+    if model.config.output_attentions:
+        raise ValueError("a converted model has no attention weights to output: set config.output_attentions = False first")
     config = converted_config(model.config, chunk_size + chunk_overlap)
     config.bsbr = {
         "chunk_size": chunk_size,
@@ -105,28 +108,35 @@ def convert_to_bsbr(
         "retrieval_top_k": retrieval_top_k,
         "compression_factor": compression_factor,
     }
-    converted = converted_class(type(model))(config)  # type: ignore[arg-type]  # transformers is Any to mypy
-    _copy_weights(model, converted, architecture)
-    if model.can_generate():
-        converted.generation_config = deepcopy(model.generation_config)
-    return converted.train(model.training)
-
-
-def _copy_weights(model: PreTrainedModel, converted: PreTrainedModel, architecture: Architecture) -> None:
-    """Copies all parameters and buffers of a model into its conversion, and moves retrieval to their device and dtype."""
-    # Assigned, so that every tensor keeps its dtype and device: some models hold a few in float32 beside bfloat16.
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    missing, unexpected = converted.load_state_dict(state, strict=False, assign=True)
-    unmatched = [name for name in [*missing, *unexpected] if ".retrieval." not in name]
-    if unmatched:
-        raise ValueError(f"a model of {type(model).__name__} has its own weights alone, and this one does not fit: {unmatched[0]}")
-    converted.tie_weights()
-    buffers = dict(converted.named_buffers())
-    for name, buffer in model.named_buffers():
-        buffers[name].data = buffer.clone()
+    with torch.device("meta"):  # which allocates nothing: all weights are the model's
+        converted = converted_class(type(model))(config)  # type: ignore[arg-type]  # transformers is Any to mypy
+    _copy_state(model, converted)
     for attention in self_attentions(converted, architecture):
         weight = next(attention.parameters(recurse=True))
-        attention.retrieval.to(weight.device, weight.dtype)
+        attention.retrieval = new_retrieval(attention, config).to(weight.device, weight.dtype).train(attention.training)
+    if model.can_generate():
+        converted.generation_config = deepcopy(model.generation_config)
+    return converted
+
+
+def _copy_state(model: PreTrainedModel, converted: PreTrainedModel) -> None:
+    """Copies parameters, buffers, train or eval mode and gradient checkpointing of every module into its converted counterpart."""
+    shapes, converted_shapes = (
+        {name: parameter.shape for name, parameter in one.named_parameters(remove_duplicate=False) if ".retrieval." not in name}
+        for one in (model, converted)
+    )
+    if shapes != converted_shapes:
+        name = sorted(shapes.items() ^ converted_shapes.items())[0][0]
+        raise ValueError(f"a model of {type(model).__name__} has its own weights alone, and this one does not fit: {name}")
+    memo: dict[int, Any] = {}  # a parameter of two modules is copied once
+    modes = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    for name, module in model.named_modules():
+        counterpart = converted.get_submodule(name)
+        counterpart._parameters.update(deepcopy(module._parameters, memo))
+        counterpart._buffers.update(deepcopy(module._buffers, memo))
+        vars(counterpart).update({key: vars(module)[key] for key in modes if key in vars(module)})
+    if getattr(model, "_require_grads_hooks", None):
+        converted.enable_input_require_grads()
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -171,6 +181,18 @@ def _stacks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def new_retrieval(attention: nn.Module, config: PreTrainedConfig) -> Retrieval:
+    """The untrained retrieval of a self-attention of a converted model, with the options in `config.bsbr`."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(attention, converted_architecture(config).head_dim)
+    return Retrieval(config.num_attention_heads, kv_heads, head_dim, **config.bsbr)
+
+
+def converted_architecture(config: PreTrainedConfig) -> Architecture:
+    """Architecture of the model that was converted to one of this config."""
+    return ARCHITECTURES[config.model_type.removeprefix("bsbr_")]
+
+
 # --- classes ------------------------------------------------------------------------------------
 
 
@@ -180,14 +202,16 @@ class ConvertedModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config._attn_implementation = attention_interface.ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        architecture = ARCHITECTURES[config.model_type.removeprefix("bsbr_")]
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        for attention in self_attentions(cast(nn.Module, self), architecture):
-            head_dim = getattr(attention, architecture.head_dim)
-            attention.retrieval = Retrieval(config.num_attention_heads, kv_heads, head_dim, **config.bsbr)
+        for attention in self_attentions(cast(nn.Module, self), converted_architecture(config)):
+            attention.retrieval = new_retrieval(attention, config)
             attention.register_forward_pre_hook(attention_interface.pass_cache_layer, with_kwargs=True)
         for stack in _stacks(cast(nn.Module, self)):
-            stack.register_forward_pre_hook(attention_interface.check_masks, with_kwargs=True)
+            stack.register_forward_pre_hook(attention_interface.check_arguments, with_kwargs=True)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError for another attention than BSBR, which would not retrieve."""
+        if attn_implementation != attention_interface.ATTENTION_NAME:
+            raise NotImplementedError(f"the attention of a converted model is BSBR, got {attn_implementation!r}")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -242,14 +266,24 @@ def converted_config(config: PreTrainedConfig, num_local_tokens: int) -> PreTrai
 
 def register() -> None:
     """Registers the converted classes with transformers' auto classes, so that these load saved converted models."""
+    auto_classes = [one for one in vars(modeling_auto).values() if isinstance(one, type) and getattr(one, "_model_mapping", None)]
     for model_type in ARCHITECTURES:
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config)
-        for name in AUTO_CLASSES:
-            auto = getattr(transformers, name)
-            original = auto._model_mapping.get(type(AutoConfig.for_model(model_type)), None)
-            if original is not None:
+        for auto in auto_classes:
+            original = auto._model_mapping.get(config.__base__, None)
+            if getattr(original, "config_class", None) is config.__base__:  # some map a config to several classes, or to others
                 auto.register(config, converted_class(original))
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """The converted class of a library class, as in `from bsbr.convert.models import BSBRT5EncoderModel`."""
+    for model_type in ARCHITECTURES:
+        library = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        original = getattr(library, name.removeprefix("BSBR"), None)
+        if name.startswith("BSBR") and isinstance(original, type) and issubclass(original, PreTrainedModel):
+            return converted_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 register()

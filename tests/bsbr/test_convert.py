@@ -1,6 +1,8 @@
 """Tests converted models: equality with the original within a chunk, streaming, saving and loading, refusals."""
 
+import copy
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from bsbr import reference
-from bsbr.convert import Retrieval, convert_to_bsbr
+from bsbr.convert import Retrieval, convert_to_bsbr, models
+from evals.measure.memory import peak_allocated_bytes
 
 B, VOCABULARY = 7, 61
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -307,7 +310,58 @@ def test_every_parameter_of_retrieval_has_a_gradient() -> None:
     assert all(float(parameter.grad.abs().max()) > 0 for part in retrievals(model) for parameter in part.parameters())
 
 
-# --- saving, loading and refusals --------------------------------------------------------------------------
+# --- what stays as it was -----------------------------------------------------------------------
+
+
+def test_frozen_parameters_modes_and_checkpointing_stay() -> None:
+    source = copy.deepcopy(original("llama", torch.float32)).train()
+    source.model.embed_tokens.requires_grad_(False)
+    source.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    source.model.layers[1].eval()
+    source.activation_checkpointing_enable({"use_reentrant": True})
+    source.enable_input_require_grads()
+    model = convert_to_bsbr(source, B)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"}
+    assert {name: model.get_submodule(name).training for name, _ in source.named_modules()} == {
+        name: module.training for name, module in source.named_modules()
+    }
+    assert [part.training for part in retrievals(model)] == [True, False]
+    assert model.is_activation_checkpointing
+    for layer in model.model.layers:
+        assert layer.gradient_checkpointing
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+    assert model.model.embed_tokens(tokens(1, 2)).requires_grad
+
+
+def test_ties_stay_as_they_are_whatever_the_config_says() -> None:
+    tied = converted("gpt2")
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    torn = copy.deepcopy(original("gpt2"))
+    torn.lm_head.weight = torch.nn.Parameter(torn.lm_head.weight + 1)
+    assert (logits(convert_to_bsbr(torn, B), tokens(1, B)) - logits(torn, tokens(1, B))).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_tensor_is_left_on_meta_and_dtypes_stay(name: str) -> None:
+    source = original(name, torch.bfloat16)
+    model = convert_to_bsbr(source, B)
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        assert not any(tensor.is_meta for tensor in tensors if isinstance(tensor, Tensor))
+    buffers = {key: (buffer.dtype, buffer.tolist()) for key, buffer in source.named_buffers()}
+    assert {key: (buffer.dtype, buffer.tolist()) for key, buffer in model.named_buffers()} == buffers
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_conversion_holds_the_weights_once_more() -> None:
+    config = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"] | {"vocab_size": 50_000}, **SPECIAL)
+    source = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    weights = sum(parameter.nbytes for parameter in source.parameters())
+    assert peak_allocated_bytes(lambda: convert_to_bsbr(source, B)) < 1.1 * weights
+
+
+# --- saving, loading and refusals ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -321,6 +375,36 @@ def test_a_loaded_model_equals_the_saved_one_bit_for_bit(name: str, tmp_path: Pa
         assert all(tensor.equal(again.state_dict()[key]) for key, tensor in model.state_dict().items())
         ids = tokens(2, 3 * B + 1)
         assert logits(again, ids).equal(logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "library_class", "auto"),
+    [
+        ("gpt2", "GPT2DoubleHeadsModel", None),
+        ("bert", "BertForPreTraining", "AutoModelForPreTraining"),
+        ("bert", "BertForNextSentencePrediction", "AutoModelForNextSentencePrediction"),
+        ("bert", "BertForMultipleChoice", "AutoModelForMultipleChoice"),
+        ("t5", "T5EncoderModel", "AutoModelForTextEncoding"),
+        ("t5", "T5Stack", None),
+    ],
+)
+def test_a_model_of_any_class_is_loaded_again(name: str, library_class: str, auto: str | None, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(name, **CONFIGS[name], **SPECIAL)
+    library = import_module(f"transformers.models.{name}.modeling_{name}")
+    model = convert_to_bsbr(getattr(library, library_class)(config), B)
+    model.save_pretrained(tmp_path)
+    loaders = [getattr(models, f"BSBR{library_class}"), *([] if auto is None else [getattr(transformers, auto)])]
+    for loader in loaders:
+        again = loader.from_pretrained(tmp_path)
+        assert type(again) is type(model)
+        assert all(tensor.equal(again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_class_of_a_converted_model_is_found_by_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(models, "BSBRBertForPreTraining", raising=False)  # as in a process that has converted no such model
+    assert models.BSBRBertForPreTraining is models.converted_class(transformers.BertForPreTraining)
+    with pytest.raises(AttributeError, match="no attribute 'BSBRBertForNothing'"):
+        _ = models.BSBRBertForNothing
 
 
 def test_a_folder_is_loaded_and_the_original_not_changed(tmp_path: Path) -> None:
@@ -337,9 +421,10 @@ def test_a_folder_is_loaded_and_the_original_not_changed(tmp_path: Path) -> None
 
 
 def test_the_tokenizer_does_not_change(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
 
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    backend = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     converted("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
@@ -378,6 +463,43 @@ def test_other_architectures_raise(tmp_path: Path) -> None:
 def test_invalid_options_raise(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert_to_bsbr(original(name), **options)
+
+
+@pytest.mark.parametrize("given", [None, 3, torch.nn.Linear(2, 2), AutoConfig.for_model("gpt2")])
+def test_what_is_no_model_raises_and_is_looked_up_nowhere(given: Any) -> None:
+    message = f"must be a PreTrainedModel of transformers, or the name or folder of one, got {type(given).__name__}"
+    with pytest.raises(ValueError, match=message):
+        convert_to_bsbr(given)
+
+
+def test_a_model_that_does_not_fit_its_class_raises() -> None:
+    source = copy.deepcopy(original("gpt2"))
+    source.transformer.h[1].attn.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"this one does not fit: transformer.h.1.attn.adapter.bias"):
+        convert_to_bsbr(source)
+
+
+def test_attention_weights_are_refused_before_and_after_conversion(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"], **SPECIAL, attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ValueError, match=r"no attention weights to output: set config.output_attentions = False first"):
+        convert_to_bsbr(AutoModelForCausalLM.from_config(config))
+    model, ids = converted("llama"), tokens(1, 4)
+    with pytest.raises(NotImplementedError, match="leave output_attentions False"):
+        model(ids, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="leave output_attentions False"):
+        model.generate(ids, max_new_tokens=1, output_attentions=True, return_dict_in_generate=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="leave output_attentions False"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)(ids)
+
+
+def test_another_attention_is_refused() -> None:
+    model, ids = converted("gpt2", gate=0.5), tokens(1, 3 * B)
+    before = logits(model, ids)
+    with pytest.raises(NotImplementedError, match="converted model is BSBR, got 'eager'"):
+        model.set_attn_implementation("eager")
+    model.set_attn_implementation("bsbr")
+    assert logits(model, ids).equal(before)
 
 
 def test_masks_and_caches_that_bsbr_would_ignore_raise() -> None:
