@@ -5,12 +5,12 @@ Importing this module registers both functions with transformers.
 
 import inspect
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -169,7 +169,7 @@ def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         ValueError: for a mask of other values than 0 and 1, such as an additive mask, which the library makes boolean.
     """
     asked = kwargs.get("output_attentions")
-    if module.config.output_attentions if asked is None else asked:
+    if cast(PreTrainedModel, module).config.output_attentions if asked is None else asked:
         raise NotImplementedError("a converted model has no attention weights to output: leave output_attentions False")
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     for name in ("attention_mask", "encoder_attention_mask"):

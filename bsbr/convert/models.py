@@ -266,7 +266,8 @@ def converted_config(config: PreTrainedConfig, num_local_tokens: int) -> PreTrai
 
 def register() -> None:
     """Registers the converted classes with transformers' auto classes, so that these load saved converted models."""
-    auto_classes = [one for one in vars(modeling_auto).values() if isinstance(one, type) and getattr(one, "_model_mapping", None)]
+    candidates: list[Any] = [one for one in vars(modeling_auto).values() if isinstance(one, type)]
+    auto_classes = [one for one in candidates if getattr(one, "_model_mapping", None) is not None]
     for model_type in ARCHITECTURES:
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config)
