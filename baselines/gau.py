@@ -169,6 +169,8 @@ class GatedAttentionUnit(Attention):
         ValueError: if a size is not a positive integer, or key_dim is odd with rotary.
     """
 
+    bounded_state = True
+
     def __init__(
         self,
         hidden_dim: int,

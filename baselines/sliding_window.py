@@ -145,6 +145,7 @@ class SlidingWindowAttention(MultiHeadAttention):
     """
 
     explicit_backends = ("flex",)
+    bounded_state = True
 
     def __init__(
         self,

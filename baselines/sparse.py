@@ -180,6 +180,7 @@ class SparseAttention(MultiHeadAttention):
     """
 
     explicit_backends = ("flex",)
+    bounded_state = True
 
     def __init__(
         self,

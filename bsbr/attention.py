@@ -5,7 +5,6 @@
 """
 
 import math
-from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -102,9 +101,6 @@ class BSBRAttention(MultiHeadAttention):
     model attends inside chunks only: before training, the retrieved term is noise and larger than the local term. With
     rotary=True, queries and keys of the local part are rotated; those of retrieval are not.
 
-    Without gradients, `forward` and `extend` process a long sequence in segments: apart from input, output and chunk states,
-    memory does not grow with the length.
-
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
         chunk_size: B, tokens in a chunk.
@@ -124,6 +120,7 @@ class BSBRAttention(MultiHeadAttention):
     """
 
     backends = tuple(dispatch.BACKENDS)
+    bounded_state = True
 
     def __init__(
         self,
@@ -237,13 +234,6 @@ class BSBRAttention(MultiHeadAttention):
         inputs = self._project_chunks(hidden_states, sum(lengths[: group.rank]), complete_or_followed)._replace(gain=self.gain)
         return self.output(context_parallel_bsbr_attention(inputs, self.options, group, lengths=lengths))
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """See `Attention.forward`. Without gradients and without a mask, a long sequence is processed in segments."""
-        is_short = hidden_states.dim() != 3 or hidden_states.shape[1] <= self._segment_length
-        if is_short or attention_mask is not None or torch.is_grad_enabled():
-            return super().forward(hidden_states, attention_mask)
-        return self.extend(hidden_states)[0]
-
     def _inputs(self, tensors: tuple[Tensor, ...]) -> BSBRInputs:
         return BSBRInputs(*tensors)._replace(gain=self.gain)
 
@@ -293,11 +283,6 @@ class BSBRAttention(MultiHeadAttention):
 
     # --- streaming ---
 
-    @property
-    def _segment_length(self) -> int:
-        """Number of tokens that are processed together without gradients."""
-        return streaming.PAGE * self.chunk_size
-
     def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `Attention.extend`; the state is a `bsbr.streaming.StreamingState`.
 
@@ -306,27 +291,15 @@ class BSBRAttention(MultiHeadAttention):
         """
         check_hidden_states(hidden_states, self.hidden_dim)
         current = StreamingState.empty(hidden_states, self._head_sizes) if state is None else StreamingState.from_state(state)
-        tokens = hidden_states.shape[1]
-        if torch.is_grad_enabled() or tokens <= self._segment_length:
-            output, current = self._extend(hidden_states, current)
-            return output, current.to_state()
-        output = torch.empty_like(hidden_states)
-        first_stop = self._segment_length - current.position % self.chunk_size  # segments end at chunk boundaries
-        for start, stop in pairwise([0, *range(first_stop, tokens, self._segment_length), tokens]):
-            output[:, start:stop], current = self._extend(hidden_states[:, start:stop], current)
-        return output, current.to_state()
-
-    def _extend(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
-        """`extend` by one segment: its first tokens continue the open chunk, the others begin new chunks."""
-        room = -state.position % self.chunk_size  # in the open chunk, if there is one
+        room = -current.position % self.chunk_size  # in the open chunk, if there is one
         attended = []
         if room:
-            part, state = self._continue_chunk(hidden_states[:, :room], state)
+            part, current = self._continue_chunk(hidden_states[:, :room], current)
             attended.append(part)
         if hidden_states.shape[1] > room:
-            part, state = self._open_chunks(hidden_states[:, room:], state)
+            part, current = self._open_chunks(hidden_states[:, room:], current)
             attended.append(part)
-        return self.output(attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)), state
+        return self.output(attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)), current.to_state()
 
     def _open_chunks(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
         inputs = self._project_chunks(hidden_states, state.position, hidden_states.shape[1] // self.chunk_size)

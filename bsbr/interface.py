@@ -7,12 +7,13 @@ shares, so that a new variant only has to define `attend` and `flops`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from bsbr.backends.selection import check_impl, select
+from bsbr.backends.selection import check_impl, is_transformed, select
 from bsbr.padding import pack
 from bsbr.paging import append_to_pages, state_pages
 from bsbr.process_group import SequenceGroup
@@ -23,6 +24,10 @@ State = dict[str, Tensor]
 `safetensors.torch.save_file(state, path)` and `load_file(path)` therefore store and load a prefix. A state is a value: `extend`
 never changes the state that it is given, so that many continuations can start from one prefix.
 """
+
+
+SEGMENT = 2048
+"""Tokens that are processed together without gradients. With fewer, the parts of a segment cost more than the rest of it saves."""
 
 
 class Attention(nn.Module, ABC):
@@ -52,6 +57,10 @@ class Attention(nn.Module, ABC):
     """Slow float64 implementation of `attend` that follows the definition and shares no code with it, called as
     `reference(self, *tensors)`. If a variant has one, the certificate compares `attend` with it."""
 
+    bounded_state: ClassVar[bool] = False
+    """Whether the state of `extend` is much smaller than all keys and values. If so, without gradients a long sequence is processed
+    in segments, and apart from input, output and state no memory grows with its length."""
+
     out_proj: nn.Module
 
     def __init__(self, hidden_dim: int, num_heads: int, *, impl: str = "auto") -> None:
@@ -65,6 +74,11 @@ class Attention(nn.Module, ABC):
     def block_length(self) -> int:
         """Length of the variant's chunk, window or block; 64 for a variant without one. The certificate tests lengths around it."""
         return 64
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment, if `bounded_state`: whole blocks, at least `SEGMENT`."""
+        return -(-SEGMENT // self.block_length) * self.block_length
 
     @abstractmethod
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
@@ -146,9 +160,32 @@ class Attention(nn.Module, ABC):
         """
         check_hidden_states(hidden_states, self.hidden_dim)
         if attention_mask is None:
-            return self.output(self.attend(*self.project(hidden_states)))
+            return self._forward(hidden_states)
         packed, unpack = pack(hidden_states, attention_mask)
-        return unpack(self.output(self.attend(*self.project(packed))))
+        return unpack(self._forward(packed))
+
+    def _forward(self, hidden_states: Tensor) -> Tensor:
+        if self._takes_segments(hidden_states):
+            return self.extend_in_segments(hidden_states)[0]
+        return self.output(self.attend(*self.project(hidden_states)))
+
+    def extend_in_segments(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """`extend`, segment by segment if `bounded_state`, the input is long and no gradients are asked for."""
+        if not self._takes_segments(hidden_states):
+            return self.extend(hidden_states, state)
+        output, length, time = torch.empty_like(hidden_states), self.segment_length, hidden_states.shape[1]
+        first_stop = length if state is None else length - next_position(state) % length  # segments end at block boundaries
+        for start, stop in pairwise([0, *range(first_stop, time, length), time]):
+            output[:, start:stop], state = self.extend(hidden_states[:, start:stop], state)
+        assert state is not None
+        return output, state
+
+    def _takes_segments(self, hidden_states: Tensor) -> bool:
+        return (
+            self.bounded_state
+            and hidden_states.shape[1] > self.segment_length
+            and not (torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling())
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -75,7 +75,7 @@ class TransformerLayer(nn.Module):
         if self.convolution is not None:
             last_inputs = None if state is None else state["convolved"]
             normed, convolution_state["convolved"] = self.convolution.extend(normed, last_inputs)
-        attended, attention_state = self.attention.extend(normed, state)
+        attended, attention_state = self.attention.extend_in_segments(normed, state)
         return self._feed_forward(hidden_states + self.dropout(attended)), {**attention_state, **convolution_state}
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class RecurrentAttention(MultiHeadAttention):
     """
 
     explicit_backends = ("fla",)
+    bounded_state = True
 
     def __init__(
         self,

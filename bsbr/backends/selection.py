@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 
 def check_impl(impl: str, *names: str) -> str:
     """Returns `impl`; raises ValueError unless it is "auto", "torch" or one of `names`."""
@@ -28,3 +30,8 @@ def select(impl: str, backends: Mapping[str, Callable[[], str | None]]) -> str:
     if reason:
         raise NotImplementedError(f"impl='{impl}' was asked for: {reason}; impl='torch' takes every input")
     return impl
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, torch.vmap or forward-mode differentiation is at work, which only the torch backend has rules for."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bsbr import BSBRAttention, bsbr_attention, reference, streaming
+from bsbr import BSBRAttention, bsbr_attention, interface, reference, streaming
 from bsbr.backends import dispatch, pytorch
 from bsbr.backends.cpp import build, segment
 from bsbr.backends.cpp.operators import KERNELS
@@ -138,6 +138,7 @@ def test_softmax_of_scores_of_any_size_matches_torch() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"retrieval_top_k": 3}, {"chunk_overlap": CHUNK + 1, "compression_factor": 2}], ids=str)
 def test_processing_in_segments_changes_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(interface, "SEGMENT", 3 * CHUNK)
     monkeypatch.setattr(streaming, "PAGE", 3)
     monkeypatch.setattr(segment, "FEW_ROWS", 1)
     torch.manual_seed(0)
@@ -146,7 +147,7 @@ def test_processing_in_segments_changes_nothing(monkeypatch: pytest.MonkeyPatch,
     whole = module(x)  # with gradients, in one piece
     with torch.no_grad():
         torch.testing.assert_close(module(x), whole, rtol=0, atol=1e-10)
-        _, state = module.extend(x)
+        _, state = module.extend_in_segments(x)
     assert [state[f"states.{page}"].shape[2] for page in range(4)] == [3, 3, 3, 2]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bsbr.backends.cpp.build import library
+from bsbr.backends.selection import is_transformed
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 """The dtypes that a source is compiled for, and their names in its functions."""
@@ -118,8 +119,3 @@ class Kernels:
 class _Function(NamedTuple):
     run: Any
     scratch: Any
-
-
-def is_transformed() -> bool:
-    """Whether torch.func, torch.vmap or forward-mode differentiation is at work, which no C++ kernel has rules for."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

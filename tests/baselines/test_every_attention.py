@@ -1,0 +1,141 @@
+"""Tests that hold for every attention: segments, peak memory, backends."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.delta_net import DeltaNetAttention
+from baselines.gated_delta_net import GatedDeltaNetAttention
+from baselines.gau import GatedAttentionUnit
+from baselines.hopfield import HopfieldAttention
+from baselines.linear import LinearAttention
+from baselines.ring import RingAttention
+from baselines.sliding_window import SlidingWindowAttention
+from baselines.sparse import SparseAttention
+from baselines.standard import StandardAttention
+from bsbr import Attention, BSBRAttention, interface
+from evals.certification.subject import randomize_zero_parameters
+from evals.measure.memory import peak_allocated_bytes
+
+BLOCK = 6
+BUILDERS: dict[str, tuple[type[Attention], dict[str, Any]]] = {
+    "standard": (StandardAttention, {}),
+    "hopfield": (HopfieldAttention, {}),
+    "ring": (RingAttention, {}),
+    "bsbr": (BSBRAttention, {"chunk_size": BLOCK}),
+    "bsbr, overlap and top 2": (BSBRAttention, {"chunk_size": BLOCK, "chunk_overlap": BLOCK + 1, "retrieval_top_k": 2}),
+    "linear": (LinearAttention, {"chunk_size": BLOCK}),
+    "delta_net": (DeltaNetAttention, {"chunk_size": BLOCK}),
+    "gated_delta_net": (GatedDeltaNetAttention, {"chunk_size": BLOCK}),
+    "sliding_window": (SlidingWindowAttention, {"window_size": BLOCK}),
+    "sparse": (SparseAttention, {"block_size": BLOCK, "summary_size": 2}),
+    "gau": (GatedAttentionUnit, {"chunk_size": BLOCK, "key_dim": 8}),
+}
+every_attention = pytest.mark.parametrize("name", BUILDERS)
+BOUNDED = [name for name, (cls, _) in BUILDERS.items() if cls.bounded_state]
+KEEP_ALL = {"standard", "hopfield", "ring"}
+
+
+def build(name: str, **more: Any) -> Attention:
+    cls, options = BUILDERS[name]
+    if cls is GatedAttentionUnit:
+        more.pop("num_kv_heads", None)
+    torch.manual_seed(0)
+    return randomize_zero_parameters(cls(16, 4, **options, **more)).double().eval()
+
+
+def hidden(time: int, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, time, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+# --- segments -----------------------------------------------------------------------------------
+
+
+def test_every_attention_but_those_that_keep_all_keys_has_a_bounded_state() -> None:
+    assert set(BUILDERS) - set(BOUNDED) == KEEP_ALL
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("more", [{}, {"num_kv_heads": 2, "rotary": True}], ids=str)
+def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, Any]) -> None:
+    monkeypatch.setattr(interface, "SEGMENT", 2 * BLOCK - 1)
+    attention, calls = build(name, **more), []
+    assert attention.segment_length == 2 * BLOCK
+    extend = attention.extend
+    monkeypatch.setattr(attention, "extend", lambda x, state=None: calls.append(x.shape[1]) or extend(x, state))
+    whole_segment = 2 * BLOCK
+    for time, parts in (
+        (whole_segment, []),
+        (whole_segment + 1, [whole_segment, 1]),
+        (2 * whole_segment, [whole_segment] * 2),
+        (3 * whole_segment + 11, [whole_segment] * 3 + [11]),
+    ):
+        x, mask = hidden(time), torch.ones(2, time)
+        mask[0, 1::3], mask[1, :5] = 0, 0
+        whole, padded = attention(x).detach(), attention(x, mask).detach()  # with gradients: in one piece
+        assert not calls
+        with torch.no_grad():
+            assert_close(attention(x), whole)
+            assert calls == parts
+            assert_close(attention(x, mask), padded)
+        calls.clear()
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_state_is_extended_in_segments_that_end_at_block_boundaries(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(interface, "SEGMENT", 2 * BLOCK)
+    attention, x, calls = build(name), hidden(7 * BLOCK + 5), []
+    whole, final = attention.extend(x)
+    _, state = attention.extend(x[:, :4])
+    extend = attention.extend
+    monkeypatch.setattr(attention, "extend", lambda x, state=None: calls.append(x.shape[1]) or extend(x, state))
+    with torch.no_grad():
+        output, after = attention.extend_in_segments(x[:, 4:], state)
+    assert calls == [2 * BLOCK - 4, 2 * BLOCK, 2 * BLOCK, BLOCK + 5]
+    assert_close(output, whole[:, 4:])
+    assert after.keys() == final.keys()
+    for key, tensor in after.items():
+        assert_close(tensor, final[key])
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_peak_grows_as_output_and_state_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(interface, "SEGMENT", 8 * BLOCK)
+    attention = build(name)
+    lengths = (32 * BLOCK, 64 * BLOCK)
+    with torch.no_grad():
+        inputs = [hidden(time) for time in lengths]
+        attention(inputs[0])  # compiles or loads code at most once
+        peaks = [peak_allocated_bytes(lambda x=x: attention(x)) for x in inputs]
+    output = 2 * 16 * 8 * (lengths[1] - lengths[0])
+    state = attention.state_bytes(lengths[1], 2) - attention.state_bytes(lengths[0], 2)
+    # A state that grows is copied when it is extended.
+    assert peaks[1] - peaks[0] <= 1.02 * output + 3 * state
+
+
+# --- backends -----------------------------------------------------------------------------------
+
+
+@every_attention
+def test_impl_is_an_option_of_every_attention(name: str) -> None:
+    tensors = build(name).project(hidden(2 * BLOCK + 1))
+    cls = BUILDERS[name][0]
+    assert build(name, impl="torch").implementation(*tensors) == "torch"
+    assert build(name).implementation(*tensors) == ("cpp" if "cpp" in cls.backends else "torch")
+    known = ", ".join(("auto", "torch", *cls.backends, *cls.explicit_backends))
+    with pytest.raises(ValueError, match=f"^impl must be one of {known}, got 'fortran'$"):
+        build(name, impl="fortran")
+
+
+@pytest.mark.parametrize("name", [name for name, (cls, _) in BUILDERS.items() if cls.backends])
+def test_a_named_backend_that_cannot_run_raises(name: str) -> None:
+    backend = BUILDERS[name][0].backends[-1]
+    attention = build(name, impl=backend).to(torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=f"impl='{backend}' was asked for: .*bfloat16.*; impl='torch' takes every input"):
+        attention(hidden(2 * BLOCK + 1).to(torch.bfloat16))
