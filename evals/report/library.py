@@ -1,20 +1,21 @@
 """The charting library as one script: Vega, Vega-Lite and vega-embed, from the installed package vl-convert."""
 
+import contextlib
 import os
 from importlib import metadata
 from pathlib import Path
 
 import vl_convert
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
-
 
 def vega() -> str:
     """JavaScript of about 0.9 MB that sets window.vegaEmbed and loads nothing else.
 
-    Bundling takes seconds, so the script is cached in the user's cache folder, one file per version.
+    Bundling takes seconds, so the script is cached in the user's cache folder, if there is one, one file per version.
     """
-    path = CACHE / f"vega-{metadata.version('vl-convert-python')}.js"
+    caches = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"))  # noqa: PTH111  Path raises without a home
+    cache = next((cache for cache in caches if Path(cache).is_absolute()), os.devnull)
+    path = Path(cache) / "bsbr" / f"vega-{metadata.version('vl-convert-python')}.js"
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -25,5 +26,6 @@ def vega() -> str:
         unfinished.write_text(script, encoding="utf-8")
         unfinished.replace(path)
     except OSError:  # no cache folder can be written: the next report bundles again
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return script

@@ -1,5 +1,6 @@
 """Tests of the C++ backend against the reference, at sizes that fill neither its tiles nor its panels, and without a compiler."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,37 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     build.library.cache_clear()
     assert not isinstance(build.library(KERNELS.source), str)
     assert built.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"HOME": "/proc/nobody"}, {"HOME": "relative"}, {"XDG_CACHE_HOME": "/proc/nobody"}, {"XDG_CACHE_HOME": __file__}],
+)
+def test_without_a_home_the_library_lies_in_a_private_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # no user is known
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = build._cache_folder("bsbr.so")
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert build._cache_folder("bsbr.so") == folder
+    folder.chmod(0o777)  # somebody else could put a library into it
+    with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+        build._cache_folder("bsbr.so")
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+        build._cache_folder("bsbr.so")
+
+
+def test_a_library_in_the_home_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build._cache_folder("bsbr.so") == tmp_path / ".cache/bsbr"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
+    assert build._cache_folder("bsbr.so") == tmp_path / ".cache/bsbr"

@@ -1,10 +1,12 @@
 """Compiles a C++ source on first use and caches the library for this processor."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -44,14 +46,37 @@ def _build(source: Path) -> Path:
     texts = [path.read_text() for path in (source, *INCLUDES)]
     identity = [*texts, compiler, *FLAGS[:-1], platform.machine(), torch.__version__, _processor_features()]
     name = f"{source.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bsbr"
+    folder = _cache_folder(name)
     if not (folder / name).exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
             subprocess.run([compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
             built.replace(folder / name)
     return folder / name
+
+
+def _cache_folder(name: str) -> Path:
+    """Folder that holds the library `name`, or that can be written: in the user's cache, or else in the temporary folder."""
+    caches = (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"))  # noqa: PTH111  Path raises without a home
+    folder = next((Path(cache) / "bsbr" for cache in caches if Path(cache).is_absolute()), None)
+    if folder is not None:
+        with contextlib.suppress(OSError):  # of another user, read-only, or a file
+            if (folder / name).exists():
+                return folder
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    return _private_folder(Path(tempfile.gettempdir()) / f"bsbr-{os.getuid()}")
+
+
+def _private_folder(folder: Path) -> Path:
+    """Creates a folder that nobody else can write, since what lies in it is run. Raises OSError if somebody else could."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not a folder of this user alone")
+    return folder
 
 
 def _processor_features() -> str:

@@ -243,3 +243,14 @@ def test_colours_have_enough_contrast_to_a_dark_page() -> None:
 
 def test_the_library_cannot_end_its_script() -> None:
     assert "</script" not in vega().lower()
+
+
+@pytest.mark.parametrize("variables", [{}, {"HOME": "/proc/nobody"}, {"XDG_CACHE_HOME": __file__}])
+def test_a_cache_folder_is_not_needed(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # no user is known
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda: "a script")
+    assert vega() == "a script"
