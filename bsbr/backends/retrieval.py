@@ -112,10 +112,12 @@ def norm_factors(mixed: Tensor) -> Tensor:
 
     A state that stores one value with entries of about ±1 under a key of unit norm has this norm. In the mean of C unrelated
     states, the share of any one state is 1/C: without normalisation the retrieved term would shrink as the sequence grows, also
-    beyond the lengths of training. The 1e-12 keeps the gradient of a zero state finite.
+    beyond the lengths of training. The factor of a zero state is 0: the 1e-12 alone would give it a gradient of a million, which
+    float16 does not hold.
     """
     wide = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-    return math.sqrt(mixed.shape[-1]) * torch.rsqrt(wide.square().sum(dim=(-2, -1), keepdim=True) + 1e-12)
+    squares = wide.square().sum(dim=(-2, -1), keepdim=True)
+    return math.sqrt(mixed.shape[-1]) * torch.rsqrt(squares + 1e-12) * (squares > 0)
 
 
 def _scores(meta_query: Tensor, meta_keys: Sequence[Tensor], first: int) -> Tensor:

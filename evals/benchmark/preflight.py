@@ -21,7 +21,10 @@ from evals.results.ledger import Record
 
 CERTIFICATE = tuple(
     f"evals.certification.{name}"
-    for name in ("certificate", "checks", "cost_checks", "output_checks", "parity_check", "streaming_check", "subject")
+    for name in (
+        *("certificate", "checks", "conditions_check", "cost_checks", "output_checks", "parity_check"),
+        *("streaming_check", "subject"),
+    )
 )
 
 CERTIFICATE_S = 5.0
@@ -105,8 +108,8 @@ class Preflight:
     def _key(self, candidate: Candidate) -> str:
         model, device = self.comparison.model, self.comparison.device
         facts = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, self.checks_digest]
-        # Kernels that run only on a GPU are certified there, in the comparison's precision.
-        return digest(facts if device.kind == "cpu" else [*facts, device.kind, device.dtype])
+        # Kernels that run only on a GPU are certified there, in the comparison's precision; float16 has a check of its own.
+        return digest(facts if device.kind == "cpu" and device.dtype != "float16" else [*facts, device.kind, device.dtype])
 
 
 # --- in a child process -------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evals.certification.cost_checks import flops, memory, state_size
+from evals.certification.conditions_check import conditions
+from evals.certification.cost_checks import flops, memory, projections, retention, state_size
 from evals.certification.output_checks import batch, causality, contract, determinism, finite, padding
 from evals.certification.parity_check import parity
 from evals.certification.streaming_check import streaming
@@ -30,6 +31,9 @@ CHECKS = (
     Check("parity", "attend and its gradients equal those of the reference, in three precisions.", parity, needs_grad=True),
     Check("batch", "A sequence gives the same alone as in a batch.", batch),
     Check("finite", "Huge, tiny, zero and fully padded inputs give finite outputs and gradients.", finite, needs_grad=True),
+    Check("conditions", "Gradients, training mode, threads, strides, copies and earlier calls change no output.", conditions),
+    Check("retention", "A call keeps no memory but what it returns.", retention),
+    Check("projections", "project and output cost what projections cost, and mix no tokens.", projections),
     Check("memory", "Peak memory grows as n^1.1 at most, forward and backward.", memory, needs_grad=True),
     Check("flops", "The declared FLOPs match the matrix products that run.", flops),
     Check("state_size", "state_bytes is what the state holds.", state_size),

@@ -1,5 +1,6 @@
 """Checks of cost: peak memory, FLOPs and state size are what the attention declares."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 from bsbr.interface import Attention
 from evals.certification.subject import Subject
 from evals.measure.flops import count_flops
-from evals.measure.memory import peak_allocated_bytes
+from evals.measure.memory import peak_allocated_bytes, retained_bytes
+
+KEPT_BYTES = 64
+"""Counters, such as a step's number, may stay behind."""
 
 
 def memory(subject: Subject) -> str | None:
@@ -51,6 +55,72 @@ def flops(subject: Subject) -> str | None:
     growth = ratios[1] / ratios[0]
     if not 0.75 <= growth <= 1 / 0.75:
         return f"from n={lengths[0]} to n={lengths[1]} the declared FLOPs grow {growth:.2f} times as much as those counted"
+    return None
+
+
+def projections(subject: Subject) -> str | None:
+    """`project` and `output` cost what projections cost and look no further than a block, so that no work hides there.
+
+    Their matrix products use each parameter twice per token at most, and grow as the number of tokens. Changing the first token
+    changes at most a quarter of what they return for 16 blocks.
+    """
+    (dtype,) = subject.dtypes(torch.float32)
+    attention = subject.in_dtype(dtype)
+    parameters = sum(parameter.numel() for parameter in attention.parameters())
+    lengths = (4 * subject.block + 3, 16 * subject.block + 3)
+    flops_per_token: dict[str, list[float]] = {"project": [], "output": []}
+    for time in lengths:
+        x = subject.inputs(time, dtype=dtype)
+        attended = attention.attend(*attention.project(x))
+        for name, work in (("project", partial(attention.project, x)), ("output", partial(attention.output, attended))):
+            flops_per_token[name].append(count_flops(work) / time)
+    for name, (short, long) in flops_per_token.items():
+        if long > 4 * parameters or long > 1.1 * short:
+            return (
+                f"{name} runs {long:,.0f} FLOPs of matrix products per token at n={lengths[1]} and {short:,.0f} at n={lengths[0]}: "
+                f"projections take {4 * parameters:,} at most at any length; its other work belongs in attend"
+            )
+    first = torch.cat([subject.inputs(1, seed=1, dtype=dtype), x[:, 1:]], dim=1)
+    for name, before, after in (
+        ("project", attention.project(x), attention.project(first)),
+        ("output", [attention.output(attended)], [attention.output(_with_other_first_token(attended, lengths[1]))]),
+    ):
+        changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+        share = changed / sum(tensor.numel() for tensor in after)
+        if share > 0.25:
+            return (
+                f"changing the first of {lengths[1]} tokens changes {share:.0%} of what {name} returns: its work belongs in attend"
+            )
+    return None
+
+
+def _with_other_first_token(attended: Tensor, time: int) -> Tensor:
+    """A copy whose first token is negated; an equal copy if no dimension is the time."""
+    copy = attended.clone()
+    dims = [dim for dim, size in enumerate(copy.shape) if size == time]
+    if dims:
+        copy.select(dims[0], 0).neg_()
+    return copy
+
+
+def retention(subject: Subject) -> str | None:
+    """A call keeps nothing but what it returns: outputs that are remembered, and states outside of the state, stay in memory."""
+    (dtype,) = subject.dtypes(torch.float32)
+    attention = subject.in_dtype(dtype)
+    time = subject.block + 1
+    works: dict[str, Callable[[Tensor], object]] = {
+        "forward": attention,
+        "extend": attention.extend,
+        "a backward pass": partial(_forward_backward, attention),
+    }
+    for name, work in works.items():
+        inputs = [subject.inputs(time, batch=2, seed=seed, dtype=dtype) for seed in range(4)]
+        with torch.set_grad_enabled(name == "a backward pass"):
+            for x in inputs[:3]:  # one-time work, and memories of a few inputs fill up
+                work(x)
+            kept = retained_bytes(partial(work, inputs[3]), subject.device)
+        if kept > KEPT_BYTES:
+            return f"{name} keeps {kept:,} bytes that it does not return (n={time})"
     return None
 
 

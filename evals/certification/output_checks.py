@@ -24,6 +24,10 @@ def contract(subject: Subject) -> str | None:
         output = subject.attention(x)
         if output.shape != x.shape or output.dtype != x.dtype:
             return f"forward returns {list(output.shape)} {output.dtype} for {list(x.shape)} {x.dtype}"
+        if type(output) is not Tensor:
+            return f"forward returns a {type(output).__name__}: only a plain tensor is known to be computed when the call returns"
+        if any(size > 1 and not stride for size, stride in zip(output.shape, output.stride(), strict=True)):
+            return f"forward returns a view that repeats its elements: strides {list(output.stride())} of {list(output.shape)}"
         composed = subject.attention.output(subject.attention.attend(*subject.attention.project(x)))
         if where := first_difference(composed, output):
             return f"forward is not output(attend(project(x))): they differ in {where} (n={time})"
@@ -85,7 +89,8 @@ def batch(subject: Subject) -> str | None:
 
 def finite(subject: Subject) -> str | None:
     """Huge, tiny, zero and constant inputs, and rows without any token, give finite outputs and gradients."""
-    for dtype in subject.dtypes(torch.float32, torch.bfloat16):
+    half = [torch.float16] if subject.timed_in == torch.float16 else []
+    for dtype in subject.dtypes(torch.float32, torch.bfloat16, *half):
         attention = subject.in_dtype(dtype)
         # bfloat16 has the range of float32, so both overflow at the same lengths: here the shortest and the longest are enough.
         # Without instructions for bfloat16 a backward pass is 60 times as slow.
@@ -106,11 +111,12 @@ def _extreme_inputs(x: Tensor) -> list[_Case]:
     """Cases from two rows [2, time, hidden_dim] of normal inputs.
 
     1e3 makes scores of a million. With 1e4 float32 would round scores to a few units: too coarse for the backward pass of a
-    softmax, which computes the weights again.
+    softmax, which computes the weights again. float16 ends at 65504, which squares of scores pass from 16 on.
     """
+    huge = "8" if x.dtype == torch.float16 else "1e3"
     one_empty = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).to(x.device)
     return [
-        _Case("inputs of size 1e3", 1e3 * x[:1]),
+        _Case(f"inputs of size {huge}", float(huge) * x[:1]),
         _Case("inputs of size 1e-3", 1e-3 * x[:1]),
         _Case("inputs that are all 0", 0 * x[:1]),
         _Case("inputs that are all 1", torch.ones_like(x[:1])),

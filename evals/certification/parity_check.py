@@ -11,15 +11,17 @@ from evals.certification.subject import Subject
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest |fast − reference| / |reference| (norms), of outputs and of gradients."""
 
-STEP, SLOPE_TOLERANCE = 1e-7, 1e-4
-"""Small enough to step over few kinks, such as a ReLU's; the rounding of float64 divided by it stays below the tolerance."""
+SLOPE = {torch.float64: (1e-7, 1e-4), torch.float32: (1e-3, 1e-2)}
+"""Step and tolerance of a slope. A step is small enough to step over few kinks, such as a ReLU's, and the dtype's rounding divided
+by it stays below the tolerance. In coarser dtypes there is no such step."""
 
 
 def parity(subject: Subject) -> str | None:
     """`attend` and its gradients equal the reference's, in float64, float32 and bfloat16.
 
     A variant without a reference is compared with itself in float64, where its gradient must be its slope. That finds lost
-    precision and wrong gradients, but not a function other than the intended one.
+    precision and wrong gradients, but not a function other than the intended one. Kernels that compute in float32 are compared
+    with themselves in float32.
     """
     attend, reference = subject.attention.attend, subject.attention.reference
     dtypes = subject.dtypes(*TOLERANCE)
@@ -27,9 +29,10 @@ def parity(subject: Subject) -> str | None:
         with torch.no_grad():
             projected = subject.attention.project(subject.inputs(time, batch=2))
         # Inputs that the coarsest dtype holds exactly spare the slow reference a run for each dtype.
-        inputs = [tensor.to(torch.bfloat16).double() for tensor in projected]
-        if reference is None and not (error := _slope_error(attend, inputs)) <= SLOPE_TOLERANCE:
-            return f"the gradient of attend is off its slope by {error:.1e} (n={time}, allowed {SLOPE_TOLERANCE:.0e})"
+        inputs = [tensor.to(torch.bfloat16).to(torch.float64 if reference else subject.finest) for tensor in projected]
+        step, allowed = SLOPE.get(subject.finest, (0.0, 0.0))
+        if reference is None and step and not (error := _slope_error(attend, inputs, step)) <= allowed:
+            return f"the gradient of attend is off its slope by {error:.1e} (n={time}, allowed {allowed:.0e})"
         truth, true_gradients = _value_and_gradients(reference or attend, inputs)
         # A gradient that is zero in truth (a query's, over one key) leaves rounding of the size of the others.
         floor = 0.1 * max(float(gradient.norm()) for gradient in true_gradients)
@@ -41,7 +44,7 @@ def parity(subject: Subject) -> str | None:
             }
             for name, error in errors.items():
                 if not error <= TOLERANCE[dtype]:
-                    against = "its reference" if reference else "itself in float64"
+                    against = "its reference" if reference else f"itself in {str(subject.finest).removeprefix('torch.')}"
                     return f"{name} is off {against} by {error:.1e} in {dtype} (n={time}, allowed {TOLERANCE[dtype]:.0e})"
     return None
 
@@ -56,15 +59,15 @@ def _value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) 
     ]
 
 
-def _slope_error(function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+def _slope_error(function: Callable[..., Tensor], inputs: list[Tensor], step: float) -> float:
     """|slope along a random direction − slope that the gradients imply| / |gradients|, of the same weighted sum."""
     _, gradients = _value_and_gradients(function, inputs)
     directions = [_noise(tensor, 7) for tensor in inputs]
     ahead, behind = (
-        function(*(tensor + step * direction for tensor, direction in zip(inputs, directions, strict=True))).detach()
-        for step in (STEP, -STEP)
+        function(*(tensor + side * direction for tensor, direction in zip(inputs, directions, strict=True))).detach()
+        for side in (step, -step)
     )
-    slope = float(((ahead - behind) * _noise(ahead, 6)).sum()) / (2 * STEP)
+    slope = float(((ahead - behind) * _noise(ahead, 6)).sum()) / (2 * step)
     implied = sum(float((gradient * direction).sum()) for gradient, direction in zip(gradients, directions, strict=True))
     size = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     return abs(slope - implied) / max(size, 1e-30)

@@ -4,9 +4,9 @@ Lengths are those at which blockwise code breaks: one token, a block and one tok
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,33 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torc
 """Largest difference between two orders of the same sums in each dtype, relative to the largest output."""
 
 
+class Configuration(NamedTuple):
+    """What a check called the attention with."""
+
+    time: int
+    batch: int
+    dtype: torch.dtype
+    condition: str = ""  # other than the usual: eval mode, one thread, no gradients
+
+
 @dataclass(frozen=True)
 class Subject:
     """The attention under test. Checks know nothing of it but the contract in `bsbr.interface`."""
 
     build: Build
     device: str = "cpu"
-    finest: torch.dtype = torch.float64
-    """The most precise dtype of its kernels: float64, unless they run only on a GPU. Rounding in others hides small errors."""
+    runs_in: torch.dtype = torch.float64
+    """The most precise dtype that its kernels take: float64, unless they run only on a GPU."""
+    timed_in: torch.dtype | None = None
+    """The dtype of a sweep. float16 is checked only if a sweep uses it."""
+    configurations: set[Configuration] = field(default_factory=set)
+    """All that the checks have used so far."""
+
+    @cached_property
+    def finest(self) -> torch.dtype:
+        """The most precise dtype in which it is held to that dtype's rounding: rounding in others hides small errors."""
+        with torch.device("meta"):
+            return coarser(self.runs_in, self.build().computes_in)
 
     @cached_property
     def attention(self) -> Attention:
@@ -64,9 +83,11 @@ class Subject:
 
     def inputs(self, time: int, batch: int = 1, *, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal random hidden states [batch, time, hidden_dim], in the finest dtype unless another is given."""
+        dtype = self.finest if dtype is None else dtype
+        self.configurations.add(Configuration(time, batch, dtype))
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(batch, time, self.attention.hidden_dim, generator=generator, dtype=torch.float64)
-        return drawn.to(self.device, self.finest if dtype is None else dtype)
+        return drawn.to(self.device, dtype)
 
 
 @torch.no_grad()
@@ -78,10 +99,32 @@ def randomize_zero_parameters(module: M) -> M:
     return module
 
 
-def first_difference(output: Tensor, truth: Tensor) -> str:
-    """Names the first position at which two [batch, time, hidden_dim] outputs differ by more than rounding; empty if none."""
+def without_dropout(module: M) -> M:
+    """Sets every dropout probability to 0, in place: in training mode the module then draws no random numbers."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        elif isinstance(getattr(part, "dropout", None), float):
+            setattr(part, "dropout", 0.0)  # noqa: B010  not every module has one
+    return module
+
+
+def coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    """The less precise of two dtypes; the first if there is no other."""
+    return dtype if other is None else max(dtype, other, key=lambda one: torch.finfo(one).eps)
+
+
+def first_difference(output: Tensor, truth: Tensor, *, allowed: float | None = None, start: int = 0) -> str:
+    """Names the first position at which two [batch, time, hidden_dim] outputs differ by more than rounding; empty if none.
+
+    Args:
+        output, truth: what is compared.
+        allowed: largest difference, relative to the largest number in `truth`; by default the `ROUNDING` of its dtype.
+        start: position of the first output.
+    """
     if output.shape != truth.shape:
         return f"the shape: {list(output.shape)}, not {list(truth.shape)}"
     per_position = (output - truth).abs().amax(dim=(0, 2))
-    wrong = (~(per_position <= ROUNDING[truth.dtype] * truth.abs().max())).nonzero()  # negated, so that NaN is wrong
-    return f"output {int(wrong[0])} (by {float(per_position[wrong[0]]):.1e})" if len(wrong) else ""
+    allowed = ROUNDING[truth.dtype] if allowed is None else allowed
+    wrong = (~(per_position <= allowed * truth.abs().max())).nonzero()  # negated, so that NaN is wrong
+    return f"output {start + int(wrong[0])} (by {float(per_position[wrong[0]]):.1e})" if len(wrong) else ""

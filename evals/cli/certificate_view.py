@@ -4,14 +4,14 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from evals.certification.certificate import Finding, certify_isolated
+from evals.certification.certificate import Finding, badge, certify_isolated
 from evals.certification.checks import CHECKS
 from evals.cli.jobs import read_job
 from evals.errors import OK
 from evals.isolation.worker import Result
 from evals.measure.memory import available_bytes
 
-COLUMN_WIDTH, HEADER_LINES = 5, 3
+COLUMN_WIDTH, HEADER_LINES = 4, 4
 
 
 class CertificateView:
@@ -20,6 +20,7 @@ class CertificateView:
     def __init__(self) -> None:
         self.failures: list[str] = []
         self.unsupported: list[str] = []
+        self.badges: dict[str, str] = {}
 
     def certify(self, cfg: DictConfig) -> None:
         """Certifies every attention of one Hydra job."""
@@ -31,13 +32,19 @@ class CertificateView:
             build, device = partial(candidate.build, comparison.model), comparison.device
             result = certify_isolated(build, device.kind, device.torch_dtype, int(0.8 * available_bytes()))
             print(row(result.value) if result.outcome == "ok" else result.outcome)
+            if result.outcome == "ok":
+                self.badges[candidate.name] = badge(result.value)
             messages = self.unsupported if result.outcome == "unsupported" else self.failures
             messages += [f"{candidate.name}, {failure}" for failure in failures(result)]
 
     def conclude(self, _: DictConfig) -> int:
-        """Prints all failures and returns the exit code; an attention that this machine cannot run is not a failure."""
+        """Prints all failures, and a line to quote for each certificate; returns the exit code.
+
+        An attention that this machine cannot run is not a failure.
+        """
         if self.failures or self.unsupported:
             print("", *self.failures, *self.unsupported, sep="\n")
+        print("", *(f"{name}, {line}" for name, line in self.badges.items()), sep="\n")
         return 1 if self.failures else OK
 
 
@@ -49,7 +56,7 @@ def failures(result: Result[list[Finding]]) -> list[str]:
 
 
 def header(width: int) -> str:
-    """Names of the checks above their columns, spread over three lines because they are wider than the columns.
+    """Names of the checks above their columns, spread over several lines because they are wider than the columns.
 
     width: of the column of names, in characters.
     """

@@ -40,15 +40,34 @@ def cuda_peak_memory(work: Work) -> CudaPeak:
     return CudaPeak(torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved)
 
 
-def _cpu_peak_bytes(work: Work) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+def retained_bytes(work: Work, device: str = "cpu") -> int:
+    """The bytes of tensors that one call of `work` leaves behind once its result is gone, by torch's allocator."""
+
+    def call_and_collect() -> None:
         work()
+        gc.collect()  # a graph of autograd may be a cycle
+
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        call_and_collect()
+        return torch.cuda.memory_allocated() - before
+    return sum(_cpu_allocations(call_and_collect))
+
+
+def _cpu_peak_bytes(work: Work) -> int:
     held = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for nbytes in _cpu_allocations(work):
+        held += nbytes
         peak = max(peak, held)
     return peak
+
+
+def _cpu_allocations(work: Work) -> list[int]:
+    """Bytes of every allocation, and minus those of every release, in their order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def process_peak_bytes(work: Work) -> int | None:

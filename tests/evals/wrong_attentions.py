@@ -1,10 +1,10 @@
-"""Attentions with the mistakes that people really make: each is a correct one of ours with a single thing changed.
+"""Attentions with the mistakes that people really make, and some that cheat: each is a correct one with a single thing changed.
 
 They keep the reference of the correct one, and all but the last few are right in everything else. The set of checks that each must
 fail (see test_certify.py) therefore shows whether a check fails for its own cause.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from bsbr.attention import BSBRAttention
 from bsbr.backends.pytorch import chunk_states, local_attention, read_out
 from bsbr.backends.retrieval import retrieve
 from bsbr.inputs import ChunkMemory, TokenInputs
-from bsbr.interface import State, merge_heads
+from bsbr.interface import MultiHeadAttention, State, merge_heads
 
 # --- mistakes of causality ------------------------------------------------------------------------
 
@@ -246,6 +246,238 @@ class SoftmaxWithoutShift(StandardAttention):
         m, n = q.shape[2], k.shape[2]
         weights = (q @ k.mT / self.head_dim**0.5).exp().tril(n - m)
         return weights @ v / weights.sum(dim=-1, keepdim=True)
+
+
+# --- wrong only under some condition ------------------------------------------------------------
+
+
+def sees_all(*tensors: Tensor) -> Tensor:
+    """Softmax attention without its mask."""
+    return F.scaled_dot_product_attention(*tensors)
+
+
+class ForgetsMaskInTraining(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return sees_all(*tensors) if self.training else super().attend(*tensors)
+
+
+class ForgetsMaskWithThreads(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return sees_all(*tensors) if torch.get_num_threads() > 1 else super().attend(*tensors)
+
+
+class ScalesWithoutGradients(StandardAttention):
+    """The fast path of inference is another kernel, and wrong. Of the checks with a reference, all ask for gradients."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return super().attend(q, k, v) if torch.is_grad_enabled() else super().attend(0.99 * q, k, v)
+
+
+class RoundsInInference(StandardAttention):
+    """Inference mode, in which calls are timed, takes bfloat16."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        if not torch.is_inference_mode_enabled():
+            return super().attend(*tensors)
+        return super().attend(*(tensor.bfloat16() for tensor in tensors)).to(tensors[0].dtype)
+
+
+class IgnoresStrides(StandardAttention):
+    """The kernel takes every input for contiguous."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        batch, time, dim = hidden_states.shape
+        return super().forward(hidden_states.as_strided((batch, time, dim), (time * dim, dim, 1)), attention_mask)
+
+
+class ForgetsScaleInCopies(StandardAttention):
+    """What a kernel needs is set in the constructor, and a copy has none."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.scales = {id(self): 1.0}
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return super().attend(self.scales.get(id(self), 0.5) * q, k, v)
+
+
+class ScaledByFirstInput(StandardAttention):
+    """The first sequence that a module sees sets a scale for all others."""
+
+    scale: Tensor | None = None
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if self.scale is None:
+            self.scale = q.detach().std().to(torch.float64)
+        return super().attend(q / self.scale.to(q.dtype), k, v)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        assert self.scale is not None
+        return StandardAttention.reference(self, q / self.scale, k, v)
+
+
+class OverwritesOutput(StandardAttention):
+    """All outputs of one shape are one buffer."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.buffers: dict[Any, Tensor] = {}
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = super().forward(hidden_states, attention_mask)
+        if output.requires_grad or torch.is_inference_mode_enabled():
+            return output
+        buffer = self.buffers.setdefault((output.shape, output.dtype), torch.empty_like(output))
+        return buffer.copy_(output)
+
+
+class Lazy(Tensor):
+    """A tensor that could compute itself when somebody looks."""
+
+
+class LazyOutput(StandardAttention):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states, attention_mask).as_subclass(Lazy)
+
+
+class RepeatsOutput(StandardAttention):
+    """Of a batch of equal sequences only one is computed, and of any batch only the first is looked at."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = super().forward(hidden_states, attention_mask)
+        equal = len(output) > 1 and torch.equal(hidden_states[:1].expand_as(hidden_states), hidden_states)
+        return output[:1].expand_as(output) if equal or hidden_states.shape[1] == 1 else output
+
+
+class MultipliesPaddingByZero(StandardAttention):
+    """Values of padded keys are multiplied by 0, which leaves NaN what it is."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None:
+            return super().forward(hidden_states)
+        real = attention_mask.bool()
+        q, k, v = self.project(hidden_states)
+        visible = real[:, None, None, :] & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        scores = (q @ k.mT / self.head_dim**0.5).masked_fill(~visible, torch.finfo(q.dtype).min)
+        values = v * real[:, None, :, None]
+        return self.output(scores.softmax(dim=-1) @ values).where(real[:, :, None], 0)
+
+
+class ForgetsMaskWithGroupedHeads(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if q.shape[1] == k.shape[1]:
+            return super().attend(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+# --- work that is not done, or elsewhere --------------------------------------------------------
+
+
+class RemembersOutputs(StandardAttention):
+    """Every output is kept under the values of its input."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.known: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if torch.is_grad_enabled() or q.shape != k.shape:
+            return super().attend(q, k, v)
+        for key, output in self.known:
+            if key.dtype == q.dtype and torch.equal(key, q):
+                return output.clone()
+        self.known.append((q.clone(), super().attend(q, k, v)))
+        return self.known[-1][1].clone()
+
+
+class WorksInProject(StandardAttention):
+    """`attend` copies what `project` has attended."""
+
+    reference = None
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        q, k, v = super().project(hidden_states, start)
+        return (softmax_attention(q, k, v),)
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].clone()
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        return _StandardOf(self).extend(hidden_states, state)
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 0
+
+
+class WorksInOutput(StandardAttention):
+    """`attend` passes q, k and v on."""
+
+    reference = None
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return torch.cat(tensors, dim=-1)
+
+    def output(self, attended: Tensor) -> Tensor:
+        return super().output(softmax_attention(*attended.chunk(3, dim=-1)))
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        return _StandardOf(self).extend(hidden_states, state)
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 0
+
+
+class SumsInProject(MultiHeadAttention):
+    """Every output is the mean of all values so far, which `project` computes without a matrix product."""
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        values = self.project_heads(hidden_states)[2]
+        return (values.cumsum(dim=2) / torch.arange(1, values.shape[2] + 1, dtype=values.dtype)[:, None],)
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].clone()
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        values, before = self.project_heads(hidden_states)[2], 0 if state is None else int(state["position"])
+        sums = values.cumsum(dim=2) + (0 if state is None else state["sum"])
+        counts = torch.arange(before + 1, before + values.shape[2] + 1, dtype=values.dtype)[:, None]
+        return self.output(sums / counts), {"sum": sums[:, :, -1:].clone(), "position": torch.tensor(before + values.shape[2])}
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return 0
+
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        return batch_size * self.hidden_dim * self.dtype.itemsize
+
+
+class _StandardOf(StandardAttention):
+    """Standard attention with the weights of another."""
+
+    def __init__(self, other: StandardAttention) -> None:
+        super().__init__(other.hidden_dim, other.num_heads)
+        self.load_state_dict(other.state_dict())
+        self.to(other.dtype)
+        self.load_state_dict(other.state_dict())
+
+
+class KeepsStateOutside(StandardAttention):
+    """The state is a number, under which the module keeps keys and values."""
+
+    kept: ClassVar[list[State]] = []
+
+    def extend(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, after = super().extend(hidden_states, None if state is None else self.kept[int(state["number"])])
+        self.kept.append(after)
+        return output, {"number": torch.tensor(len(self.kept) - 1)}
+
+    def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
+        return 8
 
 
 # --- wrong declarations ---------------------------------------------------------------------------

@@ -93,13 +93,13 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
     (
         wrong.DropoutInEval,
         {},
-        FUTURE | {"determinism", "contract", "parity", "batch"},
+        FUTURE | {"determinism", "contract", "parity", "batch", "conditions"},
         "determinism",
         "two calls on the same input differ in eval mode",
     ),
     (wrong.ReadsBeforeWriting, LINEAR, {"streaming"}, "streaming", r"extend over \[1, 1, 1, 1, … 15 pieces\] .* in output 1 "),
     (wrong.StaleRetrieval, BSBR, {"streaming"}, "streaming", r"extend over \[1, 1, .* differs from forward in output 65 "),
-    (wrong.RemembersOnModule, {}, {"streaming"}, "streaming", "the state used a second time"),
+    (wrong.RemembersOnModule, {}, {"streaming", "retention"}, "streaming", "the state used a second time"),
     (wrong.WritesIntoState, LINEAR, {"streaming"}, "streaming", "extend by 1 tokens after 1 changes the state it is given: total"),
     (wrong.PositionsRestart, WINDOW, {"streaming"}, "streaming", "differs from forward in output 1 "),
     (
@@ -116,6 +116,47 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
     (wrong.FlopsByTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
     (wrong.FlopsOfQuadratic, {}, {"flops"}, "flops", "declares .* counted"),
     (wrong.StateBytesOfOneHead, {}, {"state_size"}, "state_size", "declares 128 bytes, the state holds 264"),
+    (wrong.ForgetsMaskInTraining, {}, {"conditions"}, "conditions", "training mode without dropout changes output 0 "),
+    (wrong.ForgetsMaskWithThreads, {}, {"conditions"}, "conditions", "a second thread changes output 0 "),
+    (
+        wrong.ScalesWithoutGradients,
+        {},
+        {"conditions", "causality", "streaming"},
+        "conditions",
+        "computing gradients changes output 1 ",
+    ),
+    (wrong.RoundsInInference, {}, {"conditions"}, "conditions", "inference mode changes output "),
+    (wrong.IgnoresStrides, {}, {"conditions"}, "conditions", "an input that lies in memory time first changes output "),
+    (wrong.ForgetsScaleInCopies, {}, {"conditions"}, "conditions", "a deep copy changes output 1 "),
+    (
+        wrong.ScaledByFirstInput,
+        {},
+        {"conditions", "parity", "streaming"},
+        "conditions",
+        "training mode without dropout changes output 1 ",  # that one is a new module
+    ),
+    (wrong.OverwritesOutput, {}, {"conditions"}, "conditions", "a second call overwrites what the first returned: output 0 "),
+    (wrong.LazyOutput, {}, {"contract"}, "contract", "forward returns a Lazy: only a plain tensor"),
+    (wrong.RepeatsOutput, {}, {"contract", "batch", "streaming"}, "contract", "forward returns a view that repeats its elements"),
+    (wrong.MultipliesPaddingByZero, {}, {"padding"}, "padding", "33 padded positions .* change output 0 "),
+    (
+        wrong.ForgetsMaskWithGroupedHeads,
+        {"num_kv_heads": 1},
+        FUTURE | {"parity"},
+        "causality",
+        "changing the inputs after 0 changes output 0 ",
+    ),
+    (wrong.RemembersOutputs, {}, {"retention"}, "retention", "forward keeps .* bytes that it does not return"),
+    (wrong.WorksInProject, {}, {"projections"}, "projections", "project runs .* per token at n=1027 and .* at n=259"),
+    (wrong.WorksInOutput, {}, {"projections"}, "projections", "output runs .* per token at n=1027 and .* at n=259"),
+    (
+        wrong.SumsInProject,
+        {},
+        {"projections"},
+        "projections",
+        "changing the first of 1027 tokens changes 100% of what project returns",
+    ),
+    (wrong.KeepsStateOutside, {}, {"retention"}, "retention", "extend keeps .* bytes that it does not return"),
     (wrong.Raises, {}, {check.name for check in CHECKS}, "contract", "raised RuntimeError: no kernel for this second line"),
 ]
 
@@ -136,7 +177,41 @@ def test_a_wrong_shape_is_reported_by_the_contract() -> None:
 
 def test_every_wrong_attention_is_tried() -> None:
     written = {cls for _, cls in inspect.getmembers(wrong, inspect.isclass) if cls.__module__ == wrong.__name__}
-    assert written == {case[0] for case in WRONG} | {wrong.WrongShape}
+    assert written == {case[0] for case in WRONG} | {wrong.WrongShape, wrong.Lazy, wrong._StandardOf}
+
+
+class Float32Kernel(StandardAttention):
+    """Right, in float32 whatever it is given."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return super().attend(*(tensor.float() for tensor in tensors)).to(tensors[0].dtype)
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        return self.attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+
+@pytest.mark.parametrize("reference", [StandardAttention.reference, None])
+def test_kernels_in_float32_are_held_to_float32_once_they_say_so(reference: Any) -> None:
+    silent = failures(partial(type("Silent", (Float32Kernel,), {"reference": reference}), 16, 2))
+    assert {"padding", "streaming", "parity"} <= set(silent)
+    assert all("declare computes_in = torch.float32" in silent[check] for check in ("padding", "streaming", "parity"))
+    declared = type("Declared", (Float32Kernel,), {"computes_in": torch.float32, "reference": reference})
+    assert failures(partial(declared, 16, 2)) == {}
+    rounded = type("Rounded", (wrong.AccumulatesInBfloat16,), {"computes_in": torch.float32})
+    assert set(failures(partial(rounded, 16, 2, chunk_size=16))) >= {"parity"}
+
+
+def test_an_attention_that_overflows_in_float16_fails_where_a_sweep_uses_it() -> None:
+    class Overflows(StandardAttention):
+        def attend(self, *tensors: Tensor) -> Tensor:
+            q, k, v = tensors
+            return super().attend(q, k, 1e4 * v) / 1e4
+
+    build = partial(Overflows, 16, 2)
+    assert failures(build) == {}
+    found = {finding.check: finding.detail for finding in certify(build, timed_in=torch.float16) if not finding.passed}
+    assert list(found) == ["finite"]
+    assert "torch.float16" in found["finite"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +292,7 @@ def test_the_command_prints_a_table_and_each_failure(tmp_path: Path) -> None:
 def test_the_command_exits_with_0_if_all_pass() -> None:
     done = call(main, "attention=[standard]", *SMALL)
     assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"^standard, certified: {len(CHECKS)} checks, [1-9]\d+ configurations$", done.stdout, flags=re.MULTILINE)
 
 
 def test_help_describes_every_check() -> None:
