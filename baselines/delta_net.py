@@ -3,24 +3,20 @@
 Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", arXiv:2406.06484.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla
-from baselines.kernels.recurrent import (
-    RecurrentAttention,
-    check_inputs,
-    delta_rule_flops,
-    group_queries,
-    to_chunks,
-    ungroup_outputs,
-    unit_norm,
-)
+from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs, unit_norm
+from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int = 64) -> Tensor:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int = 64, impl: str = "auto") -> Tensor:
     """Delta rule: S_t = S_{t-1} + β_t k_t (v_t − S_{t-1}ᵀ k_t)ᵀ,  o_t = S_tᵀ q_t  (arXiv:2406.06484, eq. 5).
 
     Args:
@@ -28,16 +24,19 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int
         k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads; k of at most unit norm, since with longer keys
             the recurrence may diverge.
         beta: [batch, kv_heads, time], in [0, 1]: the write strength.
-        chunk_size: tokens solved together; changes the speed, not the result.
+        chunk_size: tokens solved together, at most; changes the speed, not the result.
+        impl: "cpp", "torch", or "auto" for C++ where it supports the tensors.
 
     Returns:
         [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. Costs
-        O(n·(chunk_size + head_dim)·head_dim) per head in O(log(n / chunk_size)) sequential steps; holds no n×n tensor.
+        O(n·(chunk_size + head_dim)·head_dim) per head; holds no n×n tensor.
 
     Raises:
-        ValueError: if the shapes do not fit, or chunk_size is not a positive integer.
+        ValueError: if the shapes do not fit, chunk_size is not a positive integer, or impl is unknown.
+        NotImplementedError: if impl="cpp" does not support the tensors.
     """
-    return _chunkwise(q, k, v, beta, chunk_size, None)[0]
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(kernel.KERNELS.unsupported, q, k, v, beta)})
+    return _RULE(backend, chunk_size, None, q, k, v, beta)[0]
 
 
 def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
@@ -56,17 +55,17 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tenso
 
 @without_autocast
 def _chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, chunk_size: int, initial: Tensor | None
+    chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state.
+    """`delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state, by torch operations.
 
     Within a chunk that begins with S, let T = (I + tril(diag(β) K Kᵀ, −1))⁻¹ diag(β), the WY form of arXiv:2406.06484, sec. 3.
     Then the corrected values are E = T (V − K S), the outputs are Q S + tril(Q Kᵀ) E, and the state after the chunk is
-    S + Kᵀ E = S − M S + N with M = Kᵀ T K and N = Kᵀ T V. Such maps compose, so a scan computes all S.
+    S + Kᵀ E = S − M S + N with M = Kᵀ T K and N = Kᵀ T V. Such maps compose, so a scan computes all S
+    in O(log(n / chunk_size)) sequential steps.
 
     With a single chunk and `initial` None no state is computed, and the final state is None.
     """
-    check_inputs(q, k, v, chunk_size, beta=beta)
     time, kv_heads = k.shape[2], k.shape[1]
     size, group = min(chunk_size, time), q.shape[1] // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -87,6 +86,8 @@ def _chunkwise(
         final = starts[:, :, -1] + keys[:, :, -1].mT @ corrections[:, :, -1]
     return ungroup_outputs(outputs, group, time).to(q.dtype), final
 
+
+_RULE = kernel.DeltaRule(_chunkwise)
 
 # A function each, so that their intermediates are freed before the next is computed: inline they raise the peak by a quarter.
 
@@ -141,6 +142,8 @@ class DeltaNetAttention(RecurrentAttention):
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
     """
 
+    backends = ("cpp",)
+
     def __init__(
         self,
         hidden_dim: int,
@@ -154,6 +157,9 @@ class DeltaNetAttention(RecurrentAttention):
         super().__init__(hidden_dim, num_heads, chunk_size=chunk_size, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        return kernel.KERNELS.unsupported(*tensors) if backend == "cpp" else None
+
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project_heads(hidden_states)
         return unit_norm(F.silu(q)), unit_norm(F.silu(k)), v
@@ -163,10 +169,11 @@ class DeltaNetAttention(RecurrentAttention):
         return q, k, v, self.beta_proj(hidden_states).sigmoid().transpose(1, 2)
 
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, k, v, beta = tensors
-        if self.impl == "fla":
+        backend = self.select_backend(*tensors)
+        if backend == "fla":
+            q, k, v, beta = tensors
             return fla.delta_rule(q, k, v, beta, total)
-        return _chunkwise(q, k, v, beta, self.chunk_size, total)
+        return _RULE(backend, self.chunk_size, total, *tensors)
 
     @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,4 +188,4 @@ class DeltaNetAttention(RecurrentAttention):
         return delta_rule_reference(*tensors)
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        return batch_size * delta_rule_flops(seq_len, self.chunk_size, self.num_heads, self.num_kv_heads, self.head_dim)
+        return batch_size * kernel.flops(seq_len, self.chunk_size, self.num_heads, self.num_kv_heads, self.head_dim)

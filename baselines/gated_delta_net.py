@@ -4,25 +4,22 @@ Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXi
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla
-from baselines.kernels.recurrent import (
-    RecurrentAttention,
-    check_inputs,
-    delta_rule_flops,
-    group_queries,
-    to_chunks,
-    ungroup_outputs,
-    unit_norm,
-)
+from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs, unit_norm
+from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, *, chunk_size: int = 64) -> Tensor:
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, *, chunk_size: int = 64, impl: str = "auto"
+) -> Tensor:
     """Gated delta rule: S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,  o_t = S_tᵀ q_t.
 
     This is arXiv:2412.06464, eq. 10, with S transposed.
@@ -31,17 +28,22 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: T
         q: [batch, heads, time, head_dim].
         k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads; k of at most unit norm.
         beta: [batch, kv_heads, time], in [0, 1]: the write strength.
-        log_alpha: [batch, kv_heads, time], at most 0: the logarithm of the decay α.
-        chunk_size: tokens solved together; changes the speed, not the result.
+        log_alpha: [batch, kv_heads, time], at most 0: the logarithm of the decay α. −∞ forgets the state.
+        chunk_size: tokens solved together, at most; changes the speed, not the result.
+        impl: "cpp", "torch", or "auto" for C++ where it supports the tensors.
 
     Returns:
-        [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. Costs
-        O(n·(chunk_size + head_dim)·head_dim) per head in O(log(n / chunk_size)) sequential steps; holds no n×n tensor.
+        [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. A decay between two tokens that is
+        below the smallest normal number of the sums counts as 0. Costs O(n·(chunk_size + head_dim)·head_dim) per head; holds no
+        n×n tensor.
 
     Raises:
-        ValueError: if the shapes do not fit, or chunk_size is not a positive integer.
+        ValueError: if the shapes do not fit, chunk_size is not a positive integer, or impl is unknown.
+        NotImplementedError: if impl="cpp" does not support the tensors.
     """
-    return _chunkwise(q, k, v, beta, log_alpha, chunk_size, None)[0]
+    tensors = q, k, v, beta, log_alpha
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(kernel.KERNELS.unsupported, *tensors)})
+    return _RULE(backend, chunk_size, None, *tensors)[0]
 
 
 def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, lo
     q, k, v, beta, alpha = (
         q.double(),
         *(x.double().repeat_interleave(group, dim=1) for x in (k, v, beta)),
-        log_alpha.double().exp().repeat_interleave(group, dim=1),
+        log_alpha.double().clamp(min=-800).exp().repeat_interleave(group, dim=1),
     )
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
     outputs = []
@@ -65,19 +67,18 @@ def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, lo
 
 @without_autocast
 def _chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, chunk_size: int, initial: Tensor | None
+    chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`gated_delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state.
+    """`gated_delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state, by torch operations.
 
     Within a chunk of c tokens that begins with S, let γ_i = α_1 … α_i, Γ = diag(γ), D_ij = γ_i / γ_j for j ≤ i and else 0, and
     T = (I + tril(diag(β) K Kᵀ ⊙ D, −1))⁻¹ diag(β), the WY form with decay of arXiv:2412.06464, sec. 3.3. Then the corrected
     values are E = T (V − Γ K S), and the outputs are Γ Q S + (Q Kᵀ ⊙ D) E. With K̃ = γ_c Γ⁻¹ K, the keys decayed to the end of
     the chunk, the state after the chunk is γ_c S + K̃ᵀ E = A S + N with A = γ_c I − K̃ᵀ T Γ K and N = K̃ᵀ T V. Such maps compose,
-    so a scan computes all S.
+    so a scan computes all S in O(log(n / chunk_size)) sequential steps.
 
     With a single chunk and `initial` None no state is computed, and the final state is None.
     """
-    check_inputs(q, k, v, chunk_size, beta=beta, log_alpha=log_alpha)
     time, kv_heads = k.shape[2], k.shape[1]
     size, group = min(chunk_size, time), q.shape[1] // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -86,12 +87,13 @@ def _chunkwise(
     queries = group_queries(to_chunks(q.to(dtype), size), kv_heads)
 
     # Logarithms, because products of α underflow while their ratios do not; in float64, because differences of the sums are used.
-    log_decays = to_chunks(log_alpha.double().unsqueeze(3), size).cumsum(3)
-    since_start = log_decays.to(dtype).exp()
-    until_end = (log_decays[..., -1:, :] - log_decays).to(dtype).exp()
+    # e^x is 0 from -750 on, so the clamp changes no decay, and -∞ - (-∞) does not arise.
+    log_decays = to_chunks(log_alpha.double().clamp(min=-800).unsqueeze(3), size).cumsum(3)
+    since_start = _exp(log_decays.to(dtype))
+    until_end = _exp((log_decays[..., -1:, :] - log_decays).to(dtype))
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: masked after it, an overflowed exp would have the gradient 0·∞.
-    between = (log_decays - log_decays.mT).to(dtype).masked_fill(future, -torch.inf).exp()
+    between = _exp((log_decays - log_decays.mT).to(dtype).masked_fill(future, -torch.inf))
 
     overlaps = (rates * (keys @ keys.mT) * between).tril(-1)
     # By substitution, for the reason given in delta_net.
@@ -113,6 +115,14 @@ def _chunkwise(
         remaining = since_start[:, :, -1, -1:] * starts[:, :, -1]
         final = remaining + (keys * until_end)[:, :, -1].mT @ corrections[:, :, -1]
     return ungroup_outputs(outputs, group, time).to(q.dtype), final
+
+
+_RULE = kernel.DeltaRule(_chunkwise)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x, and 0 below the smallest normal number: arithmetic with smaller ones is tens of times slower."""
+    return x.masked_fill(x < math.log(torch.finfo(x.dtype).tiny), -torch.inf).exp()
 
 
 def _scan(maps: Tensor, first: Tensor) -> Tensor:
@@ -149,6 +159,8 @@ class GatedDeltaNetAttention(RecurrentAttention):
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
     """
 
+    backends = ("cpp",)
+
     def __init__(
         self,
         hidden_dim: int,
@@ -167,6 +179,9 @@ class GatedDeltaNetAttention(RecurrentAttention):
         self.log_rate = nn.Parameter(torch.empty(self.num_kv_heads).uniform_(1, 16).log())
         self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        return kernel.KERNELS.unsupported(*tensors) if backend == "cpp" else None
+
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project_heads(hidden_states)
         return unit_norm(F.silu(q)), unit_norm(F.silu(k)), v
@@ -178,10 +193,11 @@ class GatedDeltaNetAttention(RecurrentAttention):
         return q, k, v, beta.transpose(1, 2), log_alpha.transpose(1, 2)
 
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, k, v, beta, log_alpha = tensors
-        if self.impl == "fla":
+        backend = self.select_backend(*tensors)
+        if backend == "fla":
+            q, k, v, beta, log_alpha = tensors
             return fla.gated_delta_rule(q, k, v, beta, log_alpha, total)
-        return _chunkwise(q, k, v, beta, log_alpha, self.chunk_size, total)
+        return _RULE(backend, self.chunk_size, total, *tensors)
 
     @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,4 +214,4 @@ class GatedDeltaNetAttention(RecurrentAttention):
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         """FLOPs of the matrix products: those of the delta rule, because the decays are elementwise."""
-        return batch_size * delta_rule_flops(seq_len, self.chunk_size, self.num_heads, self.num_kv_heads, self.head_dim)
+        return batch_size * kernel.flops(seq_len, self.chunk_size, self.num_heads, self.num_kv_heads, self.head_dim)

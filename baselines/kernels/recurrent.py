@@ -75,33 +75,6 @@ def unit_norm(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6).to(x.dtype)
 
 
-def delta_rule_flops(seq_len: int, chunk_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """FLOPs of a chunkwise delta rule, with or without decay, for one sequence. Padding and masked pairs are not counted.
-
-    Symbols as in `baselines.delta_net._chunkwise`; d = head_dim; a chunk has c tokens.
-
-    - Per key head and chunk: tril(K Kᵀ, −1) costs c (c − 1) d, T (V − K S) costs c (c + 1) d, and the inverse c³/3.
-    - Per query head and chunk: tril(Q Kᵀ) and its product with E cost c (c + 1) d each.
-    - Per key head and each of the m chunks before the last: Kᵀ T costs c (c + 1) d, M and N together 4 c d², and one step of the
-      scan 2 d³. The scan also composes m − popcount(m) pairs of maps, 4 d³ each.
-    - Each chunk but the first: K S per key head and Q S per query head cost 2 c d² each.
-    """
-    size = min(chunk_size, seq_len)
-    full, rest = divmod(seq_len, size)
-    lengths = [size] * full + [rest] * bool(rest)
-    maps = len(lengths) - 1
-    causal_pairs = sum(c * (c + 1) // 2 for c in lengths)
-    strictly_causal_pairs = sum(c * (c - 1) // 2 for c in lengths)
-    inverses = sum(c**3 // 3 for c in lengths)
-    state_reads = 2 * (seq_len - size) * head_dim**2
-    per_map = size * (size + 1) * head_dim + 4 * size * head_dim**2 + 2 * head_dim**3
-    compositions = (maps - maps.bit_count()) * 4 * head_dim**3
-    pair_products = 2 * head_dim * (causal_pairs + strictly_causal_pairs)
-    per_kv_head = pair_products + inverses + maps * per_map + compositions + state_reads
-    per_query_head = 4 * head_dim * causal_pairs + state_reads
-    return num_heads * per_query_head + num_kv_heads * per_kv_head
-
-
 # --- the module -------------------------------------------------------------------------------------
 
 

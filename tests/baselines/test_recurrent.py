@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -116,8 +117,14 @@ FUNCTIONS = pytest.mark.parametrize(
     ("inputs", "fast", "reference", "oracle"),
     [
         pytest.param(linear_inputs, linear_attention, linear_attention_reference, linear_oracle, id="linear"),
-        pytest.param(delta_inputs, delta_rule, delta_rule_reference, delta_oracle, id="delta_net"),
-        pytest.param(gated_delta_inputs, gated_delta_rule, gated_delta_rule_reference, gated_delta_oracle, id="gated_delta_net"),
+        pytest.param(delta_inputs, partial(delta_rule, impl="torch"), delta_rule_reference, delta_oracle, id="delta_net"),
+        pytest.param(
+            gated_delta_inputs,
+            partial(gated_delta_rule, impl="torch"),
+            gated_delta_rule_reference,
+            gated_delta_oracle,
+            id="gated_delta_net",
+        ),
         pytest.param(gau_inputs, gated_attention_unit, gau_reference, gau_oracle_at_chunk, id="gau"),
     ],
 )
@@ -337,16 +344,18 @@ def test_delta_net_projects_to_unit_norm() -> None:
 @MODULES
 @pytest.mark.parametrize("time", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 7, 64 * CHUNK])
 def test_declared_flops_stay_close_below_the_counted(cls: Make, time: int) -> None:
-    attention = build(cls)
+    attention = build(cls, impl="torch")
     with torch.no_grad():
         tensors = attention.project(torch.randn(2, time, 16, dtype=torch.float64))
         with FlopCounterMode(display=False) as counter:
             attention.attend(*tensors)
     declared = attention.flops(time, batch_size=2)
-    assert 0.2 <= declared / counter.get_total_flops() <= 1.05
+    # The delta rule's chunks after each other cost less than torch's scan over them.
+    scans = cls in (DeltaNetAttention, GatedDeltaNetAttention)
+    assert (0.15 if scans else 0.2) <= declared / counter.get_total_flops() <= 1.05
     # Only the last chunk is padded, so that over many chunks little may be left undeclared.
     if time > 32 * CHUNK:
-        assert declared / counter.get_total_flops() >= 0.65
+        assert declared / counter.get_total_flops() >= (0.4 if scans else 0.65)
 
 
 class Largest(TorchDispatchMode):
@@ -466,7 +475,7 @@ def test_fla_kernels_raise_without_cuda(cls: Any) -> None:
     for call in (attention, attention.extend):
         with pytest.raises(NotImplementedError, match="impl=fla runs Triton kernels, which need CUDA, got tensors on cpu"):
             call(torch.zeros(1, 3, 16))
-    with pytest.raises(ValueError, match="impl must be one of auto, torch, fla, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"impl must be one of auto, torch, .*fla, got 'cuda'"):
         cls(16, 4, impl="cuda")
 
 
