@@ -5,12 +5,11 @@
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from bsbr.backends.cpp import functions as cpp
 from bsbr.backends.cpp.operators import KERNELS
-from bsbr.backends.pytorch import unit_norm
+from bsbr.backends.pytorch import quadratic_features, unit_norm
 from bsbr.interface import split_heads
 
 FeatureMap = Literal["quadratic", "linear"]
@@ -74,27 +73,9 @@ def build_feature_map(
     return QuadraticFeatures(hidden_dim, num_heads, num_kv_heads, feature_dim, impl)
 
 
-def quadratic_features(x: Tensor, size: int) -> Tensor:
-    """`pairwise_products`(`unit_norm`(x), size): [batch, heads, time, p] -> [batch, heads, time, size]."""
-    return pairwise_products(unit_norm(x), size)
-
-
 def num_factors(feature_dim: int) -> int:
     """The smallest p with p (p + 1) / 2 ≥ feature_dim."""
     size = 1
     while size * (size + 1) // 2 < feature_dim:
         size += 1
     return size
-
-
-def pairwise_products(x: Tensor, size: int) -> Tensor:
-    """The first `size` pairwise products of the entries of x: [..., p] -> [..., size].
-
-    Order: x_i² for all i, then √2 x_i x_{i+1}, then √2 x_i x_{i+2}, …, with indices modulo p. With all p (p + 1) / 2 products,
-    pairwise_products(x)·pairwise_products(y) = (x·y)².
-    """
-    steps = -(-size // x.shape[-1])
-    shifted = torch.cat([x, x[..., : steps - 1]], dim=-1).unfold(-1, x.shape[-1], 1)  # row j is x shifted by j
-    weights = torch.full((steps, 1), 2**0.5, dtype=x.dtype, device=x.device)
-    weights[0] = 1
-    return (shifted * (weights * x.unsqueeze(-2))).flatten(-2)[..., :size]

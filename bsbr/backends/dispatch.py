@@ -37,6 +37,8 @@ def attend(impl: str, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
         return triton.attend(inputs, options)
     retrievable = options.num_chunks(inputs.q.shape[2]) - 1
     inputs = inputs._replace(meta_key=inputs.meta_key[:, :, :retrievable])
+    if backend == "cpp":
+        return cpp.attend(inputs, options)
     return _segment(backend, inputs, options, EMPTY_MEMORY).output
 
 

@@ -194,3 +194,21 @@ def unit_norm(x: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def quadratic_features(x: Tensor, size: int) -> Tensor:
+    """`pairwise_products`(`unit_norm`(x), size): [batch, heads, time, p] -> [batch, heads, time, size]."""
+    return pairwise_products(unit_norm(x), size)
+
+
+def pairwise_products(x: Tensor, size: int) -> Tensor:
+    """The first `size` pairwise products of the entries of x: [..., p] -> [..., size].
+
+    Order: x_i² for all i, then √2 x_i x_{i+1}, then √2 x_i x_{i+2}, …, with indices modulo p. With all p (p + 1) / 2 products,
+    pairwise_products(x)·pairwise_products(y) = (x·y)².
+    """
+    steps = -(-size // x.shape[-1])
+    shifted = torch.cat([x, x[..., : steps - 1]], dim=-1).unfold(-1, x.shape[-1], 1)  # row j is x shifted by j
+    weights = torch.full((steps, 1), 2**0.5, dtype=x.dtype, device=x.device)
+    weights[0] = 1
+    return (shifted * (weights * x.unsqueeze(-2))).flatten(-2)[..., :size]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bsbr.backends.cpp import functions
-from bsbr.features import num_factors, pairwise_products, quadratic_features
+from bsbr.backends.pytorch import pairwise_products, quadratic_features
+from bsbr.features import num_factors
 
 
 def test_pairwise_products_of_three_numbers() -> None:

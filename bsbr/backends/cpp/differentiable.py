@@ -1,15 +1,15 @@
 """Differentiation of C++ kernels: the first derivative is a kernel, and further derivatives are torch's."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-Outputs = Tensor | tuple[Tensor, ...]
+Outputs = TypeVar("Outputs", bound=Tensor | tuple[Tensor, ...])
 
 
-class Differentiable(NamedTuple):
+class Differentiable(NamedTuple, Generic[Outputs]):
     """A function of tensors and options with kernels for its value and its first derivative.
 
     A second derivative (create_graph=True) is that of `torch_form`, which is computed again from the arguments.
@@ -35,7 +35,7 @@ class Differentiable(NamedTuple):
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Differentiable, *arguments: Any) -> Outputs:
+    def forward(ctx: Any, function: Differentiable[Any], *arguments: Any) -> Any:
         outputs, saved = function.forward(*arguments)
         ctx.function = function
         ctx.options = tuple(None if isinstance(x, Tensor) else x for x in arguments)
@@ -56,7 +56,7 @@ class _Function(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    torch_form: Callable[..., Outputs], arguments: list[Any], gradients: tuple[Tensor, ...]
+    torch_form: Callable[..., Tensor | tuple[Tensor, ...]], arguments: list[Any], gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     # Each argument is a new node of the graph, so that an argument that was computed from another counts for itself only.
     nodes = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]

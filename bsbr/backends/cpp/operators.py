@@ -15,8 +15,25 @@ KERNELS = Kernels(Path(__file__).with_name("bsbr.cpp"), "bsbr")
 """The functions of bsbr.cpp."""
 
 
+class SequenceSizes(NamedTuple):
+    """`SequenceSizes` of bsbr.cpp: sizes of a whole sequence."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    time: int
+    chunk_size: int
+    overlap: int
+    chunks: int
+    stored: int
+    group: int
+    head_dim: int
+    features: int
+    normalise: int
+
+
 class ChunkSizes(NamedTuple):
-    """`ChunkSizes` of bsbr.cpp: sizes of a function that works on tokens, chunk by chunk."""
+    """`ChunkSizes` of bsbr/sizes.h: sizes of a function that works on tokens, chunk by chunk."""
 
     batch: int
     heads: int
@@ -26,13 +43,15 @@ class ChunkSizes(NamedTuple):
     chunk_size: int
     overlap: int
     chunks: int
+    seen: int
     head_dim: int
     features: int
     unit_norm: int
+    normalise: int
 
 
 class RetrievalSizes(NamedTuple):
-    """`RetrievalSizes` of bsbr.cpp: sizes of a function that works on scores and states of chunks."""
+    """`RetrievalSizes` of bsbr/sizes.h: sizes of a function that works on scores and states of chunks."""
 
     batch: int
     heads: int
@@ -45,7 +64,7 @@ class RetrievalSizes(NamedTuple):
 
 
 class FeatureSizes(NamedTuple):
-    """`FeatureSizes` of bsbr.cpp: sizes of a function that makes features of tokens."""
+    """`FeatureSizes` of bsbr/sizes.h: sizes of a function that makes features of tokens."""
 
     batch: int
     heads: int
@@ -54,48 +73,59 @@ class FeatureSizes(NamedTuple):
     size: int
 
 
+# --- whole sequences ----------------------------------------------------------------------------
+
+
+@KERNELS.operator(
+    "forward(Tensor q, Tensor k, Tensor v, Tensor meta_query, Tensor meta_key, Tensor? q_features, Tensor? k_features, "
+    "Tensor? beta, Tensor? gain, Tensor(a!) states, Tensor(b!) weights, Tensor(c!) mixed, Tensor(d!) out, int chunk_size, "
+    "int overlap, bool normalise) -> int"
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, meta_query: Tensor, meta_key: Tensor, *rest: Any) -> int:
+    """Writes BSBR of a whole sequence to `out`, and its states to `states` [batch, kv_heads, stored chunks, d_r, head_dim].
+
+    weights: scratch [batch, heads, group, chunks rounded up to 32]. mixed: [batch, heads, group, d_r, head_dim], receives the
+    retrieved states of the last group of chunks, before gain and normalisation. gain: [1, 1, heads, 1]; beta: [batch, kv_heads,
+    time, 1].
+    """
+    q_features, k_features, beta, gain, states, weights, mixed, out, chunk_size, overlap, normalise = rest
+    batch, heads, time, head_dim = q.shape
+    stored, group, features = states.shape[2], mixed.shape[2], mixed.shape[3]
+    sizes = SequenceSizes(
+        batch, heads, k.shape[1], time, chunk_size, overlap, meta_query.shape[2], stored, group, head_dim, features, normalise
+    )
+    # An empty tensor would end the call: without stored chunks, those that have a row for each are left out.
+    memory = (meta_key, q_features, k_features, beta) if stored else (None, q_features, None, None)
+    return KERNELS.call("forward", sizes, q, k, v, meta_query, *memory, gain, states if stored else None, weights, mixed, out)
+
+
 # --- states of chunks ---------------------------------------------------------------------------
 
 
-@KERNELS.operator("chunk_states(Tensor keys, Tensor v, Tensor(a!) states, int chunk_size, bool unit_norm) -> int")
-def _chunk_states(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, unit_norm: bool) -> int:
-    """Writes F_s of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has; φ(k) is `keys` or its unit norm."""
-    return KERNELS.call("chunk_states", _state_sizes(keys, v, states.shape[2], chunk_size, unit_norm), keys, v, states)
+@KERNELS.operator("chunk_states(Tensor keys, Tensor v, Tensor? beta, Tensor(a!) states, int chunk_size, bool unit_norm) -> int")
+def _chunk_states(keys: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, chunk_size: int, unit_norm: bool) -> int:
+    """Writes the states of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has.
+
+    φ(k) is `keys` or its unit norm. With beta [batch, kv_heads, time, 1] the delta rule makes the states, else they are sums.
+    """
+    return KERNELS.call("chunk_states", _state_sizes(keys, v, states, chunk_size, unit_norm), keys, v, beta, states)
 
 
 @KERNELS.operator(
-    "chunk_states_backward(Tensor keys, Tensor v, Tensor d_states, Tensor(a!) d_keys, Tensor(b!) d_v, "
-    "int chunk_size, bool unit_norm) -> int"
+    "chunk_states_backward(Tensor keys, Tensor v, Tensor? beta, Tensor d_states, Tensor(a!) d_keys, Tensor(b!) d_v, "
+    "Tensor(c!)? d_beta, int chunk_size, bool unit_norm) -> int"
 )
-def _chunk_states_backward(
-    keys: Tensor, v: Tensor, d_states: Tensor, d_keys: Tensor, d_v: Tensor, chunk_size: int, unit_norm: bool
-) -> int:
-    """Writes `d_keys` and `d_v` of the tokens of the chunks that `d_states` has."""
-    sizes = _state_sizes(keys, v, d_states.shape[2], chunk_size, unit_norm)
-    return KERNELS.call("chunk_states_backward", sizes, keys, v, d_states, d_keys, d_v)
+def _chunk_states_backward(keys: Tensor, v: Tensor, beta: Tensor | None, d_states: Tensor, *rest: Any) -> int:
+    """Writes `d_keys`, `d_v` and `d_beta` of the tokens of the chunks that `d_states` has."""
+    *gradients, chunk_size, unit_norm = rest
+    sizes = _state_sizes(keys, v, d_states, chunk_size, unit_norm)
+    return KERNELS.call("chunk_states_backward", sizes, keys, v, beta, d_states, *gradients)
 
 
-@KERNELS.operator("pseudo_values(Tensor keys, Tensor v, Tensor beta, Tensor(a!) pseudo, int chunk_size) -> int")
-def _pseudo_values(keys: Tensor, v: Tensor, beta: Tensor, pseudo: Tensor, chunk_size: int) -> int:
-    """Writes U, `pseudo` [batch, kv_heads, time, head_dim], of whole chunks. beta: [batch, kv_heads, time, 1]."""
-    sizes = _state_sizes(keys, v, pseudo.shape[2] // chunk_size, chunk_size, False)
-    return KERNELS.call("pseudo_values", sizes, keys, v, beta, pseudo)
-
-
-@KERNELS.operator(
-    "pseudo_values_backward(Tensor keys, Tensor v, Tensor beta, Tensor pseudo, Tensor d_pseudo, Tensor(a!) d_keys, "
-    "Tensor(b!) d_v, Tensor(c!) d_beta, int chunk_size) -> int"
-)
-def _pseudo_values_backward(keys: Tensor, v: Tensor, beta: Tensor, pseudo: Tensor, d_pseudo: Tensor, *rest: Any) -> int:
-    """Writes `d_keys`, `d_v` and `d_beta` of as many tokens as `pseudo` has."""
-    *gradients, chunk_size = rest
-    sizes = _state_sizes(keys, v, pseudo.shape[2] // chunk_size, chunk_size, False)
-    return KERNELS.call("pseudo_values_backward", sizes, keys, v, beta, pseudo, d_pseudo, *gradients)
-
-
-def _state_sizes(keys: Tensor, v: Tensor, chunks: int, chunk_size: int, unit_norm: bool) -> ChunkSizes:
+def _state_sizes(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, unit_norm: bool) -> ChunkSizes:
     batch, kv_heads, time, features = keys.shape
-    return ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, v.shape[3], features, unit_norm)
+    chunks = states.shape[2]
+    return ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, 0, v.shape[3], features, unit_norm, False)
 
 
 # --- retrieval ----------------------------------------------------------------------------------
@@ -128,30 +158,36 @@ def _mix_states(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: 
 
 
 @KERNELS.operator(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) out, int chunk_size, int overlap) -> int"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor? gain, Tensor(a!) out, int chunk_size, "
+    "int overlap, int seen, bool normalise) -> int"
 )
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, out: Tensor, chunk_size: int, overlap: int
-) -> int:
-    """Writes softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄ to `out`; φ(Q) is `features`, or the unit norm of q if that is None."""
-    return KERNELS.call("attend", _output_sizes(q, k, retrieved, chunk_size, overlap), q, k, v, features, retrieved, out)
+def _attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, *rest: Any) -> int:
+    """Writes softmax(QKᵀ/√d ⊙ M_in) V + g φ(Q) F̄ to `out`; φ(Q) is `features`, or the unit norm of q if that is None.
+
+    gain: [1, 1, heads, 1]. normalise: whether each F̄ of `retrieved` is scaled to the norm √head_dim. seen: number of chunks before
+    the first one; if 0, the first chunk retrieves nothing.
+    """
+    gain, out, chunk_size, overlap, seen, normalise = rest
+    sizes = _output_sizes(q, k, retrieved, chunk_size, overlap, seen)._replace(normalise=normalise)
+    return KERNELS.call("attend", sizes, q, k, v, features, retrieved, gain, out)
 
 
 @KERNELS.operator(
     "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) d_q, "
-    "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap) -> int"
+    "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap, int seen) -> int"
 )
 def _attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, *rest: Any) -> int:
-    """Writes the gradients; with an overlap, adds to `d_k` and `d_v` instead."""
-    *gradients, chunk_size, overlap = rest
-    sizes = _output_sizes(q, k, retrieved, chunk_size, overlap)
+    """Writes the gradients of `attend` without gain and normalisation; with an overlap, adds to `d_k` and `d_v` instead."""
+    *gradients, chunk_size, overlap, seen = rest
+    sizes = _output_sizes(q, k, retrieved, chunk_size, overlap, seen)
     return KERNELS.call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)
 
 
-def _output_sizes(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, overlap: int) -> ChunkSizes:
+def _output_sizes(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, overlap: int, seen: int) -> ChunkSizes:
     batch, heads, time, head_dim = q.shape
     chunks, features = retrieved.shape[2:4]
-    return ChunkSizes(batch, heads, k.shape[1], time, k.shape[2] - time, chunk_size, overlap, chunks, head_dim, features, False)
+    before = k.shape[2] - time
+    return ChunkSizes(batch, heads, k.shape[1], time, before, chunk_size, overlap, chunks, seen, head_dim, features, False, False)
 
 
 # --- features -----------------------------------------------------------------------------------

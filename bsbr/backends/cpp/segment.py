@@ -1,14 +1,14 @@
 """BSBR of a segment by the C++ operators."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bsbr.backends.cpp.functions import ChunkStates, Output, PseudoValues, empty_like_heads, pseudo_values
+from bsbr.backends.cpp.functions import chunk_states, empty_like_heads, output
 from bsbr.backends.cpp.operators import KERNELS
-from bsbr.backends.pytorch import unit_norm
-from bsbr.backends.retrieval import mix_states, retrieve
+from bsbr.backends.retrieval import mix_states, norm_factors, retrieve
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 
 GROUP = 64
@@ -24,22 +24,35 @@ def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
     return KERNELS.unsupported(*inputs.typed_tensors(), dropout_p=options.dropout_p)
 
 
+def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:
+    """BSBR of a whole sequence of inputs that are supported: [batch, heads, time, head_dim]; differentiable."""
+    if _needs_gradients(inputs, EMPTY_MEMORY) or options.top_k is not None:
+        return segment(inputs, options).output
+    return _whole_sequence(inputs, options).output
+
+
 def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_MEMORY) -> Segment:
-    """`bsbr.backends.pytorch.segment` of inputs that are supported; differentiable once."""
-    before = inputs.k.shape[2] - inputs.q.shape[2]
-    if inputs.beta is not None and inputs.k_features is None:
-        inputs = inputs._replace(k_features=unit_norm(inputs.k[:, :, before:]))
-    if torch.is_grad_enabled() and inputs.require_grad():
+    """`bsbr.backends.pytorch.segment` of inputs that are supported; differentiable."""
+    if _needs_gradients(inputs, past):
         return _differentiable_segment(inputs, options, past)
-    return _segment_in_groups(inputs, options, past)
+    if past.num_chunks or options.top_k is not None:
+        return _segment_in_groups(inputs, options, past)
+    sequence = _whole_sequence(inputs, options)
+    last = sequence.mixed[:, :, (inputs.meta_query.shape[2] - 1) % sequence.mixed.shape[2]]
+    if inputs.meta_query.shape[2] == 1:  # the first chunk retrieves nothing
+        last = torch.zeros_like(last)
+    return Segment(sequence.output, sequence.states, _scaled(last.unsqueeze(2), inputs, options).squeeze(2))
+
+
+def _needs_gradients(inputs: BSBRInputs, past: ChunkMemory) -> bool:
+    earlier = (*past.meta_keys, *past.states)
+    return torch.is_grad_enabled() and (inputs.require_grad() or any(page.requires_grad for page in earlier))
 
 
 def _differentiable_segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
     keys, values = _stored(inputs)
     size, chunks = options.chunk_size, inputs.meta_key.shape[2]
-    if inputs.beta is not None:
-        values = PseudoValues.apply(keys, values, inputs.beta, size, chunks)  # type: ignore[no-untyped-call]
-    states: Tensor = ChunkStates.apply(keys, values, size, chunks, inputs.k_features is None)  # type: ignore[no-untyped-call]
+    states = chunk_states(keys, values, inputs.beta, size, chunks, inputs.k_features is None)
     retrieved = retrieve(
         inputs.meta_query,
         past.followed_by(inputs.meta_key, states),
@@ -50,8 +63,35 @@ def _differentiable_segment(inputs: BSBRInputs, options: BSBROptions, past: Chun
         select=_select_top_k,
     )
     attended = inputs.q, inputs.k, inputs.v, inputs.q_features, retrieved
-    output: Tensor = Output.apply(*attended, size, options.chunk_overlap)  # type: ignore[no-untyped-call]
-    return Segment(output, states, retrieved[:, :, -1])
+    return Segment(output(*attended, size, options.chunk_overlap, past.num_chunks), states, retrieved[:, :, -1])
+
+
+class _Sequence(NamedTuple):
+    """Result of the operator `forward`; `mixed` are the retrieved states of the last group, before gain and normalisation."""
+
+    output: Tensor
+    states: Tensor
+    mixed: Tensor
+
+
+def _whole_sequence(inputs: BSBRInputs, options: BSBROptions) -> _Sequence:
+    """A sequence from its first token on, in one call, without gradients."""
+    q, k, v, meta_query, meta_key, q_features, k_features, beta, _ = inputs
+    batch, heads, _, head_dim = q.shape
+    rows, chunks, features = meta_query.shape[2], meta_key.shape[2], head_dim if q_features is None else q_features.shape[3]
+    group = min(rows, GROUP)
+    sequence = _Sequence(
+        output=empty_like_heads(q),
+        states=v.new_empty(batch, k.shape[1], chunks, features, head_dim),
+        mixed=v.new_empty(batch, heads, group, features, head_dim),
+    )
+    weights = v.new_empty(batch, heads, group, -(-rows // 32) * 32)
+    torch.ops.bsbr.forward(
+        q, k, v, meta_query, meta_key, q_features, k_features,
+        None if beta is None else beta.to(v.dtype).unsqueeze(3), _gain(inputs),
+        sequence.states, weights, sequence.mixed, sequence.output, options.chunk_size, options.chunk_overlap, options.normalise,
+    )  # fmt: skip
+    return sequence
 
 
 def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
@@ -61,31 +101,41 @@ def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemo
     size, time, before = options.chunk_size, q.shape[2], k.shape[2] - q.shape[2]
     rows, chunks = inputs.meta_query.shape[2], inputs.meta_key.shape[2]
     states = v.new_empty(*v.shape[:2], chunks, keys.shape[3], v.shape[3])
-    output = empty_like_heads(q)
+    beta = None if inputs.beta is None else inputs.beta.to(v.dtype).unsqueeze(3)
+    written = empty_like_heads(q)
     for start in range(0, rows, GROUP):
         stop = min(rows, start + GROUP)
         stored = min(stop, chunks)  # chunks that have a state when this group is done
         tokens = slice(start * size, min(time, stop * size))
         complete = slice(tokens.start, stored * size)
-        new_keys, new_values = keys[:, :, complete], values[:, :, complete]
-        if inputs.beta is not None:
-            new_values = pseudo_values(new_keys, new_values, inputs.beta[:, :, complete], size)
-        torch.ops.bsbr.chunk_states(new_keys, new_values, states[:, :, start:stored], size, inputs.k_features is None)
+        new = keys[:, :, complete], values[:, :, complete], None if beta is None else beta[:, :, complete]
+        torch.ops.bsbr.chunk_states(*new, states[:, :, start:stored], size, inputs.k_features is None)
         retrieved = retrieve(
             inputs.meta_query[:, :, start:stop],
             past.followed_by(inputs.meta_key[:, :, :stored], states),
             first=past.num_chunks + start,
             top_k=options.top_k,
-            gain=inputs.gain,
-            normalise=options.normalise,
             select=_select_top_k,
             mix=_mix_states,
         )
         features = None if inputs.q_features is None else inputs.q_features[:, :, tokens]
         visible = slice(max(0, before + tokens.start - options.chunk_overlap), before + tokens.stop)
-        attended = q[:, :, tokens], k[:, :, visible], v[:, :, visible], features, retrieved
-        torch.ops.bsbr.attend(*attended, output[:, :, tokens], size, options.chunk_overlap)
-    return Segment(output, states, retrieved[:, :, -1])
+        attended = q[:, :, tokens], k[:, :, visible], v[:, :, visible], features, retrieved, _gain(inputs), written[:, :, tokens]
+        seen = past.num_chunks + start
+        torch.ops.bsbr.attend(*attended, size, options.chunk_overlap, seen, options.normalise)
+    return Segment(written, states, _scaled(retrieved[:, :, -1:], inputs, options).squeeze(2))
+
+
+def _gain(inputs: BSBRInputs) -> Tensor | None:
+    """The gain as the operators take it."""
+    return None if inputs.gain is None else inputs.gain.view(1, 1, -1, 1)
+
+
+def _scaled(mixed: Tensor, inputs: BSBRInputs, options: BSBROptions) -> Tensor:
+    """g F̄ of sums of states [batch, heads, rows, d_r, head_dim]."""
+    if options.normalise:
+        mixed = mixed * norm_factors(mixed)
+    return mixed if inputs.gain is None else mixed * inputs.gain.view(-1, 1, 1, 1)
 
 
 def _stored(inputs: BSBRInputs) -> tuple[Tensor, Tensor]:

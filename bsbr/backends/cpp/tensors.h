@@ -71,7 +71,7 @@ class FlushDenormals {
 /// Returns the floating point operations of the tasks' products.
 template <class T, class S, class Body>
 index in_parallel(index tasks, const S& s, T* memory, Body&& body) {
-    const int threads = static_cast<int>(std::min<index>(s.threads, tasks));
+    const int threads = static_cast<int>(std::clamp<index>(s.threads, 1, std::max<index>(tasks, 1)));
     const index size = s.template scratch_size<T>();
     index total = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1) reduction(+ : total)

@@ -10,9 +10,9 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 12;  // of a tile: ROWS x 2 sums and their operands fill 32 registers
+constexpr int ROWS = 12, TALL = 16;  // of a tile of two vectors, and of one: the sums and their operands fill 32 registers
 #else
-constexpr int ROWS = 6;  // 16 registers of AVX2; 32 of half the size of NEON
+constexpr int ROWS = 6, TALL = 8;  // 16 registers of AVX2; 32 of half the size of NEON
 #endif
 
 template <class T>
@@ -42,12 +42,15 @@ struct Tile {
             for (int j = 0; j < VECTORS; ++j) sum[i][j] = vector(from + i * row + j * LANES<T>);
     }
 
-    /// Adds left [M, depth] times right [depth, columns]; left(i, k) is at i * row + k * step, right is packed.
-    __attribute__((always_inline)) void add_product(const T* left, index row, index step, const T* right, index depth) {
+    /// Adds left [M, depth] times right [depth, columns]; left(i, k) is at i * row + k * step. right is packed, or else its rows are
+    /// right_row apart and have whole vectors.
+    __attribute__((always_inline)) void add_product(
+        const T* left, index row, index step, const T* right, index depth, index right_row = WIDTH<T>
+    ) {
         operations += 2 * M * VECTORS * LANES<T> * depth;
         Vector<T> local[M][VECTORS];
         std::memcpy(local, sum, sizeof sum);
-        for (index k = 0; k < depth; ++k, left += step, right += WIDTH<T>) {
+        for (index k = 0; k < depth; ++k, left += step, right += right_row) {
             Vector<T> panel[VECTORS];
 #pragma GCC unroll 2
             for (int j = 0; j < VECTORS; ++j) panel[j] = vector(right + j * LANES<T>);
@@ -57,13 +60,6 @@ struct Tile {
                 for (int j = 0; j < VECTORS; ++j) local[i][j] += left[i * row] * panel[j];
         }
         std::memcpy(sum, local, sizeof sum);
-    }
-
-    /// Subtracts instead.
-    __attribute__((always_inline)) void subtract_product(const T* left, index row, index step, const T* right, index depth) {
-        negate();
-        add_product(left, row, step, right, depth);
-        negate();
     }
 
     __attribute__((always_inline)) void negate() {
@@ -105,6 +101,23 @@ struct Tile {
     }
 };
 
+/// M rows of left times at least the first `columns` columns of right, to whole vectors of `to`: no more than a vector is wasted,
+/// as at the diagonal of a causal product.
+template <class T, int M>
+inline void products(const T* left, index row, const T* right, index depth, index columns, T* to, index to_row) {
+    for (index column = 0; column < columns; column += WIDTH<T>, right += WIDTH<T> * depth) {
+        if (columns - column > LANES<T>) {
+            Tile<T, M> tile;
+            tile.add_product(left, row, 1, right, depth);
+            tile.store(to + column, to_row, WIDTH<T>);
+        } else {
+            Tile<T, M, 1> tile;
+            tile.add_product(left, row, 1, right, depth);
+            tile.store(to + column, to_row, LANES<T>);
+        }
+    }
+}
+
 /// Calls body(first row, number of rows as a constant) for all rows: blocks of ROWS, then smaller blocks for the remainder.
 template <int M = ROWS, class Body>
 inline void by_rows(index rows, Body&& body, index start = 0) {
@@ -122,9 +135,15 @@ inline void fetch(const T* row, index size) {
     for (index i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
-/// Packs x [depth, columns], whose rows are `row` elements apart.
+/// The vector of `column`, a multiple of LANES, of what is packed: the right operand of a tile with one vector.
 template <class T>
-inline void pack(const T* x, index row, index depth, index columns, T* packed) {
+inline const T* half_panel(const T* packed, index depth, index column) {
+    return packed + column / WIDTH<T> * WIDTH<T> * depth + column % WIDTH<T>;
+}
+
+/// Packs x [depth, columns], whose rows are `row` elements apart. Rows of zeros follow up to `room` rows in all.
+template <class T>
+inline void pack(const T* x, index row, index depth, index columns, T* packed, index room = 0) {
     for (index start = 0; start < columns; start += WIDTH<T>) {
         const index wide = std::min<index>(WIDTH<T>, columns - start);
         for (index k = 0; k < depth; ++k, packed += WIDTH<T>) {
@@ -136,6 +155,8 @@ inline void pack(const T* x, index row, index depth, index columns, T* packed) {
                 for (index j = 0; j < WIDTH<T>; ++j) packed[j] = j < wide ? from[j] : T(0);
             }
         }
+        for (index k = depth; k < room; ++k, packed += WIDTH<T>)
+            vector(packed) = vector(packed + LANES<T>) = Vector<T>{};
     }
 }
 
@@ -159,6 +180,8 @@ inline void pack_transposed(const T* x, index row, index depth, index columns, T
                     for (int i = 0; i < L; ++i) vector(packed + (k + i) * WIDTH<T> + half) = block[i];
                 }
             }
+            if (wide == 0)
+                for (; k < depth; ++k) vector(packed + k * WIDTH<T> + half) = Vector<T>{};
             for (; k < depth; ++k)
                 for (index j = 0; j < L; ++j) packed[k * WIDTH<T> + half + j] = j < wide ? from[j * row + k] : T(0);
         }
