@@ -4,13 +4,14 @@ Beltagy et al. 2020, "Longformer: The Long-Document Transformer", arXiv:2004.051
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels import flex
+from baselines.kernels import flex, key_ranges
+from bsbr.backends.selection import check_impl, select
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -22,25 +23,37 @@ from bsbr.interface import (
 )
 
 
-def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, dropout_p: float = 0.0) -> Tensor:
+def sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, dropout_p: float = 0.0, impl: str = "auto"
+) -> Tensor:
     """Sliding window: o_i = Σ_t softmax_t(q_i·k_t/√head_dim) v_t over t = i − window_size + 1 … i  (arXiv:2004.05150, sec. 3.1).
 
     Args:
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
-        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
+        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads; v may have another head_dim.
         window_size: tokens that a token sees, itself included; n or more gives softmax attention.
         dropout_p: dropout probability of the weights.
+        impl: "torch"; "cpp" for the C++ kernels, which run on a CPU and have no dropout; or "auto" for C++ where it can run.
 
     Returns:
-        [batch, heads, m, head_dim]. Costs O(m·window_size·head_dim) per head; memory is linear in m and window_size.
+        [batch, heads, m, head_dim of v]. Costs O(m·window_size·head_dim) per head; memory is linear in m and window_size.
 
     Raises:
         ValueError: if the shapes do not fit, or window_size is not a positive integer.
+        NotImplementedError: if `impl` names a backend that cannot take these tensors.
     """
     require_positive(window_size=window_size)
     check_heads(q, k, v)
     out_of_reach = max(0, k.shape[2] - q.shape[2] - window_size + 1)
     k, v = k[:, :, out_of_reach:], v[:, :, out_of_reach:]
+    unsupported = partial(key_ranges.KERNELS.unsupported, q, k, v, dropout_p=dropout_p)
+    if select(check_impl(impl, "cpp"), {"cpp": unsupported}) == "cpp" and q.shape[2] > 1:
+        return _compiled(q, k, v, None, None, key_ranges.Ranges(window=window_size))
+    return _sliding_window(q, k, v, window_size, dropout_p)
+
+
+def _sliding_window(q: Tensor, k: Tensor, v: Tensor, window_size: int, dropout_p: float) -> Tensor:
+    """`sliding_window_attention` by torch operations; k and v begin with the first key that the first query sees."""
     m, n = q.shape[2], k.shape[2]
 
     # The first w positions see all positions before them: causal attention. Every later query has a full window, so blocks of
@@ -58,6 +71,10 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, *, window_size: in
         pieces.append(_banded(q[:, :, head + body :], k[:, :, rest], v[:, :, rest], w, dropout_p))
     # Joined as [batch, time, heads, head_dim], the layout that the kernels write and out_proj reads.
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
+
+
+_compiled = key_ranges.attention(lambda q, k, v, _, __, ranges: _sliding_window(q, k, v, ranges.window, 0.0))
+"""`_sliding_window` by C++ kernels, see `key_ranges.attention`."""
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
@@ -137,13 +154,14 @@ class SlidingWindowAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: as in `MultiHeadAttention`.
         window_size: as in `sliding_window_attention`.
-        impl: see `Attention`; "flex" is torch's FlexAttention, made for CUDA; it has no dropout. A single token always takes the
-            torch path.
+        impl: see `Attention`. "cpp" is `baselines.kernels.key_ranges`; "flex" is torch's FlexAttention, made for CUDA. Neither has
+            dropout. A single token always takes the torch path.
 
     Raises:
         ValueError: if an option is out of range or impl is unknown.
     """
 
+    backends = ("cpp",)
     explicit_backends = ("flex",)
     bounded_state = True
 
@@ -166,14 +184,19 @@ class SlidingWindowAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.window_size
 
-    def unsupported(self, backend: str, *_: Tensor) -> str | None:
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        if backend == "cpp":
+            return key_ranges.KERNELS.unsupported(*tensors, dropout_p=self.dropout_p)
         return f"FlexAttention has no dropout, got dropout={self.dropout}" if self.dropout_p else None
 
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
-        if self.select_backend(*tensors) == "flex" and q.shape[2] > 1:
+        backend = self.select_backend(*tensors)
+        if backend != "flex":
+            return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p, impl=backend)
+        if q.shape[2] > 1:
             return flex.masked_attention(window_pattern(self.window_size, k.shape[2] - q.shape[2]), q, k, v)
-        return sliding_window_attention(q, k, v, window_size=self.window_size, dropout_p=self.dropout_p)
+        return sliding_window_attention(q, k, v, window_size=self.window_size, impl="torch")
 
     def reference(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors

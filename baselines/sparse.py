@@ -3,14 +3,16 @@
 Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv:1904.10509.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from baselines.kernels import flex
+from baselines.kernels import flex, key_ranges
 from baselines.kernels.merged_softmax import Part, Segments, attention_over_parts
 from baselines.standard import softmax_attention_over_pages
+from bsbr.backends.selection import check_impl, select
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -24,30 +26,33 @@ from bsbr.interface import (
 # --- the function -----------------------------------------------------------------------------------
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summary_size: int, impl: str = "auto") -> Tensor:
     """Fixed sparse pattern: o_i = Σ_t softmax_t(q_i·k_t/√head_dim) v_t over the visible t <= i.
 
     Visible are the tokens of i's own block and the last summary_size tokens, the summary, of every earlier block. One softmax
-    covers both: "fixed" with "merged heads" of arXiv:1904.10509, sec. 4.3. There is no dropout, because the CPU kernel has none.
+    covers both: "fixed" with "merged heads" of arXiv:1904.10509, sec. 4.3. There is no dropout, because no kernel on a CPU has any.
 
     Args:
         q: [batch, heads, m, head_dim]; its rows are the last m positions.
-        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads.
+        k, v: [batch, kv_heads, n, head_dim], m <= n, kv_heads a divisor of heads; v may have another head_dim in C++.
         block_size: tokens of a block.
         summary_size: tokens of each earlier block that later blocks see.
+        impl: "torch"; "cpp" for the C++ kernels, which run on a CPU; or "auto" for C++ where it can run.
 
     Returns:
-        [batch, heads, m, head_dim]. Costs O(n·(block_size + summary_size·n/block_size)·head_dim) per head; memory is linear in n.
-        Differentiable once.
+        [batch, heads, m, head_dim of v]. Costs O(n·(block_size + summary_size·n/block_size)·head_dim) per head; memory is linear
+        in n.
 
     Raises:
-        ValueError: if the shapes do not fit, summary_size is not within 1 … block_size, or the device has no kernel.
+        ValueError: if the shapes do not fit, summary_size is not within 1 … block_size, or torch's device has no kernel.
+        NotImplementedError: if `impl` names a backend that cannot take these tensors.
     """
     check_pattern(block_size, summary_size)
     check_heads(q, k, v)
     blocks_before = (k.shape[2] - q.shape[2]) // block_size * block_size  # tokens of the blocks that hold no query
     k_summary, v_summary = (summaries(x, block_size, summary_size) for x in (k, v))
-    return _attend(q, k[:, :, blocks_before:], v[:, :, blocks_before:], k_summary, v_summary, block_size, summary_size)
+    tensors = q, k[:, :, blocks_before:], v[:, :, blocks_before:], k_summary, v_summary
+    return _attend(*tensors, block_size=block_size, summary_size=summary_size, impl=impl)
 
 
 def check_pattern(block_size: int, summary_size: int) -> None:
@@ -65,15 +70,34 @@ def summaries(x: Tensor, block_size: int, summary_size: int) -> Tensor:
     return x.unfold(2, block_size, block_size)[..., block_size - summary_size :].mT.flatten(2, 3)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block_size: int, summary_size: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, *, block_size: int, summary_size: int, impl: str
+) -> Tensor:
     """`sparse_attention` with k and v from the block of the first query on, and the summaries of all complete blocks."""
     earlier_rows = k_summary.shape[2] - k.shape[2] // block_size * summary_size
+    unsupported = partial(key_ranges.KERNELS.unsupported, q, k, v)
+    backend = select(check_impl(impl, "cpp"), {"cpp": unsupported})
     if q.shape[2] == 1:  # a decoded token sees all keys that are left
         if not earlier_rows:
             return softmax_attention_over_pages(q, [k], [v])
         return softmax_attention_over_pages(q, [k_summary[:, :, :earlier_rows], k], [v_summary[:, :, :earlier_rows], v])
-    parts = _pattern_parts(k.shape[2] - q.shape[2], k.shape[2], earlier_rows, block_size, summary_size)
-    return attention_over_parts(q, [(k, v), (k_summary, v_summary)], parts)
+    ranges = key_ranges.Ranges(block_size=block_size, summary_size=summary_size, earlier=earlier_rows)
+    sources = (k, v, k_summary, v_summary) if k_summary.shape[2] else (k, v, None, None)
+    attend: Callable[..., Tensor] = _compiled if backend == "cpp" else _attend_in_parts
+    return attend(q, *sources, ranges)
+
+
+def _attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor | None, v_summary: Tensor | None, ranges: key_ranges.Ranges
+) -> Tensor:
+    """`key_ranges.attention` by torch operations."""
+    parts = _pattern_parts(k.shape[2] - q.shape[2], k.shape[2], ranges.earlier, ranges.block_size, ranges.summary_size)
+    sources = [(k, v)] if k_summary is None or v_summary is None else [(k, v), (k_summary, v_summary)]
+    return attention_over_parts(q, sources, parts)
+
+
+_compiled = key_ranges.attention(_attend_in_parts)
+"""`_attend_in_parts` by C++ kernels."""
 
 
 TOKENS, SUMMARIES = 0, 1
@@ -172,13 +196,14 @@ class SparseAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary: as in `MultiHeadAttention`.
         block_size, summary_size: as in `sparse_attention`.
-        impl: see `Attention`; "flex" is torch's FlexAttention, made for CUDA. `extend` takes the torch path, because its state does
-            not hold all keys.
+        impl: see `Attention`. "cpp" is `baselines.kernels.key_ranges`; "flex" is torch's FlexAttention, made for CUDA. Instead of
+            the latter, `extend` takes the torch path, because its state does not hold all keys; so does a single token always.
 
     Raises:
         ValueError: if summary_size is not within 1 … block_size, or impl is unknown.
     """
 
+    backends = ("cpp",)
     explicit_backends = ("flex",)
     bounded_state = True
 
@@ -202,11 +227,15 @@ class SparseAttention(MultiHeadAttention):
     def block_length(self) -> int:
         return self.block_size
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        return key_ranges.KERNELS.unsupported(*tensors) if backend == "cpp" else None
+
     def attend(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
-        if self.impl == "flex" and q.shape[2] > 1:
+        backend = self.select_backend(*tensors)
+        if backend == "flex" and q.shape[2] > 1:
             return flex.masked_attention(fixed_pattern(self.block_size, self.summary_size, k.shape[2] - q.shape[2]), q, k, v)
-        return sparse_attention(q, k, v, block_size=self.block_size, summary_size=self.summary_size)
+        return sparse_attention(q, k, v, block_size=self.block_size, summary_size=self.summary_size, impl=_without_flex(backend))
 
     def reference(self, *tensors: Tensor) -> Tensor:
         q, k, v = tensors
@@ -226,14 +255,15 @@ class SparseAttention(MultiHeadAttention):
             if state is not None:
                 k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
                 v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)
-        output = self.output(_attend(q, k, v, k_summary, v_summary, self.block_size, self.summary_size))
+        tensors, impl = (q, k, v, k_summary, v_summary), _without_flex(self.impl)
+        output = self.output(_attend(*tensors, block_size=self.block_size, summary_size=self.summary_size, impl=impl))
         if completed:
             # Cloned: a view would keep all the keys in memory.
             k, v = (x[:, :, completed:].clone(memory_format=torch.contiguous_format) for x in (k, v))
-        tensors = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
+        kept = {"keys": k, "values": v, "key_summaries": k_summary, "value_summaries": v_summary}
         # An empty view would keep its base in memory, too.
-        tensors = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in tensors.items()}
-        return output, {**tensors, "position": position_counter(position + hidden_states.shape[1])}
+        kept = {name: x.contiguous() if x.shape[2] else x.new_empty(x.shape) for name, x in kept.items()}
+        return output, {**kept, "position": position_counter(position + hidden_states.shape[1])}
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         """Bytes of the keys and values of the incomplete block and of all summaries."""
@@ -247,3 +277,7 @@ class SparseAttention(MultiHeadAttention):
         own_block = blocks * self.block_size * (self.block_size + 1) // 2 + rest * (rest + 1) // 2
         earlier = self.summary_size * (self.block_size * (blocks * (blocks - 1) // 2) + rest * blocks)
         return 4 * batch_size * self.num_heads * self.head_dim * (own_block + earlier)
+
+
+def _without_flex(impl: str) -> str:
+    return "torch" if impl == "flex" else impl

@@ -74,34 +74,6 @@ void product(
     }
 }
 
-/// Exchanges lanes of a and b, so that after steps of 1, 2, 4, … LANES / 2 over all pairs of rows a square is transposed.
-template <class T, int STRIDE>
-__attribute__((always_inline)) inline void exchange(Vector<T>& a, Vector<T>& b) {
-    typedef T Plain __attribute__((vector_size(BYTES)));
-    typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Lane;
-    typedef Lane Lanes __attribute__((vector_size(BYTES)));
-    Lanes first, second;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES<T>; ++i) {
-        const bool own = !(i & STRIDE);
-        first[i] = own ? i : LANES<T> + i - STRIDE;
-        second[i] = own ? i + STRIDE : LANES<T> + i;
-    }
-    const Plain x = a, y = b;
-    a = __builtin_shuffle(x, y, first), b = __builtin_shuffle(x, y, second);
-}
-
-/// Transposes LANES vectors in registers.
-template <class T, int STRIDE = 1>
-__attribute__((always_inline)) inline void transpose(Vector<T>* rows) {
-    if constexpr (STRIDE < LANES<T>) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES<T>; ++i)
-            if (!(i & STRIDE)) exchange<T, STRIDE>(rows[i], rows[i + STRIDE]);
-        transpose<T, 2 * STRIDE>(rows);
-    }
-}
-
 /// to[column, row] = from[row, column] * factor for `rows` <= LANES rows. Lanes of `to` after the last row become 0.
 template <class T>
 void transpose_rows(const T* from, index from_row, index rows, index columns, T factor, T* to, index to_row) {
@@ -221,15 +193,9 @@ Vector<T> largest(const T* scores, index number, Vector<T> known) {
     Vector<T> most[CHAINS] = {known, known, known, known};
     index j = 0;
     for (; j + CHAINS <= number; j += CHAINS)
-        for (int i = 0; i < CHAINS; ++i) {
-            const Vector<T> x = vector(scores + (j + i) * LANES<T>);
-            most[i] = x > most[i] ? x : most[i];
-        }
-    for (int i = 1; i < CHAINS; ++i) most[0] = most[i] > most[0] ? most[i] : most[0];
-    for (; j < number; ++j) {
-        const Vector<T> x = vector(scores + j * LANES<T>);
-        most[0] = x > most[0] ? x : most[0];
-    }
+        for (int i = 0; i < CHAINS; ++i) most[i] = greater<T>(vector(scores + (j + i) * LANES<T>), most[i]);
+    for (int i = 1; i < CHAINS; ++i) most[0] = greater<T>(most[i], most[0]);
+    for (; j < number; ++j) most[0] = greater<T>(vector(scores + j * LANES<T>), most[0]);
     return most[0];
 }
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,27 +23,30 @@ from tests import oracles
 Attend = Callable[..., Tensor]
 LENGTHS = (1, 2, 7, 8, 9, 16, 31, 65)
 
+IMPLS = ("torch", "cpp")
 CASES = [
     pytest.param(softmax_attention, softmax_attention_reference, oracles.standard, {}, id="standard"),
     *(
         pytest.param(
-            sliding_window_attention,
+            partial(sliding_window_attention, impl=impl),
             sliding_window_attention_reference,
             oracles.sliding_window,
             {"window_size": w},
-            id=f"window-{w}",
+            id=f"window-{w}-{impl}",
         )
         for w in (1, 2, 7, 8, 100)
+        for impl in IMPLS
     ),
     *(
         pytest.param(
-            sparse_attention,
+            partial(sparse_attention, impl=impl),
             sparse_attention_reference,
             oracles.sparse,
             {"block_size": block, "summary_size": c},
-            id=f"sparse-{block}-{c}",
+            id=f"sparse-{block}-{c}-{impl}",
         )
         for block, c in ((1, 1), (4, 1), (8, 3), (8, 8), (100, 5))
+        for impl in IMPLS
     ),
     *(
         pytest.param(
@@ -111,6 +115,10 @@ def test_lower_precision_stays_close(
     fast: Attend, reference: Attend, oracle: Attend, options: Any, dtype: torch.dtype, allowed: float
 ) -> None:
     rounded = [x.to(dtype) for x in inputs(65)]
+    if isinstance(fast, partial) and fast.keywords["impl"] == "cpp" and dtype.itemsize < 4:
+        with pytest.raises(NotImplementedError, match=f"takes float32 or float64, got {dtype}; impl='torch' takes every input"):
+            fast(*rounded, **options)
+        return
     output, expected = fast(*rounded, **options), oracle(*rounded, **options)
     assert output.dtype == dtype
     assert (output.double() - expected).norm() <= allowed * expected.norm()
@@ -202,7 +210,7 @@ def test_flex_attention_raises_for_what_it_lacks() -> None:
         build(SparseAttention, {"impl": "flex"})(x).sum().backward()
     with pytest.raises(NotImplementedError, match=r"FlexAttention has no dropout, got dropout=0\.5; impl='torch' takes"):
         SlidingWindowAttention(24, 4, impl="flex", dropout=0.5)(x.float())
-    with pytest.raises(ValueError, match="impl must be one of auto, torch, flex, got 'fla'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, cpp, flex, got 'fla'"):
         SparseAttention(24, 4, impl="fla")
 
 
