@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int TALL = BYTES == 64 ? 24 : 12, STEP = TALL / 3;  // rows of a column of sums: a multiple of STEP, at most TALL
+constexpr int MOST_ROWS = BYTES == 64 ? 24 : 12, STEP = MOST_ROWS / 3;  // rows of a column of sums: a multiple of STEP, at most MOST_ROWS
 constexpr index QUERIES = 128, KEYS = 256;                    // of a task, and of a chunk of keys that is packed at once
 constexpr index KEY_ROW = KEYS + 16;                          // rows of packed keys are not a power of two apart in the cache
 constexpr index MARGIN = ROWS;                                // rows of zeros around the weights of a chunk
@@ -36,7 +36,7 @@ struct RangeSizes {
     /// Of the most demanding function.
     template <class T>
     index scratch_size() const {
-        const index most = max_panels<T>() * LANES<T>, weights = (KEYS + 2 * MARGIN + TALL) * (most + LANES<T>);
+        const index most = max_panels<T>() * LANES<T>, weights = (KEYS + 2 * MARGIN + MOST_ROWS) * (most + LANES<T>);
         const index keys_and_values = (KEY_ROW + KEYS) * (dim() + wide() + 4 * STEP), columns = padded<T>(head_dim) + padded<T>(value_dim);
         return keys_and_values + group() * most * (3 * dim() + 2 * wide() + columns + 8) + 2 * weights + 64 * 16;
     }
@@ -68,9 +68,9 @@ void product(
 ) {
     operations += 2 * up_to(rows, STEP) * LANES<T> * depth;
     while (rows > 0) {
-        const auto run = rows > 2 * STEP ? tall_product<T, TALL> : rows > STEP ? tall_product<T, 2 * STEP> : tall_product<T, STEP>;
+        const auto run = rows > 2 * STEP ? tall_product<T, MOST_ROWS> : rows > STEP ? tall_product<T, 2 * STEP> : tall_product<T, STEP>;
         run(left, step, right, right_row, depth, to, to_row, fresh, factor);
-        rows -= TALL, left += TALL, to += TALL * to_row;
+        rows -= MOST_ROWS, left += MOST_ROWS, to += MOST_ROWS * to_row;
     }
 }
 
@@ -264,7 +264,7 @@ index attend(
         const index start = block * QUERIES, stop = std::min<index>(s.time, start + QUERIES);
         T* keys = scratch.take(dim * KEY_ROW);
         T* values = scratch.take(KEYS * wide);
-        T* weights = scratch.take((KEYS + TALL) * LANES<T>);
+        T* weights = scratch.take((KEYS + MOST_ROWS) * LANES<T>);
         T* queries = scratch.take(most * dim * LANES<T>);
         T* outs = scratch.take(most * wide * LANES<T>);
         T *maxima = scratch.take(most * LANES<T>), *sums = scratch.take(most * LANES<T>);
@@ -352,8 +352,8 @@ index attend_backward(
         T* query_rows = scratch.take(group * slots * padded<T>(dim));
         T* d_out_rows = scratch.take(group * slots * padded<T>(wide));
         T *normaliser = scratch.take(number * LANES<T>), *along = scratch.take(number * LANES<T>);
-        T* weights = scratch.take((KEYS + 2 * MARGIN + TALL) * row);
-        T* d_scores = scratch.take((KEYS + 2 * MARGIN + TALL) * row);
+        T* weights = scratch.take((KEYS + 2 * MARGIN + MOST_ROWS) * row);
+        T* d_scores = scratch.take((KEYS + 2 * MARGIN + MOST_ROWS) * row);
         std::vector<index> low(slots), high(slots);
         for (index p = 0; p < number; ++p) {
             const auto [head, first, count, _, __] = panel[p];
