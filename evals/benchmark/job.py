@@ -14,6 +14,7 @@ from evals.config import Comparison
 from evals.errors import UsageError
 from evals.measure import machine
 from evals.measure.clock import now
+from evals.measure.limits import memory_limit_bytes
 from evals.measure.memory import available_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
@@ -88,7 +89,13 @@ class Job(ABC):
                 "relative_to": comparison.relative_to,
                 "code": self.code,
                 "harness": code_hash.modules_digest(*modules),
-                "limits": [sampling.timeout_s, sampling.memory_limit_gib, sampling.time_slice_s, sampling.seed],
+                "limits": [
+                    sampling.timeout_s,
+                    sampling.memory_limit_gib,
+                    sampling.time_slice_s,
+                    sampling.seed,
+                    memory_limit_bytes(),
+                ],
                 "machine": self.machine,
             }
         )

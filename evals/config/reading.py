@@ -120,7 +120,7 @@ def read_model(values: Any) -> Model:
 
 def read_device(values: Any) -> Device:
     if isinstance(values, dict) and values.get("threads", 0) is None:
-        values["threads"] = torch.get_num_threads()
+        values["threads"] = min(torch.get_num_threads(), core_count())  # which OMP_NUM_THREADS may exceed
     check_fields(Device, "device", values)
     device = Device(**values)
     if device.kind == "cuda" and not torch.cuda.is_available():

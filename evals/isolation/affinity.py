@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -12,13 +13,15 @@ from typing import TypeVar
 import torch
 
 from evals.errors import UsageError
+from evals.measure.limits import cpu_quota
 
 T = TypeVar("T")
 
 
 def core_count() -> int:
-    """Number of logical cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of logical cores that this process may use, by its affinity and by the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, math.ceil(cpu_quota() or cores))
 
 
 def thread_counts() -> str:

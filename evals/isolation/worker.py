@@ -54,7 +54,8 @@ class Worker(Generic[Request, Reply]):
     ) -> None:
         """Starts the process, which imports the function by its name and unpickles the arguments.
 
-        memory_limit_bytes: what the child may allocate beyond what it holds at its start; enforced on Linux only.
+        memory_limit_bytes: what the child may allocate beyond what it holds at its start, unless the command has a lower limit;
+            enforced on Linux only.
         """
         self._log = tempfile.NamedTemporaryFile(prefix="worker-", dir=scratch_folder())  # noqa: SIM115  closed by __exit__
         self._process, self._connection = launch(_run_child, self._log.name, memory_limit_bytes, function, arguments)
@@ -132,8 +133,7 @@ def _run_child(
     # A killed command must leave no stopped process behind: the fork server dies with the command, and the child with that.
     end_with_parent()
     if sys.platform == "linux" and memory_limit is not None:
-        allowed = private_bytes() + memory_limit
-        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+        limit_memory(memory_limit)
     try:
         value = function(*arguments)
         if isinstance(value, Generator):
@@ -143,6 +143,13 @@ def _run_child(
     except Exception as error:  # noqa: BLE001  whatever a variant raises is an outcome
         result = Result(classify_error(error), detail=_describe_error(error))
     connection.send(result)
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Limits this process to `more_bytes` beyond what it holds; a lower limit that it has, which it could not raise, stays."""
+    limits = (private_bytes() + more_bytes, *resource.getrlimit(resource.RLIMIT_DATA))
+    allowed = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 
 
 def _serve(connection: Connection, generator: Generator[Reply, Request, None]) -> None:

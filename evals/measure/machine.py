@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from evals.measure.cuda_state import driver_version
+from evals.measure.limits import cpu_quota, kernel_file, memory_limit_bytes
 from evals.paths import ROOT
 
 SYSTEM = Path("/sys/devices/system/cpu")
@@ -59,15 +60,16 @@ def provenance(device: str = "cpu") -> dict[str, Fact]:
         "physical_cores": psutil.cpu_count(logical=False),
         "affinity": None if affinity is None else ranges(affinity),
         "threads_available": os.cpu_count() if affinity is None else len(affinity),
-        "cpu_quota": _quota(),
+        "cpu_quota": cpu_quota(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "virtual_machine": "hypervisor" in _cpuinfo()["flags"].split() if "flags" in _cpuinfo() else None,
         "governor": _distinct(SYSTEM.glob("cpu[0-9]*/cpufreq/scaling_governor")),
         "boost": _boost(),
-        "smt": {"1": True, "0": False}.get(_text(SYSTEM / "smt/active") or ""),
-        "huge_pages": _selected(_text(Path("/sys/kernel/mm/transparent_hugepage/enabled"))),
+        "smt": {"1": True, "0": False}.get(kernel_file(SYSTEM / "smt/active") or ""),
+        "huge_pages": _selected(kernel_file(Path("/sys/kernel/mm/transparent_hugepage/enabled"))),
         "load_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "memory_bytes": psutil.virtual_memory().total,
+        "memory_limit_bytes": memory_limit_bytes(),
         "environment": environment(os.environ.items()),
         **_gpu(device),
     }
@@ -125,27 +127,21 @@ def _commit() -> tuple[str | None, bool | None]:
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
     """Facts about the first core; empty outside Linux."""
-    first = (_text(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
+    first = (kernel_file(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
     lines = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in lines}
 
 
-def _quota() -> float | None:
-    """Number of cores whose time this process's control group may use; None if unlimited or unknown."""
-    quota, _, period = (_text(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
 def _boost() -> bool | None:
-    intel = _text(SYSTEM / "intel_pstate/no_turbo")
+    intel = kernel_file(SYSTEM / "intel_pstate/no_turbo")
     if intel is not None:
         return intel == "0"
-    return {"1": True, "0": False}.get(_text(SYSTEM / "cpufreq/boost") or "")
+    return {"1": True, "0": False}.get(kernel_file(SYSTEM / "cpufreq/boost") or "")
 
 
 def _distinct(files: Iterable[Path]) -> str | None:
     """The distinct contents of files that should all be equal; None if there is no file."""
-    return ",".join(sorted({text for text in map(_text, files) if text})) or None
+    return ",".join(sorted({text for text in map(kernel_file, files) if text})) or None
 
 
 def _selected(options: str | None) -> str | None:
@@ -157,11 +153,4 @@ def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:  # this system has no such file, or forbids to read it
         return None

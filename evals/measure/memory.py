@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from evals.measure import Work
 from evals.measure.clock import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+from evals.measure.limits import memory_left_bytes
 
 
 class CudaPeak(NamedTuple):
@@ -99,8 +100,8 @@ def _status_bytes(key: str) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this machine can give without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Memory that this process can take without swapping, and before it reaches a limit that was set for it."""
+    return int(min(psutil.virtual_memory().available, memory_left_bytes()))
 
 
 def private_bytes() -> int:

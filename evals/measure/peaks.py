@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from evals.measure import Work
+from evals.measure.memory import available_bytes
 from evals.stats.roofline import Peaks, merge_ladders
 
 SMALLEST_BYTES = 2**16
@@ -99,7 +99,7 @@ def _products(device: str, dtype: torch.dtype) -> Iterator[Product]:
 
 def memory_passes(device: str) -> Iterator[MemoryPass]:
     """A copy and a sum over each working set: either may be the faster one. They use at most a quarter of the free memory."""
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+    free = available_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     sizes = [SMALLEST_BYTES]
     while 2 * sizes[-1] <= min(LARGEST_BYTES[device], free // 4):
         sizes.append(2 * sizes[-1])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
@@ -247,6 +248,11 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
         read(*small, *arguments)
     assert re.search(sentence, str(refusal.value))
     assert "\n" not in str(refusal.value)
+
+
+def test_threads_that_nobody_asked_for_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: core_count() + 1)  # as OMP_NUM_THREADS may say
+    assert read("device.threads=null").device.threads == core_count()
 
 
 @pytest.mark.parametrize("group", ["shape", "model", "device", "sampling", "workload"])

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import psutil
 import pytest
 import torch
 
-from evals.isolation.worker import Result, classify_error, run_isolated
+from evals.isolation.worker import Result, classify_error, limit_memory, run_isolated
+from evals.measure.memory import private_bytes
 from evals.paths import ROOT
 
 
@@ -152,6 +154,19 @@ def test_memory_beyond_the_limit_is_oom_and_below_it_is_ok() -> None:
     result = run_isolated(hold, 300, timeout_s=60, memory_limit_bytes=limit)
     assert result.outcome == "oom"
     assert "can't allocate memory" in result.detail
+
+
+def hold_within_a_lower_limit(mib: int) -> int:
+    lower = private_bytes() + 256 * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (lower, lower))
+    limit_memory(2**40)
+    return hold(mib)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+def test_a_lower_limit_of_the_command_stays() -> None:
+    assert run_isolated(hold_within_a_lower_limit, 128, timeout_s=60) == Result("ok", 128)
+    assert run_isolated(hold_within_a_lower_limit, 300, timeout_s=60).outcome == "oom"
 
 
 def test_a_child_does_not_write_on_the_parents_terminal(capfd: pytest.CaptureFixture[str]) -> None:
