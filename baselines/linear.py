@@ -3,12 +3,15 @@
 Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels import fla
+from baselines.kernels import fla, linear
 from baselines.kernels.recurrent import RecurrentAttention, check_inputs, group_queries, to_chunks, ungroup_outputs
+from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
 
 EPSILON = 1e-24
@@ -16,24 +19,27 @@ EPSILON = 1e-24
 beside the product of two features of −20."""
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 64) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 64, impl: str = "auto") -> Tensor:
     """Linear attention: S_t = S_{t-1} + φ(k_t) v_tᵀ,  z_t = z_{t-1} + φ(k_t),  o_t = φ(q_t)ᵀS_t / φ(q_t)ᵀz_t,  φ = elu + 1.
 
     This is arXiv:2006.16236, eq. 16-20.
 
     Args:
         q: [batch, heads, time, head_dim].
-        k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads.
+        k, v: [batch, kv_heads, time, head_dim], kv_heads a divisor of heads; v may have another head_dim.
         chunk_size: tokens computed together; changes the speed, not the result.
+        impl: "cpp", "torch", or "auto" for the first of them that supports the tensors.
 
     Returns:
-        [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. Costs
+        [batch, heads, time, head_dim of v] in the dtype of q; sums accumulate in float32 or better. Costs
         O(n·(chunk_size + head_dim)·head_dim) per head; holds no n×n tensor.
 
     Raises:
-        ValueError: if the shapes do not fit, or chunk_size is not a positive integer.
+        ValueError: if the shapes do not fit, chunk_size is not a positive integer, or `impl` is unknown.
+        NotImplementedError: if `impl` names a backend that does not support the tensors.
     """
-    return _chunkwise(q, k, v, chunk_size, None)[0]
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(linear.KERNELS.unsupported, q, k, v)})
+    return _attention_after(None, q, k, v, chunk_size, backend)[0]
 
 
 def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,14 +64,23 @@ def _features(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + x.relu()
 
 
-@without_autocast
-def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`linear_attention` after the state `initial`, and the final state.
+def _attention_after(
+    initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_attention` after the state `initial`, and the final state, which is None if `initial` is.
 
-    A state is [batch, kv_heads, head_dim, head_dim + 1]: S, and z as its last column. With a single chunk and `initial` None no
-    state is computed, and the final state is None.
+    A state is [batch, kv_heads, head_dim of k, head_dim of v + 1]: S, and z as its last column.
     """
     check_inputs(q, k, v, chunk_size)
+    if initial is not None and initial.shape != (expected := (*k.shape[:2], k.shape[3], v.shape[3] + 1)):
+        raise ValueError(f"the state must be {list(expected)} for these keys and values, got {list(initial.shape)}")
+    outputs = (_cpp if backend == "cpp" else _chunkwise)(q, k, v, initial, chunk_size)
+    return (outputs, None) if isinstance(outputs, Tensor) else (outputs[0], outputs[1])
+
+
+@without_autocast
+def _chunkwise(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk_size: int) -> linear.Outputs:
+    """The output, and after a state `initial` the final state: all chunks at once."""
     time, kv_heads = k.shape[2], k.shape[1]
     size, group = min(chunk_size, time), q.shape[1] // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -77,15 +92,18 @@ def _chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, initial: Tensor
 
     scores = (queries @ keys.mT).unflatten(3, (group, size)).tril().flatten(3, 4)
     sums = scores @ values
-    final = None
     if initial is not None or keys.shape[2] > 1:
         states = keys.mT @ values
         before = F.pad(states, (0, 0, 0, 0, 1, -1)).cumsum(2)
         if initial is not None:
             before = before + initial.unsqueeze(2)
         sums = sums + queries @ before
-        final = before[:, :, -1] + states[:, :, -1]
-    return _normalised(ungroup_outputs(sums, group, time)).to(q.dtype), final
+    out = _normalised(ungroup_outputs(sums, group, time)).to(q.dtype)
+    return out if initial is None else (out, before[:, :, -1] + states[:, :, -1])
+
+
+_cpp = linear.attention(_chunkwise, EPSILON)
+"""`_chunkwise` in C++, chunk after chunk."""
 
 
 def _normalised(sums: Tensor) -> Tensor:
@@ -102,15 +120,21 @@ class LinearAttention(RecurrentAttention):
         hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
     """
 
+    backends = ("cpp",)
+
     @property
     def value_columns(self) -> int:
         return self.head_dim + 1  # S, then z
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        return linear.KERNELS.unsupported(*tensors) if backend == "cpp" else None
+
     def attend_after(self, total: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = tensors
-        if self.impl == "fla":
+        backend = self.select_backend(*tensors, *([] if total is None else [total]))
+        if backend == "fla":
             return fla.linear_attention(_features(q), _features(k), v, EPSILON, total)
-        return _chunkwise(q, k, v, self.chunk_size, total)
+        return _attention_after(total, q, k, v, self.chunk_size, backend)
 
     @without_autocast
     def step(self, total: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
