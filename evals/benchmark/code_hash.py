@@ -81,10 +81,11 @@ def source_files(attention: Attention) -> list[Path]:
 
 @functools.cache
 def _cpp_files(file: Path) -> frozenset[Path]:
-    """C++ files in a source's folder that it names in a string or includes, directly or not."""
+    """C++ files in a source's folder, or the one above, that it names in a string or includes, directly or not."""
     text = file.read_text()
     names = re.findall(r"""["']([\w./-]+\.(?:cpp|h))["']""", text)
-    direct = {path for path in (file.with_name(name) for name in names) if path.exists()} - {file}
+    direct = {path for path in (folder / name for folder in (file.parent, file.parent.parent) for name in names) if path.is_file()}
+    direct -= {file}
     return frozenset(direct.union(*map(_cpp_files, direct)))
 
 

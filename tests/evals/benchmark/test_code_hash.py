@@ -36,6 +36,8 @@ def test_late_imports_and_compiled_files_count() -> None:
         "bsbr/attention.py",
         "bsbr/backends/pytorch.py",
         "bsbr/backends/cpp/bsbr.cpp",
+        "bsbr/backends/cpp/bsbr/sizes.h",
+        "bsbr/backends/cpp/tensors.h",
         "bsbr/context_parallel.py",
         "bsbr/backends/triton/output_backward.py",
     }
