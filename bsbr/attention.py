@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from bsbr import cost, reference, streaming
 from bsbr.backends import dispatch
+from bsbr.backends.cpp import decode
 from bsbr.backends.triton import tuning
 from bsbr.context_parallel import context_parallel_bsbr_attention
-from bsbr.features import FeatureMap, build_feature_map
+from bsbr.features import FeatureMap, QuadraticFeatures, build_feature_map
 from bsbr.inputs import BSBRInputs, BSBROptions, TokenInputs
-from bsbr.interface import MultiHeadAttention, State, check_hidden_states, require_positive, rotate, split_heads
+from bsbr.interface import (
+    MultiHeadAttention,
+    State,
+    check_hidden_states,
+    next_position,
+    require_positive,
+    rotate,
+    split_heads,
+)
 from bsbr.process_group import SequenceGroup
 from bsbr.streaming import StreamingState
 from bsbr.validation import check_inputs
@@ -290,6 +299,8 @@ class BSBRAttention(MultiHeadAttention):
         earlier chunks.
         """
         check_hidden_states(hidden_states, self.hidden_dim)
+        if state is not None and self._decodes_in_cpp(hidden_states, state):
+            return self._decode(hidden_states, state)
         current = StreamingState.empty(hidden_states, self._head_sizes) if state is None else StreamingState.from_state(state)
         room = -current.position % self.chunk_size  # in the open chunk, if there is one
         attended = []
@@ -301,6 +312,37 @@ class BSBRAttention(MultiHeadAttention):
             attended.append(part)
         return self.output(attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)), current.to_state()
 
+    def _decodes_in_cpp(self, hidden_states: Tensor, state: State) -> bool:
+        """Whether the input is one token of an open chunk, without gradients, that C++ can take."""
+        return (
+            hidden_states.shape[1] == 1
+            and next_position(state) % self.chunk_size > 0
+            and self.impl in ("auto", "cpp")
+            and not torch.is_grad_enabled()
+            and decode.KERNELS.unsupported(hidden_states, state["keys"], state["open_state"], dropout_p=self.dropout_p) is None
+        )
+
+    def _decode(self, hidden_states: Tensor, state: State) -> tuple[Tensor, State]:
+        """`extend` by one token of an open chunk in C++. The pages of the memory are not read: there may be thousands."""
+        position, (batch, _, hidden_dim) = next_position(state), hidden_states.shape
+        q, k, v = self.project_heads(hidden_states)
+        quadratic = isinstance(self.features, QuadraticFeatures)
+        factors = self.features.factors(hidden_states) if quadratic else self.features(hidden_states, q, k)
+        if self.rotary:
+            q, k = rotate(q, position), rotate(k, position)
+        beta = None if self.beta_proj is None else self.beta_proj(hidden_states).sigmoid().view(batch, self.num_kv_heads, 1, 1)
+        chunk = decode.OpenChunk(state["keys"], state["values"], state["retrieved"], state["open_state"])
+        attended, chunk = decode.continue_chunk(decode.Token(q, k, v, *factors, beta, quadratic), chunk)
+        after = {
+            **state,
+            **chunk._asdict(),
+            "open_hidden": state["open_hidden"] + hidden_states.view(batch, hidden_dim),
+            "position": state["position"] + 1,
+        }
+        if (position + 1) % self.chunk_size == 0:
+            after = self._close_chunk(hidden_states, StreamingState.from_state(after)).to_state()
+        return self.output(attended), after
+
     def _open_chunks(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
         inputs = self._project_chunks(hidden_states, state.position, hidden_states.shape[1] // self.chunk_size)
         return streaming.open_chunks(inputs._replace(gain=self.gain), hidden_states, state, self.options, self.impl)
@@ -308,10 +350,13 @@ class BSBRAttention(MultiHeadAttention):
     def _continue_chunk(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
         tokens = self._project_tokens(hidden_states, state.position)
         attended, state = streaming.continue_chunk(tokens, hidden_states, state, self.options)
-        if state.position % self.chunk_size == 0:
-            mean = (state.open_hidden / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
-            state = streaming.close_chunk(state, self._meta_key(hidden_states[:, -1:] if self.meta_pooling == "last" else mean))
-        return attended, state
+        return attended, state if state.position % self.chunk_size else self._close_chunk(hidden_states, state)
+
+    def _close_chunk(self, hidden_states: Tensor, state: StreamingState) -> StreamingState:
+        """Moves the open chunk, which ends with the last of `hidden_states`, into the memory."""
+        mean = (state.open_hidden / self.chunk_size).to(hidden_states.dtype).unsqueeze(1)
+        meta_key = self._meta_key(hidden_states[:, -1:] if self.meta_pooling == "last" else mean)
+        return streaming.close_chunk(state, meta_key, self.options)
 
     # --- cost ---
 

@@ -45,11 +45,14 @@ class QuadraticFeatures(nn.Module):
 
     def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """φ(q) and φ(k) [batch, heads or kv_heads, time, d_r], made of the hidden states [batch, time, hidden_dim] alone."""
-        q_factors = split_heads(self.q_proj(hidden_states), self.num_heads)
-        k_factors = split_heads(self.k_proj(hidden_states), self.num_kv_heads)
+        q_factors, k_factors = self.factors(hidden_states)
         use_cpp = self.impl in ("auto", "cpp") and KERNELS.unsupported(q_factors, k_factors) is None
         make = cpp.quadratic_features if use_cpp else quadratic_features
         return make(q_factors, self.feature_dim), make(k_factors, self.feature_dim)
+
+    def factors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """W_q x and W_k x of every head [batch, heads or kv_heads, time, p]."""
+        return split_heads(self.q_proj(hidden_states), self.num_heads), split_heads(self.k_proj(hidden_states), self.num_kv_heads)
 
 
 def build_feature_map(

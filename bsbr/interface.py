@@ -299,7 +299,8 @@ class MultiHeadAttention(Attention):
 
 def split_heads(hidden_states: Tensor, num_heads: int) -> Tensor:
     """[batch, time, heads · head_dim] -> [batch, heads, time, head_dim], a view."""
-    return cast(Tensor, hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2))
+    batch, time, width = hidden_states.shape
+    return hidden_states.view(batch, time, num_heads, width // num_heads).transpose(1, 2)
 
 
 def merge_heads(heads: Tensor) -> Tensor:

@@ -139,16 +139,17 @@ def continue_chunk(
         open_hidden=state.open_hidden + hidden_states.to(state.open_hidden.dtype).sum(dim=1),
         position=state.position + time,
     )
-    return local + tokens.q_features @ state.retrieved, _with_visible_tokens(after, options)
+    return local + tokens.q_features @ state.retrieved, after
 
 
-def close_chunk(state: StreamingState, meta_key: Tensor) -> StreamingState:
+def close_chunk(state: StreamingState, meta_key: Tensor, options: BSBROptions) -> StreamingState:
     """Moves the open chunk, now complete, into the memory with its meta key [batch, kv_heads, 1, head_dim]."""
-    return state._replace(
+    closed = state._replace(
         memory=_with_chunks(state.memory, meta_key, state.open_state.to(state.values.dtype).unsqueeze(2)),
         open_state=torch.zeros_like(state.open_state),
         open_hidden=torch.zeros_like(state.open_hidden),
     )
+    return _with_visible_tokens(closed, options)
 
 
 @without_autocast

@@ -177,6 +177,68 @@ def test_a_state_holds_exactly_the_declared_bytes_of_memory(dtype: torch.dtype, 
                 assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == attention.state_bytes(time, 2)
 
 
+# --- one token in C++ -----------------------------------------------------------------------------
+
+
+@options_of_all_kinds
+@pytest.mark.parametrize("more", [{}, {"feature_map": "linear"}], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)], ids=str)
+def test_a_token_in_cpp_equals_that_in_torch(
+    dtype: torch.dtype, tolerance: float, more: dict[str, Any], options: dict[str, Any]
+) -> None:
+    fast, slow = (build(**options | more, impl=impl).to(dtype) for impl in ("cpp", "torch"))
+    x, tokens = hidden().to(dtype), [1] * TIME
+    with torch.no_grad():
+        (output, state), (expected, after) = in_pieces(fast.extend, x, tokens), in_pieces(slow.extend, x, tokens)
+    torch.testing.assert_close(output, expected, rtol=0, atol=tolerance)
+    assert_same(state, after, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [4, 16, 20, 33])
+@pytest.mark.parametrize("cached", [1, 15, 16, 17, 40])
+def test_a_token_in_cpp_equals_the_reference_at_any_size(head_dim: int, cached: int) -> None:
+    torch.manual_seed(0)
+    attention = randomize_zero_parameters(BSBRAttention(2 * head_dim, 2, chunk_size=48, num_kv_heads=1)).double()
+    x = torch.randn(3, 48 + cached + 1, 2 * head_dim, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :-1])
+        output, _ = attention.extend(x[:, -1:], state)
+        expected = attention.output(attention.reference(*attention.project(x)))[:, -1:]
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-11)
+
+
+def test_a_token_takes_a_state_of_any_strides_and_refuses_another_attentions() -> None:
+    attention, x = build(impl="cpp"), hidden(CHUNK + 3)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :-1])
+        output, _ = attention.extend(x[:, -1:], state)
+        strided = {name: tensor.mT.contiguous().mT if tensor.dim() >= 4 else tensor for name, tensor in state.items()}
+        again, _ = attention.extend(x[:, -1:], strided)
+        torch.testing.assert_close(again, output, rtol=0, atol=1e-14)
+        empty, _ = attention.extend(x[:0, -1:], {name: t[:0] if t.dim() else t for name, t in state.items()})
+        assert empty.shape == (0, 1, 16)
+        for wrong in (
+            {"keys": state["keys"][:1]},
+            {"values": state["values"][..., :3]},
+            {"open_state": state["open_state"][:, :, :2]},
+            {"retrieved": state["retrieved"][:, :1]},
+        ):
+            with pytest.raises(ValueError, match="the state must be that of 2 sequences of this attention"):
+                attention.extend(x[:, -1:], state | wrong)
+
+
+def test_a_token_reads_no_page_of_the_memory() -> None:
+    """Reading the pages of a million tokens would take longer than the token."""
+    attention, x = build(), hidden(2 * CHUNK + 2)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :-1])
+        pages = {name for name in state if name.startswith(("states.", "meta_keys."))}
+        without = {name: tensor for name, tensor in state.items() if name not in pages}
+        expected, _ = attention.extend(x[:, -1:], state)
+        assert pages
+        assert torch.equal(attention.extend(x[:, -1:], without)[0], expected)
+
+
 # --- cost of a token ------------------------------------------------------------------------------
 
 
