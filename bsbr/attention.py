@@ -326,13 +326,14 @@ class BSBRAttention(MultiHeadAttention):
         """`extend` by one token of an open chunk in C++. The pages of the memory are not read: there may be thousands."""
         position, (batch, _, hidden_dim) = next_position(state), hidden_states.shape
         q, k, v = self.project_heads(hidden_states)
-        quadratic = isinstance(self.features, QuadraticFeatures)
-        factors = self.features.factors(hidden_states) if quadratic else self.features(hidden_states, q, k)
+        features = self.features
+        quadratic = isinstance(features, QuadraticFeatures)
+        factors = features.factors(hidden_states) if isinstance(features, QuadraticFeatures) else features(hidden_states, q, k)
         if self.rotary:
             q, k = rotate(q, position), rotate(k, position)
         beta = None if self.beta_proj is None else self.beta_proj(hidden_states).sigmoid().view(batch, self.num_kv_heads, 1, 1)
         chunk = decode.OpenChunk(state["keys"], state["values"], state["retrieved"], state["open_state"])
-        attended, chunk = decode.continue_chunk(decode.Token(q, k, v, *factors, beta, quadratic), chunk)
+        attended, chunk = decode.continue_chunk(decode.Token(q, k, v, factors[0], factors[1], beta, quadratic), chunk)
         after = {
             **state,
             **chunk._asdict(),

@@ -1,7 +1,7 @@
-"""One token of BSBR that continues a chunk, as a single C++ operator: small operations of torch take most of the time of decoding."""
+"""One token of BSBR that continues a chunk, as one C++ operator: small operations of torch take most of the time of decoding."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def continue_chunk(token: Token, chunk: OpenChunk) -> tuple[Tensor, OpenChunk]:
     "Tensor retrieved, Tensor open_state, Tensor(a!) out, Tensor(b!) new_keys, Tensor(c!) new_values, Tensor(d!) new_state, "
     "bool quadratic) -> int"
 )
-def _token(q: Tensor, k: Tensor, *rest: Tensor | bool | None) -> int:
+def _token(q: Tensor, k: Tensor, *rest: Any) -> int:
     """Writes `out`, and the open chunk after the token."""
     *tensors, quadratic = rest
     q_factors, keys, state = tensors[1], tensors[4], tensors[7]
