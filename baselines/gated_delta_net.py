@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.kernels import delta_rule as kernel
-from baselines.kernels import fla
+from baselines.kernels import fla, qwen3_next
 from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs, unit_norm
 from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
@@ -156,10 +156,12 @@ class GatedDeltaNetAttention(RecurrentAttention):
     rotary=True rotates q and k after they are scaled to unit norm, which does not change their norm.
 
     Args:
-        hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`.
+        hidden_dim, num_heads, num_kv_heads, rotary, chunk_size, impl: as in `RecurrentAttention`. impl="transformers" is the
+            function of `baselines.kernels.qwen3_next`.
     """
 
     backends = ("cpp",)
+    explicit_backends = ("fla", "transformers")
 
     def __init__(
         self,
@@ -172,6 +174,7 @@ class GatedDeltaNetAttention(RecurrentAttention):
         impl: str = "auto",
     ) -> None:
         super().__init__(hidden_dim, num_heads, chunk_size=chunk_size, num_kv_heads=num_kv_heads, rotary=rotary, impl=impl)
+        self.computes_in = qwen3_next.COMPUTES_IN if impl == "transformers" else None
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         self.decay_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         # Initialisation of Mamba-2 (arXiv:2405.21060): exp(a) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1.
@@ -197,6 +200,9 @@ class GatedDeltaNetAttention(RecurrentAttention):
         if backend == "fla":
             q, k, v, beta, log_alpha = tensors
             return fla.gated_delta_rule(q, k, v, beta, log_alpha, total)
+        if backend == "transformers":
+            q, k, v, beta, log_alpha = tensors
+            return qwen3_next.gated_delta_rule(q, k, v, beta, log_alpha, self.chunk_size, total)
         return _RULE(backend, self.chunk_size, total, *tensors)
 
     @without_autocast

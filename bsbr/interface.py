@@ -61,7 +61,7 @@ class Attention(nn.Module, ABC):
     """Whether the state of `extend` is much smaller than all keys and values. If so, without gradients a long sequence is processed
     in segments, and apart from input, output and state no memory grows with its length."""
 
-    computes_in: ClassVar[torch.dtype | None] = None
+    computes_in: torch.dtype | None = None
     """The precision of the kernels if it does not follow the tensors: torch.float32 if they compute in float32 whatever they are
     given. The certificate then allows the rounding of that precision, and every row of results names it."""
 

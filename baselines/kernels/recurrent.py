@@ -5,6 +5,7 @@ a state S [head_dim, value columns] per key head from chunk to chunk.
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class RecurrentAttention(MultiHeadAttention):
         ValueError: for a chunk_size that is not a positive integer, or an unknown impl.
     """
 
-    explicit_backends = ("fla",)
+    explicit_backends: ClassVar[tuple[str, ...]] = ("fla",)
     bounded_state = True
 
     def __init__(

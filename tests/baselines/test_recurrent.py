@@ -469,13 +469,28 @@ def test_the_gated_delta_rule_equals_that_of_fla() -> None:
     torch.testing.assert_close(ours, from_fla.transpose(1, 2), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_gated_delta_rule_equals_that_of_transformers(kv_heads: int) -> None:
+    tensors = gated_delta_inputs(70, kv_heads)
+    state = torch.randn(2, kv_heads, tensors[1].shape[3], tensors[2].shape[3], generator=torch.Generator().manual_seed(0))
+    module = GatedDeltaNetAttention(4 * tensors[0].shape[3], 4, chunk_size=16, num_kv_heads=kv_heads)
+    theirs = GatedDeltaNetAttention(4 * tensors[0].shape[3], 4, chunk_size=16, num_kv_heads=kv_heads, impl="transformers")
+    for initial in (None, state.double()):
+        out, final = module.attend_after(initial, *tensors)
+        their_out, their_final = theirs.attend_after(initial, *tensors)
+        torch.testing.assert_close(their_out, out, rtol=1e-4, atol=1e-5)
+        if initial is not None:
+            assert their_final is not None
+            torch.testing.assert_close(their_final.to(final), final, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cls", [LinearAttention, DeltaNetAttention, GatedDeltaNetAttention])
 def test_fla_kernels_raise_without_cuda(cls: Any) -> None:
     attention = cls(16, 4, impl="fla")
     for call in (attention, attention.extend):
         with pytest.raises(NotImplementedError, match="impl=fla runs Triton kernels, which need CUDA, got tensors on cpu"):
             call(torch.zeros(1, 3, 16))
-    with pytest.raises(ValueError, match=r"impl must be one of auto, torch, .*fla, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"impl must be one of auto, torch, .*fla.*, got 'cuda'"):
         cls(16, 4, impl="cuda")
 
 
