@@ -14,7 +14,7 @@ from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla, qwen3_next
 from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs, unit_norm
 from bsbr.backends.selection import check_impl, select
-from bsbr.precision import without_autocast
+from bsbr.precision import to_float64, without_autocast
 
 
 def gated_delta_rule(
@@ -88,12 +88,12 @@ def _chunkwise(
 
     # Logarithms, because products of α underflow while their ratios do not; in float64, because differences of the sums are used.
     # e^x is 0 from -750 on, so the clamp changes no decay, and -∞ - (-∞) does not arise.
-    log_decays = to_chunks(log_alpha.double().clamp(min=-800).unsqueeze(3), size).cumsum(3)
-    since_start = _exp(log_decays.to(dtype))
-    until_end = _exp((log_decays[..., -1:, :] - log_decays).to(dtype))
+    log_decays = to_chunks(to_float64(log_alpha).clamp(min=-800).unsqueeze(3), size).cumsum(3)
+    since_start = _exp(log_decays.to(dtype).to(q.device))
+    until_end = _exp((log_decays[..., -1:, :] - log_decays).to(dtype).to(q.device))
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: masked after it, an overflowed exp would have the gradient 0·∞.
-    between = _exp((log_decays - log_decays.mT).to(dtype).masked_fill(future, -torch.inf))
+    between = _exp((log_decays - log_decays.mT).to(dtype).to(q.device).masked_fill(future, -torch.inf))
 
     overlaps = (rates * (keys @ keys.mT) * between).tril(-1)
     # By substitution, for the reason given in delta_net.

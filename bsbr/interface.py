@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bsbr.backends.selection import check_impl, is_transformed, select
 from bsbr.padding import pack
 from bsbr.paging import append_to_pages, state_pages
+from bsbr.precision import device_for_float64
 from bsbr.process_group import SequenceGroup
 
 State = dict[str, Tensor]
@@ -317,13 +318,28 @@ def rotate(x: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor:
         base: base of the frequencies.
     """
     half = x.shape[-1] // 2
-    # In float64: an angle reaches `position` radians, and at a million radians float32 rounds by up to 0.03.
-    frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)
-    angles = torch.outer(positions, frequencies)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = position_waves(x, start, base)
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def position_waves(like: Tensor, start: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles p·base^(−2i/d) of positions p.
+
+    Args:
+        like: [..., time, d], which gives sizes, dtype and device.
+        start: p of row 0.
+        base: base of the frequencies.
+
+    Returns:
+        Two of [time, ⌈d/2⌉].
+    """
+    time, dim = like.shape[-2:]
+    # In float64: an angle reaches `position` radians, and at a million radians float32 rounds by up to 0.03.
+    options = {"device": device_for_float64(like.device), "dtype": torch.float64}
+    frequencies = base ** (-torch.arange(0, dim, 2, **options) / dim)
+    angles = torch.outer(torch.arange(start, start + time, **options), frequencies)
+    return angles.cos().to(like.dtype).to(like.device), angles.sin().to(like.dtype).to(like.device)
 
 
 def position_counter(position: int) -> Tensor:

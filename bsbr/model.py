@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsbr.attention import BSBRAttention
 from bsbr.convolution import ShortConvolution
-from bsbr.interface import Attention, State, next_position, position_counter, require_positive
+from bsbr.interface import Attention, State, next_position, position_counter, position_waves, require_positive
 from bsbr.padding import pack, token_mask
 
 BuildAttention = Callable[..., Attention]
@@ -344,11 +344,8 @@ def sinusoids(like: Tensor, start: int = 0, *, base: float = 10_000.0) -> Tensor
     Returns:
         [time, hidden_dim].
     """
-    time, hidden_dim = like.shape[1:]
-    dims = torch.arange(0, hidden_dim, 2, device=like.device, dtype=torch.float64)
-    positions = torch.arange(start, start + time, device=like.device, dtype=torch.float64)
-    angles = torch.outer(positions, base ** (-dims / hidden_dim))
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :hidden_dim].to(like.dtype)
+    cos, sin = position_waves(like, start, base)
+    return torch.cat([sin, cos], dim=-1)[:, : like.shape[2]]
 
 
 def check_input_ids(input_ids: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Precision of computations that autocast must leave alone."""
+"""Precision: float64 where a device does not have it, and computations that autocast must leave alone."""
 
 import functools
 from collections.abc import Callable
@@ -7,8 +7,21 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices on which float64 does not exist: Apple's GPUs."""
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+
+def device_for_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU if float64 does not exist there."""
+    return torch.device("cpu") if device.type in DEVICES_WITHOUT_FLOAT64 else device
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """Casts to float64, on the CPU if it does not exist on the device of x. Cast the result down before it is moved back."""
+    return x.to(device_for_float64(x.device)).double()
 
 
 def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
