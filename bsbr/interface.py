@@ -336,9 +336,8 @@ def position_waves(like: Tensor, start: int, base: float) -> tuple[Tensor, Tenso
     """
     time, dim = like.shape[-2:]
     # In float64: an angle reaches `position` radians, and at a million radians float32 rounds by up to 0.03.
-    options = {"device": device_for_float64(like.device), "dtype": torch.float64}
-    frequencies = base ** (-torch.arange(0, dim, 2, **options) / dim)
-    angles = torch.outer(torch.arange(start, start + time, **options), frequencies)
+    arange = partial(torch.arange, device=device_for_float64(like.device), dtype=torch.float64)
+    angles = torch.outer(arange(start, start + time), base ** (-arange(0, dim, 2) / dim))
     return angles.cos().to(like.dtype).to(like.device), angles.sin().to(like.dtype).to(like.device)
 
 
