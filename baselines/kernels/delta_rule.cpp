@@ -13,7 +13,7 @@ constexpr index SEGMENT = 8;  // chunks; the forward pass keeps the state at the
 
 /// chunk_size: tokens solved together. parts: tasks that share the value columns of a head.
 struct RuleSizes {
-    std::int64_t batch, heads, kv_heads, time, chunk_size, head_dim, value_dim, parts, backward, threads;
+    std::int64_t batch, heads, kv_heads, time, chunk_size, head_dim, value_dim, parts, together, backward, threads;
 
     index chunks() const { return panels(time, chunk_size); }
 
@@ -26,8 +26,8 @@ struct RuleSizes {
     index scratch_size() const {
         const index c = padded<T>(chunk_size) + 16, d = padded<T>(head_dim) + 16, e = padded<T>(value_dim) + 16;
         const index chunk = 2 * c * d + 3 * c * c + 3 * c * e + d * e + 8 * c;
-        if (!backward) return chunk;
-        return SEGMENT * chunk + d * e * 4 + 4 * c * c + 8 * c * (d + e);
+        if (!backward) return chunk + together * d * e;
+        return SEGMENT * chunk + d * e * 4 + 4 * c * c + 8 * c * (d + e) + 3 * c * LANES<T>;
     }
 };
 
@@ -37,6 +37,8 @@ struct Chunk {
     index count;      // tokens
     index row;        // distance of the rows of decays and overlaps
     bool has_state;   // whether S is not 0
+    const T *next_key, *next_value;
+    index key_row, value_row;
     T* key;           // K [c, d]
     T* keys;          // Kᵀ, packed [d, c]
     T* decays;        // D [c, c]
@@ -82,6 +84,8 @@ void load(
         std::memcpy(x.key + i * s.head_dim, at<T>(k, item, head, start + i), s.head_dim * sizeof(T));
         x.rates[i] = *at<T>(beta, item, head, start + i);
     }
+    x.next_key = at<T>(k, item, head, start + x.count), x.key_row = k.row;
+    x.next_value = at<T>(v, item, head, start + x.count) + first, x.value_row = v.row;
     pack_transposed(x.key, s.head_dim, s.head_dim, x.count, x.keys);
     pack(at<T>(v, item, head, start) + first, v.row, x.count, columns, x.corrections);
 }
@@ -111,20 +115,26 @@ void decay(Chunk<T>& x, const Tensor& log_alpha, index item, index head, index s
     x.until_end = x.decays + (x.count - 1) * x.row;
 }
 
-/// sign · (rows Yᵀ ⊙ D) of M rows and the first `visible` columns; Yᵀ is packed.
+/// sign · (rows Yᵀ ⊙ D) of M rows and VECTORS vectors of columns; Yᵀ is packed.
+template <class T, int M, int VECTORS>
+void decayed_products(const T* rows, index stride, const T* packed, index depth, const T* decays, index row, T sign, T* to) {
+    Tile<T, M, VECTORS> tile;
+    tile.add_product(rows, stride, 1, packed, depth);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; ++j) tile.sum[i][j] *= vector(decays + i * row + j * LANES<T>) * sign;
+    tile.store(to, row, WIDTH<T>);
+}
+
+/// The same for the first `visible` columns; to and decays have rows of the same length.
 template <class T, int M>
 void decayed_products(
-    const T* rows, index stride, const T* packed, index depth, const T* decays, index decay_row, index visible, T sign, T* to, index row
+    const T* rows, index stride, const T* packed, index depth, const T* decays, index row, index visible, T sign, T* to
 ) {
-    for (index column = 0; column < visible; column += WIDTH<T>) {
-        Tile<T, M> tile;
-        tile.add_product(rows, stride, 1, packed + column * depth, depth);
-#pragma GCC unroll 12
-        for (int i = 0; i < M; ++i) {
-            tile.sum[i][0] *= vector(decays + i * decay_row + column) * sign;
-            tile.sum[i][1] *= vector(decays + i * decay_row + column + LANES<T>) * sign;
-        }
-        tile.store(to + column, row, WIDTH<T>);
+    for (index column = 0; column < visible; column += WIDTH<T>, packed += WIDTH<T> * depth) {
+        if (visible - column > LANES<T>) decayed_products<T, M, 2>(rows, stride, packed, depth, decays + column, row, sign, to + column);
+        else decayed_products<T, M, 1>(rows, stride, packed, depth, decays + column, row, sign, to + column);
     }
 }
 
@@ -156,9 +166,13 @@ __attribute__((always_inline)) inline void add_rows(Tile<T, M>& tile, const T* f
 template <class T>
 void solve(const RuleSizes& s, Chunk<T>& x, index columns) {
     by_rows(x.count, [&](index i, auto m) {
+        for (int a = 0; a < m; ++a) {
+            fetch(x.next_key + (i + a) * x.key_row, s.head_dim);
+            fetch(x.next_value + (i + a) * x.value_row, columns);
+        }
         const T* key = x.key + i * s.head_dim;
         T* overlaps = x.overlaps + i * x.row;
-        decayed_products<T, m()>(key, s.head_dim, x.keys, s.head_dim, x.decays + i * x.row, x.row, i + m, T(-1), overlaps, x.row);
+        decayed_products<T, m()>(key, s.head_dim, x.keys, s.head_dim, x.decays + i * x.row, x.row, i + m, T(-1), overlaps);
         T lower[ROWS * ROWS];
         for (int a = 1; a < m; ++a)
             for (int b = 0; b < a; ++b) lower[a * ROWS + b] = overlaps[a * x.row + i + b] * x.rates[i + b];
@@ -205,42 +219,54 @@ index delta_rule(
     const RuleSizes& s, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor log_alpha, Tensor initial, Tensor out, Tensor final,
     Tensor starts, T* memory
 ) {
-    const index group = s.heads / s.kv_heads, d = s.head_dim;
-    return in_parallel(s.batch * s.kv_heads * s.parts, s, memory, [&](index task, Scratch<T> scratch) {
-        const index part = task % s.parts, kv_head = task / s.parts % s.kv_heads, item = task / s.parts / s.kv_heads;
+    const index group = s.heads / s.kv_heads, d = s.head_dim, teams = s.kv_heads / s.together;
+    return in_parallel(s.batch * teams * s.parts, s, memory, [&](index task, Scratch<T> scratch) {
+        const index part = task % s.parts, first_head = task / s.parts % teams * s.together, item = task / s.parts / teams;
         const index first = part * s.columns<T>(), columns = std::min<index>(s.columns<T>(), s.value_dim - first);
         if (columns <= 0) return;
         Chunk<T> x(s, columns, log_alpha.data, false, scratch);
         T* scores = scratch.take(ROWS * x.row);
-        x.has_state = initial.data;
         const index size = d * padded<T>(columns);
-        if (initial.data) pack(at<T>(initial, item, kv_head, 0) + first, initial.row, d, columns, x.state);
-        else if (starts.data) std::fill_n(x.state, size, T(0));
-        for (index number = 0, start = 0; start < s.time; ++number, start += s.chunk_size) {
-            if (starts.data && number % SEGMENT == 0)
-                std::copy_n(x.state, size, at<T>(starts, item, kv_head, number / SEGMENT) + first * d);
-            load(s, x, item, kv_head, start, first, columns, k, v, beta);
-            if (log_alpha.data) decay(x, log_alpha, item, kv_head, start, scratch);
-            solve(s, x, columns);
-            for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
-                by_rows(x.count, [&](index i, auto m) {
-                    const T* query = at<T>(q, item, head, start + i);
-                    for (int a = 0; a < m; ++a) fetch(query + (a + AHEAD) * q.row, d);
-                    decayed_products<T, m()>(query, q.row, x.keys, d, x.decays + i * x.row, x.row, i + m, T(1), scores, x.row);
-                    for (index column = 0; column < columns; column += WIDTH<T>) {
-                        Tile<T, m()> tile;
-                        if (x.has_state) {
-                            tile.add_product(query, q.row, 1, x.state + column * d, d);
-                            tile.scale_rows(x.since_start + i);
-                        }
-                        tile.add_product(scores, x.row, 1, x.corrections + column * x.count, i + m);
-                        tile.store(at<T>(out, item, head, start + i) + first + column, out.row, columns - column);
-                    }
-                });
-            if (start + x.count < s.time || final.data) advance(s, x, columns, x.state);
-            x.has_state = true;
+        T* states = scratch.take(s.together * size);
+        for (index own = 0; own < s.together; ++own) {
+            if (initial.data) pack(at<T>(initial, item, first_head + own, 0) + first, initial.row, d, columns, states + own * size);
+            else if (starts.data) std::fill_n(states + own * size, size, T(0));
         }
-        if (final.data) unpack(x.state, d, columns, at<T>(final, item, kv_head, 0) + first, final.row);
+        for (index number = 0, start = 0; start < s.time; ++number, start += s.chunk_size)
+            for (index own = 0; own < s.together; ++own) {
+                const index kv_head = first_head + own;
+                x.state = states + own * size;
+                x.has_state = initial.data || number > 0;
+                if (starts.data && number % SEGMENT == 0)
+                    std::copy_n(x.state, size, at<T>(starts, item, kv_head, number / SEGMENT) + first * d);
+                load(s, x, item, kv_head, start, first, columns, k, v, beta);
+                if (log_alpha.data) decay(x, log_alpha, item, kv_head, start, scratch);
+                solve(s, x, columns);
+                for (index head = kv_head * group; head < (kv_head + 1) * group; ++head)
+                    by_rows(x.count, [&](index i, auto m) {
+                        const T* query = at<T>(q, item, head, start + i);
+                        for (int a = 0; a < m; ++a) {
+                            const index next = start + s.chunk_size + i + a;
+                            fetch(at<T>(q, item, head, next), d);
+                            fetch(at<T>(out, item, head, next) + first, columns);
+                        }
+                        decayed_products<T, m()>(
+                            query, q.row, x.keys, d, x.decays + i * x.row, x.row, i + m, T(1), scores
+                        );
+                        for (index column = 0; column < columns; column += WIDTH<T>) {
+                            Tile<T, m()> tile;
+                            if (x.has_state) {
+                                tile.add_product(query, q.row, 1, x.state + column * d, d);
+                                tile.scale_rows(x.since_start + i);
+                            }
+                            tile.add_product(scores, x.row, 1, x.corrections + column * x.count, i + m);
+                            tile.store(at<T>(out, item, head, start + i) + first + column, out.row, columns - column);
+                        }
+                    });
+                if (start + x.count < s.time || final.data) advance(s, x, columns, x.state);
+            }
+        for (index own = 0; own < s.together && final.data; ++own)
+            unpack(states + own * size, d, columns, at<T>(final, item, first_head + own, 0) + first, final.row);
     });
 }
 
@@ -263,12 +289,24 @@ void transpose_packed(const T* x, index count, index columns, T* packed) {
         }
 }
 
-/// Σ x y of whole vectors.
+/// Σ x y, not yet summed over lanes.
 template <class T>
-T inner_product(const T* x, const T* y, index size) {
+Vector<T> lane_products(const T* x, const T* y, index size) {
     Vector<T> sum{};
-    for (index i = 0; i < size; i += LANES<T>) sum += vector(x + i) * vector(y + i);
-    return total<T>(sum);
+    index i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) sum += vector(x + i) * vector(y + i);
+    for (; i < size; ++i) sum[0] += x[i] * y[i];
+    return sum;
+}
+
+/// Sums over the lanes of each of `count` vectors; there is room for whole vectors of sums, and memory behind the last vector.
+template <class T>
+void sum_lanes(const T* vectors, index count, T* sums) {
+    for (index start = 0; start < count; start += LANES<T>) {
+        Vector<T> block[LANES<T>];
+        for (int i = 0; i < LANES<T>; ++i) block[i] = vector(vectors + (start + i) * LANES<T>);
+        vector(sums + start) = reduce<T>(block, [](Vector<T> a, Vector<T> b) { return a + b; });
+    }
 }
 
 /// What the backward pass holds beside the chunks of a segment: dS, and of one chunk, its tensors in other orders and gradients.
@@ -279,7 +317,8 @@ struct Gradients {
     T *query, *queries, *outputs, *decayed_outputs;        // Q [c, d], and packed; dO and Γ dO packed [c, e]
     T *weights, *scores, *overlaps;                        // Q Kᵀ ⊙ D, and the gradients of Q Kᵀ and of K Kᵀ [c, c]
     T *corrections, *values, *minus_decayed_values;        // dE, then W = (I + a diag(β))⁻ᵀ dE; dV = diag(β) W; −Γ dV; packed [c, e]
-    T *log_decays;                                         // [c]
+    T *log_decays, *rates;                                 // Σ q dq − v dv and Σ W X of each token, in lanes [c, LANES]
+    T *token;                                              // one number a token
 
     Gradients(const RuleSizes& s, index row, Scratch<T>& scratch) {
         const index c = s.chunk_size, d = s.head_dim, e = s.value_dim, wide_d = padded<T>(d), wide_e = padded<T>(e);
@@ -288,7 +327,8 @@ struct Gradients {
         for (T** x : {&decayed, &outputs, &decayed_outputs, &corrections, &values, &minus_decayed_values}) *x = scratch.take(c * wide_e);
         for (T** x : {&weights, &scores, &overlaps}) *x = scratch.take(c * row);
         corrections_by_value = scratch.take(e * row);
-        log_decays = scratch.take(c);
+        for (T** x : {&log_decays, &rates}) *x = scratch.take(row * LANES<T>);
+        token = scratch.take(row);
     }
 };
 
@@ -310,8 +350,14 @@ void query_backward(
         }
     by_rows(count, [&](index i, auto m) {
         const T *query = g.query + i * d, *d_row = d_rows + i * d_out.row, *decays = x.decays + i * row;
-        decayed_products<T, m()>(query, d, x.keys, d, decays, row, i + m, T(1), g.weights + i * row, row);
-        decayed_products<T, m()>(d_row, d_out.row, g.corrections_by_value, e, decays, row, i + m, T(1), g.scores + i * row, row);
+        for (int a = 0; a < m; ++a) {
+            const index earlier = start - s.chunk_size + i + a;
+            fetch(at<T>(q, item, head, earlier), d);
+            fetch(at<T>(d_out, item, head, earlier), e);
+            fetch(at<T>(d_q, item, head, earlier), d);
+        }
+        decayed_products<T, m()>(query, d, x.keys, d, decays, row, i + m, T(1), g.weights + i * row);
+        decayed_products<T, m()>(d_row, d_out.row, g.corrections_by_value, e, decays, row, i + m, T(1), g.scores + i * row);
         T* d_query = at<T>(d_q, item, head, start + i);
         for (index column = 0; column < d; column += WIDTH<T>) {
             Tile<T, m()> tile;
@@ -322,7 +368,8 @@ void query_backward(
             tile.add_product(g.scores + i * row, row, 1, g.keys_by_token + column * count, i + m);
             tile.store(d_query + column, d_q.row, d - column);
         }
-        for (int a = 0; a < m; ++a) g.log_decays[i + a] += dot(query + a * d, d_query + a * d_q.row, d);
+        for (int a = 0; a < m; ++a)
+            vector(g.log_decays + (i + a) * LANES<T>) += lane_products(query + a * d, d_query + a * d_q.row, d);
     });
     by_rows(count, [&](index j, auto m) {
         for (index column = 0; column < e; column += WIDTH<T>) {
@@ -398,7 +445,7 @@ index delta_rule_backward(
         if (has_gradient) {
             pack(at<T>(final, item, kv_head, 0), final.row, d, e, segment[0].state);
             pack(at<T>(d_final, item, kv_head, 0), d_final.row, d, e, g.state);
-            inner = inner_product(segment[0].state, g.state, size);
+            inner = total<T>(lane_products(segment[0].state, g.state, size));
         }
         for (index stop = s.chunks(); stop > 0;) {
             const index begin = (stop - 1) / SEGMENT * SEGMENT;
@@ -415,7 +462,7 @@ index delta_rule_backward(
             for (; stop > begin; --stop) {
                 const Chunk<T>& x = segment[stop - 1 - begin];
                 const index start = (stop - 1) * s.chunk_size, count = x.count;
-                std::fill_n(g.log_decays, count, T(0));
+                std::fill_n(g.log_decays, count * LANES<T>, T(0));
                 pack(x.key, d, count, d, g.keys_by_token);
                 unpack(x.decayed, count, e, g.decayed, e);
                 transpose_packed(x.corrections, count, e, g.corrections_by_value);
@@ -441,8 +488,13 @@ index delta_rule_backward(
                 solve_backward(s, x, g, d_value, d_v.row);
                 by_rows(count, [&](index i, auto m) {
                     T* overlaps = g.overlaps + i * row;
+                    for (int a = 0; a < m; ++a) {
+                        const index earlier = start - s.chunk_size + i + a;
+                        fetch(at<T>(d_k, item, kv_head, earlier), d);
+                        fetch(at<T>(d_v, item, kv_head, earlier), e);
+                    }
                     decayed_products<T, m()>(
-                        d_value + i * d_v.row, d_v.row, g.corrections_by_value, e, x.decays + i * row, row, i + m, T(-1), overlaps, row
+                        d_value + i * d_v.row, d_v.row, g.corrections_by_value, e, x.decays + i * row, row, i + m, T(-1), overlaps
                     );
                     for (int a = 0; a < m; ++a) overlaps[a * row + i + a] = 0;
                 });
@@ -468,19 +520,25 @@ index delta_rule_backward(
                         tile.store(to, WIDTH<T>, WIDTH<T>, true);
                     }
                 });
-                for (index i = count - 1; i >= 0; --i) {
-                    T along = 0;
-                    for (index column = 0; column < e; column += WIDTH<T>) {
-                        const index place = column * count + i * WIDTH<T>;
-                        along += inner_product(g.corrections + place, x.solutions + place, WIDTH<T>);
-                    }
-                    *at<T>(d_beta, item, kv_head, start + i) = along;
-                    if (!log_alpha.data) continue;
-                    inner += g.log_decays[i] - dot(at<T>(v, item, kv_head, start + i), d_value + i * d_v.row, e);
-                    const bool reset = *at<T>(log_alpha, item, kv_head, start + i) < forgotten;
-                    *at<T>(d_log_alpha, item, kv_head, start + i) = reset ? T(0) : inner;
+                for (index i = 0; i < count; ++i) {
+                    Vector<T> along{};
+                    for (index place = i * WIDTH<T>; place < count * padded<T>(e); place += count * WIDTH<T>)
+                        along += lane_products(g.corrections + place, x.solutions + place, WIDTH<T>);
+                    vector(g.rates + i * LANES<T>) = along;
+                    vector(g.log_decays + i * LANES<T>) -=
+                        lane_products(at<T>(v, item, kv_head, start + i), d_value + i * d_v.row, e);
                 }
-                inner = x.has_state ? inner_product(g.state, x.state, size) : T(0);
+                sum_lanes(g.rates, count, g.token);
+                for (index i = 0; i < count; ++i) *at<T>(d_beta, item, kv_head, start + i) = g.token[i];
+                if (log_alpha.data) {
+                    sum_lanes(g.log_decays, count, g.token);
+                    for (index i = count - 1; i >= 0; --i) {
+                        inner += g.token[i];
+                        const bool reset = *at<T>(log_alpha, item, kv_head, start + i) < forgotten;
+                        *at<T>(d_log_alpha, item, kv_head, start + i) = reset ? T(0) : inner;
+                    }
+                    inner = x.has_state ? total<T>(lane_products(g.state, x.state, size)) : T(0);
+                }
                 has_gradient = true;
             }
         }

@@ -112,6 +112,7 @@ class RuleSizes(NamedTuple):
     head_dim: int
     value_dim: int
     parts: int
+    together: int
     backward: bool
 
 
@@ -122,9 +123,13 @@ class RuleSizes(NamedTuple):
 def _delta_rule(chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> int:
     """Writes the output and, if they are given, the final state and the states at the start of segments."""
     beta, log_alpha, out, final, starts = rest
-    # Where heads are few, several cores share the value columns of a head.
-    parts = max(1, torch.get_num_threads() // max(1, k.shape[0] * k.shape[1]))
-    sizes = _sizes(q, k, v, chunk_size, parts, backward=False)
+    batch, kv_heads, threads = k.shape[0], k.shape[1], torch.get_num_threads()
+    # Where heads are few, several cores share the value columns of a head; where they are many, a core takes several heads.
+    parts = max(1, threads // max(1, batch * kv_heads))
+    together = next(
+        size for size in range(kv_heads, 0, -1) if kv_heads % size == 0 and (batch * kv_heads // size % threads == 0 or size == 1)
+    )
+    sizes = _sizes(q, k, v, chunk_size, parts, together, backward=False)
     return KERNELS.call("delta_rule", sizes, q, k, v, *_columns(beta, log_alpha), initial, out, final, starts)
 
 
@@ -137,13 +142,13 @@ def _delta_rule_backward(chunk_size: int, initial: Tensor | None, q: Tensor, k: 
     """Writes the gradients."""
     beta, log_alpha, starts, final, d_out, d_final, d_initial, d_q, d_k, d_v, d_beta, d_log_alpha = rest
     tensors = d_out, q, k, v, *_columns(beta, log_alpha), initial, starts, final, d_final, d_q, d_k, d_v
-    sizes = _sizes(q, k, v, chunk_size, 1, backward=True)
+    sizes = _sizes(q, k, v, chunk_size, 1, 1, backward=True)
     return KERNELS.call("delta_rule_backward", sizes, *tensors, *_columns(d_beta, d_log_alpha), d_initial)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, parts: int, *, backward: bool) -> RuleSizes:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, parts: int, together: int, *, backward: bool) -> RuleSizes:
     batch, heads, time, head_dim = q.shape
-    return RuleSizes(batch, heads, k.shape[1], time, chunk_size, head_dim, v.shape[3], parts, backward)
+    return RuleSizes(batch, heads, k.shape[1], time, chunk_size, head_dim, v.shape[3], parts, together, backward)
 
 
 def _columns(*per_token: Tensor | None) -> tuple[Tensor | None, ...]:
