@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 
 from evals.errors import UsageError
 from evals.results.cells import MACHINE, Cell
-from evals.stats.intervals import CONFIDENCE, Speedup
+from evals.stats.intervals import CONFIDENCE, Speedup, student_p_value
 from evals.stats.verdicts import holm, verdicts
 
 Key = tuple[Any, ...]
@@ -130,14 +130,16 @@ def cell_ratio(a: Cell, b: Cell) -> Ratio:
     if rounds:
         differences = np.array([a.rounds[number] - b.rounds[number] for number in rounds])
         variance = float(differences.var(ddof=1)) / len(rounds)
-        return Ratio(_student(float(differences.mean()), variance, len(rounds) - 1), paired=True)
+        sign_test = 2.0 ** (1 - len(rounds))
+        return Ratio(_student(float(differences.mean()), variance, len(rounds) - 1, sign_test), paired=True)
     sides = [np.array(list(cell.rounds.values())) for cell in (a, b)]
     value = float(sides[0].mean() - sides[1].mean())
     if min(map(len, sides)) < 2:
         return Ratio(Speedup(math.exp(value), math.nan, math.nan, math.nan), paired=False)
     variances = [float(side.var(ddof=1)) / len(side) for side in sides]
     parts = sum(variance**2 / (len(side) - 1) for variance, side in zip(variances, sides, strict=True))
-    return Ratio(_student(value, sum(variances), sum(variances) ** 2 / parts if parts else 1.0), paired=False)
+    rank_test = 2 / math.comb(sum(map(len, sides)), len(sides[0]))
+    return Ratio(_student(value, sum(variances), sum(variances) ** 2 / parts if parts else 1.0, rank_test), paired=False)
 
 
 def _interleaved(a: Cell, b: Cell) -> list[int]:
@@ -149,8 +151,8 @@ def _interleaved(a: Cell, b: Cell) -> list[int]:
     return rounds if len(rounds) > 1 and in_order and one_machine else []
 
 
-def _student(value: float, variance: float, degrees: float) -> Speedup:
+def _student(value: float, variance: float, degrees: float, least_p_value: float) -> Speedup:
     error = math.sqrt(variance)
     distance = float(student_t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
-    p_value = 2 * float(student_t.sf(abs(value) / error, degrees)) if error else float(value == 0)
+    p_value = student_p_value(value, error, degrees, least_p_value)
     return Speedup(math.exp(value), math.exp(value - distance), math.exp(value + distance), p_value)

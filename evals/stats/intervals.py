@@ -19,6 +19,8 @@ Rounds = Sequence[Sequence[float]]
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+ROUNDING = 1e-13
+"""Difference of two logarithms of ratios that is only rounding: some hundred units in the last place of 1."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def speedup_interval(
 
     Time slice i of both ran within milliseconds of each other, so a slowdown of the machine at that moment cancels in
     reference[r][i] / candidate[r][i], the ratio of their medians. The ratios are then treated as samples by `median_interval`.
-    The p-value is that of Student's t on the logarithms of the rounds' medians: a correction for many comparisons needs tails
-    that a few thousand resamples cannot hold.
+    The p-value is `student_p_value` of the logarithms of the rounds' medians: a correction for many comparisons needs tails that
+    a few thousand resamples cannot hold.
 
     Args:
         reference: by round, the samples of each time slice.
@@ -134,12 +136,28 @@ def _standard_error(values: Array) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
+def student_p_value(value: float, error: float, degrees: float, least: float) -> float:
+    """Two-sided p-value of Student's t for a true value of 0.
+
+    Args:
+        value: the estimate.
+        error: its standard error. Below the rounding of a float64 logarithm it says that the rounds agree by chance, or that
+            the clock is coarse, and not how far they scatter.
+        degrees: degrees of freedom of the standard error.
+        least: the least p-value that a permutation test of these rounds can have; it is returned if `error` is only rounding.
+    """
+    if error > ROUNDING * max(abs(value), 1.0):
+        return 2 * float(stdtr(degrees, -abs(value) / error))
+    return least if abs(value) > ROUNDING else 1.0
+
+
 def _p_value(logarithms: Array) -> float:
-    """Two-sided p-value of Student's t for a mean of 0; NaN for a single number."""
-    if len(logarithms) == 1:
+    """Two-sided p-value for a mean of 0; NaN for a single number."""
+    count = len(logarithms)
+    if count == 1:
         return math.nan
-    distance, error = abs(float(np.mean(logarithms))), _standard_error(logarithms)
-    return 2 * float(stdtr(len(logarithms) - 1, -distance / error)) if error > 0 else float(distance == 0)
+    sign_test = 2.0 ** (1 - count)
+    return student_p_value(float(np.mean(logarithms)), _standard_error(logarithms), count - 1, sign_test)
 
 
 # --- the bootstrap ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import ttest_ind
+from scipy.stats import mannwhitneyu, ttest_ind
 
 from evals.benchmark import interleave
 from evals.compare import main
@@ -74,6 +74,12 @@ def test_unpaired_rounds_give_welchs_t() -> None:
     assert ratio.p_value == pytest.approx(truth.pvalue)
     assert [math.log(value) for value in (ratio.low, ratio.high)] == pytest.approx([bounds.low, bounds.high])
     assert math.log(ratio.value) == pytest.approx(np.mean(a) - np.mean(b))
+
+
+def test_folders_whose_rounds_do_not_scatter_are_no_proof() -> None:
+    ratio, _ = cell_ratio(cell([0.1, 0.1]), cell([0.0, 0.0, 0.0]))
+    assert ratio.p_value == pytest.approx(mannwhitneyu([2, 3], [-1, 0, 1], method="exact").pvalue)
+    assert cell_ratio(*in_turns([0.1] * 2, [0.0] * 2))[0].p_value == 0.5
 
 
 @pytest.mark.parametrize("rounds", [(1, 5), (5, 1), (1, 1)])

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from evals.stats.intervals import Interval, half_width, mean_interval, median_interval, speedup_interval
+from evals.stats.verdicts import verdicts
 
 Rounds = list[list[float]]
 
@@ -130,7 +132,21 @@ def test_exact_ratios_give_exact_speedups() -> None:
     generator = np.random.default_rng(0)
     constant = speedup_interval(as_time_slices([[6.0] * 5, [6.0] * 3]), as_time_slices([[2.0] * 4, [2.0]]), generator=generator)
     assert (constant.value, constant.low, constant.high) == pytest.approx((3.0, 3.0, 3.0), rel=1e-12)
-    assert constant.p_value == 0
+    assert constant.p_value == 0.5  # two rounds have the same sign with this probability
+
+
+@pytest.mark.parametrize("change", [1.0, 1.0 + 2**-52])
+def test_rounds_that_are_equal_to_the_last_bit_are_no_proof(change: float) -> None:
+    generator = np.random.default_rng(0)
+
+    def p_value(reference: float, count: int) -> float:
+        rounds = [[reference]] * (count - 1) + [[reference * change]]
+        return speedup_interval(as_time_slices(rounds), as_time_slices([[2.0]] * count), generator=generator).p_value
+
+    assert p_value(3.0, 2) == 0.5
+    assert verdicts([speedup_interval([[[3.0]]] * 2, [[[2.0]]] * 2, generator=generator)], [0.0]) == ["ambiguous"]
+    assert p_value(3.0, 5) == scipy.stats.binomtest(5, 5).pvalue
+    assert p_value(2.0, 5) == 1
 
 
 def test_a_change_of_units_changes_nothing_but_units() -> None:
