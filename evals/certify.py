@@ -25,7 +25,6 @@ def main() -> int:
     if not any(argument.startswith("attention=") for argument in sys.argv[1:]):
         names = ",".join(sorted(path.stem for path in (CONF / "attention").glob("*.yaml")))
         sys.argv.append(f"attention=[{names}]")
-    sys.argv.append("hydra.run.dir=.")  # Hydra creates this folder; nothing is written to it
     view = CertificateView()
     return hydra_app.run(view.certify, view.conclude)
 

@@ -2,14 +2,16 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 OK, BUG, USAGE, INCOMPLETE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 EXIT_CODES = {
     OK: "every row has a number, or the requested text was printed",
     BUG: "a bug in this program, with a traceback",
     USAGE: "the command cannot do what was asked; one sentence on standard error says why",
-    INCOMPLETE: "all work is done, but at least one row has no number: its outcome is not ok",
+    INCOMPLETE: "all work is done, but a row has no number, as its outcome is not ok, or an output could not be made",
     INTERRUPTED: "Ctrl-C; the same command continues",
     BROKEN_PIPE: "the program that reads the output, such as head, closed the pipe",
 }
@@ -37,6 +39,21 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Suggests the known name most similar to `given`, as ` (did you mean …?)`; empty if none is similar."""
     similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
     return f" (did you mean {similar[0]}?)" if similar else ""
+
+
+def describe_os_error(error: OSError) -> str:
+    """What cannot be used, and why: "results/x.csv cannot be used: No space left on device"."""
+    return f"{error.filename or 'a file'} cannot be used: {error.strerror or one_sentence(error)}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the name of a file to an OSError that lacks it, as that of a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def one_sentence(error: BaseException) -> str:

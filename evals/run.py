@@ -24,7 +24,7 @@ def main() -> int:
         print(help_text.run_help(str(__doc__), options.config_dir))
         return OK
     if options.shell_completion and others == ["install=bash"]:
-        print(Path(__file__).with_name("completion.bash").read_text())
+        print(Path(__file__).with_name("completion.bash").read_text(encoding="utf-8"))
         return OK
     if options.shell_completion:  # Hydra answers it alone
         import hydra  # slow to import, and --help does not need it

@@ -36,8 +36,7 @@ def main() -> int:
     # gloo sends tensors and objects of the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        session = hydra_app.Session()
-        return hydra_app.run(lambda cfg: train_comparison(read_job(cfg, session.swept), Path(cfg.results_dir)), session=session)
+        return hydra_app.run(lambda job: train_comparison(read_job(job.cfg, job.varied), Path(job.cfg.results_dir)))
     finally:
         dist.destroy_process_group()
 

@@ -33,7 +33,8 @@ def modules_digest(*modules: str) -> str:
 
 def files_digest(paths: Iterable[Path]) -> str:
     """Digest of files; of Python files without comments and docstrings."""
-    return digest([without_prose(path.read_text()) if path.suffix == ".py" else path.read_text() for path in paths])
+    texts = ((path, path.read_text(encoding="utf-8")) for path in paths)
+    return digest([without_prose(text) if path.suffix == ".py" else text for path, text in texts])
 
 
 @functools.cache  # attentions share most files, and every job of a sweep asks for all of them
@@ -82,7 +83,7 @@ def source_files(attention: Attention) -> list[Path]:
 @functools.cache
 def _cpp_files(file: Path) -> frozenset[Path]:
     """C++ files in a source's folder, or the one above, that it names in a string or includes, directly or not."""
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     names = re.findall(r"""["']([\w./-]+\.(?:cpp|h))["']""", text)
     direct = {path for path in (folder / name for folder in (file.parent, file.parent.parent) for name in names) if path.is_file()}
     direct -= {file}
@@ -101,7 +102,7 @@ def _imported_modules(name: str, packages: frozenset[str]) -> tuple[str, ...]:
 def _parse_imports(name: str, packages: frozenset[str]) -> Iterator[str]:
     file = _source_file(name)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in packages)
         elif isinstance(node, ast.ImportFrom):

@@ -65,7 +65,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
         sides = (Side("base", tree), Side("here", ROOT))
         for side in sides:
             _check_packages(side)
-        if not (tree / LOCKS).exists() or LOCK_PIPES not in (tree / LOCKS).read_text():
+        if not (tree / LOCKS).exists() or LOCK_PIPES not in (tree / LOCKS).read_text(encoding="utf-8"):
             raise UsageError(
                 f"base cannot be measured: the harness of {revision} cannot interleave its measurements with those of another "
                 "command; measure both commits by themselves, and compare the two folders"

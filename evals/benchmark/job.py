@@ -18,6 +18,7 @@ from evals.measure.limits import memory_limit_bytes
 from evals.measure.memory import available_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
+from evals.results.schema import column_of
 
 ProgressCallback = Callable[[str, float], None]
 """Called with a description of the next step and the finished share of the job, from 0 to 1."""
@@ -69,6 +70,7 @@ class Job(ABC):
             self.kind,
             sweep=comparison.sweep,
             swept=comparison.swept,
+            varied=list(comparison.option),
             settings=self.settings,
             candidates={candidate.name: candidate.node for candidate in comparison.candidates},
             provenance=machine.provenance(comparison.device.kind),
@@ -111,18 +113,20 @@ class Job(ABC):
 
 
 def check_axis(comparison: Comparison, ledger: Ledger) -> None:
-    """Checks that a ledger's table has a single x axis once the comparison is added.
+    """Checks that a ledger's table is of one kind, and has a single x axis, once the comparison is added.
 
     Raises:
-        UsageError: if the ledger holds timings and the comparison trains, or vice versa, or if it sweeps another setting.
+        UsageError: if the ledger holds work of another kind (timing, training, search), or if it sweeps another setting.
     """
-    kind, label = ("comparison", "timing") if comparison.task is None else ("study", "training")
+    labels = {"comparison": "timing", "study": "training", "search": "search for the longest context"}
+    kind = "study" if comparison.task is not None else "search" if comparison.search is not None else "comparison"
     for record in ledger.read()[0]:
-        if record.get("kind") not in ("comparison", "study"):
+        if record.get("kind") not in labels:
             continue
         if record["kind"] != kind:
-            raise UsageError(f"{ledger.path.parent} holds no {label}: give this a folder of its own, as in sweep_name=mine")
-        if record["swept"] != comparison.swept:
+            raise UsageError(f"{ledger.path.parent} holds no {labels[kind]}: give this a folder of its own, as in sweep_name=mine")
+        column = column_of(comparison.swept or "", comparison.option)
+        if record["swept"] != comparison.swept or column_of(record["swept"] or "", record["settings"]) != column:
             raise UsageError(
                 f"{ledger.path.parent} holds a sweep over {record['swept'] or 'nothing'}, and this is one over "
                 f"{comparison.swept or 'nothing'}: give it a folder of its own, as in sweep_name=mine"

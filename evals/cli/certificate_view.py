@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from evals.certification.certificate import Finding, badge, certify_isolated
 from evals.certification.checks import CHECKS
+from evals.cli.hydra_app import JobConfig
 from evals.cli.jobs import read_job
 from evals.errors import OK
 from evals.isolation.worker import Result
@@ -22,9 +23,9 @@ class CertificateView:
         self.unsupported: list[str] = []
         self.badges: dict[str, str] = {}
 
-    def certify(self, cfg: DictConfig) -> None:
+    def certify(self, job: JobConfig) -> None:
         """Certifies every attention of one Hydra job."""
-        comparison = read_job(cfg)
+        comparison = read_job(job.cfg, job.varied)
         width = max(len(candidate.name) for candidate in comparison.candidates) + 2
         print(header(width))
         for candidate in comparison.candidates:

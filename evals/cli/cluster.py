@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from evals.benchmark.job import Job
 from evals.cli.launchers import check_launcher, launcher_settings
@@ -33,8 +31,8 @@ POLL_S = 5.0
 """Seconds between two calls of squeue, which Slurm asks not to be called more often."""
 
 
-MakeJob = Callable[[DictConfig, str | None, str], tuple[Job, Ledger]]
-"""Makes the job of a config, and its ledger, from the swept key and the name of the node. Nodes import it from its module."""
+MakeJob = Callable[[DictConfig, Sequence[str], str], tuple[Job, Ledger]]
+"""Makes the job of a config, and its ledger, from the varied keys and the name of the node. Nodes import it from its module."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class RemoteJob:
     """The function that a launcher pickles, and calls on a node for each job of the command."""
 
     launch: str  # id of the command's launch, which all its records carry
-    swept: str | None  # the key that the command varies
+    varied: tuple[str, ...]  # the keys that the command varies
     make_job: MakeJob
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -57,7 +55,7 @@ class RemoteJob:
         name, settings = launcher_settings(hydra.launcher)
         if name == "JoblibLauncher" and settings["n_jobs"] > 1:
             claim_slot(settings["n_jobs"])
-        job, ledger = self.make_job(cfg, self.swept, node_name())
+        job, ledger = self.make_job(cfg, self.varied, node_name())
         records = [record for record in ledger.read()[0] if record.get("launch") == self.launch]
         if not records:
             raise UsageError(
@@ -99,13 +97,13 @@ class RemoteLaunch:
         """Whether jobs of this command run, or ran, in other processes."""
         return self.config is not None
 
-    def job(self, config: DictConfig, swept: str | None) -> RemoteJob:
+    def job(self, config: DictConfig, varied: tuple[str, ...]) -> RemoteJob:
         """The function for the launcher. Records the launch in the ledger before any job starts."""
         if not self.has_launched:
             name, _ = launcher_settings(config.hydra.launcher)
             self.ledger_of(config).append({"kind": "launched", "launch": self.id, "launcher": name, "time": now()})
         self.config = config
-        return RemoteJob(self.id, swept, self.make_job)
+        return RemoteJob(self.id, varied, self.make_job)
 
     def launch(self, command: Callable[[], None]) -> None:
         """Runs Hydra's command, and runs it again while that gets jobs further that were lost or not reached before.
@@ -118,7 +116,7 @@ class RemoteLaunch:
             error: Exception | None = None
             try:
                 command()
-            except (UsageError, HydraException, OmegaConfBaseException):
+            except UsageError:
                 raise
             except Exception as raised:
                 # Not narrower: a lost node is an exception of joblib, submitit or ray, none of which need be installed. What a
@@ -158,12 +156,20 @@ class RemoteLaunch:
         print(f"warning: jobs that did not start are left out, since the launcher failed: {one_sentence(error)}", file=sys.stderr)
 
     def _wait_for_slurm(self) -> None:
-        """Waits until no job of this command is queued or runs: submitit gives up on all jobs as soon as one is lost."""
+        """Waits until no job of this command is queued or runs: submitit gives up on all jobs as soon as one is lost.
+
+        A controller that restarts does not answer for a while: squeue is asked again until it does.
+        """
         name, settings = launcher_settings(self.config.hydra.launcher) if self.config else ("", {})
         if name != "SlurmLauncher":
             return
         queue = ["squeue", "--noheader", f"--name={settings['name']}", "--format=%i"]
-        while subprocess.run(queue, capture_output=True, text=True, check=True).stdout.strip():
+        has_failed = False
+        while (answer := subprocess.run(queue, capture_output=True, text=True, check=False)).returncode or answer.stdout.strip():
+            if answer.returncode and not has_failed:
+                has_failed = True
+                reason = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+                print(f"warning: squeue failed, and is asked again until it answers: {reason}", file=sys.stderr)
             pause(POLL_S)
 
 

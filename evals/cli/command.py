@@ -1,17 +1,36 @@
 """The wrapper around every command's `main`: a user's mistake, Ctrl-C and a closed pipe become exit codes, not tracebacks."""
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-from evals.errors import BROKEN_PIPE, INTERRUPTED, USAGE, UsageError, one_sentence
+from evals.errors import BROKEN_PIPE, INTERRUPTED, USAGE, UsageError, describe_os_error, one_sentence
 
 P = ParamSpec("P")
 
+PLAIN = {"±": "+-", "×": "x", "µ": "u", "…": "...", "–": "-", "−": "-", "φ": "phi", "✓": "+", "✗": "-"}
+"""Spellings for terminals that cannot show a character; others become a question mark."""
+
 RESUME = "interrupted; what was measured is kept, and the same command goes on from there"
 """Message after Ctrl-C in a command that can resume from its records."""
+
+
+def write_any_character() -> None:
+    """Lets both streams replace characters that their encoding lacks, as in a locale without UTF-8, instead of raising."""
+    codecs.register_error("plain", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
 
 
 def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:
@@ -30,6 +49,7 @@ def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Cal
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
+            write_any_character()
             try:
                 try:
                     return main(*args, **kwargs)
@@ -46,7 +66,7 @@ def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Cal
             except expected as error:
                 message = one_sentence(error)
             except OSError as error:
-                message = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
+                message = describe_os_error(error)
             print(f"error: {message}", file=sys.stderr)
             return USAGE
 

@@ -1,50 +1,91 @@
-"""Runs a command as a Hydra application: one call of a function per job, and UsageError for a config that cannot be composed."""
+"""Runs a command as a Hydra application: composes all jobs, checks them, and runs them, here or where a launcher takes them."""
 
-import math
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from evals.cli.cluster import RemoteJob, RemoteLaunch
-from evals.cli.launchers import check_launcher
+from evals.cli.launchers import check_launcher, launcher_settings
 from evals.cli.overrides import prepare_arguments, unknown_choice, unknown_setting
 from evals.errors import OK, UsageError, one_sentence
 from evals.paths import CONF
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The composed config of one job."""
+
+    cfg: DictConfig
+    varied: dict[str, Any]  # the keys that the command varies, each with its value in this job
 
 
 @dataclass
 class Session:
     """Facts that all jobs of one command share, and that no single job knows."""
 
-    jobs: int = 1  # number of jobs
-    swept: str | None = None  # the first setting with several values; None if there is only one job
     config: DictConfig | None = None  # shared by the jobs; None until Hydra has composed it
+    varied: tuple[str, ...] = ()  # the keys with several values
+    launcher: str = "BasicLauncher"  # class of the Hydra launcher
+    jobs: list[JobConfig] = field(default_factory=list)
+    is_composing: bool = False  # whether Hydra runs only to compose the configs of all jobs
 
     def start_multirun(self, config: DictConfig) -> None:
-        """Counts the jobs of a multirun. As in Hydra's basic sweeper, the command line overrides the sweep's parameters."""
+        """Reads which keys a multirun varies. As in Hydra's basic sweeper, the command line overrides the sweep's parameters."""
         self.config = config
+        self.launcher, _ = launcher_settings(config.hydra.launcher)
         parameters = dict(config.hydra.sweeper.get("params") or {})
         overrides = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
-        counts = {
-            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
-            for override in OverridesParser.create().parse_overrides(overrides)
-        }
-        self.jobs = math.prod(counts.values())
-        self.swept = next((str(key) for key, count in counts.items() if count > 1), None)
+        parsed = {override.get_key_element(): override for override in OverridesParser.create().parse_overrides(overrides)}
+        several = (one for one in parsed.values() if one.is_sweep_override() and len(list(one.sweep_string_iterator())) > 1)
+        self.varied = tuple(one.key_or_group for one in several)
+        for key in self.varied:
+            if key in NOT_VARIED or key.startswith("hydra"):
+                raise UsageError(f"{key} cannot be swept: {NOT_VARIED.get(key, 'all comparisons of a command share it')}")
+        check_launcher(config.hydra.launcher, config.device.kind)
+        if self.is_composing:
+            with read_write(config.hydra), open_dict(config.hydra):
+                config.hydra.launcher = {"_target_": f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"}
+
+    def collect(self, cfg: DictConfig) -> None:
+        """Adds a job. Hydra calls it with each job's config while it composes."""
+        add_import_paths()
+        self.jobs.append(JobConfig(cfg, varied_values(cfg, self.varied)))
+
+
+NOT_VARIED = {
+    **dict.fromkeys(
+        ("sweep_name", "results_dir", "plots_dir", "swept", "quiet", "tracker", "launcher"),
+        "all comparisons of a command share it; run the command once for each value",
+    ),
+    "search": "a folder holds timings or searches; run the command once for each, with a sweep_name of its own",
+    "sweep": "a command makes one sweep, or sweep=all",
+    "attention": "the attentions that are compared are one list, as in 'attention=[bsbr,standard]'",
+}
+"""Keys that a command cannot vary, and why."""
+
+
+def varied_values(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """The value of each key in the job that Hydra is running; of a config group, the name of its choice."""
+    choices = HydraConfig.get().runtime.choices
+    selected = {key: choices.get(key) or OmegaConf.select(cfg, key) for key in keys}
+    return {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in selected.items()}
 
 
 _current: ContextVar[Session] = ContextVar("session")
@@ -65,15 +106,14 @@ class SessionCallback(Callback):
         self.session.config = config
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.session.start_multirun(config)
         try:
-            check_launcher(config.hydra.launcher, config.device.kind)
+            self.session.start_multirun(config)
         except UsageError as error:
             raise JobFailed(error) from error  # Hydra turns an Exception of a callback into a warning
 
 
 class JobFailed(BaseException):
-    """Carries the exception of a job past Hydra, which would run all other jobs before it raises an Exception."""
+    """Carries an exception past Hydra, which would make a warning of it, or run all other jobs before it raises it."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -83,41 +123,36 @@ class ForceQuit(KeyboardInterrupt):
     """Ctrl-C for the second time: the command ends at once, without its tables."""
 
 
-class _JobFunction:
-    """The function that Hydra calls for each job. Pickled by a launcher that runs jobs elsewhere, it becomes a `RemoteJob`."""
+class _RemoteFunction:
+    """The function that Hydra passes to a launcher, which pickles it; it arrives as a `RemoteJob`."""
 
-    def __init__(self, task: Callable[[DictConfig], None], session: Session, remote: RemoteLaunch | None) -> None:
-        self.task = task
+    def __init__(self, session: Session, remote: RemoteLaunch) -> None:
         self.session = session
         self.remote = remote
 
     def __call__(self, cfg: DictConfig) -> None:
-        add_import_paths()
-        try:
-            self.task(cfg)
-        except Exception as error:
-            raise JobFailed(error) from error
+        raise RuntimeError("a launcher that runs jobs elsewhere has called a job in this process")
 
     def __reduce__(self) -> tuple[type[RemoteJob], tuple[Any, ...]]:
-        if self.remote is None or self.session.config is None:
-            raise UsageError("only python -m evals.run can be launched elsewhere; leave out launcher=")
-        job = self.remote.job(self.session.config, self.session.swept)
-        return RemoteJob, (job.launch, job.swept, job.make_job)
+        if self.session.config is None:
+            raise RuntimeError("the launcher has started before Hydra has composed the config")
+        job = self.remote.job(self.session.config, self.session.varied)
+        return RemoteJob, (job.launch, job.varied, job.make_job)
 
 
 def run(
-    task: Callable[[DictConfig], None],
+    task: Callable[[JobConfig], None],
     finish: Callable[[DictConfig], int] | None = None,
     *,
-    session: Session | None = None,
+    check: Callable[[Session], None] = lambda session: None,
     remote: RemoteLaunch | None = None,
 ) -> int:
-    """Composes the config from sys.argv, and runs the jobs.
+    """Composes the configs of all jobs from sys.argv, checks them, and only then runs the jobs.
 
     Args:
-        task: called with the config of each job.
+        task: called with each job in turn, in this process.
         finish: called once after the jobs, also after Ctrl-C; returns the exit code.
-        session: is filled with the facts that the jobs share.
+        check: called before the first job; refuses the command by raising UsageError.
         remote: runs the jobs of launchers that leave this process; None: such launchers are refused.
 
     Returns:
@@ -127,44 +162,65 @@ def run(
         UsageError: for a mistake in the config or on the command line.
         KeyboardInterrupt: after Ctrl-C.
     """
+    session = compose_jobs()
+    if session.config is None:  # as with --cfg, Hydra has printed what was asked for
+        return OK
+    if session.launcher != "BasicLauncher" and remote is None:
+        raise UsageError("only python -m evals.run can be launched elsewhere; leave out launcher=")
+    check(session)
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        if session.launcher == "BasicLauncher" or remote is None:
+            for job in session.jobs:
+                task(job)
+        else:
+            remote.launch(partial(_call_hydra, _RemoteFunction(session, remote), session))
+    except ForceQuit:
+        raise
+    except KeyboardInterrupt as raised:
+        interrupt = raised
+    code = OK if finish is None else finish(session.config)
+    if interrupt is not None:
+        raise interrupt
+    return code
+
+
+def compose_jobs() -> Session:
+    """Composes the configs of all jobs that sys.argv asks for; writes nothing.
+
+    Raises:
+        UsageError: for a mistake in the config or on the command line.
+    """
     # Hydra would otherwise print its errors itself, on several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    session = session or Session()
+    session = Session(is_composing=True)
+    prepare_arguments()
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra makes these folders
+        _call_hydra(session.collect, session, f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}")
+    session.is_composing = False
+    return session
+
+
+def _call_hydra(function: Callable[[DictConfig], None], session: Session, *overrides: str) -> None:
+    """Lets Hydra call the function for each job of sys.argv, with further overrides; its errors become UsageErrors."""
+    token = _current.set(session)
+    arguments = sys.argv
+    sys.argv = [*arguments, *overrides]
     try:
-        prepare_arguments()
-        interrupt = _run_jobs(_JobFunction(task, session, remote), session, remote)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(function)()
+    except JobFailed as failed:
+        raise failed.error from None
     except MissingConfigException as error:
         raise UsageError(unknown_choice(error)) from error
     except ConfigCompositionException as error:
         raise UsageError(unknown_setting(error)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UsageError(one_sentence(error)) from error
-    code = OK if finish is None or session.config is None else finish(session.config)
-    if interrupt is not None:
-        raise interrupt
-    return code
-
-
-def _run_jobs(function: _JobFunction, session: Session, remote: RemoteLaunch | None) -> KeyboardInterrupt | None:
-    """Runs all jobs; returns the KeyboardInterrupt of a first Ctrl-C, or None."""
-    token = _current.set(session)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
-            command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(function)
-            if remote is None:
-                command()
-            else:
-                remote.launch(command)
-    except JobFailed as failed:
-        raise failed.error from None
-    except ForceQuit:
-        raise
-    except KeyboardInterrupt as interrupt:
-        return interrupt
     finally:
+        sys.argv = arguments
         _current.reset(token)
-    return None
 
 
 def add_import_paths() -> None:

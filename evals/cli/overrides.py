@@ -31,8 +31,22 @@ def prepare_arguments() -> None:
     has_mode = arguments.run or arguments.multirun or arguments.cfg or arguments.info or arguments.shell_completion
     is_sweep = any(word.startswith(("sweep=", "launcher=")) for word in overrides)
     if is_sweep and not has_mode:
-        sys.argv.append("--multirun")
+        sys.argv.insert(1, "--multirun")
     check_overrides(overrides, multirun=arguments.multirun or is_sweep)
+    sys.argv[1:] = map(quote_text, sys.argv[1:])
+
+
+TEXTS = ("sweep_name", "results_dir", "plots_dir", "relative_to")
+"""Settings whose value is text, whatever it looks like."""
+
+
+def quote_text(word: str) -> str:
+    """Quotes the value of a setting that is text: Hydra would read sweep_name=2024_05_01 as 20240501, and a,b as two values."""
+    key, equals, value = word.partition("=")
+    if key not in TEXTS or not equals or value[:1] in ("'", '"', "") or (key == "relative_to" and "," in value):
+        return word
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _refuse(message: str) -> NoReturn:
@@ -50,7 +64,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool) -> None:
         key, equals, value = word.partition("=")
         if not equals and not word.startswith("~"):
             raise UsageError(f"'{word}' is no setting: settings are given as key=value, such as sweep=seq_len")
-        if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", value):
+        if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", value) and (key not in TEXTS or key == "relative_to"):
             if key == "attention":
                 raise UsageError(f"{word} would have each of them alone: to compare them, say 'attention=[{value}]'")
             if not multirun:
@@ -61,7 +75,7 @@ def unknown_setting(error: ConfigCompositionException) -> str:
     """The message for an override of a key that is not in the config, with a similar key; Hydra's message for other errors."""
     cause = error.__cause__
     if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not isinstance(cause.parent_node, DictConfig):
-        return one_sentence(error)
+        return one_sentence(error if str(error) or cause is None else cause)
     key, name = str(cause.full_key), str(cause.key)
     group = key.rpartition(".")[0]
     siblings = {str(sibling): node for sibling, node in cause.parent_node.items_ex(resolve=False)}

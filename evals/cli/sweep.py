@@ -1,5 +1,6 @@
 """`python -m evals.run`: runs every comparison of a sweep, displays its progress, and writes the outputs."""
 
+import json
 import shlex
 import signal
 import sys
@@ -8,15 +9,14 @@ from types import FrameType
 
 from omegaconf import DictConfig
 
-from evals.benchmark.certificates import Certificates
 from evals.benchmark.job import Job
 from evals.cli import hydra_app
 from evals.cli.cluster import RemoteLaunch
 from evals.cli.display import Display, make_display
-from evals.cli.jobs import expand_sweep_all, make_job, make_remote_job, read_job, sweep_certificates, sweep_ledger
+from evals.cli.jobs import check_outputs, expand_sweep_all, make_job, make_remote_job, read_job, sweep_certificates, sweep_ledger
 from evals.cli.progress import make_table
 from evals.config import Comparison
-from evals.errors import OK
+from evals.errors import OK, UsageError
 from evals.isolation.affinity import core_count
 from evals.measure.clock import now, process_age_s
 from evals.results.ledger import Ledger
@@ -31,41 +31,69 @@ def main() -> int:
     is_dry_run = "--dry-run" in arguments
     worst = OK
     for sweep_arguments in expand_sweep_all([argument for argument in arguments if argument != "--dry-run"]):
-        sys.argv = [program, *sweep_arguments, *(["launcher=local"] if is_dry_run else [])]
-        worst = max(worst, _dry_run() if is_dry_run else SweepRun(sweep_arguments).run())
+        sys.argv = [program, *sweep_arguments]
+        worst = max(worst, DryRun().run() if is_dry_run else SweepRun(sweep_arguments).run())
     return worst
 
 
-def _dry_run() -> int:
-    """Prints the remaining work of each comparison, and its estimated duration."""
-    session = hydra_app.Session()
-    seconds_left: list[float] = []
+class Plan:
+    """The jobs of a command. All of them are read and checked before the first is run."""
 
-    def show(cfg: DictConfig) -> None:
-        comparison = read_job(cfg, session.swept)
-        done, left_s = make_job(comparison, sweep_ledger(cfg), sweep_certificates(cfg)).remaining()
-        seconds_left.append(left_s or 0.0)
-        print(f"[{len(seconds_left)}/{session.jobs}] {swept_setting(comparison)}: {conditions(comparison)}")
-        names = ", ".join(candidate.name for candidate in comparison.candidates)
-        unit = "training runs" if comparison.task else "lengths" if comparison.search else "rounds"
-        left = "the time left is not known" if left_s is None else f"about {left_s:.0f} s left"
-        print(f"  {names}: {done} {unit} are done, {left}")
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
 
-    code = hydra_app.run(show, session=session)
-    print(f"about {sum(seconds_left) / 60:.1f} min in all; nothing was measured")
-    return code
+    def check(self, session: hydra_app.Session) -> None:
+        """Reads the jobs from their configs.
+
+        Raises:
+            UsageError: if one cannot be run, if two would have the same row of the table, or if an output could not be written.
+        """
+        if session.config is not None:
+            check_outputs(session.config)
+            ledger, certificates = sweep_ledger(session.config), sweep_certificates(session.config)
+            self.jobs = [make_job(read_job(one.cfg, one.varied), ledger, certificates) for one in session.jobs]
+        rows: dict[tuple[str, str], str] = {}
+        for job in self.jobs:
+            for candidate in job.comparison.candidates:
+                row = candidate.name, json.dumps(job.settings, sort_keys=True)
+                if rows.setdefault(row, job.id) != job.id:
+                    raise UsageError(
+                        f"two comparisons of this command would be the same row of the table, {candidate.name} with "
+                        f"{conditions(job.comparison)}: what differs between them is no setting; run them with a sweep_name each"
+                    )
 
 
-class SweepRun:
+class DryRun(Plan):
+    """Prints the remaining work of each comparison, and its estimated duration; writes nothing."""
+
+    def run(self) -> int:
+        session = hydra_app.compose_jobs()
+        if session.config is None:
+            return OK
+        self.check(session)
+        seconds_left = []
+        for number, job in enumerate(self.jobs, start=1):
+            comparison = job.comparison
+            done, left_s = job.remaining()
+            seconds_left.append(left_s or 0.0)
+            print(f"[{number}/{len(self.jobs)}] {swept_setting(comparison)}: {conditions(comparison)}")
+            names = ", ".join(candidate.name for candidate in comparison.candidates)
+            unit = "training runs" if comparison.task else "lengths" if comparison.search else "rounds"
+            left = "the time left is not known" if left_s is None else f"about {left_s:.0f} s left"
+            print(f"  {names}: {done} {unit} are done, {left}")
+        print(f"about {sum(seconds_left) / 60:.1f} min in all; nothing was measured")
+        return OK
+
+
+class SweepRun(Plan):
     """One sweep of the command: runs its jobs, handles Ctrl-C, and writes the outputs."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__()
         self.command = shlex.join(["python", "-m", "evals.run", *arguments])
-        self.session = hydra_app.Session()
         self.remote = RemoteLaunch(make_remote_job, sweep_ledger)
         self.display = Display()
         self.job_ids: list[str] = []
-        self.certificates: Certificates | None = None
         self.has_measured = False
         self.called_s = 0.0
         self.is_interrupted = False
@@ -74,28 +102,26 @@ class SweepRun:
     def run(self) -> int:
         signal.signal(signal.SIGINT, self._interrupt)
         try:
-            return hydra_app.run(self._run_job, self._finish, session=self.session, remote=self.remote)
+            return hydra_app.run(self._run_job, self._finish, check=self.check, remote=self.remote)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _run_job(self, cfg: DictConfig) -> None:
-        comparison = read_job(cfg, self.session.swept)
-        ledger = sweep_ledger(cfg)
-        self.certificates = self.certificates or sweep_certificates(cfg)
-        job = make_job(comparison, ledger, self.certificates)
+    def _run_job(self, config: hydra_app.JobConfig) -> None:
+        job = self.jobs[len(self.job_ids)]
+        comparison = job.comparison
         self.job_ids.append(job.id)
-        torn = ledger.repair()
+        torn = job.ledger.repair()
         if torn:
             print(f"warning: {torn}", file=sys.stderr)
-        self._record_command(ledger)
+        self._record_command(job.ledger)
         if job.is_complete():
             return
         if not self.has_measured:
-            self.display = make_display(self.session.jobs, quiet=cfg.quiet)
+            self.display = make_display(len(self.jobs), quiet=config.cfg.quiet)
             self.has_measured = True
         if comparison.task:
             self.when_it_stops = "within seconds, and continues from the last checkpoint"
-        title = f"[{len(self.job_ids)}/{self.session.jobs}] {swept_setting(comparison)}"
+        title = f"[{len(self.job_ids)}/{len(self.jobs)}] {swept_setting(comparison)}"
         self.display.begin(title, conditions(comparison), make_table(job))
         finished = False
         try:
@@ -110,7 +136,7 @@ class SweepRun:
 
         def report(message: str, share: float) -> None:
             self._stop_if_interrupted()  # a round has ended; a training run continues from its checkpoint
-            self.display.report(message, (done + share) / self.session.jobs)
+            self.display.report(message, (done + share) / len(self.jobs))
 
         for record in job.run(report):
             # Preflights run side by side, one per core; everything else runs alone.
@@ -150,7 +176,7 @@ class SweepRun:
         # Only now: pandas and matplotlib take seconds to import, which would delay the first measurement.
         from evals.cli.outputs import write_outputs
 
-        code = write_outputs(cfg, self.job_ids)
+        code = write_outputs(cfg, self.job_ids, self.command)
         if self.called_s:
             seconds = process_age_s()
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into measured calls and their warm-up")
@@ -158,9 +184,9 @@ class SweepRun:
 
 
 def swept_setting(comparison: Comparison) -> str:
-    """The swept setting of a comparison with its value, such as `seq_len=512`."""
-    key = (comparison.swept or "shape.seq_len").rpartition(".")[2]
-    return f"{key}={comparison.settings[key]}"
+    """The varied settings of a comparison with their values, such as `seq_len=512`; the length, if none is varied."""
+    option = comparison.option or {"seq_len": comparison.shape.seq_len}
+    return ", ".join(f"{key}={value}" for key, value in option.items())
 
 
 def conditions(comparison: Comparison) -> str:

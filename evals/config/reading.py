@@ -7,30 +7,36 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from evals.config.rules import SIZE, Rule, check_fields, check_keys, mapping_with_target
+from evals.config.rules import FOLDER_NAME, NAME, SIZE, TEXT, Rule, check_fields, check_keys, mapping_with_target
 from evals.config.settings import Candidate, Comparison, Device, Model, Sampling, Shape, Training
 from evals.errors import UsageError
 from evals.isolation.affinity import core_count, thread_counts
 
 OmegaConf.register_new_resolver("thread_counts", thread_counts, replace=True)
 
+MISSING = object()
 GROUPS = ("shape", "model", "device", "sampling", "training")
 TOP_LEVEL: dict[str, Rule | None] = {
-    **dict.fromkeys(("attention", *GROUPS, "task", "relative_to", "swept", "sweep_name", "results_dir", "plots_dir", "tracker")),
+    **dict.fromkeys(("attention", *GROUPS, "task", "swept", "tracker")),
+    "relative_to": TEXT,
+    "sweep_name": FOLDER_NAME,
+    "results_dir": TEXT,
+    "plots_dir": TEXT,
     "workload": mapping_with_target("evals.benchmark.workloads.prefill"),
     "match": Rule("null or one of params", lambda value: value in (None, "params")),
     "search": Rule("null or one of max_context", lambda value: value in (None, "max_context")),
     "quiet": Rule("true or false", lambda value: isinstance(value, bool)),
 }
-"""The keys of a config, each with its rule; None for groups, which have rules of their own, and for free text."""
+"""The keys of a config, each with its rule; None for groups, which have rules of their own."""
 
 
-def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
+def read_comparison(cfg: DictConfig, varied: Mapping[str, Any]) -> Comparison:
     """Reads and checks a job's composed config.
 
     Args:
         cfg: the config.
-        swept: the setting that the command varies; used if the config names none.
+        varied: the keys that the command varies, with their values in this job. The first is on the x axis if the config names no
+            `swept` key.
 
     Raises:
         UsageError: for an unknown or missing key, a value that breaks its rule, or an attention that cannot be built.
@@ -49,14 +55,16 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
             rule.check(key, values[key])
     check_fields(Shape, "shape", values["shape"])
     check_fields(Sampling, "sampling", values["sampling"])
-    option = read_swept(cfg, values["swept"] or swept, required=values["swept"] is not None)
+    swept = values["swept"]
+    if swept is not None and OmegaConf.select(cfg, str(swept), default=MISSING) is MISSING:
+        raise UsageError(f"swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got {swept!r}")
+    varied = ({} if swept is None else {swept: OmegaConf.select(cfg, swept)}) | dict(varied)
     model = read_model(values["model"])
     comparison = Comparison(
-        sweep=str(values["sweep_name"]),
-        swept=(values["swept"] or swept) if option else None,
-        option=option,
+        sweep=values["sweep_name"],
+        varied=varied,
         candidates=read_candidates(nodes, rotary=model.positions == "rotary"),
-        relative_to=str(values["relative_to"]),
+        relative_to=values["relative_to"],
         match=values["match"],
         search=values["search"],
         task=values["task"],
@@ -73,15 +81,6 @@ def read_comparison(cfg: DictConfig, swept: str | None = None) -> Comparison:
     return comparison
 
 
-def read_swept(cfg: DictConfig, key: str | None, *, required: bool) -> dict[str, Any]:
-    """Reads the swept setting, as the last part of its name with its value; empty if it cannot be an x axis."""
-    value = None if key is None else OmegaConf.select(cfg, key)
-    if required and value is None:
-        raise UsageError(f"swept must be a key of the config, such as shape.seq_len or attention.bsbr.chunk_size, got {key!r}")
-    # A list of attentions cannot be an x axis.
-    return {key.rpartition(".")[2]: value} if key is not None and isinstance(value, int | float | str) else {}
-
-
 def read_candidates(nodes: Mapping[str, Any], *, rotary: bool) -> tuple[Candidate, ...]:
     if "_target_" in nodes:
         raise UsageError(
@@ -89,9 +88,10 @@ def read_candidates(nodes: Mapping[str, Any], *, rotary: bool) -> tuple[Candidat
             f"_target_: {nodes['_target_']} stands at the top"
         )
     for name, node in nodes.items():
+        NAME.check("the name of an attention", name)
         mapping_with_target("{_target_: bsbr.BSBRAttention}").check(f"attention '{name}'", node)
     shared = {"rotary": True} if rotary else {}
-    return tuple(Candidate(str(name), {**shared, **node}) for name, node in nodes.items())
+    return tuple(Candidate(name, {**shared, **node}) for name, node in nodes.items())
 
 
 def read_model(values: Any) -> Model:

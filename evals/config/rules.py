@@ -46,6 +46,16 @@ def mapping_with_target(example: str) -> Rule:
     )
 
 
+QUOTE = "; YAML reads a bare 2024_05_01, 1e5 or no as a number or a boolean, and 'no' in quotes as text"
+TEXT = Rule(f"text{QUOTE}", lambda value: isinstance(value, str) and value != "")
+NAME = Rule(
+    f"text on one line, of at most 200 bytes and without spaces around it{QUOTE}",
+    lambda value: TEXT.holds(value) and value.isprintable() and value == value.strip() and len(value.encode()) <= 200,
+)
+FOLDER_NAME = Rule(
+    f"the name of a folder in results_dir, such as mine or mine/first: {NAME.expected}",
+    lambda value: NAME.holds(value) and not {"", ".", ".."} & set(value.split("/")),
+)
 SIZE = Rule("a positive integer", lambda value: is_number(value, int) and value >= 1)
 Size = Annotated[int, SIZE]
 Positive = Annotated[float, Rule("a number above 0", lambda value: is_number(value) and value > 0)]

@@ -1,5 +1,6 @@
 """`Comparison`, the unit of work, and the settings it consists of."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,6 +11,7 @@ from hydra.utils import instantiate
 from bsbr.interface import Attention
 from evals.config.rules import Positive, Rule, Size, at_least, is_number, list_of, one_of
 from evals.errors import UsageError, not_found, one_sentence
+from evals.results.schema import columns
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scope = Literal["attention", "layer", "model"]
@@ -17,6 +19,9 @@ Positions = Literal["sinusoidal", "rotary", "none"]
 Kind = Literal["cpu", "cuda"]
 Mode = Literal["eager", "graph"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+ADDED = ("set", "settings")
+"""Columns that the report adds to tables."""
 
 NEUTRAL = {"conv_size": None, "positions": "sinusoidal", "mode": "eager", "match": None, "curriculum": "1"}
 """Values at which a setting is left out of tables and keys: results from before there was such a setting stay comparable."""
@@ -138,8 +143,7 @@ class Comparison:
     """Several attentions, one shape, one workload, one machine: the unit of work."""
 
     sweep: str  # also the name of its result folder
-    swept: str | None  # full name of the setting that the sweep varies
-    option: dict[str, Any]  # last part of that name: value here; an option of one attention can be swept like a setting
+    varied: dict[str, Any]  # full names of the settings that the sweep varies, with their values here; the first is the x axis
     candidates: tuple[Candidate, ...]
     relative_to: str  # name of the candidate to which speed-ups are relative
     match: str | None  # params: equalises the candidates' parameters
@@ -153,25 +157,50 @@ class Comparison:
     sampling: Sampling
 
     @property
+    def swept(self) -> str | None:
+        """Full name of the setting on the x axis."""
+        return next(iter(self.varied), None)
+
+    @property
+    def option(self) -> dict[str, Any]:
+        """The columns of the varied settings, with their values here; null and lists as text.
+
+        `evals.results.schema.column_of` finds the column of a key.
+        """
+        table = "accuracy" if self.task else "max_context" if self.search else "latency"
+        shared, reserved = self._shared_settings, {*columns(table), *ADDED}
+        option: dict[str, Any] = {}
+        for key, value in self.varied.items():
+            name = key.rpartition(".")[2]
+            if name in shared and not key.startswith("attention."):
+                column, value = name, shared[name]  # as it was resolved: threads=null is a number
+            else:  # an option of an attention may have the name of another column, or of an option of another attention
+                is_shared = any(other != key and other.rpartition(".")[2] == name for other in self.varied)
+                column = key if name in shared or name in reserved or is_shared else name
+            option[column] = value if isinstance(value, str | int | float) else json.dumps(value)
+        return option
+
+    @property
     def settings(self) -> dict[str, str | int | float]:
-        """Conditions that all candidates share, as columns of the table."""
+        """Conditions that all candidates share, as columns of the table; settings without effect are left out unless varied."""
+        shared = self._shared_settings.items()
+        return {**self.option, **{key: value for key, value in shared if key not in NEUTRAL or value != NEUTRAL[key]}}
+
+    @property
+    def _shared_settings(self) -> dict[str, Any]:
         kind, node = ("workload", self.workload) if self.task is None else ("task", self.task)
         model = asdict(self.model)
         # A smaller scope builds less of the decoder.
         unused = {"attention": ("ff_dim", "conv_size", "num_layers", "vocab_size"), "layer": ("num_layers", "vocab_size")}
         for key in unused.get(self.model.scope, ()):
             del model[key]
-        shared = {
+        return {
+            kind: str(node["_target_"]).rpartition(".")[2],
+            **{option: value for option, value in node.items() if option != "_target_"},
             **({} if self.task is None else self.training.settings),
             "device": self.device.kind,
             **{key: value for key, value in asdict(self.device).items() if key != "kind"},
             **asdict(self.shape),
             **model,
             "match": self.match,
-        }
-        return {
-            **self.option,
-            kind: str(node["_target_"]).rpartition(".")[2],
-            **{option: value for option, value in node.items() if option != "_target_"},
-            **{key: value for key, value in shared.items() if key not in NEUTRAL or value != NEUTRAL[key]},
         }

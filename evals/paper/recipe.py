@@ -33,7 +33,7 @@ class Step:
 def recipe(path: Path = RECIPE) -> list[Step]:
     """Reads all steps, in order. Raises ValueError if the file is invalid or has two steps for one folder."""
     try:
-        steps = [Step(**{**step, "commands": tuple(step["commands"])}) for step in yaml.safe_load(path.read_text())]
+        steps = [Step(**{**step, "commands": tuple(step["commands"])}) for step in yaml.safe_load(path.read_text(encoding="utf-8"))]
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} must list steps of data, what, commands and perhaps gpu: {' '.join(str(error).split())}"

@@ -14,17 +14,9 @@ from evals.plots.lines import draw_line
 from evals.plots.pareto import draw_front
 from evals.plots.style import GREY, Style, style_of
 from evals.results.formatting import format_setting
-from evals.results.frames import Sweep
+from evals.results.frames import Sweep, matching, split, suffixes, swept_values
 from evals.results.metrics import ACCURACY, BITS_PER_BYTE, LATENCY, LOSS, STATE, Metric
-from evals.results.settings import (
-    TRAINING_SETTINGS,
-    axis_label,
-    format_range,
-    group_by,
-    training_conditions,
-    training_phrase,
-    varying,
-)
+from evals.results.settings import axis_label, format_range, training_conditions, training_phrase
 
 SIZES = ("hidden_dim", "num_heads", "num_layers", "conv_size")
 """The settings that change the model, not the task."""
@@ -54,8 +46,8 @@ class AccuracySweep(NamedTuple):
         return whole[whole["eval_seq_len"] == whole["seq_len"]]
 
     def at_last(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The rows at the greatest value of the swept setting."""
-        last: pd.DataFrame = rows[rows[self.swept] == rows[self.swept].max()]
+        """The rows at the greatest value of the swept setting; at the last one, if it has no order."""
+        last: pd.DataFrame = rows[rows[self.swept] == swept_values(rows, self.swept)[-1]] if len(rows) else rows
         return last
 
     @property
@@ -80,10 +72,10 @@ def accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame, swept: str) -> 
     ok = results[(results["outcome"] == "ok") & results["best"].astype(bool)]
     bad = results[results["outcome"] != "ok"].drop_duplicates(["attention", "outcome"])
     failed = ", ".join(f"{row['attention']} ({row['outcome']})" for _, row in bad.iterrows())
-    separate = varying(ok, (name for name in TRAINING_SETTINGS if name != swept))
-    for values, rows in group_by(ok, separate):
-        if len(rows):
-            yield "".join(f"-{format_setting(value)}" for value in values), AccuracySweep(rows, curves, swept, failed)
+    groups = [(settings, rows) for settings, rows in split(ok, swept, "accuracy") if len(rows)]
+    for suffix, (settings, rows) in zip(suffixes(settings for settings, _ in groups), groups, strict=True):
+        its_curves = matching(curves, {name: value for name, value in settings.items() if name in curves})
+        yield suffix, AccuracySweep(rows, its_curves, swept, failed)
 
 
 # --- lines -------------------------------------------------------------------------------------------

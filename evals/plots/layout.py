@@ -75,9 +75,10 @@ def add_legend(
     """
     details = details or {}
     labels = {name: "\n".join(filter(None, (short_name(name), details.get(name)))) for name in names}
-    handles = [Line2D([], [], label=label, **styles[name].line(discrete)) for name, label in labels.items()]
+    handles = [Line2D([], [], label=" ", **styles[name].line(discrete)) for name in labels]
     legend = axes.legend(handles=[*handles, *extra], handlelength=1 if discrete else 2.8, **BESIDE)
-    for text, name in zip(legend.get_texts(), names, strict=False):
+    for text, name in zip(legend.get_texts(), labels, strict=False):
+        text.set_text(labels[name])  # a handle whose label begins with _ would be left out
         text.set_fontweight("normal" if details.get(name) else styles[name].weight)
         text.set_gid(f"{name} legend")
 

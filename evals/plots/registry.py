@@ -16,13 +16,12 @@ from evals.plots.max_context import max_context_plot
 from evals.plots.memory import memory_split
 from evals.plots.needle import needle_depth
 from evals.plots.pareto import pareto
-from evals.plots.save import save_all
+from evals.plots.save import Drawing, save_all
 from evals.plots.style import render
 from evals.results import schema
-from evals.results.formatting import format_setting
-from evals.results.frames import Sweep, check_table, read_fits, read_table, sweeps, swept_column
+from evals.results.frames import Sweep, check_table, read_fits, read_table, suffixes, sweeps, swept_column
 from evals.results.ledger import Ledger, Record
-from evals.results.settings import SETTINGS, group_by, varying
+from evals.results.max_context_table import split_searches
 
 FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
     **{metric.name: partial(line_plot, metric=metric) for metric in LINE_METRICS},
@@ -47,23 +46,21 @@ ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
 CONVERSION_FIGURES = {"perplexity": conversion.perplexity, "agreement": conversion.agreement}
 
 
-def _render_all(
+def _drawings(
     figures: Mapping[str, Callable[..., Figure | None]], data_sets: Iterable[tuple[str, tuple[object, ...]]]
-) -> Iterator[tuple[str, Figure]]:
-    """Draws every figure of every data set that it has data in; yields its name with the suffix of the data set, and the figure."""
+) -> Iterator[Drawing]:
+    """Yields, for every figure of every data set, its name with the suffix of the data set, and a function that draws it."""
     for suffix, data in data_sets:
         for name, draw in figures.items():
-            figure = render(draw, *data)
-            if figure is not None:
-                yield f"{name}{suffix}", figure
+            yield f"{name}{suffix}", partial(render, draw, *data)
 
 
 def sweep_figures(
     results: pd.DataFrame, fits: Mapping[str, pd.DataFrame], samples: pd.DataFrame | None = None
-) -> Iterator[tuple[str, Figure]]:
-    """Draws every figure of a checked table of timings that has data; yields its name (latency, latency-decode) and the figure."""
+) -> Iterator[Drawing]:
+    """Yields every figure of a checked table of timings: its name (latency, latency-decode), and a function that draws it."""
     figures: dict[str, Callable[[Sweep], Figure | None]] = {**FIGURES, "distribution": partial(distribution, samples=samples)}
-    return _render_all(figures, ((suffix, (sweep,)) for suffix, sweep in sweeps(results, fits)))
+    return _drawings(figures, ((suffix, (sweep,)) for suffix, sweep in sweeps(results, fits)))
 
 
 def draw_sweep(
@@ -103,14 +100,14 @@ def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
         ValueError: if a column is missing, there is no row, a number is invalid, or an attention has two rows.
     """
     results = check_table(results, "max_context")
-    groups = list(group_by(results, varying(results, (*SETTINGS, "limit_bytes"))))
+    groups = list(split_searches(results))
     for _, rows in groups:
         twice = rows["attention"][rows["attention"].duplicated()]
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
-    data_sets = (("".join(f"-{format_setting(value)}" for value in values), (rows,)) for values, rows in groups)
+    data_sets = zip(suffixes(settings for settings, _ in groups), ((rows,) for _, rows in groups), strict=True)
     figures = {"max_context": max_context_plot}
-    return save_all(_render_all(figures, data_sets), folder, figures)
+    return save_all(_drawings(figures, data_sets), folder, figures)
 
 
 def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, AccuracySweep]]:
@@ -122,7 +119,7 @@ def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iter
 def draw_accuracy(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of an accuracy table and its training losses; raises ValueError as `checked_accuracy_sweeps`."""
     data_sets = ((suffix, (sweep,)) for suffix, sweep in checked_accuracy_sweeps(results, curves))
-    return save_all(_render_all(ACCURACY_FIGURES, data_sets), folder, ACCURACY_FIGURES)
+    return save_all(_drawings(ACCURACY_FIGURES, data_sets), folder, ACCURACY_FIGURES)
 
 
 def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
@@ -133,7 +130,7 @@ def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterato
 
 def draw_conversion(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of `python -m evals.distill`'s tables; raises ValueError as `conversion_tables`."""
-    return save_all(_render_all(CONVERSION_FIGURES, conversion_tables(results, positions)), folder, CONVERSION_FIGURES)
+    return save_all(_drawings(CONVERSION_FIGURES, conversion_tables(results, positions)), folder, CONVERSION_FIGURES)
 
 
 def draw_folder(results: Path, plots: Path) -> list[Path]:
@@ -142,7 +139,7 @@ def draw_folder(results: Path, plots: Path) -> list[Path]:
     Returns the paths written.
 
     Raises:
-        ValueError: if there is no table, or it cannot be drawn.
+        ValueError: if there is no table, or it cannot be drawn; `FiguresNotDrawn` if some of its figures can.
     """
     path = results / "results.csv"
     kind = schema.kind_of(path) if path.is_file() else ""

@@ -10,6 +10,7 @@ from matplotlib import style
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Shape
+from matplotlib.textpath import TextPath
 
 P = ParamSpec("P")
 
@@ -50,13 +51,15 @@ SPARE_COLOURS = ("#332288", "#999933", "#44aa99", "#aa4499", "#777777", "#661100
 SPARE_MARKERS = ("h", "p", "X", "d", "H", "8", "*")
 
 HOURGLASS = Shape([(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1)])
+GLYPH = TextPath((0, 0), "?")
+QUESTION = Shape(GLYPH.vertices - GLYPH.get_extents().get_points().mean(axis=0), GLYPH.codes)
 UNEQUAL = Shape([(-1, 0.4), (1, 0.4), (-1, -0.4), (1, -0.4), (-0.6, -1), (0.6, 1)], [1, 2] * 3)
 FAILURES: dict[str, str | Shape] = {
     "oom": "x",
     "timeout": HOURGLASS,
     "crash": "*",
     "unsupported": "_",
-    "uncertified": "$?$",
+    "uncertified": QUESTION,
     "impossible": UNEQUAL,
     "lost": "1",
 }
@@ -72,6 +75,7 @@ PARTS = {"parameters": "#26384a", "activations": "#8ba0b4", "state": "#dfe7ee"}
 RC: dict[str, Any] = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("paper", font_scale=0.83),
+    "text.parse_math": False,  # the name of an attention may hold dollar signs
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: figures must not depend on installed fonts
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import pandas as pd
 
 from evals.errors import UsageError
-from evals.report.sources import CONTEXT, TRAINING, Part, Source
+from evals.report.sources import CONTEXT, TABLES, TRAINING, Part, Source
 from evals.report.summary import NO_DIFFERENCE, format_interval, format_metric, format_number, intervals_overlap
 from evals.results import schema
 from evals.results.cells import read_cells
 from evals.results.compare import compare_cells
 from evals.results.formatting import format_setting
 from evals.results.metrics import ACCURACY, BITS_PER_BYTE, SPEEDUP
+from evals.results.settings import setting_columns
 
 UNCHANGED = {"same", "ambiguous", "untimed", *(f"{outcome} in both" for outcome in schema.words("latency", "outcome"))}
 """Verdicts that state no change."""
@@ -89,7 +90,7 @@ def _counts(table: pd.DataFrame, both: pd.DataFrame, first: Source, other: Sourc
 
 def _training(first: Source, other: Source) -> Change:
     metric = BITS_PER_BYTE if other.table["bits_per_byte"].notna().any() else ACCURACY
-    keys = list(dict.fromkeys(["attention", first.swept, "eval_seq_len"]))
+    keys = list(dict.fromkeys(["attention", first.swept, *_varied(first, other), "eval_seq_len"]))
     rows = []
     for pair in _pair_rows(_best_runs(first, keys), _best_runs(other, keys), keys):
         verdict = "unknown"
@@ -112,14 +113,25 @@ def _best_runs(source: Source, keys: list[str]) -> pd.DataFrame:
 
 
 def _context(first: Source, other: Source) -> Change:
-    keys = ["attention"]
+    keys = ["attention", *_varied(first, other)]
     old, new = (source.table.drop_duplicates(keys, keep="last").set_index(keys) for source in (first, other))
     rows = []
     for pair in _pair_rows(old, new, keys):
         before, after = (float("nan") if row is None else row["max_context"] for row in (pair.before, pair.after))
         values = ["none" if pd.isna(value) else format_setting(value) for value in (before, after)]
         rows.append([*pair.key, *values, "" if pd.isna(after / before) else format_number(after / before, SPEEDUP)])
-    return Change(_title(first, other), "In tokens.", ["attention", "before", "after", "ratio"], rows)
+    return Change(_title(first, other), "In tokens.", [*keys, "before", "after", "ratio"], rows)
+
+
+def _varied(first: Source, other: Source) -> list[str]:
+    """The settings in which rows of either folder differ, without those that tell machines apart."""
+    kind = TABLES[first.kind]
+    both = [name for name in setting_columns(first.table, kind) if name in setting_columns(other.table, kind)]
+    return [name for name in both if name not in ("processor", "torch", first.swept) and _varies(name, first, other)]
+
+
+def _varies(setting: str, *sources: Source) -> bool:
+    return any(source.table[setting].nunique(dropna=False) > 1 for source in sources)
 
 
 class RowPair(NamedTuple):

@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 
 from evals.certification.checks import CHECKS
+from evals.errors import naming
 from evals.report.changes import changes
 from evals.report.charts import charts, details, short_axis_label, styles
 from evals.report.library import vega
@@ -42,7 +43,8 @@ def write(folders: Sequence[Path], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(page, encoding="utf-8")
+        with naming(unfinished):
+            unfinished.write_text(page, encoding="utf-8")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,10 +12,13 @@ from evals.errors import UsageError
 from evals.results import frames, schema
 from evals.results.formatting import format_setting
 from evals.results.ledger import Ledger, Record
-from evals.results.settings import SETTINGS, TRAINING_SETTINGS
+from evals.results.settings import SETTINGS, TRAINING_SETTINGS, setting_columns, setting_phrase
 
 TIMING, TRAINING, CONTEXT = "timing", "training", "context"
 """The kinds of tables: of latencies, of training runs, and of the longest context that fits."""
+
+TABLES = {TIMING: "latency", TRAINING: "accuracy", CONTEXT: "max_context"}
+"""The schema of each kind."""
 
 DESCRIPTIONS = ("comparison", "study", "search")
 """The kinds of records that describe a job's settings."""
@@ -115,19 +119,26 @@ class Part:
     def table(self) -> pd.DataFrame:
         """The rows of all sources; column `set` is the label of the source, `settings` has the other settings that differ."""
         rows = pd.concat([source.table.assign(set=source.label) for source in self.sources], ignore_index=True)
-        phrases = {**SETTINGS, **TRAINING_SETTINGS}
         # Sets differ in machine and torch version anyway.
         ignored = (self.swept, *(("processor", "torch") if len(self.sources) > 1 else ()))
+        settings = [name for name in setting_columns(rows.drop(columns="set"), TABLES[self.kind]) if name not in ignored]
         texts = [
-            rows[name].map(lambda value, phrase=phrase: "" if pd.isna(value) else phrase.format(format_setting(value)))
-            for name, phrase in phrases.items()
-            if name in rows and name not in ignored and frames.varies_independently(rows, self.swept, name)
+            rows[name].map(partial(_phrase, name))
+            for name in settings
+            if rows[name].notna().any() and frames.varies_independently(rows, self.swept, name)
         ]
         return rows.assign(settings=[", ".join(filter(None, row)) for row in zip(*texts, strict=True)] if texts else "")
 
     @property
     def attentions(self) -> list[str]:
         return list(dict.fromkeys(self.table["attention"].astype(str)))
+
+
+def _phrase(setting: str, value: Any) -> str:
+    if pd.isna(value):
+        return ""
+    phrase = SETTINGS.get(setting) or TRAINING_SETTINGS.get(setting)
+    return phrase.format(format_setting(value)) if phrase else setting_phrase(setting, value)
 
 
 def group_sources(sources: Sequence[Source]) -> list[Part]:

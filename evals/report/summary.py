@@ -1,10 +1,10 @@
 """The summary at the top of a report, in sentences: the fastest or most accurate attention, and where that changes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -14,8 +14,9 @@ from evals.results import frames
 from evals.results.folder import ResultFolder
 from evals.results.formatting import format_estimate, format_setting
 from evals.results.frames import Sweep
+from evals.results.max_context_table import split_searches
 from evals.results.metrics import ACCURACY, BITS_PER_BYTE, BYTES, LATENCY, MAX_CONTEXT, PEAK_MEMORY, SPEEDUP, STATE, Metric
-from evals.results.settings import SETTINGS, conditions, group_by, is_number, setting_name, varying
+from evals.results.settings import conditions, is_number, setting_name, training_phrase
 
 NO_DIFFERENCE = "no difference found"
 MAX_NAMES = 4
@@ -40,13 +41,11 @@ class Summary:
 def summarize(source: Source) -> list[Summary]:
     """One summary for every set of rows that differ in the swept setting alone."""
     if source.kind == CONTEXT:
-        settings = varying(source.table, [*SETTINGS, "limit_bytes"])
-        return [_summary(conditions(rows, "attention"), _context(rows)) for _, rows in group_by(source.table, settings, sort=False)]
+        return [_summary(conditions(rows, "attention"), _context(rows)) for _, rows in split_searches(source.table)]
     if source.kind == TRAINING:
         table = source.table.assign(best=source.table["best"].astype("boolean").fillna(False))
-        settings = [name for name in varying(table, ("task", "scope", "dtype", "device")) if name != source.swept]
-        groups = group_by(table, settings, sort=False)
-        return [_summary(_tasks(rows), _training(rows, source.swept)) for _, rows in groups]
+        groups = frames.split(table, source.swept, "accuracy")
+        return [_summary(_tasks(rows, settings), _training(rows, source.swept)) for settings, rows in groups]
     folder = ResultFolder(source.folder)
     sweeps = [sweep for _, sweep in frames.sweeps(source.table, source.fits)]
     return [_summary(conditions(sweep.rows, sweep.column), _timing(sweep, folder)) for sweep in sweeps]
@@ -207,8 +206,10 @@ def _growth(sweep: Sweep) -> str:
 # --- training -------------------------------------------------------------------------------------
 
 
-def _tasks(rows: pd.DataFrame) -> str:
-    return ", ".join(dict.fromkeys(map(format_setting, rows["task"].dropna()))) if "task" in rows else ""
+def _tasks(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    tasks = dict.fromkeys(map(format_setting, rows["task"].dropna())) if "task" in rows else {}
+    further = (training_phrase(name, format_setting(value)) for name, value in settings.items() if name != "task")
+    return ", ".join([*tasks, *further])
 
 
 def _training(rows: pd.DataFrame, swept: str) -> Iterator[Answer]:

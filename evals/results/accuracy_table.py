@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 
 from evals.results.formatting import align_columns, format_setting, format_value, wrap
-from evals.results.frames import rows_by_cell, swept_column
+from evals.results.frames import rows_by_cell, split, swept_column, swept_values
 from evals.results.ledger import Record
 from evals.results.metrics import ACCURACY, BITS_PER_BYTE, Metric
-from evals.results.schema import columns
+from evals.results.schema import columns, one_type
+from evals.results.settings import setting_phrase
 from evals.results.training_runs import TrainedAttention, trained_attentions
 from evals.stats.intervals import mean_interval
 
@@ -28,7 +29,7 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
     """
     rows = [row for trained in trained_attentions(records) for row in _rows(trained)]
     options = {column: None for row in rows for column in row if column not in COLUMNS}
-    return pd.DataFrame(rows, columns=[*COLUMNS, *options])
+    return one_type(pd.DataFrame(rows, columns=[*COLUMNS, *options]), "accuracy")
 
 
 def _rows(trained: TrainedAttention) -> Iterator[dict[str, Any]]:
@@ -119,16 +120,21 @@ def render(table: pd.DataFrame) -> str:
     """Renders the scores at the best learning rates over all targets, in 80 columns.
 
     Attentions stand down, and the swept setting across, evaluated at the length of training. If only the evaluation length
-    varies, that stands across. Failures follow.
+    varies, that stands across. Rows that differ in further settings have blocks of their own. Failures follow.
     """
     whole = over_all_targets(table)
     swept = swept_column(whole)
-    best = whole[whole["best"] & (whole["outcome"] == "ok")]
-    blocks = _score_blocks(best, swept, list(dict.fromkeys(table["attention"]))) if len(best) else []
-    for _, row in whole[whole["outcome"] != "ok"].iterrows():
-        rate = "" if pd.isna(row["learning_rate"]) else f" at learning rate {row['learning_rate']:g}"
-        blocks.append(wrap(f"{row['attention']} at {swept}={row[swept]}{rate}: {row['outcome']}, {row['detail']}"))
-    return "\n\n".join(blocks)
+    blocks, failures = [], []
+    for settings, rows in split(whole, swept, "accuracy"):
+        head = ", ".join(setting_phrase(name, value) for name, value in settings.items())
+        best = rows[rows["best"] & (rows["outcome"] == "ok")]
+        scores = _score_blocks(best, swept, list(dict.fromkeys(rows["attention"]))) if len(best) else []
+        blocks += [*([wrap(f"--- {head} ---")] if head and scores else []), *scores]
+        where = "".join(f", {name}={value}" for name, value in settings.items())
+        for _, row in rows[rows["outcome"] != "ok"].iterrows():
+            rate = "" if pd.isna(row["learning_rate"]) else f" at learning rate {row['learning_rate']:g}"
+            failures.append(wrap(f"{row['attention']} at {swept}={row[swept]}{where}{rate}: {row['outcome']}, {row['detail']}"))
+    return "\n\n".join([*blocks, *failures])
 
 
 def _score_blocks(best: pd.DataFrame, swept: str, names: Sequence[str]) -> list[str]:
@@ -138,7 +144,7 @@ def _score_blocks(best: pd.DataFrame, swept: str, names: Sequence[str]) -> list[
     metric, cells = score_metric(best), rows_by_cell(best, across)
     columns = [
         [format_setting(value), *(format_value(cells.get((name, value)), metric) or "–" for name in names)]
-        for value in sorted(best[across].unique())
+        for value in swept_values(best, across)
     ]
     rates = {name: rows["learning_rate"].unique() for name, rows in best.groupby("attention")}
     columns.append(["rate", *(",".join(f"{rate:g}" for rate in rates.get(name, ())) or "–" for name in names)])

@@ -50,7 +50,7 @@ def read_cells(folder: Path) -> list[Cell]:
         for record in records:
             if record.get("kind") == "latency" and record["outcome"] == "ok" and not record.get("is_control"):
                 timed.setdefault((record["comparison"], record["attention"]), []).append(record)
-        rows = schema.read(folder / "results.csv", dtype={"attention": str, "comparison": str, "outcome": str})
+        rows = schema.read(folder / "results.csv")
         # The noise floor of a comparison may stand in the row of the reference alone.
         floors: dict[Any, float] = rows.groupby("comparison")["noise_floor"].max().to_dict() if "noise_floor" in rows else {}
         cells = [

@@ -14,7 +14,7 @@ GRAMMAR = (
 )
 EXAMPLE = "bsbr 2x faster than standard at seq_len 4096"
 
-NAME, NUMBER = r"[\w.+-]+", r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+NAME, NUMBER = r"""(?:"[^"]+"|'[^']+'|\S+)""", r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 SIZE = rf"(?:(?P<factor>{NUMBER})\s*[x×]\s+|(?P<percent>{NUMBER})\s*%\s+)?"
 FORMS = tuple(
     re.compile(rf"(?P<first>{NAME})\s+(?:is\s+)?{form}(?:\s+at\s+(?P<settings>.+))?")
@@ -25,6 +25,7 @@ FORMS = tuple(
         rf"overtakes\s+(?P<second>{NAME})\s+(?P<relation>before|after)\s+seq_len\s+(?P<length>{NUMBER})",
     )
 )
+SETTING = re.compile(rf"(?P<key>[^\s=]+)(?:\s*=\s*|\s+)(?P<value>{NAME})")
 Relation = Literal["faster", "slower", "less", "more", "latency", "memory", "before", "after"]
 """The comparison of latencies, that of memory, the quantity that scales, or the order of an overtaking and a length."""
 
@@ -52,15 +53,24 @@ def parse(text: str) -> Claim:
         UsageError: with the grammar and an example, if the text is not a claim.
     """
     match = next((match for form in FORMS if (match := form.fullmatch(text.strip()))), None)
-    given = match.groupdict() if match else {}
-    pairs = [pair.replace("=", " ").split() for pair in re.split(r"\s+and\s+", given.get("settings") or "") if pair]
-    if match is None or any(len(pair) != 2 for pair in pairs):
+    given = {key: _unquote(word) if word else word for key, word in match.groupdict().items()} if match else {}
+    settings = (given.get("settings") or "").strip()
+    pairs = [SETTING.fullmatch(pair) for pair in re.split(r"\s+and\s+", settings)] if settings else []
+    if match is None or None in pairs:
         grammar = "; ".join(GRAMMAR)
-        raise UsageError(f"{text!r} is no claim; one reads {grammar}; each may end in at <setting> <value> and …: {EXAMPLE!r}")
+        raise UsageError(
+            f"{text!r} is no claim; one reads {grammar}; each may end in at <setting> <value> and …: {EXAMPLE!r}; "
+            "a name with spaces stands in quotes"
+        )
     if given["first"] == given.get("second"):
         raise UsageError(f"{given['first']} is compared with itself: name two attentions, as in {EXAMPLE!r}")
     relation = cast(Relation, given["relation"] or "latency")
-    return Claim(given["first"], given.get("second") or "", relation, _amount(given, relation), dict(pairs))
+    chosen = {pair["key"]: _unquote(pair["value"]) for pair in pairs if pair}
+    return Claim(given["first"], given.get("second") or "", relation, _amount(given, relation), chosen)
+
+
+def _unquote(word: str) -> str:
+    return word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "\"'" else word
 
 
 def _amount(given: dict[str, str | None], relation: Relation) -> float:

@@ -13,8 +13,9 @@ from evals.results.accuracy_table import over_all_targets, score_metric
 from evals.results.formatting import format_setting, format_value
 from evals.results.latency_table import TABLE_METRICS
 from evals.results.markup import FORMATS, Table, superscript
+from evals.results.max_context_table import split_searches
 from evals.results.metrics import BYTES, MAX_CONTEXT, PERPLEXITY, STATE
-from evals.results.settings import SETTINGS, TRAINING_SETTINGS, conditions, group_by, training_conditions, training_phrase, varying
+from evals.results.settings import conditions, training_conditions, training_phrase
 
 
 def export(folders: Sequence[Path], form: str) -> str:
@@ -79,8 +80,7 @@ def accuracy_tables(results: pd.DataFrame) -> Iterator[Table]:
     """Scores and decoding state at the best learning rate over the swept setting; scores over evaluation lengths."""
     swept = frames.swept_column(results)
     whole = over_all_targets(results)
-    fixed = varying(whole, [name for name in TRAINING_SETTINGS if name not in (swept, "seq_len")])
-    for _, group in group_by(whole, fixed, sort=False):
+    for _, group in frames.split(whole, swept, "accuracy"):
         ok = group[(group["outcome"] == "ok") & group["best"].astype(bool)]
         failed = group[~group["attention"].isin(ok["attention"]) & (group["outcome"] != "ok")]
         metric, caption = score_metric(ok), training_conditions(group)
@@ -102,7 +102,7 @@ def _grid(
     notes: list[str] = []
     texts = {cell: f"{row['outcome']}{_mark(notes, row)}" for cell, row in frames.rows_by_cell(failed, column).items()}
     texts |= {cell: write(row) for cell, row in frames.rows_by_cell(rows, column).items()}
-    values = sorted(pd.concat([rows[column], failed[column]]).unique())
+    values = frames.swept_values(pd.concat([rows, failed]), column)
     body = [[str(name), *(texts.get((name, value), "") for value in values)] for name in dict.fromkeys(name for name, _ in texts)]
     return Table(title, [[column, *map(_whole, values)], *body], notes, caption, over_seeds=True)
 
@@ -114,7 +114,7 @@ def _whole(value: Any) -> str:
 
 def max_context_tables(results: pd.DataFrame) -> Iterator[Table]:
     """The longest context of each attention, for each memory limit and group of settings."""
-    for _, group in group_by(results, varying(results, ("limit_bytes", *SETTINGS)), sort=False):
+    for _, group in split_searches(results):
         notes: list[str] = []
         rows = [["attention", "tokens", "held", "tokens that do not fit"]]
         for _, row in group.sort_values("max_context", ascending=False).iterrows():

@@ -12,7 +12,7 @@ from evals.errors import UsageError, one_sentence
 from evals.results import schema
 from evals.results.history import History, Process
 from evals.results.ledger import Ledger
-from evals.results.settings import COMPARISON_SETTINGS
+from evals.results.settings import setting_columns
 from evals.stats.intervals import Interval
 
 NEEDED = ("attention", "outcome", "comparison", "relative_to", "seq_len")
@@ -48,7 +48,7 @@ class ResultFolder:
         self.folder = folder
         self.table = table.reindex(columns=list(dict.fromkeys((*table.columns, *OPTIONAL))))
         self.names = list(dict.fromkeys(map(str, table["attention"])))
-        self.settings = _settings(table)  # the columns of the settings that rows are compared under
+        self.settings = setting_columns(table)  # the columns of the settings that rows are compared under
 
     @cached_property
     def histories(self) -> dict[str, History]:
@@ -100,16 +100,6 @@ class ResultFolder:
         """log(t_ours / t_theirs) for each round that both completed; empty without a ledger."""
         history = self.histories.get(ours["comparison"])
         return history.log_ratios(Process(ours["attention"]), Process(theirs["attention"])) if history else []
-
-
-def _settings(table: pd.DataFrame) -> list[str]:
-    swept = {str(key).rpartition(".")[2] for key in table.get("swept", pd.Series(dtype=str)).dropna()}
-    # With match=params the feed-forward width differs between candidates, and is not a shared setting.
-    matched = table.get("match", pd.Series(dtype=str)).notna().any()
-    unshared = {"ff_dim"} - swept if matched else set()
-    return [
-        name for name in dict.fromkeys((*COMPARISON_SETTINGS, *sorted(swept))) if name in table.columns and name not in unshared
-    ]
 
 
 def _ratio(numerator: "pd.Series[Any]", denominator: "pd.Series[Any]") -> Interval:

@@ -4,7 +4,8 @@ The JSON Schemas in schemas/ give the types and the allowed words of columns.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 
 from evals.results import schema
 from evals.results.formatting import format_setting
-from evals.results.settings import SETTINGS, axis_label, group_by, is_number
+from evals.results.settings import (
+    SETTINGS,
+    TRAINING_SETTINGS,
+    axis_label,
+    group_by,
+    is_number,
+    setting_columns,
+    setting_phrase,
+)
 
 NEEDED = {
     "latency": (
@@ -186,7 +195,7 @@ class Sweep:
 
     def at(self, index: int) -> str:
         """Writes one value of the swept setting: 8k tokens, batch 4, chunk size = 64."""
-        phrase = SETTINGS.get(self.column, f"{self.column.replace('_', ' ')} = {{}}").format(self.ticks[index])
+        phrase = setting_phrase(self.column, self.values[index])
         return phrase.removesuffix("s") if phrase.startswith("1 ") else phrase
 
 
@@ -201,16 +210,41 @@ def sweeps(results: pd.DataFrame, fits: Mapping[str, pd.DataFrame]) -> Iterator[
     """
     column = swept_column(results)
     attentions = tuple(dict.fromkeys(results["attention"].astype(str)))
-    fixed = [name for name in SETTINGS if name != column and varies_independently(results, column, name)]
-    for key, rows in group_by(results, fixed):
-        matching = {kind: _matching(fit, fixed, key) for kind, fit in fits.items() if set(fixed) <= set(fit.columns)}
-        yield "".join(f"-{format_setting(value)}" for value in key), _sweep(rows, column, attentions, **matching)
+    groups = list(split(results, column))
+    for suffix, (settings, rows) in zip(suffixes(settings for settings, _ in groups), groups, strict=True):
+        own = {kind: matching(fit, settings) for kind, fit in fits.items() if settings.keys() <= set(fit.columns)}
+        yield suffix, _sweep(rows, column, attentions, **own)
 
 
-def _matching(fit: pd.DataFrame, settings: list[str], values: tuple[Any, ...]) -> pd.DataFrame:
-    for setting, value in zip(settings, values, strict=True):
-        fit = fit[fit[setting].isin([value])]
-    return fit
+def split(table: pd.DataFrame, swept: str, kind: str = "latency") -> "Iterator[tuple[dict[str, Any], pd.DataFrame]]":
+    """Splits a table of a kind into groups of rows that differ in the swept setting and the attention alone.
+
+    Yields:
+        The settings in which the group differs from the others, with their values, and its rows.
+    """
+    fixed = [name for name in setting_columns(table, kind) if name != swept and varies_independently(table, swept, name)]
+    for values, rows in group_by(table, fixed):
+        yield dict(zip(fixed, values, strict=True)), rows
+
+
+def suffixes(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A suffix of a file name for each group of settings, such as "-decode" or "-window_size_16"; no two are the same."""
+    texts: list[str] = []
+    for settings in groups:
+        parts = (
+            format_setting(value) if name in (*SETTINGS, *TRAINING_SETTINGS) else f"{name}_{format_setting(value)}"
+            for name, value in settings.items()
+        )
+        text = "".join("-" + re.sub(r"[^.+,A-Za-z0-9_-]+", "_", part)[:60] for part in parts)
+        texts.append(text if text not in texts else f"{text}-{len(texts)}")
+    return texts
+
+
+def matching(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of a table that have these settings."""
+    for setting, value in settings.items():
+        table = table[table[setting].isin([value])]
+    return table
 
 
 def _sweep(rows: pd.DataFrame, column: str, attentions: tuple[str, ...], **fits: pd.DataFrame) -> Sweep:
@@ -218,9 +252,8 @@ def _sweep(rows: pd.DataFrame, column: str, attentions: tuple[str, ...], **fits:
     if len(duplicates):
         row = duplicates.iloc[0]
         raise ValueError(f"{row['attention']} has more than one row at {column} = {row[column]}: keep the one that counts")
-    numeric = is_number(rows[column])
-    values = sorted(rows[column].unique()) if numeric else list(rows[column].unique())
-    discrete = not numeric or len(values) == 1
+    values = swept_values(rows, column)
+    discrete = not is_number(rows[column]) or len(values) == 1
     x = np.arange(len(values), dtype=float) if discrete else np.asarray(values, dtype=float)
     tables = {str(name): part.set_index(column).reindex(values) for name, part in rows.groupby("attention", sort=False)}
     return Sweep(rows, column, values, x, discrete, tables, attentions, **fits)
@@ -240,10 +273,16 @@ def swept_column(results: pd.DataFrame) -> str:
     if not len(keys):
         known = [name for name in ("seq_len", *SETTINGS) if name in results]
         return max(known, key=lambda name: results[name].nunique())
-    column = str(keys[0]).rsplit(".", 1)[-1]
+    column = schema.column_of(str(keys[0]), results.columns)
     if column not in results.columns:
         raise ValueError(f"the swept key {keys[0]!r} needs a column {column!r}, found {', '.join(map(str, results.columns))}")
     return column
+
+
+def swept_values(rows: pd.DataFrame, column: str) -> list[Any]:
+    """The values of the swept setting: numbers in ascending order, others as they came."""
+    values = list(rows[column].unique())
+    return sorted(values) if is_number(rows[column]) else values
 
 
 def rows_by_cell(results: pd.DataFrame, column: str) -> "dict[tuple[str, Any], pd.Series[Any]]":
@@ -252,7 +291,11 @@ def rows_by_cell(results: pd.DataFrame, column: str) -> "dict[tuple[str, Any], p
 
 
 def varies_independently(results: pd.DataFrame, swept: str, setting: str) -> bool:
-    """Whether a setting varies for a reason other than the swept one; the number of heads may only follow their size."""
+    """Whether a setting varies for a reason other than the swept one.
+
+    The number of heads may only follow their size, and any setting may follow the choice of a config group, such as a model.
+    """
     if results[setting].nunique(dropna=False) < 2:
         return False
-    return not is_number(results[setting]) or bool(results.groupby(swept)[setting].nunique(dropna=False).gt(1).any())
+    may_follow = is_number(results[setting]) or (swept not in (*SETTINGS, *TRAINING_SETTINGS) and not is_number(results[swept]))
+    return not may_follow or bool(results.groupby(swept)[setting].nunique(dropna=False).gt(1).any())

@@ -11,11 +11,12 @@ import pandas as pd
 
 from evals.measure.machine import IDENTITY
 from evals.results.formatting import align_columns, format_value, wrap
-from evals.results.frames import rows_by_cell, swept_column
+from evals.results.frames import rows_by_cell, split, swept_column, swept_values
 from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.results.metrics import LATENCY, PEAK_MEMORY, SENT, SPEEDUP, Metric
-from evals.results.schema import columns
+from evals.results.schema import columns, one_type
+from evals.results.settings import setting_phrase
 from evals.results.unmatched import unmatched_costs
 from evals.stats.intervals import Speedup
 from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, impossible, merge_peaks, roofline
@@ -51,7 +52,7 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
     add_verdicts(table)
     _add_unmatched(table)
     options = {option: None for description in descriptions.values() for option in description["settings"] if option not in COLUMNS}
-    return pd.DataFrame(table, columns=[*COLUMNS, *options])
+    return one_type(pd.DataFrame(table, columns=[*COLUMNS, *options]), "latency")
 
 
 def _descriptions(records: Sequence[Record]) -> dict[str, Record]:
@@ -178,11 +179,20 @@ def add_verdicts(rows: Iterable[dict[str, Any]]) -> None:
 def render(results: pd.DataFrame) -> str:
     """Renders the table in 80 columns: attentions down, the swept setting across, a block for each metric.
 
-    If only one value of the setting was measured, the metrics stand side by side. Details of rows follow.
+    Rows that differ in further settings have blocks of their own, under a line that names the settings. If only one value of the
+    swept setting was measured, the metrics stand side by side. Details of rows follow.
     """
     swept = swept_column(results)
-    values = sorted(results[swept].unique())
-    names = list(dict.fromkeys(results["attention"]))
+    blocks = []
+    for settings, rows in split(results, swept):
+        head = ", ".join(setting_phrase(name, value) for name, value in settings.items())
+        blocks += [*([wrap(f"--- {head} ---")] if head else []), *_blocks(rows, swept)]
+    return "\n\n".join([*blocks, "±: half of the 95 % interval", *_details(results, swept)])
+
+
+def _blocks(results: pd.DataFrame, swept: str) -> list[str]:
+    """A block for each metric of rows that differ in the swept setting alone."""
+    values, names = swept_values(results, swept), list(dict.fromkeys(results["attention"]))
     cells = rows_by_cell(results, swept)
     reference = next(iter(results["relative_to"].dropna()), "the reference")
     # Not every sweep has a reference, and few send anything.
@@ -196,15 +206,19 @@ def render(results: pd.DataFrame) -> str:
         return [head, *(format_value(cells.get((name, value)), metric) for name in names)]
 
     if len(values) == 1:
-        blocks = [align_columns(["", *names], [column(metric.heading, values[0], metric) for metric in metrics])]
-    else:
-        blocks = [
-            f"{wrap(metric.table_title(reference))}\n"
-            + align_columns([swept, *names], [column(str(value), value, metric) for value in values])
-            for metric in metrics
-        ]
-    blocks.append("±: half of the 95 % interval")
-    for (name, value), row in cells.items():
-        if row["detail"]:
-            blocks.append(wrap(f"{name} at {swept}={value}: {row['outcome']}, {row['detail']}"))
-    return "\n\n".join(blocks)
+        return [align_columns(["", *names], [column(metric.heading, values[0], metric) for metric in metrics])]
+    return [
+        f"{wrap(metric.table_title(reference))}\n"
+        + align_columns([swept, *names], [column(str(value), value, metric) for value in values])
+        for metric in metrics
+    ]
+
+
+def _details(results: pd.DataFrame, swept: str) -> list[str]:
+    """The details of rows, such as why one failed."""
+    details = []
+    for settings, rows in split(results, swept):
+        where = "".join(f", {name}={value}" for name, value in settings.items())
+        for _, row in rows[rows["detail"].astype(bool)].iterrows():
+            details.append(wrap(f"{row['attention']} at {swept}={row[swept]}{where}: {row['outcome']}, {row['detail']}"))
+    return details

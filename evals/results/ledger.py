@@ -16,6 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from evals.errors import naming
+
 Record = dict[str, Any]
 
 
@@ -42,7 +44,7 @@ class Ledger:
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
         self.writer_path.parent.mkdir(parents=True, exist_ok=True)
         # One writer at a time, so that the end of the file does not move.
-        with self.writer_path.open("a+b", buffering=0) as file:
+        with naming(self.writer_path), self.writer_path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._repair(file)
             end = file.seek(0, os.SEEK_END)

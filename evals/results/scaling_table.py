@@ -1,11 +1,12 @@
 """The tables of fits: the scaling of each attention's latency and memory along the swept setting, and crossings of latencies."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
 
-from evals.results.frames import swept_column
+from evals.results.frames import split, swept_column
 from evals.results.history import History, Process
 from evals.results.ledger import Record
 from evals.results.schema import columns
@@ -21,12 +22,14 @@ def build(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.Data
 
     Returns:
         Both tables, with a fit for each group of rows that differ in the swept setting alone; none if the swept setting
-        is not a positive number.
+        is not a positive number, or if an option of an attention varies too.
     """
     swept = swept_column(results)
     ok = results[results["outcome"] == "ok"]
-    if not is_number(results[swept]) or (results[swept] <= 0).any() or ok.empty:
+    if not is_number(results[swept]) or not results[swept].between(0, math.inf, inclusive="neither").all() or ok.empty:
         return {}
+    if any(settings.keys() - {*COMPARISON_SETTINGS} for settings, _ in split(results, swept)):
+        return {}  # the schema has no column that would tell the fits of a varied option apart
     histories = {key: History(records, key) for key in ok["comparison"].unique()}
     # With matched parameters ff_dim follows from the attention and the swept size, and separates no groups.
     dependent = {swept, "ff_dim"} if results["match"].eq("params").all() else {swept}

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from evals.results.formatting import format_setting
+from evals.results.schema import column_of, columns
 
 SETTINGS = {
     "workload": "{}",
@@ -44,6 +45,12 @@ TRAINING_SETTINGS = {
 }
 """Settings of a training run and the phrase that a caption writes for each, in its order."""
 
+TRAINING_DETAILS = (
+    *("threads", "ff_dim", "vocab_size", "warmup_fraction", "weight_decay", "grad_clip_norm", "grad_accumulation_steps"),
+    *("num_eval_examples", "curriculum"),
+)
+"""Settings of a training run that captions leave out."""
+
 COMPARISON_SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
     *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
@@ -62,9 +69,31 @@ AXIS_LABELS = {
 }
 
 
+def setting_columns(table: pd.DataFrame, kind: str = "latency") -> list[str]:
+    """The columns of all settings under which rows are compared: those in the registries above, then options that were varied.
+
+    With match=params the feed-forward width differs between candidates, and is a setting only if it is swept.
+    """
+    known = (*TRAINING_SETTINGS, *TRAINING_DETAILS) if kind == "accuracy" else (*COMPARISON_SETTINGS, "limit_bytes")
+    options = [str(name) for name in table if name not in columns(kind)]
+    swept = {column_of(str(key), table.columns) for key in table.get("swept", pd.Series(dtype=str)).dropna()}
+    matched = table.get("match", pd.Series(dtype=str)).notna().any()
+    unshared = {"ff_dim"} - swept if matched else set()
+    return [name for name in dict.fromkeys((*known, *swept, *options)) if name in table and name not in unshared]
+
+
 def setting_name(setting: str) -> str:
-    """Name of a setting in prose: num_pairs -> pairs, hidden_dim -> hidden dim."""
-    return setting.replace("num_", "").replace("_", " ")
+    """Name of a setting in prose: num_pairs -> pairs, hidden_dim -> hidden dim, attention.a.size -> size of a."""
+    *_, owner, name = ("", "", *setting.split("."))
+    words = name.replace("num_", "").replace("_", " ")
+    return f"{words} of {owner}" if owner else words
+
+
+def setting_phrase(setting: str, value: Any) -> str:
+    """A setting of a timing in words: 8k tokens, batch 4, chunk size = 64."""
+    if pd.isna(value):
+        return f"no {setting_name(setting)}"
+    return SETTINGS.get(setting, f"{setting_name(setting)} = {{}}").format(format_setting(value))
 
 
 def axis_label(setting: str) -> str:

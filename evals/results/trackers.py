@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pandas as pd
+from hydra.utils import get_method
 
-from evals.errors import UsageError
+from evals.errors import UsageError, not_found
 from evals.results.frames import swept_column
 
 
@@ -21,9 +22,13 @@ from evals.results.frames import swept_column
 class Series:
     """One run of a tracker: an attention over the swept setting, or the loss curve of a training run."""
 
-    name: str
+    path: tuple[str, ...]
     points: list[tuple[int, dict[str, float]]]  # (step, values by column)
     parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path)
 
 
 def to_series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iterator[Series]:
@@ -39,15 +44,15 @@ def to_series(results: pd.DataFrame, curves: pd.DataFrame | None = None) -> Iter
             whole = pd.api.types.is_integer_dtype(results[axis])
             step = int(row[axis]) if whole else index
             points.append((step, {column: float(row[column]) for column in numbers if pd.notna(row[column])}))
-        yield Series(str(attention), points, {"swept": axis, **({} if whole else {axis: rows[axis].astype(str).tolist()})})
+        yield Series((str(attention),), points, {"swept": axis, **({} if whole else {axis: rows[axis].astype(str).tolist()})})
     if curves is None:
         return
     keys = ["attention", "learning_rate", "seed", *([axis] if axis in curves else [])]
     for key, curve in curves.groupby(keys, sort=False):
         parameters = dict(zip(keys, key, strict=True))
-        name = "/".join(["curves", *(str(value) for value in parameters.values())])
+        path = ("curves", *(str(value) for value in parameters.values()))
         losses = [(int(step), {"loss_nats": float(loss)}) for step, loss in zip(curve["step"], curve["loss_nats"], strict=True)]
-        yield Series(name, losses, parameters)
+        yield Series(path, losses, parameters)
 
 
 def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path) -> Path:
@@ -58,11 +63,17 @@ def tensorboard(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: st
     target = folder / "tensorboard"
     shutil.rmtree(target, ignore_errors=True)
     for series in to_series(results, curves):
-        with SummaryWriter(str(target / series.name)) as writer:
+        with SummaryWriter(str(target.joinpath(*map(_folder_name, series.path)))) as writer:
             for step, values in series.points:
                 for name, value in values.items():
                     writer.add_scalar(f"{sweep}/{name}", value, step)
     return target
+
+
+def _folder_name(text: str) -> str:
+    """The text as the name of one folder: slashes, and a name of dots alone, become %2F and %2E."""
+    name = text.replace("%", "%25").replace("/", "%2F")
+    return name.replace(".", "%2E") if name in (".", "..") else name
 
 
 def mlflow(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, folder: Path, uri: str | None = None) -> Path:
@@ -88,6 +99,18 @@ def wandb(results: pd.DataFrame, curves: pd.DataFrame | None, *, sweep: str, fol
             for step, values in sorted(series.points, key=lambda point: point[0]):
                 run.log(values, step=step)
     return folder / "wandb"
+
+
+def check(target: str) -> None:
+    """Checks that a tracker's function exists and that its library is installed. Raises UsageError if not."""
+    try:
+        get_method(target)
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"tracker._target_ must be a function such as evals.results.trackers.mlflow: {not_found(target)}"
+        ) from error
+    if target.startswith(f"{__name__}."):
+        import_client(target.rpartition(".")[2])
 
 
 def import_client(name: str) -> ModuleType:

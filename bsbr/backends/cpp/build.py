@@ -44,7 +44,7 @@ def _build(source: Path) -> Path:
     """Compiles `source` unless it is cached as it is, for this processor; processes may call it at the same time."""
     compiler = os.environ.get("CXX", "c++")
     parts = sorted(source.with_suffix("").glob("*.h"))  # a source's own headers are in a folder of its name
-    texts = [path.read_text() for path in (source, *parts, *INCLUDES)]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *parts, *INCLUDES)]
     identity = [*texts, compiler, *FLAGS[:-1], platform.machine(), torch.__version__, _processor_features()]
     name = f"{source.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     folder = _cache_folder(name)
@@ -83,7 +83,7 @@ def _private_folder(folder: Path) -> Path:
 def _processor_features() -> str:
     """The instruction sets that -march=native selects by. The cache folder may be shared by machines that differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

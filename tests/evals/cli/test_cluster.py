@@ -9,7 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from evals.cli import cluster
 from evals.cli.cluster import MakeJob, RemoteLaunch, lost_record, unfinished_starts
+from evals.cli.jobs import make_remote_job
 from evals.cli.launchers import check_launcher
 from evals.errors import UsageError
 from evals.isolation import affinity
@@ -185,3 +187,22 @@ def test_a_process_locks_the_cores_it_may_run_on() -> None:
 def test_a_row_of_a_lost_job_survives_the_csv(tmp_path: Path) -> None:
     path = write_table(latency_table.build([lost_record([started(0, "node1")])]), tmp_path, "latency")
     assert pd.read_csv(path)["detail"].tolist() == ["lost with its node, node1"] * 2
+
+
+def test_a_squeue_that_fails_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first answer is an error, the second a job, the third an empty queue."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        '#!/bin/sh\ncd "$(dirname "$0")"\necho x >> calls\ncase $(wc -l < calls) in\n'
+        "*1) echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1;;\n*2) echo 17;;\nesac\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "POLL_S", 0.0)
+    launch = RemoteLaunch(make_remote_job, lambda _: Ledger(tmp_path / "samples.jsonl"))
+    launch.config = OmegaConf.create({"hydra": {"launcher": {"_target_": "submitit.SlurmLauncher", "name": "bsbr"}}})
+    launch._wait_for_slurm()
+    assert (tmp_path / "calls").read_text() == "x\n" * 3
+    assert capsys.readouterr().err.count("Unable to contact slurm controller") == 1

@@ -1,5 +1,6 @@
 """How commands end: a mistake is one sentence, Ctrl-C and a closed pipe have exit codes, and none of them is a traceback."""
 
+import io
 import os
 import runpy
 import subprocess
@@ -81,3 +82,16 @@ def test_a_process_whose_reader_is_gone_leaves_no_traceback(name: str) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == BROKEN_PIPE
+
+
+def test_a_terminal_without_utf_8_gets_plain_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+
+    @command()
+    def main() -> int:
+        print("1.02 ± 3 % … ✓ 注")
+        return 0
+
+    assert main() == 0
+    assert written.getvalue() == b"1.02 +- 3 % ... + ?\n"

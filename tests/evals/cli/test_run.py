@@ -403,7 +403,12 @@ def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how
         (["attention.bsbr=3"], "attention 'bsbr' must be a mapping with a _target_, "),
         (["attention=[bsbr"], "no viable alternative at input"),
         (["--config-dir", "/nowhere"], "Additional config directory '/nowhere' not found"),
-        (["results_dir=/dev/null/results"], "/dev/null/results.* cannot be used: Not a directory"),
+        (["results_dir=/dev/null/results"], "/dev/null/results/single cannot be made, since /dev/null is a file: results_dir must"),
+        (["plots_dir=/dev/null"], "/dev/null/single cannot be made, since /dev/null is a file: plots_dir must name a folder"),
+        (["sweep_name=../mine"], "sweep_name must be the name of a folder in results_dir, such as mine or mine/first: text on"),
+        (["shape.seq_len=8,16"], "shape.seq_len=8,16 is several values: with -m they are a sweep"),
+        (["shape.seq_len=8,16", "--dry-run"], "shape.seq_len=8,16 is several values: with -m they are a sweep"),
+        (["+tracker._target_=evals.nope"], "tracker._target_ must be a function"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

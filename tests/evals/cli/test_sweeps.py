@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 
 from evals.benchmark.cost import candidate_costs
 from evals.benchmark.matching import count_layer_parameters
-from evals.cli.hydra_app import Session
 from evals.cli.jobs import expand_sweep_all, read_job
 from evals.config import Comparison
 from evals.errors import UsageError
@@ -63,23 +62,6 @@ def jobs(name: str) -> list[list[str]]:
         return [[f"sweep={name}"]]
     (only,) = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     return [[f"sweep={name}", f"{only.get_key_element()}={value}"] for value in only.sweep_string_iterator()]
-
-
-@pytest.mark.parametrize(
-    ("given", "count", "swept"),
-    [
-        ([], 7, "shape.seq_len"),
-        (["shape.seq_len=1024,4096"], 2, "shape.seq_len"),
-        (["shape.seq_len=1024"], 1, None),
-        (["shape.seq_len=1024", "model.num_heads=1,2,4"], 3, "model.num_heads"),
-    ],
-)
-def test_the_command_line_changes_the_number_of_jobs(given: list[str], count: int, swept: str | None) -> None:
-    config = composed("sweep=seq_len")
-    config.hydra.overrides.task = ["sweep=seq_len", *given]
-    session = Session()
-    session.start_multirun(config)
-    assert (session.jobs, session.swept) == (count, swept)
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if name != "all"])
