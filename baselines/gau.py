@@ -3,16 +3,20 @@
 Hua et al. 2022, "Transformer Quality in Linear Time", arXiv:2202.10447.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.kernels import gau
+from bsbr.backends.selection import check_impl, select
 from bsbr.interface import Attention, State, check_hidden_states, next_position, position_counter, require_positive, rotate
 from bsbr.precision import without_autocast
 
 
 def gated_attention_unit(
-    u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256
+    u: Tensor, v: Tensor, quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, *, chunk_size: int = 256, impl: str = "auto"
 ) -> Tensor:
     """Mixed-chunk attention: o_t = u_t ⊙ (Σ_s relu(quad_q_t·quad_k_s / c)² v_s + (1/p) Σ_r (lin_q_t·lin_k_r) v_r).
 
@@ -27,24 +31,18 @@ def gated_attention_unit(
         quad_q, quad_k: [batch, time, key_dim], of the quadratic term.
         lin_q, lin_k: [batch, time, key_dim], of the linear term.
         chunk_size: tokens of a chunk; changes the result.
+        impl: "cpp", "torch", or "auto" for C++ where it supports the tensors.
 
     Returns:
         [batch, time, value_dim] in the dtype of u; sums accumulate in float32 or better. Costs
         O(n·(chunk_size + key_dim)·(key_dim + value_dim)); holds no n×n tensor.
 
     Raises:
-        ValueError: if the shapes do not fit, or chunk_size is not a positive integer.
+        ValueError: if the shapes do not fit, chunk_size is not a positive integer, or impl is unknown.
+        NotImplementedError: if impl="cpp" does not support the tensors.
     """
-    if u.dim() != 3 or u.shape != v.shape or u.shape[1] < 1:
-        raise ValueError(f"u and v must both be [batch, time >= 1, value_dim], got u {list(u.shape)}, v {list(v.shape)}")
-    shapes = [list(x.shape) for x in (quad_q, quad_k, lin_q, lin_k)]
-    if quad_q.dim() != 3 or quad_q.shape[:2] != u.shape[:2] or shapes != [shapes[0]] * 4:
-        raise ValueError(
-            "quad_q, quad_k, lin_q and lin_k must all be [batch, time, key_dim] with the batch and time of u, "
-            f"got {shapes} and u {list(u.shape)}"
-        )
-    require_positive(chunk_size=chunk_size)
-    return _mixed_chunks(u, v, quad_q, quad_k, lin_q, lin_k, chunk_size, None, 0)[0]
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(gau.KERNELS.unsupported, u, v, quad_q, quad_k, lin_q, lin_k)})
+    return _mixed_chunks(backend, u, v, quad_q, quad_k, lin_q, lin_k, None, chunk_size, 0)[0]
 
 
 def gated_attention_unit_reference(
@@ -66,35 +64,68 @@ def gated_attention_unit_reference(
     return torch.cat(outputs, dim=1)
 
 
-@without_autocast
 def _mixed_chunks(
+    backend: str,
     u: Tensor,
     v: Tensor,
     quad_q: Tensor,
     quad_k: Tensor,
     lin_q: Tensor,
     lin_k: Tensor,
-    chunk_size: int,
     past: Tensor | None,
+    chunk_size: int,
     chunks_before: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_attention_unit` of tokens that begin at a chunk boundary, and Σ lin_k vᵀ over all complete chunks.
 
     Args:
+        backend: "cpp" or "torch".
         u, v: [batch, time, value_dim].
         quad_q, quad_k, lin_q, lin_k: [batch, time, key_dim].
-        chunk_size: tokens of a chunk.
         past: [batch, key_dim, value_dim], Σ lin_k vᵀ over earlier chunks; None at the start of a sequence.
+        chunk_size: tokens of a chunk.
         chunks_before: number of earlier chunks.
 
     Returns:
-        [batch, time, value_dim] in the dtype of u, and the new past, which is None if `past` is None and there is a single chunk.
+        [batch, time, value_dim] in the dtype of u, and the new past, which is None if `past` is None.
     """
+    if u.dim() != 3 or u.shape != v.shape or u.shape[1] < 1:
+        raise ValueError(f"u and v must both be [batch, time >= 1, value_dim], got u {list(u.shape)}, v {list(v.shape)}")
+    shapes = [list(x.shape) for x in (quad_q, quad_k, lin_q, lin_k)]
+    if quad_q.dim() != 3 or quad_q.shape[:2] != u.shape[:2] or shapes != [shapes[0]] * 4:
+        raise ValueError(
+            "quad_q, quad_k, lin_q and lin_k must all be [batch, time, key_dim] with the batch and time of u, "
+            f"got {shapes} and u {list(u.shape)}"
+        )
+    require_positive(chunk_size=chunk_size)
+    if past is not None and past.shape != (expected := (u.shape[0], quad_q.shape[2], u.shape[2])):
+        raise ValueError(f"the state must be [batch, key_dim, value_dim] = {list(expected)}, got {list(past.shape)}")
+    tensors = u, v, quad_q, quad_k, lin_q, lin_k, past
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
+    outputs = (_CPP if backend == "cpp" else _all_chunks)(*tensors, chunk_size, chunks_before, differentiated)
+    return (outputs, None) if isinstance(outputs, Tensor) else (outputs[0], outputs[1])
+
+
+@without_autocast
+def _all_chunks(
+    u: Tensor,
+    v: Tensor,
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    past: Tensor | None,
+    chunk_size: int,
+    chunks_before: int,
+    _: bool,
+) -> gau.Outputs:
+    """`_mixed_chunks` by torch operations, all chunks at once: the output, and with a state `past` the new one."""
     time, size = v.shape[1], min(chunk_size, v.shape[1])
     dtype = torch.promote_types(v.dtype, torch.float32)
     v, quad_q, quad_k, lin_q, lin_k = (_to_chunks(x.to(dtype), size) for x in (v, quad_q, quad_k, lin_q, lin_k))
     attended = _quadratic_term(quad_q, quad_k, v, chunk_size)
     chunks = v.shape[1]
+    final = None
     if past is not None or chunks > 1:
         written = lin_k.mT @ v
         # The extra columns keep the stride over chunks from being a power of two, with which every addition of cumsum misses
@@ -104,8 +135,13 @@ def _mixed_chunks(
             before = before + past.unsqueeze(1)
         tokens_before = torch.arange(chunks_before, chunks_before + chunks, device=v.device, dtype=dtype) * chunk_size
         attended = attended + (lin_q / tokens_before.clamp(min=1).view(-1, 1, 1)) @ before
-        past = before[:, -1] + written[:, -1] if time % chunk_size == 0 else before[:, -1].clone()
-    return (u * attended.flatten(1, 2)[:, :time]).to(u.dtype), past
+        final = before[:, -1] + written[:, -1] if time % chunk_size == 0 else before[:, -1].clone()
+    out = (u * attended.flatten(1, 2)[:, :time]).to(u.dtype)
+    return out if past is None or final is None else (out, final)
+
+
+_CPP = gau.attention(_all_chunks)
+"""`_all_chunks` in C++, chunk after chunk."""
 
 
 @without_autocast
@@ -169,6 +205,7 @@ class GatedAttentionUnit(Attention):
         ValueError: if a size is not a positive integer, or key_dim is odd with rotary.
     """
 
+    backends = ("cpp",)
     bounded_state = True
 
     def __init__(
@@ -201,6 +238,9 @@ class GatedAttentionUnit(Attention):
     def block_length(self) -> int:
         return self.chunk_size
 
+    def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
+        return gau.KERNELS.unsupported(*tensors) if backend == "cpp" else None
+
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         u, v, z = (F.silu(projection(hidden_states)) for projection in (self.u_proj, self.v_proj, self.z_proj))
         heads = [torch.addcmul(offset, z, scale) for scale, offset in zip(self.scale, self.offset, strict=True)]
@@ -210,7 +250,8 @@ class GatedAttentionUnit(Attention):
 
     def attend(self, *tensors: Tensor) -> Tensor:
         u, v, quad_q, quad_k, lin_q, lin_k = tensors
-        return gated_attention_unit(u, v, quad_q, quad_k, lin_q, lin_k, chunk_size=self.chunk_size)
+        backend = self.select_backend(*tensors)
+        return _mixed_chunks(backend, u, v, quad_q, quad_k, lin_q, lin_k, None, self.chunk_size, 0)[0]
 
     def reference(self, *tensors: Tensor) -> Tensor:
         u, v, quad_q, quad_k, lin_q, lin_k = tensors
@@ -229,8 +270,8 @@ class GatedAttentionUnit(Attention):
             v, quad_k, lin_k = (torch.cat([state[name], x], dim=1) for name, x in (("v", v), ("quad_k", quad_k), ("lin_k", lin_k)))
         size, (chunks_before, open_tokens) = self.chunk_size, divmod(position, self.chunk_size)
         pieces = []
-        # First the tokens of the open chunk, then the chunks after it.
-        head = min(new, -position % size)
+        # First the tokens of the open chunk, or a single token, then the chunks after it.
+        head = 1 if new == 1 else min(new, -position % size)
         if head:
             chunk = u[:, :head], v[:, :size], quad_q[:, :head], quad_k[:, :size], lin_q[:, :head], lin_k[:, :size]
             gated, past = _open_chunk(*chunk, size, past, chunks_before)
@@ -238,7 +279,7 @@ class GatedAttentionUnit(Attention):
         if head < new:
             first = open_tokens + head  # of v, quad_k and lin_k
             chunks = u[:, head:], v[:, first:], quad_q[:, head:], quad_k[:, first:], lin_q[:, head:], lin_k[:, first:]
-            gated, past = _mixed_chunks(*chunks, size, past, chunks_before + bool(head))
+            gated, past = _mixed_chunks(self.select_backend(*chunks, past), *chunks, past, size, chunks_before + bool(head))
             pieces.append(gated)
         completed = (open_tokens + new) // size * size
         open_chunk = {"v": v, "quad_k": quad_k, "lin_k": lin_k}

@@ -192,7 +192,11 @@ template <class T>
 inline void unpack(const T* packed, index depth, index columns, T* x, index row) {
     for (index start = 0; start < columns; start += WIDTH<T>) {
         const index wide = std::min<index>(WIDTH<T>, columns - start);
-        for (index k = 0; k < depth; ++k, packed += WIDTH<T>) std::copy(packed, packed + wide, x + k * row + start);
+        for (index k = 0; k < depth; ++k, packed += WIDTH<T>) {
+            T* to = x + k * row + start;
+            if (wide == WIDTH<T>) vector(to) = vector(packed), vector(to + LANES<T>) = vector(packed + LANES<T>);
+            else std::copy(packed, packed + wide, to);
+        }
     }
 }
 
