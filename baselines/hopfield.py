@@ -4,10 +4,10 @@ Ramsauer et al. 2021, "Hopfield Networks is All You Need", arXiv:2008.02217.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.standard import softmax_attention_over_pages, suffix_mask
+from bsbr.backends.sdpa import sdpa
 from bsbr.interface import MultiHeadAttention, check_heads, require_positive
 
 
@@ -35,12 +35,9 @@ def hopfield_attention(
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
     mask = suffix_mask(m, n)
-    grouped = q.shape[1] != k.shape[1]
 
     def retrieve(state: Tensor, patterns: Tensor, dropout_p: float) -> Tensor:
-        return F.scaled_dot_product_attention(
-            state, k, patterns, mask, dropout_p, is_causal=m == n > 1, scale=beta, enable_gqa=grouped
-        )
+        return sdpa(state, k, patterns, mask, dropout_p, is_causal=m == n > 1, scale=beta)
 
     state = q
     for _ in range(num_steps - 1):

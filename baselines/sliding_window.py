@@ -7,10 +7,10 @@ import math
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.kernels import flex, key_ranges
+from bsbr.backends.sdpa import sdpa
 from bsbr.backends.selection import check_impl, select
 from bsbr.interface import (
     MultiHeadAttention,
@@ -81,15 +81,12 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """Causal attention of queries at the last positions. Only streaming has fewer queries than keys, all within one window."""
     m, n = q.shape[2], k.shape[2]
     mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m) if 1 < m < n else None
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
+    return sdpa(q, k, v, mask, dropout_p, is_causal=m == n > 1)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window_size: int, dropout_p: float) -> Tensor:
     """Attention in which query i sees keys i … i + window_size − 1; the keys end where the last query's window ends."""
-    grouped = q.shape[1] != k.shape[1]
-    mask = _band(q.shape[2], window_size, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, enable_gqa=grouped)
+    return sdpa(q, k, v, _band(q.shape[2], window_size, q.device), dropout_p)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, dropout_p: float) -> Tensor:
@@ -101,7 +98,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window_size: int, block: int, drop
     rows = q.reshape(batch * kv_heads, groups, q.shape[2] // block, block, q.shape[3]).permute(2, 0, 1, 3, 4).flatten(2, 3)
     keys, values = (x.flatten(0, 1).unfold(1, block + window_size - 1, block).permute(1, 0, 3, 2) for x in (k, v))
     mask = _band(block, window_size, q.device).repeat(groups, 1)
-    out = F.scaled_dot_product_attention(rows, keys, values, mask, dropout_p)
+    out = sdpa(rows, keys, values, mask, dropout_p)
     out = out.reshape(q.shape[2] // block, batch, kv_heads, groups, block, v.shape[3]).permute(1, 2, 3, 0, 4, 5)
     return out.reshape(*q.shape[:3], v.shape[3])
 

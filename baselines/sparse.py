@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines.kernels import flex, key_ranges
-from baselines.kernels.merged_softmax import Part, Segments, attention_over_parts
+from baselines.kernels.merged_softmax import Part, Segments, attention_over_parts, one_segment
 from baselines.standard import softmax_attention_over_pages
 from bsbr.backends.selection import check_impl, select
 from bsbr.interface import (
@@ -111,7 +111,7 @@ def _pattern_parts(start: int, stop: int, earlier_rows: int, block_size: int, su
     """
     parts = _own_block_parts(start, stop, block_size)
     if earlier_rows:
-        parts.append(Part(Segments(0, stop - start), Segments(0, earlier_rows), SUMMARIES))
+        parts.append(Part(one_segment(0, stop - start), one_segment(0, earlier_rows), SUMMARIES))
     return parts + _summary_parts(start, stop, earlier_rows, block_size, summary_size)
 
 
@@ -125,7 +125,7 @@ def _own_block_parts(start: int, stop: int, block_size: int) -> list[Part]:
     parts, first = [], 0
     if start:
         first = min(block_size, stop)
-        parts += [Part(Segments(0, first - start), Segments(0, start), TOKENS), causal_part(start, first - start)]
+        parts += [Part(one_segment(0, first - start), one_segment(0, start), TOKENS), causal_part(start, first - start)]
     complete, rest = divmod(stop - first, block_size)
     if complete:
         parts.append(causal_part(first, block_size, complete))
@@ -151,8 +151,8 @@ def _summary_parts(start: int, stop: int, earlier_rows: int, block_size: int, su
             parts.append(Part(queries, keys, SUMMARIES))
         begin = complete * pair + length
         if begin < stop:
-            keys = Segments(earlier_rows + complete * pair_rows, rows)
-            parts.append(Part(Segments(begin - start, stop - begin), keys, SUMMARIES))
+            keys = one_segment(earlier_rows + complete * pair_rows, rows)
+            parts.append(Part(one_segment(begin - start, stop - begin), keys, SUMMARIES))
         half *= 2
     return parts
 

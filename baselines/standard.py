@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsbr.backends.selection import check_impl
+from bsbr.backends.sdpa import sdpa
+from bsbr.backends.selection import check_impl, is_transformed
 from bsbr.interface import MultiHeadAttention, check_heads
 
 KERNELS = {
@@ -45,8 +45,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0
     check_heads(q, k, v)
     m, n = q.shape[2], k.shape[2]
     mask = suffix_mask(m, n)
-    grouped = q.shape[1] != k.shape[1]
-    attend = partial(F.scaled_dot_product_attention, q, k, v, mask, dropout_p, is_causal=m == n > 1, enable_gqa=grouped)
+    attend = partial(sdpa, q, k, v, mask, dropout_p, is_causal=m == n > 1)
     if check_impl(impl, *KERNELS) in ("auto", "torch"):
         return attend()
     tensors = f"{q.dtype} tensors of head_dim {q.shape[-1]} on {q.device.type}"
@@ -93,11 +92,10 @@ def softmax_attention_over_pages(
     Returns:
         [batch, heads, 1, head_dim].
     """
-    grouped = q.shape[1] != keys[0].shape[1]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
-    if len(keys) == 1 or q.device.type != "cpu" or wants_gradient:
+    if len(keys) == 1 or q.device.type != "cpu" or wants_gradient or is_transformed():
         k, v = (pages[0] if len(pages) == 1 else torch.cat(list(pages), dim=2) for pages in (keys, values))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        return sdpa(q, k, v, scale=scale)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     outputs, lses = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
     weights = torch.cat(lses, dim=2).softmax(dim=2).unsqueeze(3)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bsbr.backends.dispatch import attend_segment
-from bsbr.backends.pytorch import pseudo_values, sdpa
+from bsbr.backends.pytorch import pseudo_values
+from bsbr.backends.sdpa import sdpa
 from bsbr.cost import HeadSizes
 from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
 from bsbr.interface import State, next_position, position_counter
@@ -131,7 +132,7 @@ def continue_chunk(
     time, visible = tokens.q.shape[2], None
     if time > 1:  # all cached keys are visible: they are those of the open chunk and its overlap
         visible = torch.ones(time, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - time)
-    local = sdpa(tokens.q, keys, values, visible, options.dropout_p, is_causal=False)
+    local = sdpa(tokens.q, keys, values, visible, options.dropout_p)
     after = state._replace(
         keys=keys,
         values=values,

@@ -5,10 +5,10 @@ retrieved state by each token. Retrieval is in `bsbr.backends.retrieval`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bsbr.backends.retrieval import retrieve
+from bsbr.backends.sdpa import sdpa
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 from bsbr.precision import without_autocast
 
@@ -70,7 +70,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, chunk_o
         if start < stop:
             keys = slice(max(0, before + start - chunk_overlap), before + stop)
             visible = local_mask(start, stop, keys.start - before, chunk_size, chunk_overlap, q.device) if chunk_overlap else None
-            pieces.append(sdpa(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], visible, dropout_p))
+            tensors = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
+            pieces.append(sdpa(*tensors, visible, dropout_p, is_causal=visible is None))
     if cut_off < end_of_full:
         keys = slice(before + cut_off - chunk_overlap, before + end_of_full)
         full = _full_chunks(q[:, :, cut_off:end_of_full], k[:, :, keys], v[:, :, keys], chunk_size, chunk_overlap, dropout_p)
@@ -82,9 +83,8 @@ def _full_chunks(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, chunk_overlap
     """`local_attention` of complete chunks, each with its whole overlap, as one batch; k and v begin with the overlap."""
     window = chunk_size + chunk_overlap
     visible = local_mask(0, chunk_size, -chunk_overlap, chunk_size, chunk_overlap, q.device) if chunk_overlap else None
-    attended = sdpa(
-        _windows(q, chunk_size, chunk_size), _windows(k, chunk_size, window), _windows(v, chunk_size, window), visible, dropout_p
-    )
+    tensors = _windows(q, chunk_size, chunk_size), _windows(k, chunk_size, window), _windows(v, chunk_size, window)
+    attended = sdpa(*tensors, visible, dropout_p, is_causal=visible is None)
     # The kernel writes [chunk, time, head, dim], so this is a view of [batch, time, heads, dim].
     chunked: Tensor = attended.unflatten(0, (-1, q.shape[2] // chunk_size))
     return chunked.transpose(1, 2).flatten(2, 3)
@@ -101,15 +101,6 @@ def local_mask(start: int, stop: int, first_key: int, chunk_size: int, chunk_ove
     keys = torch.arange(first_key, stop, device=device)
     earliest = queries // chunk_size * chunk_size - chunk_overlap
     return (keys >= earliest[:, None]) & (keys <= queries[:, None])
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float, *, is_causal: bool | None = None) -> Tensor:
-    """softmax(qkᵀ/√d) v over the pairs in the mask `visible`. None means causal attention over equally many queries and keys, or,
-    with is_causal=False, attention without a mask."""
-    is_causal = visible is None if is_causal is None else is_causal
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
-    )
 
 
 # --- between chunks -----------------------------------------------------------------------------
