@@ -5,7 +5,7 @@ scaled_dot_product_attention does not return the log-sum-exp, so this module cal
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -83,8 +83,8 @@ def attention_over_parts(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], pa
             "a head_dim that is a multiple of 8 up to 256"
         )
     flat = [x for source in sources for x in source]
-    attend = _in_one_piece if is_transformed() else _over_parts
-    return cast(Tensor, attend(q, parts, *flat))
+    attend: Callable[..., Tensor] = _in_one_piece if is_transformed() else _over_parts
+    return attend(q, parts, *flat)
 
 
 def _merge(q: Tensor, parts: Sequence[Part], *sources: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -136,7 +136,7 @@ def _in_one_piece(q: Tensor, parts: Sequence[Part], *sources: Tensor) -> Tensor:
     return sdpa(q, keys, values, visible)
 
 
-_over_parts = Differentiable(_merge, _merge_backward, _in_one_piece)
+_over_parts = cast(Callable[..., Tensor], Differentiable(_merge, _merge_backward, _in_one_piece))
 
 
 # --- the kernels that return the log-sum-exp ----------------------------------------------------------

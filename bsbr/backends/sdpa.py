@@ -37,7 +37,7 @@ def sdpa(
     Returns:
         [batch, heads, m, head_dim of v].
     """
-    options = {
+    options: dict[str, Any] = {
         "attn_mask": mask,
         "dropout_p": dropout_p,
         "is_causal": bool(is_causal),  # not of a symbolic size, which torch.compile may bring
@@ -77,7 +77,8 @@ class _Fused(torch.autograd.Function):
         if again:
             # Each tensor is a new node of the graph, so that one that was computed from another counts for itself only.
             tensors = [x.view_as(x) for x in ctx.saved_tensors]
-            out = _by_operations(*tensors, ctx.options)
+            q, k, v = tensors
+            out = _by_operations(q, k, v, ctx.options)
         else:
             tensors, out = ctx.leaves, ctx.out
         wanted = [x for x in tensors if x.requires_grad]
