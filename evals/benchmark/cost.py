@@ -11,9 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
 from evals.benchmark import workloads
+from evals.benchmark.modules import Module, attentions_of, build_module, longest_block
 from evals.benchmark.traced_reads import storage_key, trace
-from evals.benchmark.workloads import Module, build_module, forward, longest_block, make_inputs, state_after
+from evals.benchmark.workloads import forward, make_inputs, state_after
 from evals.config import Candidate, Comparison
+from evals.errors import one_sentence
 from evals.measure.flops import count_flops
 
 
@@ -21,32 +23,32 @@ class MinimumCost(NamedTuple):
     """Lower bounds of one step, whatever its kernels."""
 
     flops: int  # of matrix products, causal work only
-    moved_bytes: int  # parameters, inputs and states that it reads, and its results, each once; a cache may hold all of them
+    moved_bytes: int | None  # parameters, inputs and states that it reads, and its results, each once; None: not traced
     held_bytes: int  # peak of memory above its inputs: its results
+    untraced: str = ""  # why its bytes could not be traced
 
 
-UNBOUNDED = MinimumCost(0, 0, 0)
-
-
-def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, int]:
+def candidate_costs(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
     """Computes the costs of a candidate without allocating anything, whatever its size.
 
     Returns:
         parameter_bytes; state_bytes, of all layers after the sequence; flops, min_bytes and held_bytes, the `MinimumCost` of a
-        step; and ff_dim, if there is a feed-forward part.
+        step; ff_dim, if there is a feed-forward part; and if the bytes could not be traced, a detail that says so.
     """
     model, shape, dtype = comparison.model, comparison.shape, comparison.device.torch_dtype
     with torch.device("meta"):
         module = build_module(comparison, candidate).to(dtype)
     state_bytes = sum(one.state_bytes(shape.seq_len, shape.batch_size) for one in attentions_of(module))
     minimum = minimum_cost(comparison, module)
-    costs = {
+    costs: dict[str, Any] = {
         "parameter_bytes": sum(parameter.nbytes for parameter in module.parameters()),
         "state_bytes": round(state_bytes),
         "flops": round(minimum.flops),  # an attention may declare them as a float
         "min_bytes": minimum.moved_bytes,
         "held_bytes": minimum.held_bytes,
     }
+    if minimum.untraced:
+        costs["detail"] = minimum.untraced
     if model.scope != "attention":
         costs["ff_dim"] = model.ff_dim if candidate.ff_dim is None else candidate.ff_dim
     return costs
@@ -58,21 +60,42 @@ def minimum_cost(comparison: Comparison, module: Module) -> MinimumCost:
     The module must be on the meta device; its parameters are replaced.
 
     Returns:
-        The bounds; `UNBOUNDED` for a user's own workload, and for an attention whose kernels need data.
+        The bounds. Of an attention whose kernels need data only the FLOPs that it declares; of a user's own workload nothing.
     """
     package, _, name = comparison.workload["_target_"].rpartition(".")
+    declared = declared_flops(comparison, module, name)
     if package != workloads.__name__ or name not in MINIMUM_COSTS:
-        return UNBOUNDED
+        return MinimumCost(declared, None, 0)
     with FakeTensorMode():
         _move_without_data(module, comparison.device.kind)
         try:
-            return MINIMUM_COSTS[name](module, make_inputs(comparison))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a kernel that needs data
-            return UNBOUNDED
+            minimum = MINIMUM_COSTS[name](module, make_inputs(comparison))
+        except Exception as error:  # noqa: BLE001  a kernel that needs data, in anybody's code
+            return MinimumCost(
+                declared, None, 0, f"declared FLOPs alone bound it, its bytes cannot be traced: {one_sentence(error)}"
+            )
+    # What an attention declares bounds it as well if it does less without data. Of a token, only a whole block's mean is declared.
+    return minimum if name == "decode" else minimum._replace(flops=max(minimum.flops, declared))
 
 
-def attentions_of(module: nn.Module) -> list[Attention]:
-    return [part for part in module.modules() if isinstance(part, Attention)]
+def declared_flops(comparison: Comparison, module: Module, workload: str) -> int:
+    """FLOPs of a step that its attentions declare; 0 for a user's own workload, of which nothing is known."""
+
+    def declared(seq_len: int) -> int:
+        return round(sum(one.flops(seq_len, comparison.shape.batch_size) for one in attentions_of(module)))
+
+    seq_len = comparison.shape.seq_len
+    if workload in ("prefill", "attention"):
+        return declared(seq_len)
+    if workload in ("forward_backward", "train_step"):
+        return 3 * declared(seq_len)
+    if workload == "context_parallel":
+        return declared(seq_len) // int(comparison.workload.get("ranks", 1))
+    if workload == "decode":
+        steps = min(longest_block(module), 2 * seq_len)
+        start = seq_len - steps // 2
+        return max(0, declared(start + steps) - (declared(start) if start else 0)) // steps
+    return 0
 
 
 def _move_without_data(module: nn.Module, device: str) -> None:
@@ -126,6 +149,7 @@ def _minimum_of_train_step(module: Module, inputs: Tensor) -> MinimumCost:
     passes = _minimum_of_forward_backward(module, inputs)
     # AdamW reads and writes two moments of every parameter that has a gradient, and writes the parameter.
     trained_bytes = sum(parameter.nbytes for parameter in module.parameters() if parameter.grad is not None)
+    assert passes.moved_bytes is not None
     return passes._replace(moved_bytes=passes.moved_bytes + 5 * trained_bytes)
 
 
@@ -137,7 +161,8 @@ def _minimum_of_decode(module: Module, inputs: Tensor) -> MinimumCost:
         state = state_after(module, context, context.shape[1])
         first, state = _minimum_of_token(module, inputs[:, -1:], state)
         second, _ = _minimum_of_token(module, inputs[:, -1:], state)
-    return MinimumCost(*map(min, first, second))
+    flops, moved_bytes, held_bytes = (min(pair) for pair in zip(first, second, strict=True))
+    return MinimumCost(flops, moved_bytes, held_bytes)
 
 
 def _context_up_to_a_block(module: Module, inputs: Tensor) -> Tensor:
@@ -147,8 +172,8 @@ def _context_up_to_a_block(module: Module, inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs], dim=1)[:, : -(-start // block) * block]
 
 
-def _minimum_of_token(module: Module, token: Tensor, state: State | None) -> tuple[MinimumCost, State]:
-    """Lower bounds of decoding one token, and the state after it."""
+def _minimum_of_token(module: Module, token: Tensor, state: State | None) -> tuple[tuple[int, int, int], State]:
+    """FLOPs, moved bytes and held bytes of decoding one token, at least, and the state after it."""
     before = state or {}
     flops, read_bytes, (output, after) = trace(
         partial(module.extend, token, state), [*module.parameters(), token, *before.values()]
@@ -156,7 +181,7 @@ def _minimum_of_token(module: Module, token: Tensor, state: State | None) -> tup
     old_storages = {storage_key(tensor) for tensor in before.values()}
     changed = [tensor for tensor in after.values() if tensor.is_floating_point() and storage_key(tensor) not in old_storages]
     left_bytes = sum(tensor.nbytes for tensor in (output, *changed))
-    return MinimumCost(flops, read_bytes + left_bytes, left_bytes), after
+    return (flops, read_bytes + left_bytes, left_bytes), after
 
 
 MINIMUM_COSTS: dict[str, Callable[[Any, Tensor], MinimumCost]] = {

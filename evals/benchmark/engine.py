@@ -20,7 +20,15 @@ from evals.results.ledger import Ledger, Record
 HARNESS = tuple(
     f"evals.{name}"
     for name in (
-        *("benchmark.rounds", "benchmark.timing", "benchmark.preflight", "benchmark.workloads", "benchmark.cost"),
+        *(
+            "benchmark.rounds",
+            "benchmark.timing",
+            "benchmark.preflight",
+            "benchmark.workloads",
+            "benchmark.modules",
+            "benchmark.cost",
+            "benchmark.configuration_check",
+        ),
         *("benchmark.traced_reads", "benchmark.context_parallel", "benchmark.preload"),
         *("isolation.worker", "isolation.forkserver", "isolation.locks"),
         *("measure.clock", "measure.memory", "measure.flops", "measure.cuda_clock", "measure.cuda_state", "measure.peaks"),

@@ -151,4 +151,8 @@ class ContextSearch(Job):
 
 def peak_bytes_of_first_call(comparison: Comparison, candidate: Candidate) -> int:
     """Peak of allocated bytes from the weights to the end of the first call. Must run in a fresh process."""
-    return peak_allocated_bytes(lambda: prepare(comparison, candidate).call(), comparison.device.kind)
+
+    def prepare_and_call() -> None:
+        prepare(comparison, candidate).work.call()
+
+    return peak_allocated_bytes(prepare_and_call, comparison.device.kind)

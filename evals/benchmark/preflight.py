@@ -8,6 +8,7 @@ import torch
 
 from evals.benchmark.certificates import Certificates
 from evals.benchmark.code_hash import modules_digest
+from evals.benchmark.configuration_check import ConfigurationCheck, precision
 from evals.benchmark.cost import candidate_costs
 from evals.benchmark.workloads import prepare
 from evals.certification.certificate import certify_isolated
@@ -26,6 +27,9 @@ CERTIFICATE = tuple(
         *("streaming_check", "subject"),
     )
 )
+
+CHECKED_CALLS = 8
+"""So many times the limit of one call is allowed for measuring its memory and checking it."""
 
 CERTIFICATE_S = 5.0
 """Typical duration of a certificate, for estimates."""
@@ -73,10 +77,10 @@ class Preflight:
             declared = worker.result(timeout_s)  # this runs code of the attention, too
             if declared.outcome != "ok":
                 return record | {"outcome": declared.outcome, "detail": declared.detail}
-            memory = worker.ask(None, timeout_s)
-        if memory.outcome != "ok":
-            record["detail"] = f"peak memory is unknown ({memory.outcome}): {memory.detail}"
-        return {**record, **declared.value, **(memory.value or {})}
+            measured = worker.ask(None, CHECKED_CALLS * timeout_s)
+        if measured.outcome != "ok":
+            return {**record, **declared.value, "outcome": measured.outcome, "detail": measured.detail}
+        return {**record, **declared.value, **measured.value}
 
     def certify(self, candidate: Candidate) -> Result[None]:
         """Looks up the certificate of a candidate's code, or makes it.
@@ -116,25 +120,51 @@ class Preflight:
 
 
 def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[Record, None, None]:
-    """Yields the candidate's costs, computed without data; then its measured memory, while this process has not worked yet."""
-    yield candidate_costs(comparison, candidate)
-    yield measure_memory(comparison, candidate)
+    """Yields the candidate's costs, computed without data; then what `measure_and_check` does, in a process that has not worked."""
+    costs = candidate_costs(comparison, candidate)
+    yield costs
+    yield measure_and_check(comparison, candidate, costs["flops"])
 
 
-def measure_memory(comparison: Comparison, candidate: Candidate) -> Record:
-    """Peaks of memory of a call, the duration of their measurement, the call's counts, and its implementation.
+def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) -> Record:
+    """Measures the memory of two calls and checks what they return, in the configuration that will be timed.
 
     Must run in a process that has not worked before: `process_peak_bytes` needs that.
+
+    Args:
+        comparison, candidate: what is measured.
+        flops: what a step declares.
+
+    Returns:
+        Peaks of memory, the seconds spent on both calls, the call's counts and its implementation; what it was certified as; or
+        the outcome uncertified and what is wrong.
     """
-    work = prepare(comparison, candidate)
+    prepared = prepare(comparison, candidate)
+    work = prepared.work
+    check = ConfigurationCheck(prepared, comparison, candidate)
     stopwatch = Stopwatch()
     peaks: Record
     if comparison.device.kind == "cuda":
-        peak = cuda_peak_memory(work.call)
+        peak = cuda_peak_memory(check.first_call)
         peaks = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
+        check.change_late_inputs()
+        check.second_call()
     else:
-        peaks = {"process_peak_bytes": process_peak_bytes(work.call), "peak_bytes": peak_allocated_bytes(work.call)}
-    return {**peaks, "called_s": stopwatch.seconds(), **work.counted(), "impl": implementation(comparison, candidate)}
+        peaks = {"process_peak_bytes": process_peak_bytes(check.first_call)}
+        check.change_late_inputs()
+        peaks["peak_bytes"] = peak_allocated_bytes(check.second_call)
+    called_s = stopwatch.seconds()
+    failure = check.finding(flops)
+    return {
+        **peaks,
+        "called_s": called_s,
+        "checked_s": stopwatch.seconds() - called_s,
+        **work.counted(),
+        "impl": implementation(comparison, candidate),
+        **({"outcome": "uncertified", "detail": failure} if failure else {}),
+        "certified_as": "" if failure else check.certified_as(),
+        "precision": precision(prepared.module, comparison),
+    }
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
-from evals.benchmark.timing import CallFirst, CallFor, TimedProcess
+from evals.benchmark.timing import CallFirst, CallFor, Compare, TimedProcess
 from evals.config import Comparison
 from evals.isolation.locks import yield_lock
 from evals.measure.clock import Stopwatch
@@ -104,7 +104,7 @@ def measure_round(number: int, comparison: Comparison, history: History, key: st
     records: dict[Process, Record] = {}
     for group in groups:
         end_s = stopwatch.seconds() + sampling.budget_s / PLANNED_ROUNDS / len(groups)
-        records |= _measure_interleaved(group, comparison, end_s, generator, memory_limit_bytes, stopwatch)
+        records |= _measure_interleaved(group, comparison, end_s, generator, memory_limit_bytes, stopwatch, compare=number == 0)
     round_s = stopwatch.seconds()
     return [
         {"attention": process.name, "is_control": process.is_control, "round": number, **record, "round_s": round_s}
@@ -119,8 +119,13 @@ def _measure_interleaved(
     generator: random.Random,
     memory_limit_bytes: int,
     stopwatch: Stopwatch,
+    *,
+    compare: bool,
 ) -> dict[Process, Record]:
-    """Runs one time slice per process in shuffled order, again and again until `end_s`, and ends all processes."""
+    """Runs one time slice per process in shuffled order, again and again until `end_s`, and ends all processes.
+
+    compare: whether the last output of each process is compared with an untimed one.
+    """
     sampling = comparison.sampling
     candidates = {one.name: one for one in comparison.candidates}
     timed: dict[Process, TimedProcess] = {}
@@ -138,6 +143,9 @@ def _measure_interleaved(
             for one in order:
                 one.ask(CallFor(sampling.time_slice_s))
                 stopwatch.exclude(yield_lock())
+        if compare:
+            for one in timed.values():
+                one.ask(Compare())
         for one in timed.values():
             one.worker.kill()  # all at once, which takes less time than one after another
     return {process: one.record() for process, one in timed.items()}

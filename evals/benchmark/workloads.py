@@ -6,8 +6,10 @@ such as reading a context, before the first call.
 """
 
 import inspect
+import random
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from hydra.utils import get_method, instantiate
@@ -15,11 +17,16 @@ from torch import Tensor
 
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM, TransformerLayer, TransformerModel
+from evals.benchmark.modules import Module, build_module, longest_block
+from evals.certification.subject import randomize_zero_parameters
 from evals.config import SCOPES, Candidate, Comparison
 from evals.errors import UsageError, one_sentence
 
 F = TypeVar("F", bound=Callable[..., object])
-Module = Attention | TransformerLayer | CausalLM
+
+
+def _nothing() -> None:
+    """Does nothing."""
 
 
 class Work(NamedTuple):
@@ -30,12 +37,21 @@ class Work(NamedTuple):
         tokens: tokens that one step goes through.
         steps: steps that one call makes; the latency is the time of a call divided by it.
         counted: counts of the last call, by column of the table of results, such as sent_bytes.
+        reads: the part of the inputs that a call reads, which gets new values before each call; None is all of them.
+        refresh: prepares what the call takes, after the inputs have changed; not timed.
+        outputs: from what a call has returned, its outputs [batch, positions, features] at all positions or at the last; None if
+            they are not known.
+        part: the module that maps inputs to these outputs; None is the whole module.
     """
 
     call: Callable[[], object]
     tokens: int
     steps: int = 1
     counted: Callable[[], dict[str, int]] = dict
+    reads: Tensor | None = None
+    refresh: Callable[[], None] = _nothing
+    outputs: Callable[[Any], Tensor] | None = None
+    part: Attention | TransformerLayer | TransformerModel | CausalLM | None = None
 
 
 def limit_to(**limits: object) -> Callable[[F], F]:
@@ -60,21 +76,28 @@ def prefill(module: Module, inputs: Tensor) -> Work:
     def call() -> Tensor:
         return forward(module, inputs)
 
-    return Work(call, count_tokens(inputs))
+    return Work(call, count_tokens(inputs), outputs=lambda returned: returned)
 
 
 @limit_to(scopes=("attention",))
 def attention(module: Attention, inputs: Tensor) -> Work:
     """`attend` alone, without gradients, on tensors that were projected before."""
     module.eval()
-    with torch.inference_mode():
+    tensors: tuple[Tensor, ...] = ()
+
+    @torch.inference_mode()
+    def project() -> None:
+        nonlocal tensors
+        tensors = ()  # frees them first
         tensors = module.project(inputs)
 
     @torch.inference_mode()
     def call() -> Tensor:
         return module.attend(*tensors)
 
-    return Work(call, count_tokens(inputs))
+    project()
+    outputs = torch.inference_mode()(module.output)
+    return Work(call, count_tokens(inputs), refresh=project, outputs=outputs)
 
 
 @limit_to(shortest={"model": 2})  # its loss is of next tokens
@@ -86,27 +109,27 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
     """
     gradients = Gradients(module, inputs)
 
-    def call() -> None:
+    def call() -> list[Tensor]:
         gradients.compute()
-        gradients.drop()
+        return gradients.drop()
 
-    return Work(call, count_tokens(inputs))
+    return Work(call, count_tokens(inputs), outputs=gradients.outputs, part=gradients.part)
 
 
 @limit_to(shortest={"model": 2})
 def train_step(module: Module, inputs: Tensor) -> Work:
     """`forward_backward`, then a step of AdamW in one fused kernel. Its moments exist before the first call."""
     gradients = Gradients(module, inputs)
-    # The rate is so low that thousands of steps on the same batch change neither the weights nor the time.
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
+    # The rate is so low that thousands of steps change neither the weights, which outputs are compared under, nor the time.
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-9, fused=True)
 
-    def call() -> None:
+    def call() -> list[Tensor]:
         gradients.compute()
         optimizer.step()
-        gradients.drop()
+        return gradients.drop()
 
     call()
-    return Work(call, count_tokens(inputs))
+    return Work(call, count_tokens(inputs), outputs=gradients.outputs, part=gradients.part)
 
 
 class Gradients:
@@ -115,16 +138,25 @@ class Gradients:
     def __init__(self, module: Module, inputs: Tensor) -> None:
         self._module = module.train()
         self._inputs = inputs.requires_grad_(inputs.is_floating_point())
+        self.part = module.model if isinstance(module, CausalLM) else module
 
     def compute(self) -> None:
         module, inputs = self._module, self._inputs
         loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
         loss.backward()
 
-    def drop(self) -> None:
-        """Frees the gradients, so that every call begins as the first one did."""
+    def drop(self) -> list[Tensor]:
+        """Takes the gradients away, so that every call begins as the first one did, and returns them."""
+        leaves = [self._inputs, *self._module.parameters()]
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         self._module.zero_grad(set_to_none=True)
         self._inputs.grad = None
+        return gradients
+
+    def outputs(self, _: object) -> Tensor:
+        """The outputs of a forward pass as `compute` makes it, with their graph."""
+        output: Tensor = self.part(self._inputs)
+        return output
 
 
 def decode(module: Module, inputs: Tensor) -> Work:
@@ -136,7 +168,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
     blocks, a call decodes one token. Every call starts from the same state, which `extend` does not change.
     """
     module.eval()
-    token, context = inputs[:, -1:], inputs.shape[1]
+    token, context = inputs[:, -1:].clone(), inputs.shape[1]
     steps = min(longest_block(module), 2 * context)
     with torch.inference_mode():
         state = state_after(module, inputs, context - steps // 2)
@@ -148,7 +180,7 @@ def decode(module: Module, inputs: Tensor) -> Work:
             output, after = module.extend(token, after)
         return output, after
 
-    return Work(call, count_tokens(token), steps)
+    return Work(call, count_tokens(token), steps, reads=token, outputs=lambda returned: returned[0])
 
 
 def forward(module: Module, inputs: Tensor) -> Tensor:
@@ -164,12 +196,6 @@ def state_after(module: Module, inputs: Tensor, tokens: int) -> State | None:
     return module.extend(inputs[:, :tokens])[1] if tokens else None
 
 
-def longest_block(module: Module) -> int:
-    """Length of the longest block of any attention in a module; 1 if no attention overrides `block_length`."""
-    attentions = [part for part in module.modules() if isinstance(part, Attention)]
-    return max((one.block_length for one in attentions if type(one).block_length is not Attention.block_length), default=1)
-
-
 def count_tokens(inputs: Tensor) -> int:
     """Number of tokens in a batch of inputs."""
     return inputs.shape[0] * inputs.shape[1]
@@ -178,31 +204,73 @@ def count_tokens(inputs: Tensor) -> int:
 # --- for a comparison ---------------------------------------------------------------------------
 
 
-def prepare(comparison: Comparison, candidate: Candidate) -> Work:
-    """Prepares the comparison's workload with fresh weights and inputs. Sets the threads and the seed of this process."""
+class Prepared(NamedTuple):
+    """A workload with the module and the inputs that it works on."""
+
+    module: Module
+    inputs: Tensor
+    work: Work
+    renew: Callable[[], None]  # gives the next call a new input, in place; not timed
+
+    @property
+    def read(self) -> Tensor:
+        """The input that a call reads."""
+        return self.inputs if self.work.reads is None else self.work.reads
+
+
+def prepare(comparison: Comparison, candidate: Candidate) -> Prepared:
+    """Prepares the comparison's workload with fresh weights and inputs. Sets the threads and the seed of this process.
+
+    No parameter is all 0: such a parameter would hide what it multiplies from every comparison of outputs.
+    """
     device = comparison.device
     torch.set_num_threads(device.threads)
     torch.manual_seed(comparison.sampling.seed)
-    module = build_module(comparison, candidate).to(device.kind, device.torch_dtype)
+    module = randomize_zero_parameters(build_module(comparison, candidate)).to(device.kind, device.torch_dtype)
+    inputs = make_inputs(comparison)
+    work = make_work(comparison, module, inputs)
+    renewal = Renewal(inputs if work.reads is None else work.reads, comparison.model.vocab_size, comparison.sampling.seed)
+
+    def renew() -> None:
+        renewal.renew()
+        work.refresh()
+
+    return Prepared(module, inputs, work, renew)
+
+
+def make_work(comparison: Comparison, module: Module, inputs: Tensor) -> Work:
+    """The comparison's workload on a module and its inputs."""
     workload = instantiate({**comparison.workload, "_partial_": True})
-    return cast(Work, workload(module, make_inputs(comparison)))
+    return cast(Work, workload(module, inputs))
 
 
-def build_module(comparison: Comparison, candidate: Candidate) -> Module:
-    """Builds what the comparison's scope names: an attention with its projections, a layer of the decoder, or the whole model."""
-    model = comparison.model
-    if model.scope == "attention":
-        return candidate.build(model)
-    ff_dim = model.ff_dim if candidate.ff_dim is None else candidate.ff_dim
+class Renewal:
+    """Gives a tensor new values in place, as random as the old ones, in one pass.
 
-    def attention(**_: int) -> Attention:
-        return candidate.build(model)
+    Numbers change their signs, feature by feature, and token ids are shifted: every call gets another input, in the same memory.
+    An output that is remembered, by the values or by the memory of its input, is then found out.
+    """
 
-    if model.scope == "layer":
-        return TransformerLayer(model.hidden_dim, model.num_heads, ff_dim, attention=attention, conv_size=model.conv_size)
-    sizes = (model.vocab_size, model.hidden_dim, model.num_layers, model.num_heads, ff_dim)
-    positions = model.positions == "sinusoidal"
-    return CausalLM(TransformerModel(*sizes, attention=attention, conv_size=model.conv_size, positions=positions))
+    PATTERNS = 64
+
+    def __init__(self, tensor: Tensor, vocab_size: int, seed: int) -> None:
+        self._tensor = tensor
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._random = random.Random(seed)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        if self._tensor.is_floating_point():
+            self._tensor.mul_(self._random.choice(self._signs))
+        else:
+            self._tensor.add_(self._random.randrange(1, self._vocab_size)).remainder_(self._vocab_size)
+
+    @cached_property
+    def _signs(self) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(self._seed)
+        signs = 2 * torch.randint(2, (self.PATTERNS, self._tensor.shape[-1]), generator=generator) - 1
+        return signs.to(self._tensor.device, self._tensor.dtype).unbind()
 
 
 def make_inputs(comparison: Comparison) -> Tensor:

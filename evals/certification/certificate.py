@@ -1,14 +1,12 @@
 """Runs all checks on an attention, here or in a child process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from evals.certification.checks import CHECKS
-from evals.certification.subject import Build, Configuration, Subject
+from evals.certification.subject import Build, Configuration, Subject, threads
 from evals.errors import one_sentence
 from evals.isolation.worker import Result, run_isolated
 
@@ -57,7 +55,8 @@ def certify(
     findings = []
     for check in CHECKS:
         subject.configurations.clear()
-        with _one_thread(), torch.set_grad_enabled(check.needs_grad):
+        # On a busy machine, threads that share a small product mostly wait for each other.
+        with threads(1), torch.set_grad_enabled(check.needs_grad):
             try:
                 detail = check.function(subject) or ""
             except NotImplementedError:
@@ -111,14 +110,3 @@ def badge(findings: list[Finding]) -> str:
         return f"not certified: {', '.join(failed)} failed"
     configurations = frozenset().union(*(finding.configurations for finding in findings))
     return f"certified: {len(findings)} checks, {len(configurations)} configurations"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limits torch to one thread: on a busy machine, threads that share a small product mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

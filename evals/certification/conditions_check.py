@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bsbr.interface import Attention
-from evals.certification.subject import Configuration, Subject, first_difference, without_dropout
+from evals.certification.subject import Configuration, Subject, first_difference, no_dropout, threads
 
 
 def conditions(subject: Subject) -> str | None:
@@ -51,16 +51,14 @@ def _in_inference_mode(subject: Subject, x: Tensor) -> Tensor:
 
 
 def _in_training(subject: Subject, x: Tensor) -> Tensor:
-    return _call(without_dropout(subject.in_dtype(x.dtype)).train(), x)
+    attention = subject.in_dtype(x.dtype).train()
+    with no_dropout(attention):
+        return _call(attention, x)
 
 
 def _with_two_threads(subject: Subject, x: Tensor) -> Tensor:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         return _call(subject.attention, x)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _from_a_copy(subject: Subject, x: Tensor) -> Tensor:
@@ -109,7 +107,9 @@ def _gradient_in_training(subject: Subject, x: Tensor) -> str | None:
     with torch.enable_grad():
         for training in (False, True):
             leaf = x.clone().requires_grad_()
-            output = without_dropout(subject.in_dtype(x.dtype)).train(training)(leaf)
+            attention = subject.in_dtype(x.dtype).train(training)
+            with no_dropout(attention):
+                output = attention(leaf)
             gradients += torch.autograd.grad(output.square().sum(), leaf)
     where = first_difference(gradients[1], gradients[0])
     return f"training mode without dropout changes the gradient: {where.replace('output', 'input')}" if where else None

@@ -3,7 +3,8 @@
 Lengths are those at which blockwise code breaks: one token, a block and one token to either side, three blocks and an odd rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -99,14 +100,37 @@ def randomize_zero_parameters(module: M) -> M:
     return module
 
 
-def without_dropout(module: M) -> M:
-    """Sets every dropout probability to 0, in place: in training mode the module then draws no random numbers."""
+@contextmanager
+def no_dropout(module: nn.Module) -> Iterator[None]:
+    """Sets every dropout probability to 0 meanwhile: in training mode the module then draws no random numbers."""
+    before = list(dropouts(module))
+    for part, name, _ in before:
+        setattr(part, name, 0.0)
+    try:
+        yield
+    finally:
+        for part, name, probability in before:
+            setattr(part, name, probability)
+
+
+def dropouts(module: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Every dropout probability in a module: its part, the name of the attribute and its value."""
     for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        elif isinstance(getattr(part, "dropout", None), float):
-            setattr(part, "dropout", 0.0)  # noqa: B010  not every module has one
-    return module
+        for name in ("p", "dropout"):
+            value = vars(part).get(name)
+            if isinstance(value, float) and (name == "dropout" or isinstance(part, nn.modules.dropout._DropoutNd)):
+                yield part, name, value
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Limits torch to so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:

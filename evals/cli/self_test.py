@@ -111,7 +111,7 @@ def clock(_: range, overrides: Sequence[str]) -> bool:
 def _both_clocks(comparison: Comparison, candidate: Candidate) -> tuple[float, float]:
     """Median seconds of a call by torch's clock, and the ratio of our median to it. Runs in a child process."""
     settle_allocator()
-    call = prepare(comparison, candidate).call
+    call = prepare(comparison, candidate).work.call
     ours = make_clock(call, comparison.device.kind, comparison.device.mode)
     ours.first_call()
     timer = Timer("call()", globals={"call": call}, num_threads=comparison.device.threads)

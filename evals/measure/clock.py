@@ -5,6 +5,7 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -32,7 +33,13 @@ class TimeSlice:
 
 
 class Clock(Protocol):
-    """Times the calls of one piece of work."""
+    """Times the calls of one piece of work.
+
+    Attributes:
+        returned: what the last call returned.
+    """
+
+    returned: Any
 
     def first_call(self) -> float:
         """Seconds of the first call, including everything that is done only once."""
@@ -41,16 +48,25 @@ class Clock(Protocol):
         """Calls the work for about `seconds`, at least once."""
 
 
-def make_clock(work: Work, device: str, mode: Literal["eager", "graph"]) -> Clock:
-    """Makes the clock of a device (cpu or cuda). On a CPU it turns off the garbage collector of this process."""
-    return DeviceClock(work, mode) if device == "cuda" else CpuClock(work)
+def do_nothing() -> None:
+    """What is done before a call whose input stays."""
+
+
+def make_clock(work: Work, device: str, mode: Literal["eager", "graph"], before: Callable[[], None] = do_nothing) -> Clock:
+    """Makes the clock of a device (cpu or cuda). On a CPU it turns off the garbage collector of this process.
+
+    before: is called before each call of the work, and not timed.
+    """
+    return DeviceClock(work, mode, before) if device == "cuda" else CpuClock(work, before)
 
 
 class CpuClock:
     """Wall time of each call. Garbage is collected between time slices; within one it would be charged to a call."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, before: Callable[[], None] = do_nothing) -> None:
         self._work = work
+        self._before = before
+        self.returned: Any = None
         self._typical_s = 0.0
         # Imported modules stay: to search them for garbage would take longer than a time slice.
         gc.freeze()
@@ -76,16 +92,25 @@ class CpuClock:
         return TimeSlice(samples, called_s + sum(samples))
 
     def _call(self) -> float:
+        self.returned = None  # frees what the last call returned
+        self._before()
         start = time.perf_counter()
-        self._work()
-        return time.perf_counter() - start
+        returned = self._work()
+        seconds = time.perf_counter() - start
+        self.returned = returned
+        return seconds
 
 
 class DeviceClock:
     """Device time of each call, and the state of the device. Not yet run on a GPU."""
 
-    def __init__(self, work: Work, mode: Literal["eager", "graph"]) -> None:
-        self._clock = CudaClock(work, mode)
+    def __init__(self, work: Work, mode: Literal["eager", "graph"], before: Callable[[], None] = do_nothing) -> None:
+        self.returned: Any = None
+
+        def call() -> None:
+            self.returned = work()
+
+        self._clock = CudaClock(call, mode, before=before)
         self._before: DeviceState | None = None
         self._settled = False
 

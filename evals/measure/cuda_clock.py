@@ -8,6 +8,7 @@ queued all of it.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -78,6 +79,7 @@ class CudaClock:
         mode: eager calls the work every time. graph captures it once after the first call, and replays the graph: Python code of
             the work no longer runs, so a state that grows with every call stays as it is.
         device: by default the current CUDA device.
+        before: is queued before each sample, and not timed.
 
     Attributes:
         hides_launches: False once keeping the device busy has failed `TRIES` times in a row: the work waits for the device
@@ -96,11 +98,18 @@ class CudaClock:
 
     CALIBRATION_CYCLES = 1_000_000
 
-    def __init__(self, work: Work, mode: Literal["eager", "graph"] = "eager", device: Device | None = None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        mode: Literal["eager", "graph"] = "eager",
+        device: Device | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         if mode not in ("eager", "graph"):
             raise ValueError(f"mode must be eager or graph, got {mode!r}")
         self._device = TorchDevice() if device is None else device
         self._work = work
+        self._before = before
         self._mode = mode
         self._ready = False
         self._cycles_per_s = 0.0
@@ -161,6 +170,7 @@ class CudaClock:
 
     def _sample(self, burst: Burst) -> None:
         device = self._device
+        self._before()
         if self.hides_launches:
             sleep_s = min(self._sleep_s * 2**self._exposed, self.MAX_SLEEP_S)
             device.sleep(int(sleep_s * self._cycles_per_s))

@@ -20,6 +20,11 @@ def _flash_for_cpu(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__:
     return int(2 * batch * heads * queries * k[2] * (head_dim + v[3]))
 
 
+def _flash_for_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    batch, heads, queries, head_dim = q
+    return int(2 * batch * heads * queries * k[2] * (3 * head_dim + 2 * v[3]))
+
+
 def _solve_triangular(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     *batch, rows, columns = b
     return int(torch.Size(batch).numel() * rows * rows * columns)
@@ -31,6 +36,7 @@ def _embedding_bag(weight: Any, indices: Any, *_: Any, out_shape: Any = None, **
 
 UNREGISTERED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_for_cpu_backward,
     torch.ops.aten.linalg_solve_triangular: _solve_triangular,
     torch.ops.aten._embedding_bag: _embedding_bag,
     torch.ops.aten._embedding_bag_forward_only: _embedding_bag,

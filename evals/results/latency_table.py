@@ -23,6 +23,8 @@ from evals.stats.roofline import TOLERANCE, Peaks, Roofline, implausible_peak, i
 from evals.stats.verdicts import ONE_SIGMA, noise_floor, verdicts
 
 COLUMNS = columns("latency")
+MEASURED = ("peak_bytes", "process_peak_bytes", "sent_bytes", "certified_as")
+"""Columns of a preflight that only rows with a right number show."""
 TABLE_METRICS = (LATENCY, SPEEDUP, PEAK_MEMORY, SENT)
 """Metrics of the tables on the terminal and in exports."""
 
@@ -45,6 +47,7 @@ def build(records: Sequence[Record]) -> pd.DataFrame:
     for key, description in descriptions.items():
         history = History((record for record in samples[key] if record["kind"] != "comparison"), key)
         settings = json.dumps(description["settings"], sort_keys=True)
+        _reject_impossible(description, history, peaks.get(_machine(description)))
         for name in description["candidates"]:
             if name in history.failures or history.medians(Process(name)) or history.lost:
                 rows[name, settings] = _row(description, name, history, peaks.get(_machine(description)))
@@ -84,15 +87,28 @@ def _row(description: Record, name: str, history: History, peaks: Peaks | None) 
         **{column: preflight[column] for column in COLUMNS if column in preflight and column not in ("outcome", "detail")},
     }
     if failure is not None:
-        return row
-    speed, limit = _speed(name, history), None
-    if peaks is not None:
-        limit = roofline(preflight["flops"], preflight["min_bytes"], peaks)
+        # No number of an attention that is wrong, or that cannot have done its work, is published.
+        return row | (dict.fromkeys(MEASURED) if row["outcome"] in ("uncertified", "impossible") else {})
+    speed, limit = _speed(name, history), _limit(preflight, peaks)
+    if limit is not None:
         speed |= {"roofline_s": limit.seconds, "bound": limit.bound, "roofline_fraction": limit.fraction(speed["latency_s"])}
-    reason = _impossible(name, history, limit, TOLERANCE[description["settings"]["device"]])
-    if reason:  # an impossible number is not published
-        return {**row, "outcome": "impossible", "detail": reason, "peak_bytes": None, "process_peak_bytes": None}
     return row | speed | _speedup(name, description["relative_to"], history)
+
+
+def _limit(preflight: Record, peaks: Peaks | None) -> Roofline | None:
+    """The roofline of a step; None if no peaks were measured, or nothing is known of the step."""
+    flops, min_bytes = preflight["flops"], preflight["min_bytes"] or 0
+    return None if peaks is None or not (flops or min_bytes) else roofline(flops, min_bytes, peaks)
+
+
+def _reject_impossible(description: Record, history: History, peaks: Peaks | None) -> None:
+    """Adds a failure for every candidate with an impossible number, so that no other is compared with it either."""
+    tolerance = TOLERANCE[description["settings"]["device"]]
+    for name in description["candidates"]:
+        if history.is_active(name) and history.medians(Process(name)):
+            reason = _impossible(name, history, _limit(history.preflights[name], peaks), tolerance)
+            if reason:
+                history.failures[name] = {"outcome": "impossible", "detail": reason}
 
 
 def _impossible(name: str, history: History, limit: Roofline | None, tolerance: float) -> str | None:

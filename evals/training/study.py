@@ -22,7 +22,7 @@ from evals.training.trainer import TrainingProgress, train
 
 TRAINER_MODULES = (
     *("evals.training.trainer", "evals.training.loss", "evals.training.optimizer"),
-    *("evals.benchmark.workloads", "evals.training.tasks.base"),
+    *("evals.benchmark.modules", "evals.training.tasks.base"),
 )
 """Modules that determine the result of a training run: a run is repeated if their code changes."""
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bsbr.interface import Attention
 from bsbr.model import CausalLM
-from evals.benchmark.workloads import build_module
+from evals.benchmark.modules import build_module
 from evals.config import Candidate, Comparison
 from evals.measure.clock import Stopwatch
 from evals.results.ledger import Record

@@ -20,6 +20,6 @@ def test_the_peak_is_at_most_that_of_the_committed_results(name: str) -> None:
     """An intermediate that is kept longer than needed raises the peak, and nothing else tells of it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         comparison = read_job(compose("config", ["sweep=seq_len", f"attention=[{name}]", f"shape.seq_len={SEQ_LEN}"]))
-    call = prepare(comparison, comparison.candidates[0]).call
+    call = prepare(comparison, comparison.candidates[0]).work.call
     call()  # compiles or loads code at most once
     assert peak_allocated_bytes(call) <= 1.01 * COMMITTED.loc[name, "peak_bytes"]

@@ -525,3 +525,85 @@ class WrongShape(StandardAttention):
 class Raises(StandardAttention):
     def attend(self, *tensors: Tensor) -> Tensor:
         raise RuntimeError("no kernel for this\nsecond line")
+
+
+# --- right wherever the certificate looks, and wrong where it is timed --------------------------
+
+
+class ForgetsMaskWhenLong(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return sees_all(*tensors) if tensors[0].shape[2] == tensors[1].shape[2] >= 512 else super().attend(*tensors)
+
+
+class MixesLargeBatches(StandardAttention):
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        q, k, v = super().project(hidden_states, start)
+        return (q, k - 0.5 * k.mean(dim=0), v) if len(k) >= 8 else (q, k, v)
+
+
+class DropsOldestPage(StandardAttention):
+    """From 512 tokens on, decoding forgets the first of them."""
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        time = sum(page.shape[2] for page in keys)
+        k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return super().attend(q, k, v) if time < 512 else super().attend(q, k[:, :, 256:], v[:, :, 256:])
+
+
+class SeesLateWindowWhenLong(StandardAttention):
+    """From 512 tokens on, the second half of a sequence sees nothing of the first."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if q.shape != k.shape or q.shape[2] < 512:
+            return super().attend(q, k, v)
+        return torch.cat(
+            [super(SeesLateWindowWhenLong, self).attend(*half) for half in zip(*(x.chunk(2, 2) for x in tensors), strict=True)], 2
+        )
+
+
+class RoundsWhenLong(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if q.shape != k.shape or q.shape[2] < 512:
+            return super().attend(q, k, v)
+        return super().attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
+
+
+class DetachesKeysWhenLong(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        return super().attend(q, k if k.shape[2] < 512 else k.detach(), v)
+
+
+class RemembersLastInput(StandardAttention):
+    """The last output is returned again if an input is the same tensor as the last."""
+
+    last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is None and hidden_states.shape[1] >= 512 and self.last and self.last[0] is hidden_states:
+            return self.last[1]
+        output = super().forward(hidden_states, attention_mask)
+        self.last = (hidden_states, output) if hidden_states.shape[1] >= 512 else None
+        return output
+
+
+class TiresInTime(StandardAttention):
+    """After the first 20 calls of a long sequence, only half of the keys are looked at."""
+
+    calls = 0
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        self.calls += k.shape[2] >= 512
+        if self.calls <= 20 or q.shape != k.shape:
+            return super().attend(q, k, v)
+        return super().attend(q, k, v * (torch.arange(v.shape[2]) % 2)[:, None].to(v.dtype))
+
+
+class DeclaresWorkOfMany(StandardAttention):
+    """Long sequences are declared as three times the work that they are."""
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        return (3 if seq_len == 600 else 1) * super().flops(seq_len, batch_size)

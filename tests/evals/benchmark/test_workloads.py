@@ -14,8 +14,9 @@ from baselines.standard import StandardAttention
 from bsbr.interface import Attention, State
 from bsbr.model import CausalLM
 from evals.benchmark.cost import candidate_costs
+from evals.benchmark.modules import build_module, longest_block
 from evals.benchmark.traced_reads import extent
-from evals.benchmark.workloads import Work, build_module, decode, longest_block, make_inputs, prepare
+from evals.benchmark.workloads import Work, decode, make_inputs, prepare
 from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
@@ -54,7 +55,7 @@ def candidate(comparison: Comparison, name: str) -> Candidate:
 def prepared(name: str, workload: str, scope: str, seq_len: int, *more: str) -> tuple[Work, dict[str, int]]:
     comparison = read(workload, scope, seq_len, *more)
     prepared_candidate = candidate(comparison, name)
-    return prepare(comparison, prepared_candidate), candidate_costs(comparison, prepared_candidate)
+    return prepare(comparison, prepared_candidate).work, candidate_costs(comparison, prepared_candidate)
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -128,12 +129,16 @@ def test_a_token_of_bsbr_reads_its_chunk_and_not_the_states_of_others() -> None:
     assert long["min_bytes"] == short["min_bytes"]
 
 
-def test_kernels_that_need_data_have_no_bound() -> None:
-    comparison = read("prefill", "attention", 20)
-    node = {"_target_": f"{__name__}.NeedsData"}
-    declared = candidate_costs(comparison, Candidate("mine", node))
-    assert (declared["flops"], declared["min_bytes"], declared["held_bytes"]) == (0, 0, 0)
-    assert declared["parameter_bytes"] > 0
+@pytest.mark.parametrize(
+    ("workload", "flops"),
+    [("prefill", 2000), ("attention", 2000), ("forward_backward", 6000), ("train_step", 6000), ("decode", 100)],
+)
+def test_kernels_that_need_data_are_bounded_by_the_flops_that_they_declare(workload: str, flops: int) -> None:
+    comparison = read(workload, "attention", 20)
+    costs = candidate_costs(comparison, Candidate("mine", {"_target_": f"{__name__}.NeedsData"}))
+    assert (costs["flops"], costs["min_bytes"], costs["held_bytes"]) == (2 * flops, None, 0)  # a batch of two
+    assert costs["detail"].startswith("declared FLOPs alone bound it, its bytes cannot be traced: ")
+    assert costs["parameter_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -245,7 +250,7 @@ class NeedsData(Attention):
         return self(hidden_states), {}
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
-        return 0
+        return 100 * batch_size * seq_len
 
     def state_bytes(self, seq_len: int, batch_size: int = 1) -> int:
         return 0

@@ -81,6 +81,34 @@ def test_an_impossible_number_is_not_published(preflight: dict[str, int], messag
     assert rows[["latency_s", "speedup", "peak_bytes"]].isna().all(axis=None)
 
 
+def test_declared_flops_bound_a_call_whose_bytes_cannot_be_traced() -> None:
+    rows = latency_table.build(sweep({128: {"standard": 0.01, "other": 1e-9}}, flops=10**8, min_bytes=None)).set_index("attention")
+    assert (rows.loc["standard", "bound"], rows.loc["standard", "roofline_s"]) == ("compute", pytest.approx(1e-3))
+    assert pd.isna(rows.loc["standard", "min_bytes"])
+    assert rows.loc["other", "outcome"] == "impossible"
+
+
+def test_nobody_is_compared_with_an_impossible_reference() -> None:
+    records = sweep({128: {"standard": 0.01, "other": 0.02}})
+    for record in records:
+        if record["kind"] == "preflight" and record["attention"] == "standard":
+            record["flops"] = 10**11
+    rows = latency_table.build(records).set_index("attention")
+    assert rows["outcome"].to_dict() == {"standard": "impossible", "other": "ok"}
+    assert rows.loc["other", "latency_s"] == pytest.approx(0.02, rel=0.2)
+    assert rows[["relative_to", "speedup", "p_value", "verdict"]].isna().all(axis=None)
+
+
+def test_an_attention_whose_timed_output_is_wrong_has_no_number() -> None:
+    records = sweep({128: {"standard": 0.01, "other": 0.02}})
+    shared = {"comparison": "comparison 128", "attention": "other", "is_control": False, "round": 0, "round_s": 1.0}
+    records.append({"kind": "latency", **shared, "outcome": "uncertified", "detail": "its tensor 0 differs"})
+    rows = latency_table.build(records).set_index("attention")
+    assert rows.loc["other", "outcome"] == "uncertified"
+    assert rows.loc["other", ["latency_s", "speedup", "peak_bytes", "certified_as"]].isna().all()
+    assert rows.loc["standard", "outcome"] == "ok"
+
+
 def test_a_candidate_that_fails_in_a_later_round_has_no_number() -> None:
     records = sweep({128: {"standard": 0.01, "other": 0.02}})
     shared = {"comparison": "comparison 128", "attention": "other", "is_control": False, "round": 9, "round_s": 1.0}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from evals.benchmark.workloads import build_module
+from evals.benchmark.modules import build_module
 from evals.cli.jobs import read_job
 from evals.config import Comparison
 from evals.isolation.forkserver import launch
