@@ -34,16 +34,18 @@ def check_mask_values(attention_mask: Tensor, name: str = "attention_mask") -> N
     """
     if attention_mask.dtype == torch.bool or attention_mask.is_meta or not attention_mask.numel():
         return
+    if torch._C._functorch.is_batchedtensor(attention_mask):
+        raise ValueError(f"{name} must be boolean under torch.vmap, where values cannot be checked, got {attention_mask.dtype}")
+    rule = f"{name} must be 1 or True for a token and 0 or False for padding"
     wrong = (attention_mask != 0) & (attention_mask != 1)
-    if wrong.any():
-        got = f"{attention_mask[wrong][0].item():g}"
-    elif attention_mask.is_floating_point() and not attention_mask.any():
-        got = "zeros alone"
-    else:
-        return
-    raise ValueError(
-        f"{name} must be 1 or True for a token and 0 or False for padding, got {got}; if it is additive, pass {name} == 0"
-    )
+    is_wrong = wrong.any()
+    if attention_mask.is_floating_point():
+        is_wrong = is_wrong | ~attention_mask.any()
+    if torch.compiler.is_compiling():  # a branch on values would break the graph
+        torch._assert_async(~is_wrong, rule)
+    elif is_wrong:
+        got = f"{attention_mask[wrong][0].item():g}" if wrong.any() else "zeros alone"
+        raise ValueError(f"{rule}, got {got}; if it is additive, pass {name} == 0")
 
 
 def pack(hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -121,6 +121,27 @@ def test_a_mask_of_other_values_raises_wherever_a_mask_is_taken(mask: list[list[
             take(attention_mask == 0)
 
 
+def test_masks_are_checked_in_a_compiled_graph_too() -> None:
+    attention, x = RunningSum(8, 1), torch.ones(2, 3, 8)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with torch.no_grad():
+        compiled = torch.compile(attention, fullgraph=True, backend="eager")
+        for given in (mask, mask.bool(), mask.float()):
+            torch.testing.assert_close(compiled(x, given), attention(x, mask))
+        for wrong in (mask - 1, torch.zeros(2, 3), torch.full((2, 3), torch.nan)):
+            with pytest.raises(RuntimeError, match="attention_mask must be 1 or True for a token and 0 or False for padding"):
+                compiled(x, wrong)
+
+
+def test_a_mask_under_vmap_is_boolean() -> None:
+    attention, x = RunningSum(8, 1), torch.ones(2, 3, 8)
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    each = torch.vmap(lambda x, mask: attention(x[None], mask[None])[0])
+    torch.testing.assert_close(each(x, mask), attention(x, mask))
+    with pytest.raises(ValueError, match=r"attention_mask must be boolean under torch.vmap, .*, got torch.int64"):
+        each(x, mask.long())
+
+
 def test_a_row_of_padding_alone_is_no_additive_mask() -> None:
     x = torch.ones(2, 3, 1)
     assert RunningSum(1, 1)(x, torch.tensor([[0.0, 1.0, 1.0], [0.0] * 3]))[..., 0].tolist() == [[0, 2, 3], [0] * 3]
