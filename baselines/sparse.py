@@ -50,7 +50,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, summar
     check_pattern(block_size, summary_size)
     check_heads(q, k, v)
     blocks_before = (k.shape[2] - q.shape[2]) // block_size * block_size  # tokens of the blocks that hold no query
-    k_summary, v_summary = (summaries(x, block_size, summary_size) for x in (k, v))
+    if not blocks_before:
+        return _attend(q, k, v, None, None, block_size=block_size, summary_size=summary_size, impl=impl)
+    k_summary, v_summary = (key_ranges.summaries(x, block_size, summary_size) for x in (k, v))
     tensors = q, k[:, :, blocks_before:], v[:, :, blocks_before:], k_summary, v_summary
     return _attend(*tensors, block_size=block_size, summary_size=summary_size, impl=impl)
 
@@ -62,29 +64,32 @@ def check_pattern(block_size: int, summary_size: int) -> None:
         raise ValueError(f"summary_size must be at most block_size, got summary_size={summary_size}, block_size={block_size}")
 
 
-def summaries(x: Tensor, block_size: int, summary_size: int) -> Tensor:
-    """Last rows of every complete block: [batch, heads, n, head_dim] -> [batch, heads, blocks · summary_size, head_dim]."""
-    blocks = x.shape[2] // block_size
-    if not blocks:
-        return x[:, :, :0]
-    return x.unfold(2, block_size, block_size)[..., block_size - summary_size :].mT.flatten(2, 3)
-
-
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, *, block_size: int, summary_size: int, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_summary: Tensor | None,
+    v_summary: Tensor | None,
+    *,
+    block_size: int,
+    summary_size: int,
+    impl: str,
 ) -> Tensor:
-    """`sparse_attention` with k and v from the block of the first query on, and the summaries of all complete blocks."""
-    earlier_rows = k_summary.shape[2] - k.shape[2] // block_size * summary_size
-    unsupported = partial(key_ranges.KERNELS.unsupported, q, k, v)
-    backend = select(check_impl(impl, "cpp"), {"cpp": unsupported})
+    """`sparse_attention` with k and v from the block of the first query on, and the summaries of all complete blocks.
+
+    The summaries are None if they are those of k and v.
+    """
+    earlier_rows = 0 if k_summary is None else k_summary.shape[2] - k.shape[2] // block_size * summary_size
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(key_ranges.KERNELS.unsupported, q, k, v)})
+    if not earlier_rows:
+        k_summary = v_summary = None
     if q.shape[2] == 1:  # a decoded token sees all keys that are left
-        if not earlier_rows:
+        if k_summary is None or v_summary is None:
             return softmax_attention_over_pages(q, [k], [v])
         return softmax_attention_over_pages(q, [k_summary[:, :, :earlier_rows], k], [v_summary[:, :, :earlier_rows], v])
     ranges = key_ranges.Ranges(block_size=block_size, summary_size=summary_size, earlier=earlier_rows)
-    sources = (k, v, k_summary, v_summary) if k_summary.shape[2] else (k, v, None, None)
     attend: Callable[..., Tensor] = _compiled if backend == "cpp" else _attend_in_parts
-    return attend(q, *sources, ranges)
+    return attend(q, k, v, k_summary, v_summary, ranges)
 
 
 def _attend_in_parts(
@@ -92,8 +97,9 @@ def _attend_in_parts(
 ) -> Tensor:
     """`key_ranges.attention` by torch operations."""
     parts = _pattern_parts(k.shape[2] - q.shape[2], k.shape[2], ranges.earlier, ranges.block_size, ranges.summary_size)
-    sources = [(k, v)] if k_summary is None or v_summary is None else [(k, v), (k_summary, v_summary)]
-    return attention_over_parts(q, sources, parts)
+    if k_summary is None or v_summary is None:
+        k_summary, v_summary = (key_ranges.summaries(x, ranges.block_size, ranges.summary_size) for x in (k, v))
+    return attention_over_parts(q, [(k, v), (k_summary, v_summary)], parts)
 
 
 _compiled = key_ranges.attention(_attend_in_parts)
@@ -251,7 +257,7 @@ class SparseAttention(MultiHeadAttention):
         if state is not None and not completed:  # no block was completed: the summaries stay as they are
             k_summary, v_summary = state["key_summaries"], state["value_summaries"]
         else:
-            k_summary, v_summary = (summaries(x, self.block_size, self.summary_size) for x in (k, v))
+            k_summary, v_summary = (key_ranges.summaries(x, self.block_size, self.summary_size) for x in (k, v))
             if state is not None:
                 k_summary = torch.cat([state["key_summaries"], k_summary], dim=2)
                 v_summary = torch.cat([state["value_summaries"], v_summary], dim=2)

@@ -324,9 +324,12 @@ index attend(
 template <class T>
 void pack_slots(const T* x, index row, index count, index columns, index slots, T* packed) {
     for (index column = 0; column < columns; column += WIDTH<T>, packed += slots * WIDTH<T>)
-        for (index i = 0; i < LANES<T>; ++i)
-            for (index c = 0; c < WIDTH<T>; ++c)
-                packed[i * WIDTH<T> + c] = i < count && column + c < columns ? x[i * row + column + c] : T(0);
+        for (index i = 0; i < LANES<T>; ++i) {
+            T* to = packed + i * WIDTH<T>;
+            const index wide = i < count ? std::min<index>(WIDTH<T>, columns - column) : 0;
+            if (wide == WIDTH<T>) std::memcpy(to, x + i * row + column, WIDTH<T> * sizeof(T));
+            else for (index c = 0; c < WIDTH<T>; ++c) to[c] = c < wide ? x[i * row + column + c] : T(0);
+        }
 }
 
 /// Gradients of `attend`, added to those of keys and values. The weights are computed again from the log-sum-exp, chunk by chunk of the

@@ -31,7 +31,7 @@ class Ranges(NamedTuple):
     """The keys that a query sees. The last query is at the last of the tokens, and positions count from the first.
 
     A query sees the tokens of its block up to itself, and of these the last `window`. It also sees the first
-    `earlier` + (number of its block) · `summary_size` rows of the summaries, if there are any.
+    `earlier` + (number of its block) · `summary_size` rows of the summaries.
     """
 
     window: int = UNBOUNDED
@@ -94,7 +94,7 @@ def attention(torch_form: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     - q: [batch, heads, m, head_dim], the queries of the last m tokens;
     - k, v: [batch, kv_heads, n, head_dim or value_dim], with m <= n;
-    - k_summary, v_summary: [batch, kv_heads, rows >= 1, head_dim or value_dim], or None;
+    - k_summary, v_summary: [batch, kv_heads, rows >= 1, head_dim or value_dim], or None for those of the tokens, see `summaries`;
     - ranges: see `Ranges`.
 
     Costs 2 · (head_dim + value_dim) operations per visible pair, and twice and a half as many for the gradients. Memory beyond the
@@ -106,10 +106,30 @@ def attention(torch_form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], Differentiable(_forward, _backward, torch_form))
 
 
+def summaries(x: Tensor, block_size: int, summary_size: int) -> Tensor:
+    """Last rows of every complete block: [batch, heads, n, head_dim] -> [batch, heads, blocks · summary_size, head_dim]."""
+    blocks = x.shape[2] // block_size
+    return _summary_rows(x, block_size, summary_size).flatten(2, 3) if blocks and summary_size else x[:, :, :0]
+
+
+def _summary_rows(x: Tensor, block_size: int, summary_size: int) -> Tensor:
+    """`summaries` as a view [batch, heads, blocks, summary_size, head_dim]."""
+    blocks = x.shape[2] // block_size
+    cells: Tensor = x[:, :, : blocks * block_size].unflatten(2, (blocks, block_size))
+    return cells[:, :, :, block_size - summary_size :]
+
+
+def _own_summaries(k: Tensor, v: Tensor, ranges: Ranges) -> tuple[Tensor | None, Tensor | None]:
+    rows = [summaries(x, ranges.block_size, ranges.summary_size) for x in (k, v)]
+    return (rows[0], rows[1]) if rows[0].shape[2] else (None, None)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor | None, v_summary: Tensor | None, ranges: Ranges
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     batch, heads, time, _ = q.shape
+    if k_summary is None:
+        k_summary, v_summary = _own_summaries(k, v, ranges)
     out = q.new_empty(batch, time, heads, v.shape[3]).transpose(1, 2)  # joining the heads is then no copy
     lse = q.new_empty(batch, heads, time, 1)
     torch.ops.key_ranges.attend(q, k, v, k_summary, v_summary, out, lse, ranges)
@@ -121,13 +141,19 @@ def _backward(
     saved: tuple[Tensor, ...],
     gradients: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, k_summary, v_summary, ranges = arguments
+    q, k, v, *given, ranges = arguments
+    k_summary, v_summary = _own_summaries(k, v, ranges) if given[0] is None else given
     longest = max(QUERIES, min(ranges.window, ranges.block_size))
     spans = max(1, min(TASKS // (q.shape[0] * k.shape[1] or 1), q.shape[2] // longest))
     d_q, d_k, d_v = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
-    summaries = [x for x in (k_summary, v_summary) if x is not None]
-    d_summaries = [x.new_zeros(*x.shape[:2], spans * x.shape[2], x.shape[3]) for x in summaries]
-    tensors = d_q, d_k, d_v, *(d_summaries or (None, None))
+    rows = [x for x in (k_summary, v_summary) if x is not None]
+    by_span = [x.new_zeros(*x.shape[:2], spans * x.shape[2], x.shape[3]) for x in rows]
+    tensors = d_q, d_k, d_v, *(by_span or (None, None))
     torch.ops.key_ranges.attend_backward(*gradients, q, k, v, k_summary, v_summary, *saved, *tensors, ranges, spans)
-    sums = [d.unflatten(2, (spans, -1)).sum(dim=2) if spans > 1 else d for d in d_summaries]
-    return d_q, d_k, d_v, *(sums or (None, None)), None
+    d_rows = [x.unflatten(2, (spans, -1)).sum(dim=2) if spans > 1 else x for x in by_span]
+    if given[0] is not None:
+        return d_q, d_k, d_v, *d_rows, None
+    for whole, part in zip((d_k, d_v), d_rows, strict=False):
+        own = _summary_rows(whole, ranges.block_size, ranges.summary_size)
+        own += part.view(own.shape)
+    return d_q, d_k, d_v, None, None, None
