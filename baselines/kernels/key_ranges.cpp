@@ -320,6 +320,16 @@ index attend(
     });
 }
 
+/// Products of a and b, summed to as many numbers as a vector has lanes.
+template <class T>
+Vector<T> lane_products(const T* a, const T* b, index size) {
+    Vector<T> sum{};
+    index i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) sum += vector(a + i) * vector(b + i);
+    for (; i < size; ++i) sum[0] += a[i] * b[i];
+    return sum;
+}
+
 /// Copies the panel's rows of x to its slots in panels of WIDTH columns, as products take their right operand; other slots are 0.
 template <class T>
 void pack_slots(const T* x, index row, index count, index columns, index slots, T* packed) {
@@ -366,11 +376,12 @@ index attend_backward(
             transpose_rows(d_row, d_out.row, count, wide, T(1), d_outs + p * wide * LANES<T>, LANES<T>);
             pack_slots(query, q.row, count, dim, slots, query_rows + slot * padded<T>(dim) + offset);
             pack_slots(d_row, d_out.row, count, wide, slots, d_out_rows + slot * padded<T>(wide) + offset);
-            for (index i = 0; i < LANES<T>; ++i) {
-                const bool used = i < count;  // an unused lane has weight 0
-                normaliser[p * LANES<T> + i] = used ? *at<T>(lse, item, head, first + i) : std::numeric_limits<T>::infinity();
-                along[p * LANES<T> + i] = used ? dot(d_row + i * d_out.row, at<T>(out, item, head, first + i), wide) : T(0);
+            Vector<T> products[LANES<T>] = {};
+            for (index i = 0; i < LANES<T>; ++i) {  // an unused lane has weight 0
+                normaliser[p * LANES<T> + i] = i < count ? *at<T>(lse, item, head, first + i) : std::numeric_limits<T>::infinity();
+                if (i < count) products[i] = lane_products(d_row + i * d_out.row, at<T>(out, item, head, first + i), wide);
             }
+            vector(along + p * LANES<T>) = reduce<T>(products, [](Vector<T> a, Vector<T> b) { return a + b; });
         }
         std::fill(d_queries, d_queries + number * s.dim() * LANES<T>, T(0));
 

@@ -22,9 +22,12 @@ UNBOUNDED = 2**40
 QUERIES = 128
 """Queries of one task, as in key_ranges.cpp."""
 
+SPAN = 512
+"""Queries whose gradients are computed for all heads before the next queries: their pages of memory are then read together."""
+
 TASKS = 8
-"""Tasks that the gradients of few heads are split into at most, so that several cores have work. Each stores its own gradients of
-the summaries."""
+"""Tasks that the gradients of few heads are split into, so that several cores have work; also the most spans with summaries, as each
+has its own gradients of them."""
 
 
 class Ranges(NamedTuple):
@@ -124,6 +127,14 @@ def _own_summaries(k: Tensor, v: Tensor, ranges: Ranges) -> tuple[Tensor | None,
     return (rows[0], rows[1]) if rows[0].shape[2] else (None, None)
 
 
+def _number_of_spans(time: int, heads: int, ranges: Ranges) -> int:
+    """Number of spans of queries whose gradients are computed at once. Neighbours share keys, so none is shorter than a window."""
+    spans = max(time // SPAN, TASKS // max(1, heads))
+    if ranges.summary_size:
+        spans = min(spans, TASKS)
+    return max(1, min(spans, time // max(QUERIES, min(ranges.window, ranges.block_size))))
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor | None, v_summary: Tensor | None, ranges: Ranges
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -143,9 +154,9 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, *given, ranges = arguments
     k_summary, v_summary = _own_summaries(k, v, ranges) if given[0] is None else given
-    longest = max(QUERIES, min(ranges.window, ranges.block_size))
-    spans = max(1, min(TASKS // (q.shape[0] * k.shape[1] or 1), q.shape[2] // longest))
-    d_q, d_k, d_v = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
+    spans = _number_of_spans(q.shape[2], q.shape[0] * k.shape[1], ranges)
+    d_q = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    d_k, d_v = (torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in (k, v))
     rows = [x for x in (k_summary, v_summary) if x is not None]
     by_span = [x.new_zeros(*x.shape[:2], spans * x.shape[2], x.shape[3]) for x in rows]
     tensors = d_q, d_k, d_v, *(by_span or (None, None))
