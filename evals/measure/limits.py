@@ -63,13 +63,11 @@ def _memory(root: Path) -> Iterator[tuple[int, int]]:
     )
     for folder in _control_groups(root):
         for limits, current, reclaimable in versions:
-            held, statistics = (
-                _number(folder / current),
-                dict(map(str.split, (kernel_file(folder / "memory.stat") or "").splitlines())),
-            )
-            for limit in map(_number, (folder / name for name in limits)):
+            statistics = dict(line.split() for line in (kernel_file(folder / "memory.stat") or "").splitlines())
+            held = max(0, (_number(folder / current) or 0) - int(statistics.get(reclaimable, 0)))
+            for limit in (_number(folder / name) for name in limits):
                 if limit is not None and limit < UNLIMITED_BYTES:
-                    yield limit, max(0, (held or 0) - int(statistics.get(reclaimable, 0)))
+                    yield limit, held
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
@@ -83,7 +81,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
         mounted_group, mount_point = (Path(field) for field in mount.split()[3:5])
         for _, controllers, group in memberships:
             if set(controllers.split(",")) <= set(options.split(",")) if controllers else kind == "cgroup2":
-                # In a container, the mount may begin at a group, or show only what is below the container's.
+                # A container's mount may begin at its own group, and its groups may be named as the host names them.
                 inside = Path(group).relative_to(mounted_group) if Path(group).is_relative_to(mounted_group) else Path()
                 top = root / mount_point.relative_to("/")
                 yield from (top / part for part in (inside, *inside.parents))
