@@ -43,7 +43,12 @@ PATTERNS: list[tuple[Attend, Attend, dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fast", "oracle", "options"), PATTERNS, ids=str)
+def name(value: Any) -> str:
+    """The name of a function, which is the same in every process of the tests; anything else as it prints."""
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("fast", "oracle", "options"), PATTERNS, ids=name)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
 def test_values_and_gradients_equal_the_oracle(
@@ -58,7 +63,7 @@ def test_values_and_gradients_equal_the_oracle(
         torch.testing.assert_close(gradient, reference, rtol=0, atol=allowed)
 
 
-@pytest.mark.parametrize(("fast", "oracle", "options"), [PATTERNS[1], PATTERNS[5]], ids=str)
+@pytest.mark.parametrize(("fast", "oracle", "options"), [PATTERNS[1], PATTERNS[5]], ids=name)
 def test_any_strides_and_any_number_of_threads(fast: Attend, oracle: Attend, options: Any) -> None:
     q, k, v = tensors(70, 70, 2, 2, 4, 4, torch.float64)
     shared = k[:1, :1].expand(2, 2, 70, 4)  # one head for all, stride 0
