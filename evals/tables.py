@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables = build_tables(Ledger(folder / "samples.jsonl").intact())
         if not tables:
             raise UsageError(
-                f"{folder} holds no samples.jsonl of a sweep: give a folder that evals.run wrote, such as results/seq_len"
+                f"{folder} holds no samples.jsonl with a result: give a folder that evals.run wrote, such as results/seq_len"
             )
         for kind, rows in tables.items():
             print(f"{write_table(rows, folder, kind)}: {len(rows)} rows")

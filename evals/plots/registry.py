@@ -19,6 +19,7 @@ from evals.plots.pareto import pareto
 from evals.plots.save import Drawing, save_all
 from evals.plots.style import render
 from evals.results import schema
+from evals.results.folder_kinds import check_folder
 from evals.results.frames import Sweep, check_table, read_fits, read_table, suffixes, sweeps, swept_column
 from evals.results.ledger import Ledger, Record
 from evals.results.max_context_table import split_searches
@@ -141,8 +142,7 @@ def draw_folder(results: Path, plots: Path) -> list[Path]:
     Raises:
         ValueError: if there is no table, or it cannot be drawn; `FiguresNotDrawn` if some of its figures can.
     """
-    path = results / "results.csv"
-    kind = schema.kind_of(path) if path.is_file() else ""
+    path, kind = results / "results.csv", check_folder(results, "figures")
     if kind == "max_context":
         return draw_max_context(schema.read(path), plots)
     if kind == "conversion":

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from evals.errors import UsageError
-from evals.results import frames, schema
+from evals.results import frames
+from evals.results.folder_kinds import check_folder
 from evals.results.formatting import format_setting
 from evals.results.ledger import Ledger, Record
 from evals.results.settings import SETTINGS, TRAINING_SETTINGS, setting_columns, setting_phrase
@@ -84,17 +85,11 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
 
 
 def _read_source(folder: Path, label: str) -> Source:
-    path = folder / "results.csv"
-    kind = schema.kind_of(path) if path.is_file() else ""
+    kind = check_folder(folder, "report")
     if kind == "max_context":
         return Source(folder, label, CONTEXT, frames.read_table(folder))
     if kind == "accuracy":
         return Source(folder, label, TRAINING, frames.read_table(folder))
-    if kind == "conversion":
-        raise ValueError(
-            f"{folder} holds conversions of pretrained models, which a report does not show: `python -m evals.figures {folder}` "
-            "draws them"
-        )
     return Source(folder, label, TIMING, frames.read_table(folder), fits=frames.read_fits(folder))
 
 

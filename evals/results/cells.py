@@ -12,6 +12,7 @@ import pandas as pd
 
 from evals.errors import UsageError, one_sentence
 from evals.results import schema
+from evals.results.folder_kinds import check_folder
 from evals.results.ledger import Ledger, Record
 
 MACHINE = ("processor", "torch")
@@ -40,9 +41,9 @@ def read_cells(folder: Path) -> list[Cell]:
     Raises:
         UsageError: if the folder holds no result, or its files are corrupt.
     """
-    for name in ("results.csv", "samples.jsonl"):
-        if not (folder / name).is_file():
-            raise UsageError(f"{folder} holds no {name}; give a folder that evals.run wrote, such as results/seq_len")
+    check_folder(folder, "compare")
+    if not (folder / "samples.jsonl").is_file():
+        raise UsageError(f"{folder} holds no samples.jsonl; give a folder that evals.run wrote, such as results/seq_len")
     records = Ledger(folder / "samples.jsonl").intact()
     timed: dict[tuple[str, str], list[Record]] = {}
     try:

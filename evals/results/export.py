@@ -10,6 +10,7 @@ import pandas as pd
 
 from evals.results import frames, schema
 from evals.results.accuracy_table import over_all_targets, score_metric
+from evals.results.folder_kinds import check_folder
 from evals.results.formatting import format_setting, format_value
 from evals.results.latency_table import TABLE_METRICS
 from evals.results.markup import FORMATS, Table, superscript
@@ -48,11 +49,10 @@ def tables_of(folder: Path) -> Iterator[Table]:
     Raises:
         ValueError: in one sentence, if it holds no table of results.
     """
-    path = folder / "results.csv"
-    kind = schema.kind_of(path) if path.is_file() else "latency"
+    kind = check_folder(folder, "export")
     results = frames.read_table(folder)
     if results.empty:
-        raise ValueError(f"{path} has no row: run the command that wrote it again")
+        raise ValueError(f"{folder / 'results.csv'} has no row: run the command that wrote it again")
     yield from TABLES[kind](results)
 
 

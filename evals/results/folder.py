@@ -10,6 +10,7 @@ import pandas as pd
 
 from evals.errors import UsageError, one_sentence
 from evals.results import schema
+from evals.results.folder_kinds import check_folder
 from evals.results.history import History, Process
 from evals.results.ledger import Ledger
 from evals.results.settings import setting_columns
@@ -36,6 +37,7 @@ class ResultFolder:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "results.csv"
+        check_folder(folder, "claim")
         try:
             table = schema.read(path)
         except schema.SchemaVersionError as error:

@@ -46,7 +46,7 @@ def csv(results: pd.DataFrame) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "results.csv does not exist"),
+        (None, "holds no results.csv; give a folder that evals.run wrote"),
         (b"", "is empty"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "is no table of results"),
         (b'a,b\n"1,2\n', "is no table of results"),

@@ -227,12 +227,14 @@ def test_two_sets_show_what_changed_and_their_references() -> None:
 
 
 def test_conversions_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"distillation holds conversions of pretrained models, which a report does not show: "):
+    with pytest.raises(
+        UsageError, match=r"distillation holds conversions of pretrained models, which evals.report cannot use; use "
+    ):
         write([PAPER.parent / "distillation"], tmp_path / "report.html")
 
 
 def test_a_folder_without_results_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"results.csv does not exist: give a folder that"):
+    with pytest.raises(UsageError, match=r" holds no results.csv; give a folder that"):
         write([tmp_path], tmp_path / "report.html")
 
 

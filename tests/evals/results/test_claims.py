@@ -314,5 +314,5 @@ def test_a_folder_without_a_table_is_named(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     assert main(["bsbr faster than linear", str(tmp_path)]) == 2
     printed = capsys.readouterr().err.splitlines()
-    assert "none/results.csv is no table of results" in printed[0]
+    assert "none does not exist; give a folder" in printed[0]
     assert "has no column attention" in printed[1]

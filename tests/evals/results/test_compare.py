@@ -368,7 +368,7 @@ def without(key: str) -> str:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("results.csv", None, "holds no results.csv; give a folder that evals.run wrote"),
+        ("results.csv", None, "holds raw samples, and no results.csv, which `python -m evals.tables"),
         ("samples.jsonl", None, "holds no samples.jsonl; give a folder"),
         ("results.csv", "", "is corrupt: No columns to parse from file"),
         ("results.csv", "a,b\n1,2,3,4\n1\n", "is corrupt: its results.csv or samples.jsonl lacks 'comparison'"),
@@ -436,7 +436,7 @@ def test_two_machines_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.C
         (("a", "b", "--threshold"), "expected one argument"),
         (("--base", "HEAD", "--rounds", "many"), "invalid int value"),
         (("a", "b", "--threshold", "much"), "--threshold must be"),
-        (("a", "b"), "a holds no results.csv"),
+        (("a", "b"), "a does not exist; give a folder that evals.run wrote"),
         (("--base", "no-such-commit"), "'no-such-commit' is no commit of"),
         (("--base", "HEAD", "--rounds", "1"), "--rounds must be at least 2"),
         (("--base", "HEAD", "sampling.max_rounds=3"), "sampling.max_rounds=3 cannot be given with --base"),
