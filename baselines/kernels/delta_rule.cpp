@@ -1,5 +1,5 @@
-// The delta rule and the gated delta rule on a CPU. A task is one key head, from its first chunk to its last: the state S stays in
-// the cache of one core, and each chunk's keys, values and queries are read once. delta_rule.py has the equations.
+// The delta rule and the gated delta rule on a CPU. A task takes key heads from their first chunk to their last: the state S stays
+// in the cache of one core, and each chunk's keys, values and queries are read once.
 //
 // Symbols, for a chunk of c tokens that begins with the state S [d, e]: γ_i = α_1 … α_i, D_ij = γ_i / γ_j for j <= i and else 0,
 // a = tril(K Kᵀ ⊙ D, -1). The solutions X = V − Γ K S − a E with E = diag(β) X are found row by row; outputs are
@@ -11,7 +11,8 @@ namespace {
 
 constexpr index SEGMENT = 8;  // chunks; the forward pass keeps the state at the start of each segment for the backward pass
 
-/// chunk_size: tokens solved together. parts: tasks that share the value columns of a head.
+/// chunk_size: tokens solved together. parts: tasks that share the value columns of a head. together: key heads of a task, whose
+/// chunks take turns.
 struct RuleSizes {
     std::int64_t batch, heads, kv_heads, time, chunk_size, head_dim, value_dim, parts, together, backward, threads;
 
@@ -37,8 +38,6 @@ struct Chunk {
     index count;      // tokens
     index row;        // distance of the rows of decays and overlaps
     bool has_state;   // whether S is not 0
-    const T *next_key, *next_value;
-    index key_row, value_row;
     T* key;           // K [c, d]
     T* keys;          // Kᵀ, packed [d, c]
     T* decays;        // D [c, c]
@@ -51,6 +50,8 @@ struct Chunk {
     T* solutions;     // X, packed [c, e]; null if they are not kept
     T* corrections;   // E, packed [c, e]
     T* decayed;       // diag(γ_c / γ) E, packed [c, e]
+    const T *next_key, *next_value;  // rows of the next chunk, which are prefetched
+    index key_row, value_row;
 
     Chunk() = default;
     Chunk(const RuleSizes& s, index columns, bool decay, bool keep, Scratch<T>& scratch) {
@@ -426,7 +427,9 @@ void solve_backward(const RuleSizes& s, const Chunk<T>& x, Gradients<T>& g, T* d
 }
 
 /// With W, gradients are dβ_i = W_i · X_i, d log α_t = Σ_{i >= t} (q_i · dq_i − v_i · dv_i) + ⟨S, dS⟩ at the end of the chunk, and
-/// those of the products in delta_rule.py.
+/// those of the products: dE = (Q Kᵀ ⊙ D)ᵀ dO + diag(γ_c / γ) K dS', dQ = Γ dO Sᵀ + (dO Eᵀ ⊙ D) K,
+/// dK = (dO Eᵀ ⊙ D)ᵀ Q − Γ dV Sᵀ + diag(γ_c / γ) E dS'ᵀ + (N + Nᵀ) K with N = −tril(dV Eᵀ ⊙ D, −1), and
+/// dS = γ_c dS' + Qᵀ Γ dO − Kᵀ Γ dV, where dS' belongs to the next chunk's state.
 template <class T>
 index delta_rule_backward(
     const RuleSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor log_alpha, Tensor initial, Tensor starts,

@@ -27,6 +27,9 @@ SEGMENT = 8
 COLUMNS = 32
 """A multiple of the columns in which C++ stores a state, on any processor."""
 
+CACHED_STATES = 2**17
+"""Numbers of all states that a core works on in turn, at most: half a megabyte in float32."""
+
 TorchForm = Callable[..., tuple[Tensor, Tensor | None]]
 """(chunk_size, initial, q, k, v, beta[, log_alpha]) -> the output, and the final state, which may be None if `initial` is."""
 
@@ -123,12 +126,10 @@ class RuleSizes(NamedTuple):
 def _delta_rule(chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> int:
     """Writes the output and, if they are given, the final state and the states at the start of segments."""
     beta, log_alpha, out, final, starts = rest
-    batch, kv_heads, threads = k.shape[0], k.shape[1], torch.get_num_threads()
+    heads, threads = k.shape[0] * k.shape[1], torch.get_num_threads()
     # Where heads are few, several cores share the value columns of a head; where they are many, a core takes several heads.
-    parts = max(1, threads // max(1, batch * kv_heads))
-    together = next(
-        size for size in range(kv_heads, 0, -1) if kv_heads % size == 0 and (batch * kv_heads // size % threads == 0 or size == 1)
-    )
+    parts = max(1, threads // max(1, heads))
+    together = next((n for n in range(k.shape[1], 1, -1) if _fit_together(n, q, k, v, threads)), 1)
     sizes = _sizes(q, k, v, chunk_size, parts, together, backward=False)
     return KERNELS.call("delta_rule", sizes, q, k, v, *_columns(beta, log_alpha), initial, out, final, starts)
 
@@ -144,6 +145,16 @@ def _delta_rule_backward(chunk_size: int, initial: Tensor | None, q: Tensor, k: 
     tensors = d_out, q, k, v, *_columns(beta, log_alpha), initial, starts, final, d_final, d_q, d_k, d_v
     sizes = _sizes(q, k, v, chunk_size, 1, 1, backward=True)
     return KERNELS.call("delta_rule_backward", sizes, *tensors, *_columns(d_beta, d_log_alpha), d_initial)
+
+
+def _fit_together(number: int, q: Tensor, k: Tensor, v: Tensor, threads: int) -> bool:
+    """Whether tasks of `number` key heads divide evenly over heads and threads, and their states fit a core's cache.
+
+    The rows of such heads are neighbours in memory, which is read faster than rows that are far apart.
+    """
+    batch, kv_heads = k.shape[:2]
+    evenly = kv_heads % number == 0 and batch * kv_heads // number % threads == 0
+    return evenly and number * q.shape[3] * v.shape[3] <= CACHED_STATES
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, parts: int, together: int, *, backward: bool) -> RuleSizes:
