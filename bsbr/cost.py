@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from bsbr.inputs import BSBROptions
 
 
+DELTA_BLOCK = 16
+"""Tokens of the delta rule that are solved together, as in bsbr/backends/cpp/bsbr/sizes.h."""
+
+
 @dataclass(frozen=True)
 class HeadSizes:
     """Sizes of the heads of a BSBR attention; feature_dim is d_r."""
@@ -20,7 +24,8 @@ def attention_flops(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, del
 
     With d = head_dim, per head: 4·d for each visible pair of tokens, 2·d for each score of two chunks, 2·d_r·d for each state
     that is mixed and for each token after the first chunk (its read-out). Per kv head: 2·d_r·d for each token of a chunk that can
-    be retrieved, and with the delta rule 2·(d_r + d) for each pair of different tokens of such a chunk.
+    be retrieved. The delta rule solves `DELTA_BLOCK` tokens of such a chunk together: 2·(d_r + d) for each pair of different tokens
+    of a block, and 2·d_r·d for each token after the first block, which reads the state.
 
     Args:
         seq_len: n, tokens.
@@ -38,7 +43,10 @@ def attention_flops(seq_len: int, sizes: HeadSizes, options: BSBROptions, *, del
     per_head += 2 * sizes.head_dim * scored + 2 * state * (mixed + read_out)
     per_kv_head = 2 * state * (chunks - 1) * chunk_size
     if delta_rule:
-        per_kv_head += (chunks - 1) * chunk_size * (chunk_size - 1) * (sizes.feature_dim + sizes.head_dim)
+        blocks, rest = divmod(chunk_size, DELTA_BLOCK)
+        pairs = (blocks * DELTA_BLOCK * (DELTA_BLOCK - 1) + rest * (rest - 1)) // 2
+        read = chunk_size - min(chunk_size, DELTA_BLOCK)
+        per_kv_head += 2 * (chunks - 1) * (pairs * (sizes.feature_dim + sizes.head_dim) + read * state)
     return sizes.num_heads * per_head + sizes.num_kv_heads * per_kv_head
 
 

@@ -329,8 +329,8 @@ def test_declared_flops_equal_a_count_over_the_masks(time: int, options: dict[st
         total += heads * 2 * feature_dim * dim * (chunk > 0)  # read out of F̄
     for chunk in range(chunks):
         if options.get("chunk_states") != "sum" and chunk < chunks - 1:
-            for i in range(CHUNK):
-                total += kv_heads * i * 2 * (feature_dim + dim)  # a product of keys, and the part of the value that the state holds
+            for i in range(CHUNK):  # products of keys and parts of values in its block; the state before its block, read
+                total += kv_heads * (i % 16) * 2 * (feature_dim + dim) + kv_heads * (i >= 16) * 2 * feature_dim * dim
         total += heads * 2 * dim * chunk
         total += heads * 2 * feature_dim * dim * (chunk if top_k is None else min(top_k, chunk))
     assert attention.flops(time) == total

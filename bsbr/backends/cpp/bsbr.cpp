@@ -47,6 +47,9 @@ index forward(
 ) {
     const Tensor& keys = k_features.data ? k_features : k;
     index total = 0;
+    prefer_huge_pages<T>(out.data, s.batch * s.heads * s.time * s.head_dim);
+    prefer_huge_pages<T>(states.data, s.batch * s.kv_heads * s.stored * s.features * s.head_dim);
+    prefer_huge_pages<T>(mixed.data, s.batch * s.heads * s.group * s.features * s.head_dim);
     for (index start = 0; start < s.chunks; start += s.group) {
         const index stop = std::min<index>(s.chunks, start + s.group), stored = std::min<index>(stop, s.stored);
         const index token = start * s.chunk_size, length = std::min<index>(stop * s.chunk_size, s.time) - token;

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "tiles.h"
 
@@ -23,6 +26,18 @@ namespace {
 template <class T>
 T* at(const Tensor& x, index item, index head, index row) {
     return static_cast<T*>(x.data) + item * x.batch + head * x.head + row * x.row;
+}
+
+/// Asks the system for huge pages for the part of `count` elements that fills whole ones, if these are not yet in memory: without
+/// them, the first writes to 16 MB stop 4,096 times for a page.
+template <class T>
+void prefer_huge_pages(void* data, index count) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t HUGE_PAGE = 1 << 21;
+    const auto start = reinterpret_cast<std::uintptr_t>(data), end = start + count * sizeof(T);
+    const std::uintptr_t first = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+    if (data && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 /// Scratch memory of one thread. `take` returns consecutive pieces, each beginning at a cache line.
