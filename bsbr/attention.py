@@ -301,7 +301,11 @@ class BSBRAttention(MultiHeadAttention):
         check_hidden_states(hidden_states, self.hidden_dim)
         if state is not None and self._decodes_in_cpp(hidden_states, state):
             return self._decode(hidden_states, state)
-        current = StreamingState.empty(hidden_states, self._head_sizes) if state is None else StreamingState.from_state(state)
+        if state is None:
+            current = StreamingState.empty(hidden_states, self._head_sizes)
+        else:
+            current = StreamingState.from_state(state)
+            current.check(hidden_states, self._head_sizes, self.options)
         room = -current.position % self.chunk_size  # in the open chunk, if there is one
         attended = []
         if room:

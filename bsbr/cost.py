@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from bsbr.inputs import BSBROptions
 
-
 DELTA_BLOCK = 16
 """Tokens of the delta rule that are solved together, as in bsbr/backends/cpp/bsbr/sizes.h."""
 

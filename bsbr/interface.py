@@ -377,7 +377,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be [batch, heads, time, head_dim], {shapes}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must agree in batch and head_dim, and k and v in heads and time, {shapes}")
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the heads of q must be a multiple of those of k and v, {shapes}")
     if not 1 <= q.shape[2] <= k.shape[2]:
         raise ValueError(f"q must hold at least one position and no more than k and v, {shapes}")

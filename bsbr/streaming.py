@@ -65,6 +65,25 @@ class StreamingState(NamedTuple):
         tensors = {name: state[name] for name in ("keys", "values", "retrieved", "open_state", "open_hidden")}
         return cls(**tensors, memory=memory, position=next_position(state))
 
+    def check(self, hidden_states: Tensor, sizes: HeadSizes, options: BSBROptions) -> None:
+        """Raises ValueError unless the state fits these inputs, sizes and options: C++ functions trust sizes."""
+        batch, kv_heads, dim = hidden_states.shape[0], sizes.num_kv_heads, sizes.head_dim
+        cached, chunks = options.cached_tokens(self.position), self.position // options.chunk_size
+        empty = StreamingState.empty(hidden_states, sizes)
+        pairs = [(name, getattr(self, name), getattr(empty, name).shape) for name in ("retrieved", "open_state", "open_hidden")]
+        pairs += [(name, getattr(self, name), (batch, kv_heads, cached, dim)) for name in ("keys", "values")]
+        left = chunks
+        for i, (meta_key, state) in enumerate(zip(self.memory.meta_keys, self.memory.states, strict=False)):
+            stored = min(left, PAGE)
+            pairs += [(f"meta_keys.{i}", meta_key, (batch, kv_heads, stored, dim))]
+            pairs += [(f"states.{i}", state, (batch, kv_heads, stored, sizes.feature_dim, dim))]
+            left -= stored
+        for name, tensor, shape in pairs:
+            if tensor.shape != shape:
+                raise ValueError(f"a state of this attention and batch has {name} {list(shape)}, got {list(tensor.shape)}")
+        if left or len(self.memory.meta_keys) != len(self.memory.states):
+            raise ValueError(f"a state after {self.position} tokens has {chunks} chunks in its pages, got {chunks - left}")
+
     def to_state(self) -> State:
         """The state as `Attention.extend` returns it: a flat dictionary of tensors, one entry a page."""
         return {

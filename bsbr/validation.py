@@ -18,6 +18,8 @@ def check_inputs(inputs: BSBRInputs, options: BSBROptions, *, retrievable: int) 
     q, k, v, meta_query, meta_key, q_features, k_features, beta, gain = inputs
     check_heads(q, k, v)
     time = q.shape[2]
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, got k {list(k.shape)}, v {list(v.shape)}")
     if k.shape[2] != time:
         raise ValueError(
             f"q and k must have the same time, got {time} and {k.shape[2]}; to continue a sequence use BSBRAttention.extend"
@@ -41,6 +43,8 @@ def check_inputs(inputs: BSBRInputs, options: BSBROptions, *, retrievable: int) 
                 "q_features and k_features must be those of q and k in all but their common last size, d_r: "
                 f"got {list(q_features.shape)} and {list(k_features.shape)} beside q {list(q.shape)} and k {list(k.shape)}"
             )
+        if not q_features.shape[-1]:
+            raise ValueError("q_features and k_features must have a last size, d_r, of at least 1, got 0")
     if beta is not None and beta.shape != k.shape[:3]:
         raise ValueError(f"beta must be [batch, kv_heads, time] = {list(k.shape[:3])}, got {list(beta.shape)}")
     if gain is not None and gain.shape != q.shape[1:2]:

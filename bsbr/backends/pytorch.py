@@ -7,7 +7,7 @@ retrieved state by each token. Retrieval is in `bsbr.backends.retrieval`.
 import torch
 from torch import Tensor
 
-from bsbr.backends.retrieval import retrieve
+from bsbr.backends.retrieval import retrieve, zero_of
 from bsbr.backends.sdpa import sdpa
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
 from bsbr.precision import without_autocast
@@ -40,8 +40,8 @@ def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_
         normalise=options.normalise,
         dropout_p=options.dropout_p,
     )
-    if memory.num_chunks:
-        output = output + read_out(q_features, retrieved, options.chunk_size)
+    has_chunks = memory.num_chunks > 0
+    output = output + (read_out(q_features, retrieved, options.chunk_size) if has_chunks else zero_of(q_features, retrieved))
     return Segment(output, states, retrieved[:, :, -1])
 
 

@@ -84,7 +84,8 @@ def retrieve(
     batch, heads, rows, _ = meta_query.shape
     kv_heads, *state_shape = (memory.states[0].shape[dim] for dim in (1, 3, 4))
     if memory.num_chunks == 0:
-        return memory.states[0].new_zeros(batch, heads, rows, *state_shape)
+        unused = (meta_query, *memory.meta_keys, *memory.states, *([] if gain is None else [gain]))
+        return memory.states[0].new_zeros(batch, heads, rows, *state_shape) + zero_of(*unused)
     scores = _scores(meta_query, memory.meta_keys, first)
     selected = None
     if top_k is not None and top_k < memory.num_chunks:
@@ -105,6 +106,12 @@ def retrieve(
         return mixed
     scale = norm_factors(mixed)
     return (mixed * (scale if gain is None else scale * gain.view(heads, 1, 1, 1))).to(mixed.dtype)
+
+
+def zero_of(*tensors: Tensor) -> Tensor | float:
+    """0, with a gradient of 0 to each tensor: parameters that a short sequence does not use have gradient 0 and not None, which
+    data-parallel training would wait for."""
+    return sum(x[..., :0].sum() for x in tensors) if torch.is_grad_enabled() else 0.0
 
 
 def norm_factors(mixed: Tensor) -> Tensor:

@@ -178,6 +178,78 @@ def test_impl_selects_the_backend() -> None:
         BSBRAttention(16, 4, impl="cuda")
 
 
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("options", [{}, {"chunk_overlap": 2, "normalise": True}], ids=str)
+def test_second_derivatives_match_finite_differences(features: int | None, options: dict[str, Any]) -> None:
+    tensors = inputs(2 * CHUNK + 2, features=features, beta=True)
+    names = [name for name in tensors if name != "gain"]
+    directions = [torch.randn_like(tensors[name]) for name in names]
+
+    def gradients(step: float, **options_of_grad: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        moved = {name: tensors[name] + step * by for name, by in zip(names, directions, strict=True)}
+        leaves = [x.detach().requires_grad_() for x in moved.values()]
+        out = bsbr_attention(**tensors | dict(zip(names, leaves, strict=True)), chunk_size=CHUNK, impl="cpp", **options)
+        return leaves, torch.autograd.grad(out.square().sum(), leaves, **options_of_grad)
+
+    leaves, first = gradients(0, create_graph=True)
+    along = sum((x * by).sum() for x, by in zip(first, directions, strict=True))
+    second = torch.autograd.grad(along, leaves)
+    step = 1e-5
+    for exact, later, earlier in zip(second, gradients(step)[1], gradients(-step)[1], strict=True):
+        torch.testing.assert_close(exact, (later - earlier) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_a_sequence_of_one_chunk_gives_every_parameter_the_gradient_zero_or_more(impl: str) -> None:
+    module = BSBRAttention(16, 4, chunk_size=CHUNK, meta_projections=True, impl=impl).double()
+    module(torch.randn(2, CHUNK - 1, 16, dtype=torch.float64)).sum().backward()
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+    assert not module.retrieval_gain.grad.any()  # type: ignore[union-attr]
+
+
+def test_the_gradient_by_a_state_exists_while_everything_else_is_frozen() -> None:
+    torch.manual_seed(0)
+    module = randomize_zero_parameters(BSBRAttention(16, 4, chunk_size=CHUNK)).double().requires_grad_(False)
+    x = torch.randn(1, 4 * CHUNK, 16, dtype=torch.float64)
+    _, state = module.extend(x[:, : 2 * CHUNK])
+    page = state["states.0"].requires_grad_()
+    out = module.extend(x[:, 2 * CHUNK :], state)[0].square().sum()
+    (gradient,) = torch.autograd.grad(out, page)
+    step = 1e-5
+    by = torch.randn_like(page)
+    ends = [module.extend(x[:, 2 * CHUNK :], state | {"states.0": page.detach() + s * step * by})[0] for s in (1, -1)]
+    difference = (ends[0].square().sum() - ends[1].square().sum()) / (2 * step)
+    torch.testing.assert_close((gradient * by).sum(), difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_heads": 2}, {"compression_factor": 2}, {"chunk_size": CHUNK - 1}, {"num_kv_heads": 2}], ids=str
+)
+@pytest.mark.parametrize("time", [2 * CHUNK, 3 * CHUNK + 1])
+def test_a_state_of_another_attention_is_refused(other: dict[str, int], time: int) -> None:
+    x = torch.randn(1, time, 16)
+    with torch.no_grad():
+        _, state = BSBRAttention(16, **{"num_heads": 4, "chunk_size": CHUNK} | other).extend(x)
+        with pytest.raises(ValueError, match=r"state"):
+            BSBRAttention(16, 4, chunk_size=CHUNK).extend(torch.randn(1, 2 * CHUNK, 16), state)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_every_wrong_size_is_refused_in_one_sentence(impl: Any) -> None:
+    """Each dimension of each tensor, one too long and one too short; C++ would read past the end."""
+    tensors = inputs(2 * CHUNK + 2, features=3, beta=True)
+    for name, tensor in tensors.items():
+        for dim in range(tensor.dim()):
+            for wrong in (torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim), tensor.narrow(dim, 0, tensor.shape[dim] - 1)):
+                if name == "meta_key" and wrong.shape[2] > tensor.shape[2]:
+                    continue  # more meta keys than chunks that can be retrieved are allowed
+                with pytest.raises(ValueError, match=r"^[^\n]*got [^\n]*$"):
+                    bsbr_attention(**tensors | {name: wrong}, chunk_size=CHUNK, impl=impl)
+    without = {name: x[..., :0] if "features" in name else x for name, x in tensors.items()}
+    with pytest.raises(ValueError, match="d_r, of at least 1"):
+        bsbr_attention(**without, chunk_size=CHUNK, impl=impl)
+
+
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
     """Unloads the library before and after a test."""

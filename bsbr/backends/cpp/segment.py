@@ -158,6 +158,6 @@ def _mix_states(weights: Tensor, sizes: Sequence[int], states: Sequence[Tensor],
     mixed = weights.new_empty(*weights.shape[:3], states[0].shape[3])
     start = 0
     for part, chunks, page in zip(weights.split([*sizes], dim=-1), sizes, states, strict=True):
-        torch.ops.bsbr.mix_states(part, page[:, :, :chunks], mixed, first - start, start > 0)
+        torch.ops.bsbr.mix_states(part, page[:, :, :chunks].to(part.dtype), mixed, first - start, start > 0)
         start += chunks
     return mixed
