@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsbr.backends import pytorch
 from bsbr.backends.cpp.differentiable import Differentiable
@@ -89,8 +88,7 @@ def _output_backward(arguments: tuple[Any, ...], saved: tuple[Tensor, ...], grad
 def _output_in_torch(
     q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, chunk_size: int, chunk_overlap: int, seen: int
 ) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        local = pytorch.local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
+    local = pytorch.local_attention(q, k, v, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
     return local + pytorch.read_out(pytorch.unit_norm(q) if features is None else features, retrieved, chunk_size)
 
 
