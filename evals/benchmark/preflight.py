@@ -77,7 +77,9 @@ class Preflight:
             declared = worker.result(timeout_s)  # this runs code of the attention, too
             if declared.outcome != "ok":
                 return record | {"outcome": declared.outcome, "detail": declared.detail}
-            measured = worker.ask(None, CHECKED_CALLS * timeout_s)
+            measured = worker.ask(None, timeout_s)  # the first call
+            if measured.outcome == "ok":
+                measured = worker.ask(None, CHECKED_CALLS * timeout_s)
         if measured.outcome != "ok":
             return {**record, **declared.value, "outcome": measured.outcome, "detail": measured.detail}
         return {**record, **declared.value, **measured.value}
@@ -123,10 +125,10 @@ def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[Rec
     """Yields the candidate's costs, computed without data; then what `measure_and_check` does, in a process that has not worked."""
     costs = candidate_costs(comparison, candidate)
     yield costs
-    yield measure_and_check(comparison, candidate, costs["flops"])
+    yield from measure_and_check(comparison, candidate, costs["flops"])
 
 
-def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) -> Record:
+def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) -> Generator[Record, None, None]:
     """Measures the memory of two calls and checks what they return, in the configuration that will be timed.
 
     Must run in a process that has not worked before: `process_peak_bytes` needs that.
@@ -135,9 +137,9 @@ def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) 
         comparison, candidate: what is measured.
         flops: what a step declares.
 
-    Returns:
-        Peaks of memory, the seconds spent on both calls, the call's counts and its implementation; what it was certified as; or
-        the outcome uncertified and what is wrong.
+    Yields:
+        The first peak, after the first call. Then all peaks of memory, the seconds spent on both calls and on the check, the
+        call's counts and its implementation, and what it was certified as; or the outcome uncertified and what is wrong.
     """
     prepared = prepare(comparison, candidate)
     work = prepared.work
@@ -147,15 +149,17 @@ def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) 
     if comparison.device.kind == "cuda":
         peak = cuda_peak_memory(check.first_call)
         peaks = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
+        yield peaks
         check.change_late_inputs()
         check.second_call()
     else:
         peaks = {"process_peak_bytes": process_peak_bytes(check.first_call)}
+        yield peaks
         check.change_late_inputs()
         peaks["peak_bytes"] = peak_allocated_bytes(check.second_call)
     called_s = stopwatch.seconds()
     failure = check.finding(flops)
-    return {
+    yield {
         **peaks,
         "called_s": called_s,
         "checked_s": stopwatch.seconds() - called_s,
