@@ -33,8 +33,8 @@ def gated_delta_rule(
         impl: "cpp", "torch", or "auto" for C++ where it supports the tensors.
 
     Returns:
-        [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. A decay between two tokens that is
-        below the smallest normal number of the sums counts as 0. Costs O(n·(chunk_size + head_dim)·head_dim) per head; holds no
+        [batch, heads, time, head_dim] in the dtype of q; sums accumulate in float32 or better. In C++, a decay between two
+        tokens below the smallest normal number counts as 0. Costs O(n·(chunk_size + head_dim)·head_dim) per head; holds no
         n×n tensor.
 
     Raises:
@@ -89,11 +89,11 @@ def _chunkwise(
     # Logarithms, because products of α underflow while their ratios do not; in float64, because differences of the sums are used.
     # e^x is 0 from -750 on, so the clamp changes no decay, and -∞ - (-∞) does not arise.
     log_decays = to_chunks(to_float64(log_alpha).clamp(min=-800).unsqueeze(3), size).cumsum(3)
-    since_start = _exp(log_decays.to(dtype).to(q.device))
-    until_end = _exp((log_decays[..., -1:, :] - log_decays).to(dtype).to(q.device))
+    since_start = log_decays.to(dtype).to(q.device).exp()
+    until_end = (log_decays[..., -1:, :] - log_decays).to(dtype).to(q.device).exp()
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: masked after it, an overflowed exp would have the gradient 0·∞.
-    between = _exp((log_decays - log_decays.mT).to(dtype).to(q.device).masked_fill(future, -torch.inf))
+    between = (log_decays - log_decays.mT).to(dtype).to(q.device).masked_fill(future, -torch.inf).exp()
 
     overlaps = (rates * (keys @ keys.mT) * between).tril(-1)
     # By substitution, for the reason given in delta_net.
@@ -118,11 +118,6 @@ def _chunkwise(
 
 
 _RULE = kernel.DeltaRule(_chunkwise)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """e^x, and 0 below the smallest normal number: arithmetic with smaller ones is tens of times slower."""
-    return x.masked_fill(x < math.log(torch.finfo(x.dtype).tiny), -torch.inf).exp()
 
 
 def _scan(maps: Tensor, first: Tensor) -> Tensor:
