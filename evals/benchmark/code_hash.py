@@ -67,7 +67,8 @@ def source_files(attention: Attention) -> list[Path]:
     These are the sources of its classes, of its submodules in the same packages and of `MODEL_MODULES`; all modules of these
     packages that the classes import, directly or not; and the C++ files that any of them names, with their includes.
     """
-    modules = [cls.__module__ for cls in type(attention).__mro__ if issubclass(cls, Attention)]
+    attentions = [part for part in attention.modules() if isinstance(part, Attention)]  # one may be made of others
+    modules = [cls.__module__ for one in attentions for cls in type(one).__mro__ if issubclass(cls, Attention)]
     packages = frozenset(name.partition(".")[0] for name in modules)
     modules += (type(part).__module__ for part in attention.modules() if type(part).__module__.partition(".")[0] in packages)
     seen: set[str] = set()

@@ -95,7 +95,7 @@ class Preflight:
         if failure is None:
             device = self.comparison.device
             memory_limit_bytes = int(0.8 * available_bytes() / core_count())  # so many may run at once
-            build = partial(candidate.build, self.comparison.model)
+            build = partial(candidate.certified.build, self.comparison.model)
             result = certify_isolated(build, device.kind, device.torch_dtype, memory_limit_bytes)
             if result.outcome == "unsupported":
                 return Result("unsupported", detail=result.detail)
@@ -113,7 +113,7 @@ class Preflight:
 
     def _key(self, candidate: Candidate) -> str:
         model, device = self.comparison.model, self.comparison.device
-        facts = [candidate.node, self.code[candidate.name], model.hidden_dim, model.num_heads, self.checks_digest]
+        facts = [candidate.certified.node, self.code[candidate.name], model.hidden_dim, model.num_heads, self.checks_digest]
         # Kernels that run only on a GPU are certified there, in the comparison's precision; float16 has a check of its own.
         return digest(facts if device.kind == "cpu" and device.dtype != "float16" else [*facts, device.kind, device.dtype])
 

@@ -1,6 +1,6 @@
 """Reads a composed Hydra config into a `Comparison`; whatever is wrong with a setting is a UsageError that names it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -8,7 +8,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from evals.config.rules import FOLDER_NAME, NAME, SIZE, TEXT, Rule, check_fields, check_keys, mapping_with_target
-from evals.config.settings import Candidate, Comparison, Device, Model, Sampling, Shape, Training
+from evals.config.settings import (
+    COMPILE,
+    COMPILED,
+    Candidate,
+    Comparison,
+    Device,
+    Model,
+    Sampling,
+    Shape,
+    Training,
+    backends_of,
+    compiled,
+)
 from evals.errors import UsageError
 from evals.isolation.affinity import core_count, thread_counts
 
@@ -25,6 +37,10 @@ TOP_LEVEL: dict[str, Rule | None] = {
     "workload": mapping_with_target("evals.benchmark.workloads.prefill"),
     "match": Rule("null or one of params", lambda value: value in (None, "params")),
     "search": Rule("null or one of max_context", lambda value: value in (None, "max_context")),
+    "impls": Rule(
+        "null or a list of backends, such as [torch,compile,cpp]",
+        lambda value: value is None or (isinstance(value, list) and len(value) > 0 and all(isinstance(one, str) for one in value)),
+    ),
     "quiet": Rule("true or false", lambda value: isinstance(value, bool)),
 }
 """The keys of a config, each with its rule; None for groups, which have rules of their own."""
@@ -63,7 +79,7 @@ def read_comparison(cfg: DictConfig, varied: Mapping[str, Any]) -> Comparison:
     comparison = Comparison(
         sweep=values["sweep_name"],
         varied=varied,
-        candidates=read_candidates(nodes, rotary=model.positions == "rotary"),
+        candidates=read_candidates(nodes, rotary=model.positions == "rotary", impls=values["impls"]),
         relative_to=values["relative_to"],
         match=values["match"],
         search=values["search"],
@@ -75,13 +91,17 @@ def read_comparison(cfg: DictConfig, varied: Mapping[str, Any]) -> Comparison:
         device=read_device(values["device"]),
         sampling=Sampling(**values["sampling"]),
     )
+    compiles = any(one.node["_target_"] == COMPILED for one in comparison.candidates)
+    if compiles and values["workload"]["_target_"].endswith(".decode"):
+        raise UsageError("impl=compile compiles forward and attend, but workload=decode calls extend; leave one of them out")
     with torch.device("meta"):  # allocates nothing, whatever the size
         for candidate in comparison.candidates:
             candidate.build(model)
     return comparison
 
 
-def read_candidates(nodes: Mapping[str, Any], *, rotary: bool) -> tuple[Candidate, ...]:
+def read_candidates(nodes: Mapping[str, Any], *, rotary: bool, impls: Sequence[str] | None) -> tuple[Candidate, ...]:
+    """Reads the attentions; with `impls`, each once for every backend among them that it has, as `<name>_<backend>`."""
     if "_target_" in nodes:
         raise UsageError(
             "a file of attention/ holds one key, the attention's name, and _target_ and options under it; in one of those selected "
@@ -91,7 +111,15 @@ def read_candidates(nodes: Mapping[str, Any], *, rotary: bool) -> tuple[Candidat
         NAME.check("the name of an attention", name)
         mapping_with_target("{_target_: bsbr.BSBRAttention}").check(f"attention '{name}'", node)
     shared = {"rotary": True} if rotary else {}
-    return tuple(Candidate(name, {**shared, **node}) for name, node in nodes.items())
+    candidates = [Candidate(name, {**shared, **node}) for name, node in nodes.items()]
+    if impls is not None:
+        candidates = [
+            Candidate(f"{one.name}_{impl}", {**one.node, "impl": impl})
+            for one in candidates
+            for impl in impls
+            if impl in ("torch", COMPILE, *backends_of(one.node["_target_"]))
+        ]
+    return tuple(compiled(one) if one.node.get("impl") == COMPILE else one for one in candidates)
 
 
 def read_model(values: Any) -> Model:

@@ -1,12 +1,12 @@
 """`Comparison`, the unit of work, and the settings it consists of."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from bsbr.interface import Attention
 from evals.config.rules import Positive, Rule, Size, at_least, is_number, list_of, one_of
@@ -136,6 +136,38 @@ class Candidate:
                 "not a subclass of bsbr.Attention"
             )
         return attention
+
+    @property
+    def certified(self) -> "Candidate":
+        """The candidate whose certificate counts, in precisions and shapes that this one need not take.
+
+        For a compiled attention it is the attention that is compiled: to compile it for every shape, dtype and mode of the
+        certificate would take an hour. For a backend that does not take every dtype, it is `impl=auto`, which runs it where it can.
+        """
+        if self.node["_target_"] == COMPILED:
+            return replace(self, node={key: value for key, value in self.node["attention"].items() if key != "_partial_"})
+        if "impl" in self.node and self.node["impl"] in backends_of(self.node["_target_"]):
+            return replace(self, node={**self.node, "impl": "auto"})
+        return self
+
+
+def backends_of(target: str) -> tuple[str, ...]:
+    """The `backends` of the attention that a `_target_` names; none if it names no attention."""
+    try:
+        cls = get_object(target)
+    except ImportError:  # what is wrong with it is said where the attention is built
+        return ()
+    return cls.backends if isinstance(cls, type) and issubclass(cls, Attention) else ()
+
+
+COMPILE, COMPILED = "compile", "bsbr.compiled.CompiledAttention"
+"""The option impl of an attention that torch.compile compiles, and the class that compiles it."""
+
+
+def compiled(candidate: Candidate) -> Candidate:
+    """The candidate with its attention on the torch backend, compiled."""
+    attention = {**candidate.node, "impl": "torch", "_partial_": True}
+    return replace(candidate, node={"_target_": COMPILED, "attention": attention})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Tests that hold for every attention: segments, peak memory, backends."""
+"""Tests that hold for every attention: segments, backends, derivatives, sizes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,3 +140,69 @@ def test_a_named_backend_that_cannot_run_raises(name: str) -> None:
     attention = build(name, impl=backend).to(torch.bfloat16)
     with pytest.raises(NotImplementedError, match=f"impl='{backend}' was asked for: .*bfloat16.*; impl='torch' takes every input"):
         attention(hidden(2 * BLOCK + 1).to(torch.bfloat16))
+
+
+# --- derivatives --------------------------------------------------------------------------------
+
+
+@every_attention
+@pytest.mark.parametrize("new", [1, BLOCK + 3])
+@pytest.mark.parametrize("prefix", [BLOCK, 2 * BLOCK + 2])
+def test_the_gradient_by_a_state_is_its_slope(name: str, prefix: int, new: int) -> None:
+    """With frozen weights, as in tuning a prefix: only the state is a leaf."""
+    attention, x = build(name).requires_grad_(False), hidden(prefix + new, batch=1)
+    _, state = attention.extend(x[:, :prefix])
+    leaves = {key: t.clone().requires_grad_() for key, t in state.items() if t.is_floating_point() and t.numel()}
+
+    def loss(leaves: dict[str, Tensor]) -> Tensor:
+        output, after = attention.extend(x[:, prefix:], {**state, **leaves})
+        return output.square().sum() + sum(t.square().sum() for t in after.values() if t.is_floating_point())
+
+    gradients = torch.autograd.grad(loss(leaves), [*leaves.values()], allow_unused=True, materialize_grads=True)
+    for (key, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        direction, step = torch.randn(leaf.shape, dtype=leaf.dtype, generator=torch.Generator().manual_seed(1)), 1e-5
+        with torch.no_grad():
+            above, below = (loss({**leaves, key: leaf + sign * step * direction}) for sign in (1, -1))
+        slope = (above - below).item() / (2 * step)
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-6), key
+
+
+@every_attention
+@pytest.mark.parametrize("time", [1, BLOCK, 2 * BLOCK + 3])
+def test_every_parameter_has_a_gradient_at_any_length(name: str, time: int) -> None:
+    """DistributedDataParallel fails on the step after one in which a parameter had none."""
+    if name.startswith("bsbr") and time <= BLOCK:
+        pytest.skip("being mended: inside one chunk")
+    attention = build(name).train()
+    attention(hidden(time)).square().sum().backward()
+    assert [parameter for parameter, value in attention.named_parameters() if value.grad is None] == []
+
+
+@every_attention
+@pytest.mark.parametrize("time", [BLOCK, 2 * BLOCK + 3])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning", "ignore:`torch.jit.script` is deprecated")
+def test_transforms_are_right(name: str, time: int) -> None:
+    attention, x = build(name), hidden(time)
+    direction = hidden(time, seed=1)
+
+    def loss(x: Tensor) -> Tensor:
+        output: Tensor = attention(x).square().sum()
+        return output
+
+    def slopes(function: Callable[[Tensor], Tensor]) -> Tensor:
+        step = 1e-5
+        with torch.enable_grad():
+            return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+
+    def gradient(x: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(loss(x := x.detach().requires_grad_()), x)
+        return found
+
+    transforms: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "vhp": (lambda: torch.autograd.functional.vhp(loss, x, direction)[1], lambda: slopes(gradient)),
+        "func.grad": (lambda: torch.func.grad(loss)(x), lambda: gradient(x)),
+        "vmap": (lambda: torch.vmap(lambda row: attention(row[None])[0])(x), lambda: attention(x)),
+        "jvp": (lambda: torch.func.jvp(loss, (x,), (direction,))[1], lambda: slopes(lambda x: loss(x).detach())),
+    }
+    for transform, (found, expected) in transforms.items():
+        torch.testing.assert_close(found(), expected(), rtol=1e-5, atol=1e-5, msg=lambda m, t=transform: f"{t}: {m}")
