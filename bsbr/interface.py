@@ -372,12 +372,18 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 
     k must have the batch size and head_dim of q, a divisor of its heads, and at least its time; v may differ from k in head_dim.
     """
-    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k and v must be [batch, heads, time, head_dim], {shapes}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v must agree in batch and head_dim, and k and v in heads and time, {shapes}")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the heads of q must be a multiple of those of k and v, {shapes}")
-    if not 1 <= q.shape[2] <= k.shape[2]:
-        raise ValueError(f"q must hold at least one position and no more than k and v, {shapes}")
+        problem = "q, k and v must be [batch, heads, time, head_dim]"
+    elif not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one floating point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        problem = "q, k and v must agree in batch and head_dim, and k and v in heads and time"
+    elif not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        problem = "there must be heads, and the heads of q must be a multiple of those of k and v"
+    elif not q.shape[3] or not v.shape[3]:
+        problem = "head_dim must be at least 1"
+    elif not 1 <= q.shape[2] <= k.shape[2]:
+        problem = "q must hold at least one position and no more than k and v"
+    else:
+        return
+    raise ValueError(f"{problem}, got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.delta_net import DeltaNetAttention
-from baselines.gated_delta_net import GatedDeltaNetAttention
+from baselines.delta_net import DeltaNetAttention, delta_rule, delta_rule_reference
+from baselines.gated_delta_net import GatedDeltaNetAttention, gated_delta_rule, gated_delta_rule_reference
 from baselines.gau import GatedAttentionUnit
-from baselines.hopfield import HopfieldAttention
-from baselines.linear import LinearAttention
+from baselines.hopfield import HopfieldAttention, hopfield_attention, hopfield_attention_reference
+from baselines.linear import LinearAttention, linear_attention, linear_attention_reference
 from baselines.ring import RingAttention
-from baselines.sliding_window import SlidingWindowAttention
-from baselines.sparse import SparseAttention
-from baselines.standard import StandardAttention
+from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention, sliding_window_attention_reference
+from baselines.sparse import SparseAttention, sparse_attention, sparse_attention_reference
+from baselines.standard import StandardAttention, softmax_attention, softmax_attention_reference
 from bsbr import Attention, BSBRAttention, interface
 from evals.certification.subject import randomize_zero_parameters
 from evals.measure.memory import peak_allocated_bytes
@@ -171,8 +171,6 @@ def test_the_gradient_by_a_state_is_its_slope(name: str, prefix: int, new: int) 
 @pytest.mark.parametrize("time", [1, BLOCK, 2 * BLOCK + 3])
 def test_every_parameter_has_a_gradient_at_any_length(name: str, time: int) -> None:
     """DistributedDataParallel fails on the step after one in which a parameter had none."""
-    if name.startswith("bsbr") and time <= BLOCK:
-        pytest.skip("being mended: inside one chunk")
     attention = build(name).train()
     attention(hidden(time)).square().sum().backward()
     assert [parameter for parameter, value in attention.named_parameters() if value.grad is None] == []
@@ -206,3 +204,68 @@ def test_transforms_are_right(name: str, time: int) -> None:
     }
     for transform, (found, expected) in transforms.items():
         torch.testing.assert_close(found(), expected(), rtol=1e-5, atol=1e-5, msg=lambda m, t=transform: f"{t}: {m}")
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any], int]] = {
+    "standard": (softmax_attention, softmax_attention_reference, {}, 0),
+    "hopfield": (hopfield_attention, hopfield_attention_reference, {"num_steps": 2}, 0),
+    "sliding_window": (sliding_window_attention, sliding_window_attention_reference, {"window_size": 3}, 0),
+    "sparse": (sparse_attention, sparse_attention_reference, {"block_size": 4, "summary_size": 2}, 0),
+    "linear": (linear_attention, linear_attention_reference, {}, 0),
+    "delta_net": (delta_rule, delta_rule_reference, {}, 1),
+    "gated_delta_net": (gated_delta_rule, gated_delta_rule_reference, {}, 2),
+}
+"""A function, its reference, its options, and how many tensors [batch, kv_heads, time] it takes beside q, k and v."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_shapes_give_the_right_output_or_one_sentence(name: str) -> None:
+    function, reference, options, per_token = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(*values: int) -> int:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    right = 0
+    for _ in range(120):
+        batch, heads, kv_heads, time, dim = pick(0, 1, 2), pick(1, 2, 4), pick(1, 2), pick(1, 3, 9), pick(1, 4, 17)
+        shapes = [
+            [batch, heads, time, dim],
+            *([batch, kv_heads, time, dim] for _ in range(2)),
+            *[[batch, kv_heads, time]] * per_token,
+        ]
+        for _ in range(pick(0, 0, 1, 2)):  # breaks a size, or the rank
+            shape = shapes[pick(*range(len(shapes)))]
+            place = pick(*range(-1, len(shape)))
+            if place < 0:
+                shape[:] = shape[pick(1, 4) :]
+            elif shape:
+                shape[place] = pick(0, 1, 2, 5)
+        tensors = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tensors[1] = tensors[1] / tensors[1].norm(dim=-1, keepdim=True).clamp(min=1) if tensors[1].dim() else tensors[1]
+        tensors[4:] = [-x for x in tensors[4:]]  # a logarithm of a decay
+        which = pick(*range(len(tensors)))
+        if pick(0, 0, 0, 1):
+            tensors[which] = tensors[which].mT.contiguous().mT if tensors[which].dim() > 1 else tensors[which].long()
+        elif pick(0, 0, 0, 1):
+            tensors[which] = tensors[which].to((torch.int64, torch.float32)[pick(0, 1)])
+        elif tensors[which].dim() == 4 and pick(0, 1):
+            tensors[which] = tensors[which][:, :1].expand(tensors[which].shape)
+        described = [f"{x.dtype} {list(x.shape)} {x.stride()}" for x in tensors]
+        try:
+            output = function(*tensors, **options)
+        except (ValueError, NotImplementedError) as error:
+            assert len(str(error)) > 20, described  # noqa: PT017
+            assert "\n" not in str(error), described  # noqa: PT017
+            continue
+        except Exception as error:  # noqa: BLE001
+            pytest.fail(f"{described}: {type(error).__name__}: {error}")
+        right += 1
+        assert output.shape == (*tensors[0].shape[:3], tensors[2].shape[3]), described
+        if output.numel():
+            torch.testing.assert_close(
+                output, reference(*tensors, **options), rtol=0, atol=1e-10, msg=lambda m, d=described: f"{d}: {m}"
+            )
+    assert right > 20

@@ -44,11 +44,11 @@ def test_the_certificate_is_made_where_a_backend_runs() -> None:
 
 
 def test_what_cannot_be_compared_is_one_sentence() -> None:
-    with pytest.raises(UsageError, match="impls must be null or a list of backends, such as"):
+    with pytest.raises(UsageError, match="impls must be null or a list of backends"):
         read("impls=cpp")
     with pytest.raises(UsageError, match="impl=compile compiles forward and attend, but workload=decode calls extend"):
         read("attention.linear.impl=compile", "workload=decode")
-    with pytest.raises(UsageError, match="impl must be one of auto, torch, triton, cpp, got .fortran."):
+    with pytest.raises(UsageError, match=r"impl must be one of auto, torch, triton, cpp, got 'fortran'"):
         read("attention.bsbr.impl=fortran")
 
 
@@ -60,7 +60,8 @@ def test_a_compiled_attention_computes_the_same(monkeypatch: pytest.MonkeyPatch)
     attention, x = compiled.attention, torch.randn(2, 11, 16, dtype=torch.float64)
     for one in (compiled, deepcopy(compiled)):
         torch.testing.assert_close(one(x), attention(x))
-    torch.testing.assert_close(compiled.attend(*compiled.project(x)), attention.attend(*attention.project(x)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.attend(*compiled.project(x)), attention.attend(*attention.project(x)))
     output, state = compiled.extend(x[:, :7])
     torch.testing.assert_close(torch.cat([output, compiled.extend(x[:, 7:], state)[0]], dim=1), attention(x))
     assert compiled.flops(11) == attention.flops(11)
