@@ -33,10 +33,9 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
 
     @functools.wraps(function)
     def run(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not torch._C._is_any_autocast_enabled():
             return function(*arguments, **options)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(next(x.device.type for x in arguments if isinstance(x, Tensor)), enabled=False):
             return function(*arguments, **options)
 
     return run

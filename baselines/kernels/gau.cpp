@@ -39,7 +39,8 @@ struct Sizes {
 
     template <class T>
     index scratch_size() const {
-        const index tokens = padded<T>(chunk()), keys = padded<T>(key_dim) + ROWS, columns = padded<T>(std::min<index>(MAX_COLUMNS, value_dim));
+        const index tokens = padded<T>(chunk()), keys = padded<T>(key_dim) + ROWS;
+        const index columns = padded<T>(std::min<index>(MAX_COLUMNS, value_dim));
         const index forward = columns * (keys + 2 * tokens) + tokens * 2 * keys + ROWS * score_row<T>();
         const index backward = 3 * tokens * score_row<T>() + 3 * tokens * BLOCK + 3 * BLOCK * keys + 2 * tokens * keys;
         return panels(std::max(forward, backward) + 16 * 16, 16) * 16;
@@ -213,9 +214,10 @@ index backward(
         const bool read = past.data || start, written = s.writes(start, d_final.data);
         const T* keys = at<T>(quad_k, item, 0, start);
         T *weights = scratch.take(length * row), *roots = scratch.take(length * row), *d_scores = scratch.take(length * row);
-        T *d_rows = scratch.take(length * BLOCK), *d_packed = scratch.take(length * BLOCK), *values = scratch.take(BLOCK * padded<T>(length));
+        T *d_rows = scratch.take(length * BLOCK), *d_packed = scratch.take(length * BLOCK);
+        T* values = scratch.take(BLOCK * padded<T>(length));
         T *state = scratch.take(BLOCK * padded<T>(s.key_dim)), *d_state = scratch.take(BLOCK * padded<T>(s.key_dim));
-        T *d_state_by_key = scratch.take(BLOCK * s.key_dim), *packed = scratch.take(std::max(length, padded<T>(length)) * padded<T>(s.key_dim));
+        T *d_state_by_key = scratch.take(BLOCK * s.key_dim), *packed = scratch.take(padded<T>(length) * padded<T>(s.key_dim));
         pack_transposed(keys, quad_k.row, s.key_dim, length, packed);
         by_rows(length, [&](index i, auto m) {
             scores<T, m()>(s, at<T>(quad_q, item, 0, start + i), quad_q.row, packed, i, roots + i * row, row);

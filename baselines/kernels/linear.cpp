@@ -109,7 +109,9 @@ void add_outer(const T* left, index left_row, index rows, const T* right, index 
 
 /// Products of rows i … i + M with the packed keys up to their own, plus a number of each row; zeros up to the end of the last panel.
 template <class T, int M>
-void causal_scores(const T* query, index row, const T* keys, index size, index i, const T* plus, T* scores, index score_row) {
+void causal_scores(
+    const T* query, index row, const T* keys, index size, index i, const T* plus, T* scores, index score_row
+) {
     for (index column = 0; column < i + M; column += WIDTH<T>) {
         Tile<T, M> tile;
         if (plus)
@@ -133,7 +135,8 @@ index forward(
     return in_parallel(tasks * parts, s, memory, [&](index task, Scratch<T> scratch) {
         const index part = task % parts, first_head = task / parts % s.head_tasks() * s.together(), item = task / parts / s.head_tasks();
         const index heads = std::min(s.together(), s.kv_heads - first_head);
-        const index first = part * all / parts * WIDTH<T>, columns = std::min<index>(s.value_dim, (part + 1) * all / parts * WIDTH<T>) - first;
+        const index first = part * all / parts * WIDTH<T>, stop = (part + 1) * all / parts * WIDTH<T>;
+        const index columns = std::min<index>(s.value_dim, stop) - first;
         const index state_size = s.head_dim * padded<T>(columns);
         T *states = scratch.take(heads * state_size), *normals = scratch.take(heads * dim);
         T *key_rows = scratch.take(s.chunk() * dim), *keys = scratch.take(s.head_dim * padded<T>(s.chunk()));
@@ -156,7 +159,7 @@ index forward(
                 for (index head = kv_head * s.group(); head < (kv_head + 1) * s.group(); ++head)
                     by_rows(length, [&](index i, auto m) {
                         feature_rows(q, item, head, start + i, m, s.head_dim, queries, dim);
-                        causal_scores<T, m()>(queries, dim, keys, s.head_dim, i, static_cast<T*>(nullptr), scores, row);
+                        causal_scores<T, m()>(queries, dim, keys, s.head_dim, i, nullptr, scores, row);
                         Vector<T> sums[m()];
                         T normal[REDUCED<T, m()>], inverse[m()];
                         for (int a = 0; a < m; ++a) {
@@ -241,14 +244,18 @@ index backward(
                 for (index h = 0; h < kv_heads; ++h)
                     pack_transposed(at<T>(from, item, first_kv + h, 0), from.row, columns, s.head_dim, states + h * state_size);
         };
-        // Calls body(key head, its first query head, its state) for each.
-        const auto for_heads = [&](auto&& body) {
-            for (index h = 0; h < kv_heads; ++h) body(first_kv + h, (first_kv + h) * s.group(), states + h * state_size);
+        // Calls body(key head, its first query head, its state, first token, number of tokens) for each chunk of each head.
+        const auto for_chunks = [&](bool reversed, auto&& body) {
+            for (index step = 0; step < s.chunks(); ++step)
+                for (index h = 0; h < kv_heads; ++h) {
+                    const index start = (reversed ? s.chunks() - 1 - step : step) * s.chunk_size;
+                    const index length = std::min<index>(s.chunk_size, s.time - start);
+                    body(first_kv + h, (first_kv + h) * s.group(), states + h * state_size, start, length);
+                }
         };
 
         begin(initial);
-        for (index start = 0; start < s.time; start += s.chunk_size) for_heads([&](index kv_head, index first_head, T* transposed) {
-            const index length = std::min<index>(s.chunk_size, s.time - start);
+        for_chunks(false, [&](index kv_head, index first_head, T* transposed, index start, index length) {
             if (initial.data || start)
                 for (index head = first_head; head < first_head + s.group(); ++head)
                     by_rows(length, [&](index i, auto m) {
@@ -267,14 +274,13 @@ index backward(
                 add_rows(keys + column * length, WIDTH<T>, length, WIDTH<T>, transposed + column * columns + s.value_dim * WIDTH<T>);
         });
 
-        T *keys_by_feature = scratch.take(s.head_dim * padded<T>(s.chunk())), *values_by_column = scratch.take(s.value_dim * padded<T>(s.chunk()));
+        T* keys_by_feature = scratch.take(s.head_dim * padded<T>(s.chunk()));
+        T* values_by_column = scratch.take(s.value_dim * padded<T>(s.chunk()));
         T *d_keys = scratch.take(s.chunk() * dim), *query_rows = scratch.take(s.chunk() * dim), *queries = scratch.take(s.chunk() * dim);
         T* packed_sums = scratch.take(s.chunk() * wide);
         T *scores = scratch.take(s.chunk() * row), *d_scores = scratch.take(s.chunk() * row);
         begin(d_final);
-        for (index start = (s.chunks() - 1) * s.chunk_size; start >= 0; start -= s.chunk_size)
-          for_heads([&](index kv_head, index first_head, T* transposed) {
-            const index length = std::min<index>(s.chunk_size, s.time - start);
+        for_chunks(true, [&](index kv_head, index first_head, T* transposed, index start, index length) {
             const bool read = initial.data || start, later = d_final.data || start + length < s.time;
             feature_rows(k, item, kv_head, start, length, s.head_dim, key_rows, dim);
             pack(key_rows, dim, length, s.head_dim, keys);
@@ -309,9 +315,9 @@ index backward(
                 });
                 pack(sums, wide, length, s.value_dim, packed_sums);
                 by_rows(length, [&](index i, auto m) {
-                    T* d_score = d_scores + i * row;
-                    causal_scores<T, m()>(query_rows + i * dim, dim, keys_by_feature, s.head_dim, i, static_cast<T*>(nullptr), scores + i * row, row);
-                    const T* d_sum = sums + i * wide;
+                    const T *query = query_rows + i * dim, *d_sum = sums + i * wide;
+                    T *score = scores + i * row, *d_score = d_scores + i * row;
+                    causal_scores<T, m()>(query, dim, keys_by_feature, s.head_dim, i, nullptr, score, row);
                     causal_scores<T, m()>(d_sum, wide, values_by_column, s.value_dim, i, d_sum + s.value_dim, d_score, row);
                     for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
                         Tile<T, m()> tile;
@@ -340,14 +346,13 @@ index backward(
             }
             for (index j = 0; j < length; ++j)
                 features_backward(d_keys + j * dim, key_rows + j * dim, s.head_dim, at<T>(d_k, item, kv_head, start + j));
-          });
+        });
         if (d_initial.data)
-          for_heads([&](index kv_head, index, T* transposed) {
-            for (index f = 0; f < s.head_dim; ++f)
-                for (index column = 0; column < columns; ++column)
-                    at<T>(d_initial, item, kv_head, f)[column] =
-                        transposed[f / WIDTH<T> * WIDTH<T> * columns + column * WIDTH<T> + f % WIDTH<T>];
-          });
+            for (index h = 0; h < kv_heads; ++h)
+                for (index f = 0; f < s.head_dim; ++f)
+                    for (index column = 0; column < columns; ++column)
+                        at<T>(d_initial, item, first_kv + h, f)[column] =
+                            states[h * state_size + f / WIDTH<T> * WIDTH<T> * columns + column * WIDTH<T> + f % WIDTH<T>];
     });
 }
 
