@@ -26,8 +26,8 @@ SPAN = 512
 """Queries whose gradients are computed for all heads before the next queries: their pages of memory are then read together."""
 
 TASKS = 8
-"""Tasks that the gradients of few heads are split into, so that several cores have work; also the most spans with summaries, as each
-has its own gradients of them."""
+"""Tasks that the gradients of few heads are split into, so that several cores have work; also the most spans with summaries, as
+each has its own gradients of them."""
 
 
 class Ranges(NamedTuple):
@@ -62,15 +62,16 @@ class _Sizes(NamedTuple):
 
 
 @KERNELS.operator(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? k_summary, Tensor? v_summary, Tensor(a!) out, Tensor(b!) lse, "
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? k_summary, Tensor? v_summary, Tensor(a!) out, Tensor(b!)? lse, "
     "int[] ranges) -> int"
 )
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor | None, v_summary: Tensor | None, out: Tensor, lse: Tensor, ranges: list[int]
-) -> int:
-    """Writes the output, and the log-sum-exp of each query's scores [batch, heads, time, 1]. ranges: the fields of `Ranges`."""
-    sizes = _sizes(q, k, v, k_summary, ranges, spans=1)
-    return KERNELS.call("attend", sizes, q, k, v, k_summary, v_summary, out, lse)
+def _attend(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor | None, *rest: Any) -> int:
+    """Writes the output, and unless it is None the log-sum-exp of each query's scores [batch, heads, time, 1].
+
+    ranges: the fields of `Ranges`.
+    """
+    *tensors, ranges = rest
+    return KERNELS.call("attend", _sizes(q, k, v, k_summary, ranges, spans=1), q, k, v, k_summary, *tensors)
 
 
 @KERNELS.operator(
@@ -142,9 +143,10 @@ def _forward(
     if k_summary is None:
         k_summary, v_summary = _own_summaries(k, v, ranges)
     out = q.new_empty(batch, time, heads, v.shape[3]).transpose(1, 2)  # joining the heads is then no copy
-    lse = q.new_empty(batch, heads, time, 1)
+    wants_gradient = any(x is not None and x.requires_grad for x in (q, k, v, k_summary, v_summary))
+    lse = q.new_empty(batch, heads, time, 1) if wants_gradient else None
     torch.ops.key_ranges.attend(q, k, v, k_summary, v_summary, out, lse, ranges)
-    return out, (out, lse)
+    return out, () if lse is None else (out, lse)
 
 
 def _backward(
