@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from baselines.linear import LinearAttention
 from baselines.standard import StandardAttention
 from bsbr import BSBRAttention
+from bsbr.compiled import CompiledAttention
 from evals.benchmark.code_hash import attention_digest, source_files
 from evals.config import Candidate, Model
 from evals.paths import ROOT
@@ -29,7 +31,12 @@ def test_a_baseline_does_not_depend_on_bsbr() -> None:
         "bsbr/model.py",
         "bsbr/convolution.py",
     }
-    assert named(source_files(StandardAttention(16, 2))) == {"baselines/standard.py", *around}
+    assert named(source_files(StandardAttention(16, 2))) == {"baselines/standard.py", "bsbr/backends/sdpa.py", *around}
+
+
+def test_a_compiled_attention_depends_on_what_it_compiles() -> None:
+    compiled, attention = CompiledAttention(16, 2, attention=LinearAttention), LinearAttention(16, 2)
+    assert set(source_files(compiled)) == {*source_files(attention), ROOT / "bsbr" / "compiled.py"}
 
 
 def test_late_imports_and_compiled_files_count() -> None:
