@@ -161,3 +161,13 @@ def test_without_a_compiler_torch_runs_after_one_warning(monkeypatch: pytest.Mon
     with pytest.warns(RuntimeWarning, match="no-such-compiler"):
         output = WINDOW(*inputs)
     assert torch.equal(output, WINDOW(*inputs, impl="torch"))
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_torch_compile_of_sparse_attention_in_parts() -> None:
+    """Its merges write to views; views of unfold, which torch.compile takes to overlap, made the backward pass fail."""
+    inputs = [x.requires_grad_() for x in tensors(6, 6, 2, 1, 2, 2, torch.float64, batch=1)]
+    compiled = torch.compile(partial(SPARSE, impl="torch"), backend="aot_eager", dynamic=False)
+    results = [[output, *torch.autograd.grad(output.sum(), inputs)] for output in (f(*inputs) for f in (SPARSE, compiled))]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
