@@ -166,6 +166,13 @@ void add_block(const DeltaBlock<T>& block, const T* x, index features, T* state,
     });
 }
 
+/// Packs the transpose of what is packed: [rows, columns], in panels, to [columns, rows].
+template <class T>
+void transpose_packed(const T* packed, index rows, index columns, T* to, T* flat) {
+    unpack(packed, rows, columns, flat, columns);
+    pack_transposed(flat, columns, columns, rows, to);
+}
+
 template <class T>
 void delta_state(
     const ChunkSizes& s, const Stored<T>& chunk, index key_row, index value_row, const T* rate, index rate_row, T* state,
@@ -221,8 +228,7 @@ void delta_state_backward(
         const index count = load(b), start = b * BLOCK;
         T along[BLOCK] = {};
         // D is needed by its rows and by its columns. Rows of padding have rates and keys of 0.
-        unpack(d, s.features, s.head_dim, flat, s.head_dim);
-        pack_transposed(flat, s.head_dim, s.head_dim, s.features, d_by_dim);
+        transpose_packed(d, s.features, s.head_dim, d_by_dim, flat);
         for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
             T *panel = y + column * BLOCK, *of_d = d + column * s.features;
             const T* solved = z + (b * dim + column) * BLOCK;
@@ -258,10 +264,7 @@ void delta_state_backward(
             pairs[i * BLOCK + i] = 0;
             for (index j = i + 1; j < BLOCK; ++j) pairs[i * BLOCK + j] = pairs[j * BLOCK + i];
         }
-        if (b) {
-            unpack(states + b * size, s.features, s.head_dim, flat, s.head_dim);
-            pack_transposed(flat, s.head_dim, s.head_dim, s.features, state_by_dim);
-        }
+        if (b) transpose_packed(states + b * size, s.features, s.head_dim, state_by_dim, flat);
         pack(block.keys, block.row, BLOCK, s.features, packed_keys);
         const index row = padded<T>(s.features);
         for (index column = 0; column < s.features; column += WIDTH<T>)
