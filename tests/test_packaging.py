@@ -37,7 +37,7 @@ def test_wheel_holds_bsbr_only_and_all_of_it(wheel: Path) -> None:
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if not re.match(r"bsbr-[^/]+\.dist-info/", name)}
     source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bsbr").rglob("*.py")} | {
         "bsbr/py.typed",
-        *(f"bsbr/backends/cpp/{name}" for name in ("bsbr.cpp", "tensors.h", "tiles.h", "vectors.h")),
+        *(f"bsbr/backends/cpp/{name}" for name in ("bsbr.cpp", "decode.cpp", "tensors.h", "tiles.h", "vectors.h")),
         *(f"bsbr/backends/cpp/bsbr/{name}.h" for name in ("attention", "features", "retrieval", "sizes", "states")),
     }
     assert packaged == source

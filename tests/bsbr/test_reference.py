@@ -424,7 +424,7 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
         ),
         (
             {"q": torch.zeros(2, 3, 9, 6)},
-            "the heads of q must be a multiple of those of k and v, got q [2, 3, 9, 6], k [2, 2, 9, 6], v [2, 2, 9, 6]",
+            "there must be heads, and the heads of q must be a multiple of those of k and v, got q [2, 3, 9, 6], k [2, 2, 9, 6], v [2, 2, 9, 6]",
         ),
         (
             {"q": torch.zeros(2, 4, 10, 6)},
@@ -455,7 +455,8 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
 )
 def test_bad_input_raises(change: dict[str, Any], sentence: str) -> None:
     names = ("q", "k", "v", "meta_query", "meta_key", "q_features", "k_features")
-    arguments: dict[str, Any] = dict(zip(names, inputs(9), strict=True)) | {"chunk_size": CHUNK} | change
+    arguments: dict[str, Any] = dict(zip(names, inputs(9), strict=True)) | {"chunk_size": CHUNK}
+    arguments |= {name: x.double() if isinstance(x, Tensor) else x for name, x in change.items()}
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared below
         bsbr_attention(**arguments)
     assert str(caught.value) == sentence
