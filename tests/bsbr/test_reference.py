@@ -424,7 +424,10 @@ def test_a_batch_item_does_not_depend_on_its_neighbours() -> None:
         ),
         (
             {"q": torch.zeros(2, 3, 9, 6)},
-            "there must be heads, and the heads of q must be a multiple of those of k and v, got q [2, 3, 9, 6], k [2, 2, 9, 6], v [2, 2, 9, 6]",
+            (
+                "there must be heads, and the heads of q must be a multiple of those of k and v, "
+                "got q [2, 3, 9, 6], k [2, 2, 9, 6], v [2, 2, 9, 6]"
+            ),
         ),
         (
             {"q": torch.zeros(2, 4, 10, 6)},
