@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsbr.backends.sdpa import sdpa
+from bsbr.backends.sdpa import sdpa, with_contiguous_rows
 from bsbr.backends.selection import check_impl, is_transformed
 from bsbr.interface import MultiHeadAttention, check_heads
 
@@ -97,7 +97,8 @@ def softmax_attention_over_pages(
         k, v = (pages[0] if len(pages) == 1 else torch.cat(list(pages), dim=2) for pages in (keys, values))
         return sdpa(q, k, v, scale=scale)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    outputs, lses = zip(*(kernel(q, k, v, scale=scale) for k, v in zip(keys, values, strict=True)), strict=True)
+    parts = [with_contiguous_rows(q, k, v) for k, v in zip(keys, values, strict=True)]
+    outputs, lses = zip(*(kernel(*part, scale=scale) for part in parts), strict=True)
     weights = torch.cat(lses, dim=2).softmax(dim=2).unsqueeze(3)
     return (weights * torch.cat(outputs, dim=2)).sum(dim=2, keepdim=True).to(q.dtype)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsbr.backends.cpp.differentiable import Differentiable
-from bsbr.backends.sdpa import sdpa
+from bsbr.backends.sdpa import sdpa, with_contiguous_rows
 from bsbr.backends.selection import is_transformed
 
 
@@ -148,6 +148,7 @@ _over_parts = cast(Callable[..., Tensor], Differentiable(_merge, _merge_backward
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ/√head_dim) v, and the log-sum-exp of the scores, [batch, heads, time, 1] in float32 or better."""
     aten = torch.ops.aten
+    q, k, v = with_contiguous_rows(q, k, v)
     if not q.is_cuda:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
     elif q.dtype != torch.float32:
@@ -165,6 +166,7 @@ def attention_with_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in `attention_with_lse`; out and lse may be those of a softmax over more keys."""
     aten = torch.ops.aten
+    k, v, q, out, grad_out = with_contiguous_rows(k, v, q, out, grad_out)
     lse = lse.squeeze(-1).contiguous()
     if not q.is_cuda:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, q, k, v, out, lse, 0.0, is_causal)

@@ -53,6 +53,11 @@ def sdpa(
     return out
 
 
+def with_contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; those without contiguous rows copied. Torch's private kernels behind sdpa do not look at the last stride."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def _by_operations(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, **options)

@@ -105,6 +105,21 @@ def test_a_state_is_extended_in_segments_that_end_at_block_boundaries(monkeypatc
         assert_close(tensor, final[key])
 
 
+@every_attention
+@pytest.mark.parametrize("new", [1, BLOCK + 1])
+def test_a_state_of_any_strides_continues_alike(name: str, new: int) -> None:
+    attention, x = build(name), hidden(2 * BLOCK + 3 + new)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :-new])
+        expected, after = attention.extend(x[:, -new:], state)
+        for layout in (lambda s: s.mT.contiguous().mT, lambda s: s.transpose(0, 1).contiguous().transpose(0, 1)):
+            strided = {key: layout(s) if s.dim() > 1 else s for key, s in state.items()}
+            found, found_after = attention.extend(x[:, -new:], strided)
+            assert_close(found, expected)
+            for key, tensor in after.items():
+                assert_close(found_after[key], tensor)
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 def test_the_peak_grows_as_output_and_state_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(interface, "SEGMENT", 8 * BLOCK)

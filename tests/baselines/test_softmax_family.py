@@ -110,6 +110,17 @@ def test_gradients_equal_those_of_the_oracle(
 
 
 @FUNCTIONS
+def test_tensors_without_contiguous_rows(fast: Attend, reference: Attend, oracle: Attend, options: Any) -> None:
+    """Values and gradients; torch's private kernels read contiguous rows whatever the strides are."""
+    tensors = [x.mT.contiguous().mT.requires_grad_() for x in inputs(31)]
+    out, expected = fast(*tensors, **options), reference(*tensors, **options)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    gradient = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mT.contiguous().mT
+    found, wanted = (torch.autograd.grad(x, tensors, gradient) for x in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@FUNCTIONS
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
 def test_lower_precision_stays_close(
     fast: Attend, reference: Attend, oracle: Attend, options: Any, dtype: torch.dtype, allowed: float
@@ -270,7 +281,11 @@ def test_attention_over_pages_equals_attention_over_their_concatenation() -> Non
     q, k, v = inputs(65, 1)
     lengths = [32, 1, 16, 16]
     out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
-    torch.testing.assert_close(out, oracles.hopfield(q, k, v, beta=3.0, num_steps=1), rtol=0, atol=1e-12)
+    expected = oracles.hopfield(q, k, v, beta=3.0, num_steps=1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+    out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
 @MODULES

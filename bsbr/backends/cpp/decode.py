@@ -79,7 +79,7 @@ def continue_chunk(token: Token, chunk: OpenChunk) -> tuple[Tensor, OpenChunk]:
         k.new_empty(batch, kv_heads, cached + 1, head_dim),
         k.new_empty(batch, kv_heads, cached + 1, head_dim),
         retrieved,
-        torch.empty_like(open_state),
+        torch.empty_like(open_state, memory_format=torch.contiguous_format),
     )
     out = q.new_empty(batch, heads, 1, head_dim)
     torch.ops.bsbr_decode.token(
