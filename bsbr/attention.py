@@ -318,12 +318,14 @@ class BSBRAttention(MultiHeadAttention):
 
     def _decodes_in_cpp(self, hidden_states: Tensor, state: State) -> bool:
         """Whether the input is one token of an open chunk, without gradients, that C++ can take."""
+        tensors = hidden_states, *(state[name] for name in decode.OpenChunk._fields)
         return (
             hidden_states.shape[1] == 1
             and next_position(state) % self.chunk_size > 0
             and self.impl in ("auto", "cpp")
             and not torch.is_grad_enabled()
-            and decode.KERNELS.unsupported(hidden_states, state["keys"], state["open_state"], dropout_p=self.dropout_p) is None
+            and not torch.is_autocast_enabled("cpu")  # the projections may then have another dtype than the state
+            and decode.KERNELS.unsupported(*tensors, dropout_p=self.dropout_p) is None
         )
 
     def _decode(self, hidden_states: Tensor, state: State) -> tuple[Tensor, State]:

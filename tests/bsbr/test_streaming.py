@@ -310,3 +310,18 @@ def test_a_models_state_is_not_changed_and_can_be_saved(tmp_path: Path, cut: int
     assert state.keys() == {"position"} | {f"layers.{index}.{key}" for index in range(12) for key in one}
     bytes_kept = sum(tensor.nbytes for key, tensor in state.items() if not key.endswith("position"))
     assert bytes_kept == sum(layer.attention.state_bytes(cut, batch_size=2) for layer in lm.layers)
+
+
+def test_a_token_after_a_state_of_another_precision() -> None:
+    """Under autocast after a prefix without, and after tensors of mixed dtypes, which C++ would read as one dtype."""
+    torch.manual_seed(0)
+    module, x = randomize_zero_parameters(BSBRAttention(16, 4, chunk_size=8)), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        expected = module(x)[:, -1:]
+        _, state = module.extend(x[:, :-1])
+        for name in ("values", "retrieved"):
+            with pytest.raises(RuntimeError, match="dtype|scalar type"):
+                module.extend(x[:, -1:], {**state, name: state[name].double()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, _ = module.extend(x[:, -1:], state)
+        torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
