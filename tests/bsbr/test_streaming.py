@@ -320,7 +320,7 @@ def test_a_token_after_a_state_of_another_precision() -> None:
         expected = module(x)[:, -1:]
         _, state = module.extend(x[:, :-1])
         for name in ("values", "retrieved"):
-            with pytest.raises(RuntimeError, match="dtype|scalar type"):
+            with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
                 module.extend(x[:, -1:], {**state, name: state[name].double()})
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out, _ = module.extend(x[:, -1:], state)
