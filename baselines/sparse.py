@@ -80,7 +80,8 @@ def _attend(
     The summaries are None if they are those of k and v.
     """
     earlier_rows = 0 if k_summary is None else k_summary.shape[2] - k.shape[2] // block_size * summary_size
-    backend = select(check_impl(impl, "cpp"), {"cpp": partial(key_ranges.KERNELS.unsupported, q, k, v)})
+    tensors = [x for x in (q, k, v, k_summary, v_summary) if x is not None]
+    backend = select(check_impl(impl, "cpp"), {"cpp": partial(key_ranges.KERNELS.unsupported, *tensors)})
     if not earlier_rows:
         k_summary = v_summary = None
     if q.shape[2] == 1:  # a decoded token sees all keys that are left

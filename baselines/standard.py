@@ -82,7 +82,8 @@ def softmax_attention_over_pages(
     """Softmax attention of one query that sees all keys, read page by page: softmax(q [k_1 … k_p]ᵀ·scale) [v_1 … v_p].
 
     o = Σ_i exp(L_i) o_i / Σ_i exp(L_i), where o_i is the attention to page i and L_i its log-sum-exp, as in ring attention
-    (Liu 2023, arXiv:2310.01889). On CUDA, and if a gradient is required, the pages are concatenated.
+    (Liu 2023, arXiv:2310.01889). On CUDA, or if a gradient is required, or if values have another
+    head_dim, the pages are concatenated.
 
     Args:
         q: [batch, heads, 1, head_dim].
@@ -93,7 +94,8 @@ def softmax_attention_over_pages(
         [batch, heads, 1, head_dim].
     """
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
-    if len(keys) == 1 or q.device.type != "cpu" or wants_gradient or is_transformed():
+    one_size = all(k.shape[-1] == v.shape[-1] for k, v in zip(keys, values, strict=True))  # the kernel takes no other
+    if len(keys) == 1 or q.device.type != "cpu" or wants_gradient or is_transformed() or not one_size:
         k, v = (pages[0] if len(pages) == 1 else torch.cat(list(pages), dim=2) for pages in (keys, values))
         return sdpa(q, k, v, scale=scale)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -120,6 +120,21 @@ def test_a_state_of_any_strides_continues_alike(name: str, new: int) -> None:
                 assert_close(found_after[key], tensor)
 
 
+@every_attention
+@pytest.mark.parametrize("new", [1, 4])
+def test_a_state_of_mixed_dtypes_is_right_or_refused(name: str, new: int) -> None:
+    attention, x = build(name), hidden(2 * BLOCK + new)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :-new])
+        expected, _ = attention.extend(x[:, -new:], state)
+        for key in (key for key, s in state.items() if s.is_floating_point()):
+            try:
+                found, _ = attention.extend(x[:, -new:], state | {key: state[key].float()})
+            except (ValueError, RuntimeError, NotImplementedError):
+                continue
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 def test_the_peak_grows_as_output_and_state_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(interface, "SEGMENT", 8 * BLOCK)

@@ -283,6 +283,10 @@ def test_attention_over_pages_equals_attention_over_their_concatenation() -> Non
     out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
     expected = oracles.hopfield(q, k, v, beta=3.0, num_steps=1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    narrow = [x[..., :3] for x in v.split(lengths, dim=2)]  # values of another head_dim
+    torch.testing.assert_close(
+        softmax_attention_over_pages(q, k.split(lengths, dim=2), narrow, scale=3.0), expected[..., :3], rtol=0, atol=1e-12
+    )
     q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
     out = softmax_attention_over_pages(q, k.split(lengths, dim=2), v.split(lengths, dim=2), scale=3.0)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
