@@ -21,6 +21,7 @@ from evals.certification.checks import CHECKS
 from evals.certify import main
 from evals.paths import ROOT
 from tests.evals import wrong_attentions as wrong
+from tests.evals.benchmark.test_configuration_check import CHEATS
 from tests.evals.commands import call, typed
 
 NEED_CUDA = {"linear_fla", "delta_net_fla", "gated_delta_net_fla", "sliding_window_flex", "sparse_flex", "standard_cudnn"}
@@ -58,8 +59,8 @@ def test_bsbr_passes_with_its_options(options: dict[str, Any]) -> None:
 
 
 def test_bsbr_in_chunks_of_one_token_fails_for_its_n_by_n_weights() -> None:
-    # With the sum: the delta rule has nothing to correct in a single token, and its products are padding only.
-    assert set(failures(partial(BSBRAttention, 16, 2, chunk_size=1, chunk_states="sum"))) == {"memory"}
+    # By torch: of products that are this small, C++ computes mostly padding, and its FLOPs are not those declared.
+    assert set(failures(partial(BSBRAttention, 16, 2, chunk_size=1, chunk_states="sum", impl="torch"))) == {"memory"}
 
 
 # --- the wrong ones -----------------------------------------------------------------------------
@@ -109,9 +110,15 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
         "state_size",
         "state_bytes.1, batch_size=2. declares 256 bytes, the state holds 392",
     ),
-    (wrong.NormWithoutEpsilon, BSBR, {"finite", "padding"}, "finite", "inputs that are all 0: .* NaN"),
+    (wrong.NormWithoutEpsilon, {**BSBR, "impl": "torch"}, {"finite", "padding"}, "finite", "inputs that are all 0: .* NaN"),
     (wrong.SoftmaxWithoutShift, {}, {"parity", "finite", "memory"}, "finite", "inputs of size 1e3: an output with NaN"),
-    (wrong.QuadraticUnderLinearLabel, LINEAR, {"memory"}, "memory", "grows 15.9× from .* at n=1024 to .* at n=4096, allowed 4.6×"),
+    (
+        wrong.QuadraticUnderLinearLabel,
+        LINEAR,
+        {"memory"},
+        "memory",
+        r"grows 15\.\d× from .* at n=1024 .* allowed 4.6×",
+    ),
     (wrong.FlopsTimesTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
     (wrong.FlopsByTen, LINEAR, {"flops"}, "flops", r"flops\(67\) declares .* counted"),
     (wrong.FlopsOfQuadratic, {}, {"flops"}, "flops", "declares .* counted"),
@@ -163,7 +170,7 @@ WRONG: list[tuple[type[Attention], dict[str, Any], set[str], str, str]] = [
 
 @pytest.mark.parametrize(("cls", "options", "checks", "check", "message"), WRONG, ids=[case[0].__name__ for case in WRONG])
 def test_a_wrong_attention_fails_the_check_of_its_error(
-    cls: type[Attention], options: dict[str, int], checks: set[str], check: str, message: str
+    cls: type[Attention], options: dict[str, Any], checks: set[str], check: str, message: str
 ) -> None:
     failed = failures(partial(cls, 16, 2, **options))
     assert set(failed) == checks
@@ -177,7 +184,8 @@ def test_a_wrong_shape_is_reported_by_the_contract() -> None:
 
 def test_every_wrong_attention_is_tried() -> None:
     written = {cls for _, cls in inspect.getmembers(wrong, inspect.isclass) if cls.__module__ == wrong.__name__}
-    assert written == {case[0] for case in WRONG} | {wrong.WrongShape, wrong.Lazy, wrong._StandardOf}
+    where_timed = {case[0] for case in CHEATS} | {wrong.TiresInTime}
+    assert written == {case[0] for case in WRONG} | where_timed | {wrong.WrongShape, wrong.Lazy, wrong._StandardOf}
 
 
 class Float32Kernel(StandardAttention):
