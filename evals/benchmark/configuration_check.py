@@ -4,8 +4,9 @@ The certificate looks at short sequences. Here the very call that is timed is co
 other inputs. It costs the two calls whose memory is measured, and about one more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from bsbr.model import CausalLM
 from evals.benchmark.modules import Module, attentions_of, build_module
-from evals.benchmark.workloads import Prepared, forward, make_work
+from evals.benchmark.workloads import Prepared, forward
 from evals.certification.subject import ROUNDING, coarser, first_difference, no_dropout, threads
 from evals.config import DTYPES, Candidate, Comparison
 from evals.measure.flops import count_flops
 
 STREAMED = 8
-"""Number of last tokens that are decoded and compared with the whole."""
+"""Number of last tokens that are decoded one by one."""
 
 DECLARED_TOO_MUCH = 1.05
 """Largest ratio of declared to counted FLOPs, as in the certificate."""
@@ -79,7 +80,6 @@ class ConfigurationCheck:
             "certified first outputs": self._first_outputs,
             "streaming": self._streaming,
             "gradients": self._gradients,
-            "batch": self._alone,
             "FLOPs": partial(self._flops, declared_flops),
         }
         for name, check in checks.items():
@@ -127,36 +127,48 @@ class ConfigurationCheck:
         if not self._is_whole:
             return None
         count = self._certified_length
-        truth = self._certified(self._prepared.inputs[:, :count])
+        truth = self._certified(count)
         where = self._difference(self._after[:, :count], truth)
         return f"{where} differs from that of {count} tokens alone, as they were certified" if where else ""
 
+    @torch.no_grad()
     def _streaming(self) -> str | None:
-        """The last outputs come from decoding as well; decoded outputs come from one pass as well."""
-        with torch.no_grad():
-            return self._streaming_difference()
-
-    def _streaming_difference(self) -> str | None:
-        inputs, module = self._prepared.inputs.detach(), self._new_part
+        """Every sequence alone gives the same outputs piece by piece; decoded outputs come from one pass over it as well."""
         if self._work.reads is not None:  # decoding
             steps, token = self._work.steps, self._work.reads
-            tokens = torch.cat([inputs[:, : self._time - steps // 2], token.expand(-1, steps, *inputs.shape[2:])], dim=1)
-            where = self._difference(self._after, forward(module, tokens)[:, -1:], start=tokens.shape[1] - 1)
-            return f"{where} differs from a pass over all {tokens.shape[1]} tokens" if where else ""
-        count = min(STREAMED, self._time - 1)
-        if not count:
-            return None
+            for item, (sequence, last) in enumerate(zip(self._sequences(self._time - steps // 2), token.split(1), strict=True)):
+                tokens = torch.cat([sequence, last.expand(-1, steps, *last.shape[2:])], dim=1)
+                truth = forward(self._new_part, tokens, last=steps)
+                if where := self._difference(self._after[item : item + 1], truth, start=tokens.shape[1] - steps):
+                    return f"{where} differs from a pass over all {tokens.shape[1]} tokens"
+            return ""
+        for item, sequence in enumerate(self._sequences(self._time)):
+            for start, streamed in self._streamed(sequence):
+                output = self._after[item : item + 1]
+                output = output[:, start : start + streamed.shape[1]] if self._is_whole else output
+                if where := self._difference(output, streamed, start=start):
+                    return f"{where} differs from that of item {item} streamed alone"
+        return ""
+
+    def _streamed(self, sequence: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Outputs of a sequence in pieces as short as the certificate's sequences, and of its last tokens one by one.
+
+        Yields:
+            The position of a piece and its outputs, of those positions only of which the timed call has outputs.
+        """
+        module, decoding = self._new_part, max(0, self._time - STREAMED)
         decoder = module.model if isinstance(module, CausalLM) else module
-        output, state = decoder.extend(inputs[:, :-count])
-        last = []
-        for position in range(self._time - count, self._time):
-            output, state = decoder.extend(inputs[:, position : position + 1], state)
-            last.append(output)
-        streamed = torch.cat(last, dim=1)[:, -self._after.shape[1] :]
-        streamed = module.logits(streamed) if isinstance(module, CausalLM) else streamed
-        count = streamed.shape[1]
-        where = self._difference(self._after[:, -count:], streamed, start=self._time - count)
-        return f"{where} differs from that of decoding" if where else ""
+        state = None
+        starts = [*range(0, decoding, self._certified_length), *range(decoding, self._time)]
+        for start, stop in pairwise([*starts, self._time]):
+            output, state = decoder.extend(sequence[:, start:stop], state)
+            if self._is_whole or stop == self._time:
+                yield start, module.logits(output) if isinstance(module, CausalLM) else output
+
+    def _sequences(self, time: int) -> tuple[Tensor, ...]:
+        """The first tokens of each sequence of the batch: what one gives alone must not depend on the others."""
+        inputs: Tensor = self._prepared.inputs
+        return tuple(inputs.detach()[:, :time].split(1))
 
     def _gradients(self) -> str | None:
         """The gradients of the first outputs are those of the certified short run, and those by later inputs are 0."""
@@ -182,19 +194,6 @@ class ConfigurationCheck:
             if not error <= 3 * self._allowed * size:
                 return f"the gradient by {name} of the first {count} outputs is off the certified one by {error:.1e} of {size:.1e}"
         return ""
-
-    def _alone(self) -> str | None:
-        batch = self._prepared.inputs.shape[0]
-        if batch == 1:
-            return None
-        item = self._prepared.inputs.detach()[batch - 1 :].clone()
-        work = make_work(self._comparison, self._prepared.module, item)
-        assert work.outputs is not None
-        if work.reads is not None and self._work.reads is not None:
-            work.reads.copy_(self._work.reads[batch - 1 :])
-        with no_dropout(self._prepared.module):
-            where = self._difference(self._after[batch - 1 :], work.outputs(work.call()))
-        return f"item {batch - 1} of a batch of {batch} differs from itself alone in {where}" if where else ""
 
     def _flops(self, declared: float) -> str | None:
         if self._work.reads is not None:  # decoding: what is declared was counted, of two tokens
@@ -245,11 +244,10 @@ class ConfigurationCheck:
         return part.eval()
 
     @torch.no_grad()
-    def _certified(self, inputs: Tensor) -> Tensor:
-        """The outputs as the certificate computes them: a new module in eval mode, with one thread."""
+    def _certified(self, time: int) -> Tensor:
+        """The outputs as the certificate computes them: a new module in eval mode, few sequences, with one thread."""
         with threads(1):
-            output: Tensor = self._new_part(inputs.detach())
-        return output
+            return torch.cat([self._new_part(sequence) for sequence in self._sequences(time)])
 
 
 def value_difference(returned: Any, truth: Any, allowed: float) -> str:

@@ -7,7 +7,7 @@ such as reading a context, before the first call.
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -173,22 +173,32 @@ def decode(module: Module, inputs: Tensor) -> Work:
     with torch.inference_mode():
         state = state_after(module, inputs, context - steps // 2)
 
+    def decoded() -> Iterator[tuple[Tensor, State]]:
+        after = state
+        for _ in range(steps):
+            output, after = module.extend(token, after)
+            yield output, after
+
     @torch.inference_mode()
     def call() -> tuple[Tensor, State]:
-        output, after = module.extend(token, state)
-        for _ in range(steps - 1):
-            output, after = module.extend(token, after)
-        return output, after
+        for last in decoded():  # noqa: B007
+            pass
+        return last
 
-    return Work(call, count_tokens(token), steps, reads=token, outputs=lambda returned: returned[0])
+    @torch.inference_mode()
+    def outputs(_: object) -> Tensor:
+        """The outputs of all steps; a call keeps only the last."""
+        return torch.cat([output for output, _ in decoded()], dim=1)
+
+    return Work(call, count_tokens(token), steps, reads=token, outputs=outputs)
 
 
-def forward(module: Module, inputs: Tensor) -> Tensor:
-    """Outputs of the whole sequence; for a model, the logits of the token that follows it."""
+def forward(module: Module, inputs: Tensor, last: int | None = None) -> Tensor:
+    """Outputs of the whole sequence or of its last tokens; of a model, logits of the next token, by default of the last one."""
     if isinstance(module, CausalLM):
-        return module.logits(module.model(inputs)[:, -1:])
+        return module.logits(module.model(inputs)[:, -(last or 1) :])
     output: Tensor = module(inputs)
-    return output
+    return output if last is None else output[:, -last:]
 
 
 def state_after(module: Module, inputs: Tensor, tokens: int) -> State | None:
@@ -229,7 +239,7 @@ def prepare(comparison: Comparison, candidate: Candidate) -> Prepared:
     module = randomize_zero_parameters(build_module(comparison, candidate)).to(device.kind, device.torch_dtype)
     inputs = make_inputs(comparison)
     work = make_work(comparison, module, inputs)
-    renewal = Renewal(inputs if work.reads is None else work.reads, comparison.model.vocab_size, comparison.sampling.seed)
+    renewal = Renewal(inputs if work.reads is None else work.reads, comparison.model.vocab_size)
 
     def renew() -> None:
         renewal.renew()
@@ -247,30 +257,37 @@ def make_work(comparison: Comparison, module: Module, inputs: Tensor) -> Work:
 class Renewal:
     """Gives a tensor new values in place, as random as the old ones, in one pass.
 
-    Numbers change their signs, feature by feature, and token ids are shifted: every call gets another input, in the same memory.
-    An output that is remembered, by the values or by the memory of its input, is then found out.
+    Numbers change their signs, feature by feature, and token ids are shifted, position by position: every call gets another input,
+    in the same memory. An output that is remembered, by the values or by the memory of its input, is then found out. No seed
+    repeats them in another process, which could find outputs that the first has written to a file.
     """
 
     PATTERNS = 64
 
-    def __init__(self, tensor: Tensor, vocab_size: int, seed: int) -> None:
+    def __init__(self, tensor: Tensor, vocab_size: int) -> None:
         self._tensor = tensor
         self._vocab_size = vocab_size
-        self._seed = seed
-        self._random = random.Random(seed)
+        self._random = random.Random()
+        self._unused: list[Tensor] = []  # a pattern soon used again could restore an earlier input
 
     @torch.no_grad()
     def renew(self) -> None:
+        self._unused = self._unused or self._random.sample(self._patterns, self.PATTERNS)
+        pattern = self._unused.pop()
         if self._tensor.is_floating_point():
-            self._tensor.mul_(self._random.choice(self._signs))
+            self._tensor.mul_(pattern)
         else:
-            self._tensor.add_(self._random.randrange(1, self._vocab_size)).remainder_(self._vocab_size)
+            self._tensor.add_(pattern).remainder_(self._vocab_size)
 
     @cached_property
-    def _signs(self) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(self._seed)
-        signs = 2 * torch.randint(2, (self.PATTERNS, self._tensor.shape[-1]), generator=generator) - 1
-        return signs.to(self._tensor.device, self._tensor.dtype).unbind()
+    def _patterns(self) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(self._random.getrandbits(63))
+        size = (self.PATTERNS, self._tensor.shape[-1])
+        if self._tensor.is_floating_point():
+            patterns = 2 * torch.randint(2, size, generator=generator) - 1
+        else:
+            patterns = torch.randint(1, max(2, self._vocab_size), size, generator=generator)
+        return patterns.to(self._tensor.device, self._tensor.dtype).unbind()
 
 
 def make_inputs(comparison: Comparison) -> Tensor:

@@ -607,3 +607,41 @@ class DeclaresWorkOfMany(StandardAttention):
 
     def flops(self, seq_len: int, batch_size: int = 1) -> int:
         return (3 if seq_len == 600 else 1) * super().flops(seq_len, batch_size)
+
+
+class SkipsLateQueriesWhenLong(StandardAttention):
+    """From 512 tokens on, the fourth quarter of the queries but for the last 32 sees only itself."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        time = q.shape[2]
+        if q.shape != k.shape or time < 512:
+            return super().attend(q, k, v)
+        seen = super().attend(*(x[:, :, : 3 * time // 4] for x in tensors))
+        visible = torch.ones(32, time, dtype=torch.bool).tril(time - 32)
+        last = F.scaled_dot_product_attention(q[:, :, -32:], k, v, visible)
+        return torch.cat([seen, v[:, :, 3 * time // 4 : -32], last], dim=2)
+
+
+class CopiesItemsOfLargeBatches(StandardAttention):
+    """In batches from 8 on, items 1 to 3 get the output of item 0; the others are right."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        output = super().attend(*tensors)
+        return output if len(output) < 8 else torch.cat([output[:1].expand(4, -1, -1, -1), output[4:]])
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        return self.attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+
+class DecodesEveryEighthWhenLong(StandardAttention):
+    """Of the tokens that are decoded after 512, only each eighth, and so the last of a block, looks at its context."""
+
+    @property
+    def block_length(self) -> int:
+        return 64
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        time = sum(page.shape[2] for page in keys)
+        skips = q.shape[2] == 1 and time > 512 and time % 8
+        return values[-1][:, :, -1:].clone() if skips else super().attend_pages(q, keys, values)
