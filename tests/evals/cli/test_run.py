@@ -373,7 +373,7 @@ def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how
     ("arguments", "sentence"),
     [
         (["attention=[nope]"], "unknown attention 'nope'; known are bsbr, delta_net, delta_net_fla, gated_delta_net, "),
-        (["sweep=nope"], "unknown sweep 'nope'; known are all, batch_size, "),
+        (["sweep=nope"], "unknown sweep 'nope'; known are all, backends, "),
         (["attention=[]"], "no attention is selected"),
         (["attention.bsbr.chunk_size=0"], "attention 'bsbr' cannot be built: chunk_size must be a positive integer, got 0"),
         (["model.num_heads=3"], "hidden_dim must be a multiple of num_heads, got hidden_dim=32, num_heads=3"),
