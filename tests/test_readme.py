@@ -63,8 +63,9 @@ def as_written(holding: str, mine: Path, *more: str) -> "CompletedProcess[str]":
 def test_the_added_attention_is_certified(mine: Path) -> None:
     done = as_written("evals.certify --config-dir", mine)
     assert (done.returncode, done.stderr) == (0, "")
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("cosine")]
+    row, badge = [line for line in done.stdout.splitlines() if line.startswith("cosine")]
     assert set(row.split()[1:]) == {"✓"}
+    assert badge.startswith("cosine, certified: ")
 
 
 def test_the_added_attention_is_compared_like_the_others(mine: Path) -> None:
