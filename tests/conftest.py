@@ -4,6 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Threads that wait for each other on a busy core do so for a hundred times as long as they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +23,14 @@ atexit.register(shutil.rmtree, folder, ignore_errors=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for a process that they started."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Sets the number of threads to the test's parameter; it is 1 in other tests."""
+    import torch  # here, because it reads OMP_NUM_THREADS
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(usual)

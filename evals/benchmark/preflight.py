@@ -29,7 +29,7 @@ CERTIFICATE = tuple(
 )
 
 CHECKED_CALLS = 8
-"""So many times the limit of one call is allowed for measuring its memory and checking it."""
+"""Time limit for measuring the memory of a call and checking it, in time limits of one call."""
 
 CERTIFICATE_S = 5.0
 """Typical duration of a certificate, for estimates."""

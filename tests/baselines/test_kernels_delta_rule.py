@@ -1,6 +1,6 @@
 """Tests the delta rule in C++, and both its backends under hard decays, against the recurrence in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,6 @@ def check(tensors: dict[str, Tensor | None], tolerance: float, compute: Callable
 
 def tolerance(dtype: torch.dtype) -> float:
     return 1e-11 if dtype == torch.float64 else 1e-5
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sets the number of threads, which is 1 in other tests."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(usual)
 
 
 # --- values and gradients -------------------------------------------------------------------------------

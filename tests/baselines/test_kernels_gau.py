@@ -1,7 +1,5 @@
 """Tests of the gated attention unit in C++ against its reference and torch form, at sizes that fill neither tiles nor panels."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,15 +21,6 @@ def inputs(time: int, key_dim: int, value_dim: int, dtype: torch.dtype = torch.f
 def gradients(out: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out.dtype)
     return torch.autograd.grad(out, tensors, upstream, materialize_grads=True, allow_unused=True)
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sets the number of threads, which is 1 in other tests."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(usual)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])

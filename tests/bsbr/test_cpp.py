@@ -73,15 +73,6 @@ def check(tensors: dict[str, Tensor], tolerance: float, **options: Any) -> None:
         torch.testing.assert_close(a.to(b), b, rtol=0, atol=tolerance * size, msg=lambda message, name=name: f"{name}: {message}")
 
 
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sets the number of threads, which is 1 in other tests."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(usual)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("features", [None, 3])
 @pytest.mark.parametrize("beta", [False, True])
