@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu, ttest_ind
 
 from evals.benchmark import interleave
-from evals.compare import main
+from evals.compare.__main__ import main
 from evals.errors import UsageError
 from evals.paths import ROOT
 from evals.results.cells import Cell

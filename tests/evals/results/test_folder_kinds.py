@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evals import claim, compare, export, figures
+from evals import claim, export, figures
+from evals.compare import __main__ as compare
 from evals.paths import ROOT
 from evals.report import __main__ as report
 from evals.results.folder_kinds import CONTENTS, USERS

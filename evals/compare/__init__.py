@@ -1,0 +1,1 @@
+"""`evals.compare(…)`, the function for notebooks and scripts, and the command `python -m evals.compare`, in `__main__`."""
