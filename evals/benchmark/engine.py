@@ -9,7 +9,7 @@ from evals.benchmark.job import Job, ProgressCallback
 from evals.benchmark.rounds import measure_round, stop_reason
 from evals.config import Candidate, Comparison
 from evals.isolation import forkserver
-from evals.isolation.locks import exclusive_lock
+from evals.isolation.locks import end_round, exclusive_lock
 from evals.isolation.worker import run_isolated
 from evals.measure import machine
 from evals.measure.clock import seconds_since
@@ -77,6 +77,7 @@ class Engine(Job):
             self.ledger.append(*records)  # all at once: a round counts as a whole
             for record in records:
                 history.add(record)
+            end_round()
             yield from records
         if history.stop_reason != reason:
             yield self._add(history, self.record("stop", stop_reason=reason))

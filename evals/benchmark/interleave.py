@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from evals.errors import INCOMPLETE, UsageError
-from evals.isolation.locks import LOCK_PIPES, exclusive_lock
+from evals.isolation.locks import LOCK_PIPES, end_round, exclusive_lock
 from evals.isolation.scratch import PREFIX, scratch_folder
 from evals.paths import ROOT
 
@@ -65,7 +65,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
         sides = (Side("base", tree), Side("here", ROOT))
         for side in sides:
             _check_packages(side)
-        if not (tree / LOCKS).exists() or LOCK_PIPES not in (tree / LOCKS).read_text(encoding="utf-8"):
+        if not (tree / LOCKS).exists() or end_round.__name__ not in (tree / LOCKS).read_text(encoding="utf-8"):
             raise UsageError(
                 f"base cannot be measured: the harness of {revision} cannot interleave its measurements with those of another "
                 "command; measure both commits by themselves, and compare the two folders"

@@ -17,6 +17,8 @@ LOCK_PIPES = "BSBR_LOCK_PIPES"
 A byte that is read from the first grants the lock; a byte that is written to the second grants it to the other command. A command
 that ends closes its pipes, which grants the lock for good.
 """
+GRANTED, ROUND_ENDED = b".", b"|"
+"""The bytes: the lock alone, and the lock from a command that waits for the other one to end its round."""
 
 
 @contextlib.contextmanager
@@ -47,6 +49,21 @@ def yield_lock() -> float:
     return stopwatch.seconds()
 
 
+def end_round() -> None:
+    """Lets the command that shares the lock, if any, end its round too, so that the rounds of both stay in step.
+
+    Without it a command whose rounds hold fewer time slices would run ahead, and its rounds could not be paired.
+    """
+    if LOCK_PIPES not in os.environ:
+        return
+    received = GRANTED
+    while received == GRANTED:  # the other one is in its round, and was granted time for a slice
+        _grant_lock(ROUND_ENDED)
+        received = _take_lock()
+    _grant_lock(ROUND_ENDED)  # the answer to its end of the round
+    _take_lock()
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("a+") as file:
@@ -62,13 +79,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _take_lock() -> None:
-    os.read(_pipes()[0], 1)
+def _take_lock() -> bytes:
+    """Waits for the lock. Returns the byte that granted it; empty if the other command has ended."""
+    return os.read(_pipes()[0], 1)
 
 
-def _grant_lock() -> None:
+def _grant_lock(byte: bytes = GRANTED) -> None:
     with contextlib.suppress(BrokenPipeError):  # the other command has ended
-        os.write(_pipes()[1], b".")
+        os.write(_pipes()[1], byte)
 
 
 def _pipes() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A comparison of two result folders as text: warnings, the table of ratios, changed memory, and regressions."""
+"""A comparison of two result folders as text or Markdown: warnings, the table of ratios, changed memory, and regressions."""
 
 import math
 import textwrap
@@ -9,6 +9,8 @@ import pandas as pd
 
 from evals.results.cells import MACHINE, Cell
 from evals.results.formatting import WIDTH, align_columns
+from evals.results.markup import MARKDOWN, Table, escape, markdown
+from evals.results.metrics import LATENCY
 from evals.stats.intervals import CONFIDENCE
 
 
@@ -34,6 +36,29 @@ def render(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame) -> str:
         blocks.append("peak memory where it changed\n" + align_columns(_labels(rows, changed.index), memory))
     counts = rows["verdict"].value_counts().items()
     return "\n\n".join([*blocks, f"{len(rows)} cells: {', '.join(f'{count} {verdict}' for verdict, count in counts)}"])
+
+
+def render_markdown(a: Sequence[Cell], b: Sequence[Cell], rows: pd.DataFrame, threshold: float) -> str:
+    """Renders the same comparison as Markdown, for a pull request: a row per cell, and the regressions as a list above it."""
+    worse = regressions(rows, threshold)
+    columns = [
+        *_label_columns(rows),
+        ["time of A", *map(_format_seconds, rows["latency_a_s"])],
+        ["time of B", *map(_format_seconds, rows["latency_b_s"])],
+        ["change of time", *map(_format_change, rows["ratio"], rows["ratio_low"], rows["ratio_high"])],
+        ["of memory", *(f"{more:+.1%}" if abs(more) > 0 else "" for more in rows["peak_bytes_b"] / rows["peak_bytes_a"] - 1)],
+        ["verdict", *rows["verdict"]],
+    ]
+    meaning = (
+        f"Change of time: from A to B, with its {CONFIDENCE:.0%} interval. The verdicts faster and slower are corrected for the "
+        f"number of cells. Regressions: cells that are slower by more than {threshold:.3g}, hold more memory by more than "
+        f"{threshold:.3g}, or have no number any more."
+    )
+    title = f"{len(worse) or 'No'} regression{'s' if len(worse) > 1 else ''} in {len(rows)} cells"
+    table = markdown(Table(title, [list(row) for row in zip(*columns, strict=True)], conditions=meaning))
+    heading, _, rest = table.partition("\n")
+    remarks = [f"- {escape(line, MARKDOWN)}" for line in (*worse, *_preamble(a, b, rows))]
+    return "\n".join([heading, "", *remarks, rest])
 
 
 def regressions(rows: pd.DataFrame, threshold: float) -> list[str]:
@@ -79,11 +104,28 @@ def _format_ratio(ratio: float) -> str:
     return f"{ratio:.{3 if ratio < 2 else 2 if ratio < 10 else 1}f}x"
 
 
+def _format_seconds(seconds: float) -> str:
+    return "" if math.isnan(seconds) else LATENCY.unit.format(seconds)
+
+
+def _format_change(ratio: float, low: float, high: float) -> str:
+    """Writes time of A / time of B as a change of time from A to B: 0.8x as +25.0%."""
+    if math.isnan(ratio):
+        return ""
+    interval = "" if math.isnan(low) else f" ({1 / high - 1:+.1%} to {1 / low - 1:+.1%})"
+    return f"{1 / ratio - 1:+.1%}{interval}"
+
+
 def _labels(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[str]:
-    """A head, and a label for each row of `index` (default: all): the attention and every setting in which rows differ."""
+    """A head, and a label for each row of `index` (default: all), in columns of equal width."""
+    columns = _label_columns(rows, index)
+    widths = [max(map(len, column)) for column in columns]
+    return [" ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True)]
+
+
+def _label_columns(rows: pd.DataFrame, index: "pd.Index[Any] | None" = None) -> list[list[str]]:
+    """The attention, and every setting in which rows differ: a head, and the values of the rows of `index` (default: all)."""
     settings = list(rows.columns[: rows.columns.get_loc("ratio")])
     varied = [name for name in settings if name == "attention" or rows[name].nunique(dropna=False) > 1]
     chosen = rows if index is None else rows.loc[index]
-    columns = [[name, *("" if pd.isna(value) else str(value) for value in chosen[name].astype(object))] for name in varied]
-    widths = [max(map(len, column)) for column in columns]
-    return [" ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True)]
+    return [[name, *("" if pd.isna(value) else str(value) for value in chosen[name].astype(object))] for name in varied]

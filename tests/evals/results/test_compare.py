@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -332,6 +333,29 @@ def test_changed_memory_is_printed_and_growth_is_a_regression(
     assert bool(block) == is_printed
     assert ("regression: bsbr holds 2097152 bytes instead of 1048576" in block) == bool(code)
     assert "linear" not in block
+
+
+def test_markdown_of_a_worked_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write(tmp_path / "a", [Made("a|b", rounds=[0.1] * 5), Made("linear"), Made("gau")])
+    twice = Made("a|b", rounds=[0.2 * by for by in (1.01, 0.99, 1.0, 1.01, 0.99)], peak_bytes=2**20 + 2**19)
+    b = write(
+        tmp_path / "b", [twice, Made("linear"), Made("gau", outcome="crash", detail="it *died*", peak_bytes=None)], start=1000
+    )
+    assert main([str(a), str(b), "--markdown", "--threshold", "10%"]) == 1
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading == "**3 regressions in 3 cells**"
+    assert r"- a\|b takes 100.0% more time" in lines
+    assert r"- a\|b holds 1572864 bytes instead of 1048576" in lines
+    assert r"- gau was ok and is crash: it \*died\*" in lines
+    table = [[text.strip() for text in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("|")]
+    assert table[0] == ["attention", "time of A", "time of B", "change of time", "of memory", "verdict"]
+    worse, same, failed = table[2:]
+    # Welch's t by hand: five logarithms of deviation 0.01 around log 2, none around the other mean, so 4 degrees of freedom;
+    # t(0.975, 4) = 2.776 and an error of 0.01 / √5 give a factor of exp(0.0124).
+    assert worse == [r"a\|b", "100 ms", "200 ms", "+100.0% (+97.5% to +102.5%)", "+50.0%", "slower"]
+    # Two such sides, each with logarithms of variance 2 · 0.01² / 4: t(0.975, 8) = 2.306 and an error of 0.01 / √5.
+    assert same[3:] == ["+0.0% (-1.0% to +1.0%)", "", "same"]
+    assert failed[1:] == ["10 ms", "", "", "", "ok -\\> crash".replace("\\>", "&gt;")]
 
 
 def test_different_machines_and_long_names_fit_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
