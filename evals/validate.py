@@ -4,6 +4,7 @@
     slowdown  makes one of two equal attentions slower on purpose: counts how often it is called slower
     clock     compares latencies with torch.utils.benchmark
     kills     kills a sweep at random moments and restarts it: looks for lost and duplicate records
+    guard     compares this commit with itself by evals.compare --base: counts false alarms
 
 Exit code 1 if any of them fails.
 """
@@ -21,7 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
     parser.add_argument("checks", nargs="+", choices=tuple(SELF_TESTS))
-    parser.add_argument("--count", type=int, help="of comparisons, or kills (default: 200 for aa, 10 for slowdown, 100 for kills)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="of comparisons, kills or runs (default: 200 for aa, 10 for slowdown, 100 for kills, 50 for guard)",
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first comparison, to run a part of them at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as device.threads=1")
     options = parser.parse_args(arguments)

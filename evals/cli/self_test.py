@@ -20,6 +20,7 @@ from evals.benchmark.certificates import Certificates
 from evals.benchmark.engine import Engine
 from evals.benchmark.rounds import within_budget
 from evals.benchmark.workloads import prepare
+from evals.cli.false_alarms import guard
 from evals.cli.jobs import read_job
 from evals.config import Candidate, Comparison
 from evals.errors import UsageError
@@ -200,7 +201,13 @@ class SelfTest:
         return self.function(range(first, first + (count or self.default_count)), overrides)
 
 
-SELF_TESTS = {"aa": SelfTest(aa, 200), "slowdown": SelfTest(slowdown, 10), "clock": SelfTest(clock), "kills": SelfTest(kills, 100)}
+SELF_TESTS = {
+    "aa": SelfTest(aa, 200),
+    "slowdown": SelfTest(slowdown, 10),
+    "clock": SelfTest(clock),
+    "kills": SelfTest(kills, 100),
+    "guard": SelfTest(guard, 50),
+}
 
 
 def compose_comparison(*overrides: str) -> Comparison:
