@@ -22,11 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m evals.validate", description=__doc__, formatter_class=raw)
     parser.add_argument("checks", nargs="+", choices=tuple(SELF_TESTS))
-    parser.add_argument(
-        "--count",
-        type=int,
-        help="of comparisons, kills or runs (default: 200 for aa, 10 for slowdown, 100 for kills, 50 for guard)",
-    )
+    defaults = ", ".join(f"{test.default_count} for {name}" for name, test in SELF_TESTS.items() if test.default_count > 1)
+    parser.add_argument("--count", type=int, help=f"of comparisons, kills or runs (default: {defaults})")
     parser.add_argument("--first", type=int, default=0, help="number of the first comparison, to run a part of them at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as device.threads=1")
     options = parser.parse_args(arguments)

@@ -1,5 +1,6 @@
 """The false-alarm rate of the guard: `evals.compare --base HEAD` of unchanged code, again and again."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from evals.errors import UsageError
 
 RUNS = Path("results/validate/guard.csv")
-"""The cells of all runs, with the number of the run and the exit code of the guard."""
+"""The cells of all runs, with the number of the run, the exit code of the guard and the load of the machine."""
 
 SMALL = ("attention=[standard,bsbr]", "shape.seq_len=256", "model.hidden_dim=64", "sampling.time_slices=8")
 """The smallest sweep of two attentions; settings of the user come behind it."""
@@ -41,16 +42,14 @@ def guard(numbers: range, overrides: Sequence[str]) -> bool:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             raise UsageError(f"run {number} could not be made: {done.stderr.strip().splitlines()[-1]}")
-        rows = pd.read_csv(rows_of_run).assign(run=number, exit_code=done.returncode)
+        rows = pd.read_csv(rows_of_run).assign(run=number, exit_code=done.returncode, load_1m=os.getloadavg()[0])
         rows.to_csv(RUNS, mode="a", index=False, header=not RUNS.exists())
         changes = ", ".join(f"{row['attention']} {1 / row['ratio'] - 1:+.1%} {row['verdict']}" for _, row in rows.iterrows())
         tqdm.write(f"guard {number}: {changes}{'; false alarm' * done.returncode}")
     rows_of_run.unlink(missing_ok=True)
-    runs = pd.read_csv(RUNS).groupby("run")
-    alarms, called = (
-        int(runs["exit_code"].max().sum()),
-        int(runs["verdict"].apply(lambda one: one.isin(["faster", "slower"]).any()).sum()),
-    )
-    print(f"guard: {alarms} of {len(runs)} runs of unchanged code end with a regression (at most {MOST_ALARMS * len(runs):.0f})")
-    print(f"guard: in {called} of {len(runs)} a cell is called faster or slower")
-    return alarms <= MOST_ALARMS * len(runs)
+    cells = pd.read_csv(RUNS)
+    count, alarms = cells["run"].nunique(), cells.loc[cells["exit_code"] == 1, "run"].nunique()
+    called = cells.loc[cells["verdict"].isin(["faster", "slower"]), "run"].nunique()
+    print(f"guard: {alarms} of {count} runs of unchanged code end with a regression (at most {MOST_ALARMS * count:.0f})")
+    print(f"guard: in {called} of {count} a cell is called faster or slower")
+    return alarms <= MOST_ALARMS * count
