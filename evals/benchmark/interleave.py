@@ -19,7 +19,7 @@ from evals.paths import ROOT
 GRACE_S = 20.0
 """Seconds that a running round has after Ctrl-C, to end in good order."""
 
-SET_BY_US = ("results_dir", "plots_dir", "sweep_name", "sampling.min_rounds", "sampling.max_rounds")
+SET_BY_US = ("results_dir", "plots_dir", "sweep_name", "sampling.min_rounds", "sampling.max_rounds", "figures")
 PACKAGES = ("bsbr", "baselines", "evals.run")
 LOCATE = f"from importlib.util import find_spec as f; [print(n, getattr(f(n), 'origin', None)) for n in {PACKAGES}]"
 LOCKS = Path("evals/isolation/locks.py")
@@ -58,7 +58,7 @@ def measure(revision: str, overrides: Sequence[str], rounds: int) -> tuple[Path,
     folder = _new_folder(commit[:12])
     # Both sides write to one folder, so that they share certificates. They stop after exactly so many rounds.
     options = [f"{key}='{folder.parent.resolve()}'" for key in ("results_dir", "plots_dir")]
-    options += [f"sampling.min_rounds={rounds}", f"sampling.max_rounds={rounds}"]
+    options += [f"sampling.min_rounds={rounds}", f"sampling.max_rounds={rounds}", "figures=false"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed then, too
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
     with _worktree(commit) as tree:

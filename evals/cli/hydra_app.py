@@ -71,7 +71,7 @@ class Session:
 
 NOT_VARIED = {
     **dict.fromkeys(
-        ("sweep_name", "results_dir", "plots_dir", "swept", "quiet", "tracker", "launcher"),
+        ("sweep_name", "results_dir", "plots_dir", "swept", "quiet", "figures", "tracker", "launcher"),
         "all comparisons of a command share it; run the command once for each value",
     ),
     "search": "a folder holds timings or searches; run the command once for each, with a sweep_name of its own",

@@ -102,10 +102,11 @@ def write_outputs(cfg: DictConfig, job_ids: Collection[str], command: str) -> in
         further = build_further(kind, results, records)
         for name, table in further.items():
             write_table(table, folder, name)
-    with attempts.attempt(str(folder / "report.html"), reporting):
-        print(report.write([folder], folder / "report.html"))
-    with attempts.attempt(f"a figure in {plots}", drawing):
-        _print_figures(_draw(kind, {kind: results, **further}, records, plots))
+    if cfg.figures:
+        with attempts.attempt(str(folder / "report.html"), reporting):
+            print(report.write([folder], folder / "report.html"))
+        with attempts.attempt(f"a figure in {plots}", drawing):
+            _print_figures(_draw(kind, {kind: results, **further}, records, plots))
     if cfg.tracker and kind != "max_context":
         with attempts.attempt(f"the copy for {cfg.tracker._target_}", command):
             destination = instantiate(cfg.tracker, results, further.get("curves"), sweep=cfg.sweep_name, folder=folder)

@@ -42,6 +42,7 @@ TOP_LEVEL: dict[str, Rule | None] = {
         lambda value: value is None or (isinstance(value, list) and len(value) > 0 and all(isinstance(one, str) for one in value)),
     ),
     "quiet": Rule("true or false", lambda value: isinstance(value, bool)),
+    "figures": Rule("true or false", lambda value: isinstance(value, bool)),
 }
 """The keys of a config, each with its rule; None for groups, which have rules of their own."""
 

@@ -280,6 +280,7 @@ def test_help_lists_the_user_s_own_sweeps(
             r"unknown option --dryrun \(did you mean --dry-run\?\); settings are .* --help lists the options",
         ),
         ("quiet=yes", r"quiet must be true or false, got 'yes'"),
+        ("figures=no_report", r"figures must be true or false, got 'no_report'"),
         (
             "--config-dir {conf} attention=[no_name]",
             r"a file of attention/ holds one key, .* _target_: beside.Cosine stands at the top",
