@@ -343,7 +343,7 @@ def position_waves(like: Tensor, start: int, base: float) -> tuple[Tensor, Tenso
 
 def position_counter(position: int) -> Tensor:
     """A position as an int64 tensor, because a state holds only tensors; on the CPU, so that reading it never waits for a GPU."""
-    return torch.tensor(position, dtype=torch.int64)
+    return torch.tensor(position, dtype=torch.int64, device="cpu")
 
 
 def next_position(state: State | None) -> int:

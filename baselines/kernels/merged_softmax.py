@@ -77,7 +77,7 @@ def attention_over_parts(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], pa
         scaled = F.pad(q, (0, wide - dim)) * (wide / dim) ** 0.5  # the kernels divide by √wide
         padded = [(F.pad(k, (0, wide - dim)), F.pad(v, (0, wide - value_dim))) for k, v in sources]
         return attention_over_parts(scaled, padded, parts)[..., :value_dim]
-    if q.device.type != "cpu" and not (q.is_cuda and q.dtype.itemsize <= 4 and dim % 8 == 0 and dim <= 256):
+    if q.device.type not in ("cpu", "meta") and not (q.is_cuda and q.dtype.itemsize <= 4 and dim % 8 == 0 and dim <= 256):
         raise ValueError(
             f"no kernel for {q.dtype} on {q.device.type} with q {list(q.shape)}: use the CPU, or on CUDA float32, a half type and "
             "a head_dim that is a multiple of 8 up to 256"

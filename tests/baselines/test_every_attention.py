@@ -164,6 +164,28 @@ def test_impl_is_an_option_of_every_attention(name: str) -> None:
         build(name, impl="fortran")
 
 
+@every_attention
+def test_a_default_device_is_not_that_of_the_tensors(name: str) -> None:
+    """torch.set_default_device("cuda") on a machine with one GPU; meta stands for it, since reading a tensor there fails."""
+    attention, x = build(name), hidden(2 * BLOCK + 1)
+    expected = attention(x)
+    _, state = attention.extend(x[:, :-2])
+    with torch.device("meta"):
+        assert_close(attention(x), expected)
+        assert_close(attention.extend(x[:, -2:], state)[0], expected[:, -2:])
+        with torch.no_grad():
+            _, state = attention.extend(x[:, :-2])
+            assert_close(attention.extend(x[:, -2:], state)[0], expected[:, -2:])
+
+
+@every_attention
+def test_sizes_can_be_computed_without_memory(name: str) -> None:
+    attention, x = build(name).to("meta"), hidden(2 * BLOCK + 1).to("meta")
+    output, state = attention.extend(x)
+    assert attention(x, torch.ones(2, x.shape[1], device="meta")).shape == output.shape == x.shape
+    assert attention.extend(x[:, :1], state)[0].is_meta
+
+
 @pytest.mark.parametrize("name", [name for name, (cls, _) in BUILDERS.items() if cls.backends])
 def test_a_named_backend_that_cannot_run_raises(name: str) -> None:
     backend = BUILDERS[name][0].backends[-1]
@@ -226,10 +248,18 @@ def test_transforms_are_right(name: str, time: int) -> None:
         (found,) = torch.autograd.grad(loss(x := x.detach().requires_grad_()), x)
         return found
 
+    def batched(as_batch: bool) -> Tensor:
+        output = attention(y := x.clone().requires_grad_())
+        rows = torch.stack([direction, x])
+        if as_batch:
+            return torch.autograd.grad(output, y, rows, is_grads_batched=True)[0]
+        return torch.stack([torch.autograd.grad(output, y, row, retain_graph=True)[0] for row in rows])
+
     transforms: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "vhp": (lambda: torch.autograd.functional.vhp(loss, x, direction)[1], lambda: slopes(gradient)),
         "func.grad": (lambda: torch.func.grad(loss)(x), lambda: gradient(x)),
         "vmap": (lambda: torch.vmap(lambda row: attention(row[None])[0])(x), lambda: attention(x)),
+        "gradients of a batch": (lambda: batched(True), lambda: batched(False)),
         "jvp": (lambda: torch.func.jvp(loss, (x,), (direction,))[1], lambda: slopes(lambda x: loss(x).detach())),
     }
     for transform, (found, expected) in transforms.items():

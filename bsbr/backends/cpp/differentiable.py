@@ -6,13 +6,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bsbr.backends.selection import is_transformed
+
 Outputs = TypeVar("Outputs", bound=Tensor | tuple[Tensor, ...])
 
 
 class Differentiable(NamedTuple, Generic[Outputs]):
     """A function of tensors and options with kernels for its value and its first derivative.
 
-    A second derivative (create_graph=True) is that of `torch_form`, which is computed again from the arguments.
+    A second derivative (create_graph=True) is that of `torch_form`, which is computed again from the arguments; so are gradients
+    of a batch of vectors (is_grads_batched=True, or torch.vmap of a gradient).
     """
 
     forward: Callable[..., tuple[Outputs, tuple[Tensor, ...]]]
@@ -49,20 +52,25 @@ class _Function(torch.autograd.Function):
         arguments = list(ctx.options)
         for place, tensor in zip(ctx.tensor_places, tensors, strict=False):
             arguments[place] = tensor
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated
-            return None, *_differentiable_gradients(ctx.function.torch_form, arguments, gradients)
+        # create_graph=True: the gradients are to be differentiated. A batch of gradients, which torch.func.vmap and
+        # is_grads_batched=True make, is no tensor that a kernel can read.
+        is_batched = is_transformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, gradients))
+        if torch.is_grad_enabled() or is_batched:
+            return None, *_gradients_of_torch_form(ctx.function.torch_form, arguments, gradients)
         saved = tensors[len(ctx.tensor_places) :]
         return None, *ctx.function.backward(tuple(arguments), saved, gradients)
 
 
-def _differentiable_gradients(
+def _gradients_of_torch_form(
     torch_form: Callable[..., Tensor | tuple[Tensor, ...]], arguments: list[Any], gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    # Each argument is a new node of the graph, so that an argument that was computed from another counts for itself only.
-    nodes = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
-    outputs = torch_form(*nodes)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each argument is a new node of the graph, so that an argument that was computed from another counts for itself only.
+        nodes = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
+        outputs = torch_form(*nodes)
     wanted = [i for i, x in enumerate(nodes) if isinstance(x, Tensor) and x.requires_grad]
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    found = torch.autograd.grad(outputs, [nodes[i] for i in wanted], gradients, create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(outputs, [nodes[i] for i in wanted], gradients, create_graph=again, allow_unused=True)
     by_place = dict(zip(wanted, found, strict=True))
     return tuple(by_place.get(i) for i in range(len(nodes)))

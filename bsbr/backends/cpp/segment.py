@@ -146,7 +146,7 @@ def _stored(inputs: BSBRInputs) -> tuple[Tensor, Tensor]:
 
 def _select_top_k(scores: Tensor, top_k: int, first: int) -> Tensor:
     """`bsbr.backends.retrieval.select_top_k` in one pass over the visible chunks of each row."""
-    selected = torch.empty(*scores.shape[:3], top_k, dtype=torch.int64)
+    selected = torch.empty(*scores.shape[:3], top_k, dtype=torch.int64, device="cpu")
     torch.ops.bsbr.select_top_k(scores, selected, first)
     return selected
 
