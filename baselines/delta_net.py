@@ -6,12 +6,12 @@ Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Se
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla
-from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs, unit_norm
+from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs
+from baselines.kernels.unit_silu import unit_silu
 from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
 
@@ -162,7 +162,7 @@ class DeltaNetAttention(RecurrentAttention):
 
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project_heads(hidden_states)
-        return unit_norm(F.silu(q)), unit_norm(F.silu(k)), v
+        return unit_silu(q, self.impl), unit_silu(k, self.impl), v
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         q, k, v = super().project(hidden_states, start)

@@ -16,7 +16,7 @@ from bsbr.backends.cpp import decode
 from bsbr.backends.triton import tuning
 from bsbr.context_parallel import context_parallel_bsbr_attention
 from bsbr.features import FeatureMap, QuadraticFeatures, build_feature_map
-from bsbr.inputs import BSBRInputs, BSBROptions, TokenInputs
+from bsbr.inputs import BSBRInputs, BSBROptions, ChunkRoom, TokenInputs
 from bsbr.interface import (
     MultiHeadAttention,
     State,
@@ -316,6 +316,19 @@ class BSBRAttention(MultiHeadAttention):
             attended.append(part)
         return self.output(attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)), current.to_state()
 
+    def extend_in_segments(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """See `Attention.extend_in_segments`. The segments of a new sequence share one `ChunkRoom`."""
+        of_parameters = hidden_states.dtype == self.dtype and not torch.is_autocast_enabled(hidden_states.device.type)
+        if state is not None or not of_parameters or not self._takes_segments(hidden_states):
+            return super().extend_in_segments(hidden_states, state)
+        check_hidden_states(hidden_states, self.hidden_dim)
+        room = streaming.new_room(hidden_states, self._head_sizes, self.options)
+        current, output = StreamingState.empty(hidden_states, self._head_sizes), torch.empty_like(hidden_states)
+        for segment in self._segments(hidden_states.shape[1]):
+            attended, current = self._open_chunks(hidden_states[:, segment], current, room)
+            output[:, segment] = self.output(attended)
+        return output, streaming.leave_room(current, room).to_state()
+
     def _decodes_in_cpp(self, hidden_states: Tensor, state: State) -> bool:
         """Whether the input is one token of an open chunk, without gradients, that C++ can take."""
         tensors = hidden_states, *(state[name] for name in decode.OpenChunk._fields)
@@ -350,9 +363,11 @@ class BSBRAttention(MultiHeadAttention):
             after = self._close_chunk(hidden_states, StreamingState.from_state(after)).to_state()
         return self.output(attended), after
 
-    def _open_chunks(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
+    def _open_chunks(
+        self, hidden_states: Tensor, state: StreamingState, room: ChunkRoom | None = None
+    ) -> tuple[Tensor, StreamingState]:
         inputs = self._project_chunks(hidden_states, state.position, hidden_states.shape[1] // self.chunk_size)
-        return streaming.open_chunks(inputs._replace(gain=self.gain), hidden_states, state, self.options, self.impl)
+        return streaming.open_chunks(inputs._replace(gain=self.gain), hidden_states, state, self.options, self.impl, room)
 
     def _continue_chunk(self, hidden_states: Tensor, state: StreamingState) -> tuple[Tensor, StreamingState]:
         tokens = self._project_tokens(hidden_states, state.position)

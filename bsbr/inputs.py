@@ -125,6 +125,27 @@ class ChunkMemory(NamedTuple):
 EMPTY_MEMORY = ChunkMemory()
 
 
+@dataclass
+class ChunkRoom:
+    """Room for the meta keys and states of all chunks of a sequence in segments: no segment copies those before it.
+
+    Attributes:
+        meta_keys: [batch, kv_heads, chunks, head_dim].
+        states: [batch, kv_heads, chunks, d_r, head_dim].
+        filled: number of chunks that are stored.
+    """
+
+    meta_keys: Tensor
+    states: Tensor
+    filled: int = 0
+
+    def memory(self) -> ChunkMemory:
+        """The stored chunks, as one page of views."""
+        if not self.filled:
+            return EMPTY_MEMORY
+        return ChunkMemory([self.meta_keys[:, :, : self.filled]], [self.states[:, :, : self.filled]])
+
+
 class Segment(NamedTuple):
     """Result of a backend for a segment: tokens that begin at a chunk boundary and may follow earlier chunks.
 

@@ -5,7 +5,7 @@ shares, so that a new variant only has to define `attend` and `flops`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar, cast
@@ -178,12 +178,17 @@ class Attention(nn.Module, ABC):
         """`extend`, segment by segment if `bounded_state`, the input is long and no gradients are asked for."""
         if not self._takes_segments(hidden_states):
             return self.extend(hidden_states, state)
-        output, length, time = torch.empty_like(hidden_states), self.segment_length, hidden_states.shape[1]
-        first_stop = length if state is None else length - next_position(state) % length  # segments end at block boundaries
-        for start, stop in pairwise([0, *range(first_stop, time, length), time]):
-            output[:, start:stop], state = self.extend(hidden_states[:, start:stop], state)
+        output = torch.empty_like(hidden_states)
+        for segment in self._segments(hidden_states.shape[1], next_position(state)):
+            output[:, segment], state = self.extend(hidden_states[:, segment], state)
         assert state is not None
         return output, state
+
+    def _segments(self, time: int, position: int = 0) -> Iterator[slice]:
+        """Segments of `time` tokens that begin at a position; all but the last end at block boundaries."""
+        length = self.segment_length
+        for start, stop in pairwise([0, *range(length - position % length, time, length), time]):
+            yield slice(start, stop)
 
     def _takes_segments(self, hidden_states: Tensor) -> bool:
         return (

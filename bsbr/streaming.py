@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsbr.backends.dispatch import attend_segment
+from bsbr.backends.dispatch import attend_segment, attend_segment_in_room
 from bsbr.backends.pytorch import pseudo_values
 from bsbr.backends.sdpa import sdpa
 from bsbr.cost import HeadSizes
-from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, TokenInputs
+from bsbr.inputs import BSBRInputs, BSBROptions, ChunkMemory, ChunkRoom, TokenInputs
 from bsbr.interface import State, next_position, position_counter
 from bsbr.paging import state_pages
 from bsbr.precision import without_autocast
@@ -99,7 +99,12 @@ class StreamingState(NamedTuple):
 
 
 def open_chunks(
-    inputs: BSBRInputs, hidden_states: Tensor, state: StreamingState, options: BSBROptions, impl: str
+    inputs: BSBRInputs,
+    hidden_states: Tensor,
+    state: StreamingState,
+    options: BSBROptions,
+    impl: str,
+    room: ChunkRoom | None = None,
 ) -> tuple[Tensor, StreamingState]:
     """Computes, in parallel, the output of tokens that begin at a chunk boundary.
 
@@ -108,13 +113,19 @@ def open_chunks(
         hidden_states: those of the new tokens [batch, time, hidden_dim].
         state: the state before them, without an open chunk.
         options, impl: see `bsbr_attention`.
+        room: if given, holds all earlier chunks instead of the memory of `state`, and receives those of the new tokens.
 
     Returns:
         [batch, heads, time, head_dim], and the state after the tokens.
     """
     tokens = inputs.q.shape[2]
     keys, values = _joined(state.keys, inputs.k), _joined(state.values, inputs.v)
-    segment = attend_segment(impl, inputs._replace(k=keys, v=values), options, state.memory)
+    joined = inputs._replace(k=keys, v=values)
+    if room is None:
+        segment = attend_segment(impl, joined, options, state.memory)
+        memory = _with_chunks(state.memory, inputs.meta_key, segment.states)
+    else:
+        segment, memory = attend_segment_in_room(impl, joined, options, room), state.memory
     assert inputs.k_features is not None  # a module always gives the features
     rest = tokens // options.chunk_size * options.chunk_size  # the first token of the incomplete last chunk
     beta = None if inputs.beta is None else inputs.beta[:, :, rest:]
@@ -125,7 +136,7 @@ def open_chunks(
         retrieved=segment.retrieved.clone(),  # a view would keep the retrieved states of all chunks in memory
         open_state=_updated(empty, inputs.k_features[:, :, rest:], inputs.v[:, :, rest:], beta),
         open_hidden=hidden_states[:, rest:].to(state.open_hidden.dtype).sum(dim=1),
-        memory=_with_chunks(state.memory, inputs.meta_key, segment.states),
+        memory=memory,
         position=state.position + tokens,
     )
     return segment.output, _with_visible_tokens(after, options)
@@ -186,6 +197,19 @@ def _with_visible_tokens(state: StreamingState, options: BSBROptions) -> Streami
     if start:  # cloned: a view would keep all keys in memory and could not be saved
         keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
     return state._replace(keys=keys.contiguous(), values=values.contiguous())
+
+
+def new_room(hidden_states: Tensor, sizes: HeadSizes, options: BSBROptions) -> ChunkRoom:
+    """Room for all complete chunks of hidden states [batch, time, hidden_dim] that begin a sequence."""
+    batch, time, _ = hidden_states.shape
+    shape = batch, sizes.num_kv_heads, time // options.chunk_size
+    states = hidden_states.new_empty(*shape, sizes.feature_dim, sizes.head_dim)
+    return ChunkRoom(hidden_states.new_empty(*shape, sizes.head_dim), states)
+
+
+def leave_room(state: StreamingState, room: ChunkRoom) -> StreamingState:
+    """The state with the chunks of `room` as its memory, in pages."""
+    return state._replace(memory=_with_chunks(state.memory, room.meta_keys, room.states))
 
 
 def _with_chunks(memory: ChunkMemory, meta_key: Tensor, states: Tensor) -> ChunkMemory:

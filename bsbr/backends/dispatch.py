@@ -8,7 +8,7 @@ from torch import Tensor
 from bsbr.backends import pytorch, triton
 from bsbr.backends.cpp import segment as cpp
 from bsbr.backends.selection import check_impl, select
-from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
+from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, ChunkRoom, Segment
 
 BACKENDS: dict[str, Callable[[BSBRInputs, BSBROptions], str | None]] = {"triton": triton.unsupported, "cpp": cpp.unsupported}
 """The backends beside "torch", the fastest first, each with the reason why it cannot take some inputs, or None if it can."""
@@ -48,6 +48,19 @@ def attend_segment(impl: str, inputs: BSBRInputs, options: BSBROptions, past: Ch
     If Triton is selected the torch backend runs, because the kernels do not support earlier chunks.
     """
     return _segment(select_backend(impl, inputs, options), inputs, options, past)
+
+
+def attend_segment_in_room(impl: str, inputs: BSBRInputs, options: BSBROptions, room: ChunkRoom) -> Segment:
+    """`attend_segment`, without gradients, after the chunks that are stored in `room`, where the segment's own chunks are added."""
+    backend, new = select_backend(impl, inputs, options), inputs.meta_key.shape[2]
+    room.meta_keys[:, :, room.filled : room.filled + new] = inputs.meta_key
+    if backend == "cpp" and options.top_k is None:
+        segment = cpp.segment_in_room(inputs, options, room)
+    else:
+        segment = _segment(backend, inputs, options, room.memory())
+        room.states[:, :, room.filled : room.filled + new] = segment.states
+    room.filled += new
+    return segment
 
 
 def _segment(backend: str, inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:

@@ -68,11 +68,10 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, mor
     monkeypatch.setattr(interface, "SEGMENT", 2 * BLOCK - 1)
     attention, calls = build(name, **more), []
     assert attention.segment_length == 2 * BLOCK
-    extend = attention.extend
-    monkeypatch.setattr(attention, "extend", lambda x, state=None: calls.append(x.shape[1]) or extend(x, state))
+    attention.out_proj.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[1]))
     whole_segment = 2 * BLOCK
     for time, parts in (
-        (whole_segment, []),
+        (whole_segment, [whole_segment]),
         (whole_segment + 1, [whole_segment, 1]),
         (2 * whole_segment, [whole_segment] * 2),
         (3 * whole_segment + 11, [whole_segment] * 3 + [11]),
@@ -80,7 +79,8 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str, mor
         x, mask = hidden(time), torch.ones(2, time)
         mask[0, 1::3], mask[1, :5] = 0, 0
         whole, padded = attention(x).detach(), attention(x, mask).detach()  # with gradients: in one piece
-        assert not calls
+        assert calls == [time, time]
+        calls.clear()
         with torch.no_grad():
             assert_close(attention(x), whole)
             assert calls == parts

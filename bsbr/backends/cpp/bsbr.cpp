@@ -8,10 +8,11 @@
 
 namespace {
 
-/// Sizes of a whole sequence: the fields of `ChunkSizes`, the number of chunks that have a state, and how many chunks are stored, mixed
-/// and read out together.
+/// Sizes of a sequence, or of a segment of it that begins with chunk `first`: the fields of `ChunkSizes`, where chunks are counted from
+/// the first of the sequence, the number of chunks that have a state, and how many chunks are stored, mixed and read out together.
 struct SequenceSizes {
-    std::int64_t batch, heads, kv_heads, time, chunk_size, overlap, chunks, stored, group, head_dim, features, normalise, threads;
+    std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, first, chunks, stored, group, head_dim, features, normalise,
+        threads;
 
     ChunkSizes tokens(index time, index before, index chunks, index seen, bool unit_norm, index heads) const {
         return {batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, seen, head_dim, features, unit_norm, normalise, threads};
@@ -38,8 +39,9 @@ Tensor from_row(Tensor x, index row) {
     return x;
 }
 
-/// The whole of BSBR, without gradients. Writes the states, the output, and the retrieved states of the last group, without gain and
-/// normalisation; weights: scratch [batch, heads, group, whole vectors of chunks].
+/// The whole of BSBR, without gradients. Writes the states of its chunks, the output, and the retrieved states of the last group, without
+/// gain and normalisation. Before a segment, states and meta_key hold those of the earlier chunks; k and v begin `before` tokens before
+/// q. weights: scratch [batch, heads, group, whole vectors of chunks].
 template <class T>
 index forward(
     const SequenceSizes& s, Tensor q, Tensor k, Tensor v, Tensor meta_query, Tensor meta_key, Tensor q_features, Tensor k_features,
@@ -50,23 +52,24 @@ index forward(
     prefer_huge_pages<T>(out.data, s.batch * s.heads * s.time * s.head_dim);
     prefer_huge_pages<T>(states.data, s.batch * s.kv_heads * s.stored * s.features * s.head_dim);
     prefer_huge_pages<T>(mixed.data, s.batch * s.heads * s.group * s.features * s.head_dim);
-    for (index start = 0; start < s.chunks; start += s.group) {
+    for (index start = s.first; start < s.chunks; start += s.group) {
         const index stop = std::min<index>(s.chunks, start + s.group), stored = std::min<index>(stop, s.stored);
-        const index token = start * s.chunk_size, length = std::min<index>(stop * s.chunk_size, s.time) - token;
+        const index token = (start - s.first) * s.chunk_size, length = std::min<index>((stop - s.first) * s.chunk_size, s.time) - token;
+        const index row = s.before + token, first_key = std::max<index>(0, row - s.overlap);  // of k and v
         const ChunkSizes storing = s.tokens(length, 0, stored - start, start, !k_features.data, s.kv_heads);
         total += chunk_states(
-            storing, from_row<T>(keys, token), from_row<T>(v, token), from_row<T>(beta, token), from_row<T>(states, start), memory
+            storing, from_row<T>(keys, k_features.data ? token : row), from_row<T>(v, row), from_row<T>(beta, token),
+            from_row<T>(states, start), memory
         );
         const index visible = stop - 1;  // chunks that the last row sees
         if (visible) {
             total += retrieval_weights(
-                s.weights(stop - start, visible, start), from_row<T>(meta_query, start), meta_key, weights, memory
+                s.weights(stop - start, visible, start), from_row<T>(meta_query, start - s.first), meta_key, weights, memory
             );
             total += mix_states(s.mixing(stop - start, visible, start), weights, states, mixed, memory);
         }
-        const index first_key = std::max<index>(0, token - s.overlap);
         total += attend(
-            s.tokens(length, token - first_key, stop - start, start, false, s.heads), from_row<T>(q, token), from_row<T>(k, first_key),
+            s.tokens(length, row - first_key, stop - start, start, false, s.heads), from_row<T>(q, token), from_row<T>(k, first_key),
             from_row<T>(v, first_key), from_row<T>(q_features, token), mixed, gain, from_row<T>(out, token), memory
         );
     }

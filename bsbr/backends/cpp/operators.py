@@ -16,14 +16,16 @@ KERNELS = Kernels(Path(__file__).with_name("bsbr.cpp"), "bsbr")
 
 
 class SequenceSizes(NamedTuple):
-    """`SequenceSizes` of bsbr.cpp: sizes of a whole sequence."""
+    """`SequenceSizes` of bsbr.cpp: sizes of a whole sequence, or of a segment of it."""
 
     batch: int
     heads: int
     kv_heads: int
     time: int
+    before: int
     chunk_size: int
     overlap: int
+    first: int
     chunks: int
     stored: int
     group: int
@@ -79,21 +81,25 @@ class FeatureSizes(NamedTuple):
 @KERNELS.operator(
     "forward(Tensor q, Tensor k, Tensor v, Tensor meta_query, Tensor meta_key, Tensor? q_features, Tensor? k_features, "
     "Tensor? beta, Tensor? gain, Tensor(a!) states, Tensor(b!) weights, Tensor(c!) mixed, Tensor(d!) out, int chunk_size, "
-    "int overlap, bool normalise) -> int"
+    "int overlap, bool normalise, int first) -> int"
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, meta_query: Tensor, meta_key: Tensor, *rest: Any) -> int:
-    """Writes BSBR of a whole sequence to `out`, and its states to `states` [batch, kv_heads, stored chunks, d_r, head_dim].
+    """Writes BSBR of a sequence to `out`, and its states to `states` [batch, kv_heads, stored chunks, d_r, head_dim].
+
+    The tokens may be a segment that begins with chunk `first`: `states` and meta_key then have those of all chunks of the sequence,
+    and k and v may begin before q.
 
     weights: scratch [batch, heads, group, chunks rounded up to 32]. mixed: [batch, heads, group, d_r, head_dim], receives the
     retrieved states of the last group of chunks, before gain and normalisation. gain: [1, 1, heads, 1]; beta: [batch, kv_heads,
     time, 1].
     """
-    q_features, k_features, beta, gain, states, weights, mixed, out, chunk_size, overlap, normalise = rest
+    q_features, k_features, beta, gain, states, weights, mixed, out, chunk_size, overlap, normalise, first = rest
     batch, heads, time, head_dim = q.shape
     stored, group, features = states.shape[2], mixed.shape[2], mixed.shape[3]
     sizes = SequenceSizes(
-        batch, heads, k.shape[1], time, chunk_size, overlap, meta_query.shape[2], stored, group, head_dim, features, normalise
-    )
+        batch, heads, k.shape[1], time, k.shape[2] - time, chunk_size, overlap, first, first + meta_query.shape[2], stored, group,
+        head_dim, features, normalise,
+    )  # fmt: skip
     # An empty tensor would end the call: without stored chunks, those that have a row for each are left out.
     memory = (meta_key, q_features, k_features, beta) if stored else (None, q_features, None, None)
     return KERNELS.call("forward", sizes, q, k, v, meta_query, *memory, gain, states if stored else None, weights, mixed, out)

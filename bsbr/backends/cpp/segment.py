@@ -9,7 +9,7 @@ from torch import Tensor
 from bsbr.backends.cpp.functions import chunk_states, empty_like_heads, output
 from bsbr.backends.cpp.operators import KERNELS
 from bsbr.backends.retrieval import mix_states, norm_factors, retrieve
-from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, Segment
+from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, ChunkRoom, Segment
 
 GROUP = 64
 """Number of chunks that are stored, mixed and read out together without gradients. A smaller group reads all earlier states more
@@ -37,11 +37,21 @@ def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_
         return _differentiable_segment(inputs, options, past)
     if past.num_chunks or options.top_k is not None:
         return _segment_in_groups(inputs, options, past)
-    sequence = _whole_sequence(inputs, options)
+    return _segment_of(_whole_sequence(inputs, options), inputs, options, 0)
+
+
+def segment_in_room(inputs: BSBRInputs, options: BSBROptions, room: ChunkRoom) -> Segment:
+    """`segment` in one operator, without gradients and `top_k`, after the chunks of `room`, which receives its states."""
+    stored = room.filled + inputs.meta_key.shape[2]
+    memory = room.meta_keys[:, :, :stored], room.states[:, :, :stored]
+    return _segment_of(_whole_sequence(inputs, options, memory, room.filled), inputs, options, room.filled)
+
+
+def _segment_of(sequence: "_Sequence", inputs: BSBRInputs, options: BSBROptions, first: int) -> Segment:
     last = sequence.mixed[:, :, (inputs.meta_query.shape[2] - 1) % sequence.mixed.shape[2]]
-    if inputs.meta_query.shape[2] == 1:  # the first chunk retrieves nothing
+    if first + inputs.meta_query.shape[2] == 1:  # the first chunk retrieves nothing
         last = torch.zeros_like(last)
-    return Segment(sequence.output, sequence.states, _scaled(last.unsqueeze(2), inputs, options).squeeze(2))
+    return Segment(sequence.output, sequence.states[:, :, first:], _scaled(last.unsqueeze(2), inputs, options).squeeze(2))
 
 
 def _needs_gradients(inputs: BSBRInputs, past: ChunkMemory) -> bool:
@@ -74,22 +84,29 @@ class _Sequence(NamedTuple):
     mixed: Tensor
 
 
-def _whole_sequence(inputs: BSBRInputs, options: BSBROptions) -> _Sequence:
-    """A sequence from its first token on, in one call, without gradients."""
+def _whole_sequence(
+    inputs: BSBRInputs, options: BSBROptions, memory: tuple[Tensor, Tensor] | None = None, first: int = 0
+) -> _Sequence:
+    """A sequence, or its tokens from chunk `first` on, in one call, without gradients.
+
+    memory: meta keys and states of all chunks; the states of the tokens' own chunks are written.
+    """
     q, k, v, meta_query, meta_key, q_features, k_features, beta, _ = inputs
     batch, heads, _, head_dim = q.shape
     rows, chunks, features = meta_query.shape[2], meta_key.shape[2], head_dim if q_features is None else q_features.shape[3]
+    meta_key, states = memory or (meta_key, v.new_empty(batch, k.shape[1], chunks, features, head_dim))
     group = min(rows, GROUP)
     sequence = _Sequence(
         output=empty_like_heads(q),
-        states=v.new_empty(batch, k.shape[1], chunks, features, head_dim),
+        states=states,
         mixed=v.new_empty(batch, heads, group, features, head_dim),
     )
-    weights = v.new_empty(batch, heads, group, -(-rows // 32) * 32)
+    weights = v.new_empty(batch, heads, group, -(-(first + rows) // 32) * 32)
     torch.ops.bsbr.forward(
         q, k, v, meta_query, meta_key, q_features, k_features,
         None if beta is None else beta.to(v.dtype).unsqueeze(3), _gain(inputs),
-        sequence.states, weights, sequence.mixed, sequence.output, options.chunk_size, options.chunk_overlap, options.normalise,
+        sequence.states, weights, sequence.mixed, sequence.output,
+        options.chunk_size, options.chunk_overlap, options.normalise, first,
     )  # fmt: skip
     return sequence
 
