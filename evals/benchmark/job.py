@@ -18,6 +18,7 @@ from evals.measure.limits import memory_limit_bytes
 from evals.measure.memory import available_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Ledger, Record
+from evals.results.machines import MACHINE
 from evals.results.schema import column_of
 
 ProgressCallback = Callable[[str, float], None]
@@ -116,7 +117,7 @@ def check_axis(comparison: Comparison, ledger: Ledger) -> None:
     """Checks that a ledger's table is of one kind, and has a single x axis, once the comparison is added.
 
     Raises:
-        UsageError: if the ledger holds work of another kind (timing, training, search), or if it sweeps another setting.
+        UsageError: if the ledger holds work of another kind (timing, training, search), sweeps another setting, or was merged.
     """
     labels = {"comparison": "timing", "study": "training", "search": "search for the longest context"}
     kind = "study" if comparison.task is not None else "search" if comparison.search is not None else "comparison"
@@ -125,6 +126,8 @@ def check_axis(comparison: Comparison, ledger: Ledger) -> None:
             continue
         if record["kind"] != kind:
             raise UsageError(f"{ledger.path.parent} holds no {labels[kind]}: give this a folder of its own, as in sweep_name=mine")
+        if MACHINE in record["settings"]:
+            raise UsageError(f"{ledger.path.parent} holds merged results: give this a folder of its own, as in sweep_name=mine")
         column = column_of(comparison.swept or "", comparison.option)
         if record["swept"] != comparison.swept or column_of(record["swept"] or "", record["settings"]) != column:
             raise UsageError(

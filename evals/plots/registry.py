@@ -1,6 +1,6 @@
 """The registry of figures: which figures each kind of results table has, and how a folder of results is drawn."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from evals.plots.accuracy import AccuracySweep, accuracy_sweeps
 from evals.plots.distribution import distribution, raw_samples
 from evals.plots.heatmap import speedup_heatmap
 from evals.plots.lines import LINE_METRICS, line_plot, scaling_plot
+from evals.plots.machines import MACHINE_METRICS, machine_panels, machine_sweeps
 from evals.plots.max_context import max_context_plot
 from evals.plots.memory import memory_split
 from evals.plots.needle import needle_depth
@@ -33,6 +34,11 @@ FIGURES: dict[str, Callable[[Sweep], Figure | None]] = {
     "pareto": pareto,
 }
 """The figures of a table of timings, without `distribution`, which needs raw samples; a figure without data is None."""
+
+MACHINE_FIGURES: dict[str, Callable[[Sequence[Sweep]], Figure | None]] = {
+    f"machines_{metric.name}": partial(machine_panels, metric=metric) for metric in MACHINE_METRICS
+}
+"""The figures of merged results, with a panel for each machine."""
 
 ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
     "accuracy": accuracy.accuracy,
@@ -61,7 +67,8 @@ def sweep_figures(
 ) -> Iterator[Drawing]:
     """Yields every figure of a checked table of timings: its name (latency, latency-decode), and a function that draws it."""
     figures: dict[str, Callable[[Sweep], Figure | None]] = {**FIGURES, "distribution": partial(distribution, samples=samples)}
-    return _drawings(figures, ((suffix, (sweep,)) for suffix, sweep in sweeps(results, fits)))
+    yield from _drawings(figures, ((suffix, (sweep,)) for suffix, sweep in sweeps(results, fits)))
+    yield from _drawings(MACHINE_FIGURES, ((suffix, (members,)) for suffix, members in machine_sweeps(results)))
 
 
 def draw_sweep(
@@ -89,7 +96,7 @@ def draw_sweep(
     """
     fits = {kind: check_table(fit, kind) for kind, fit in (fits or {}).items()}
     figures = sweep_figures(check_table(results), fits, raw_samples(records))
-    return save_all(figures, folder, [*FIGURES, "distribution"])
+    return save_all(figures, folder, [*FIGURES, *MACHINE_FIGURES, "distribution"])
 
 
 def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:

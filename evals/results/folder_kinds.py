@@ -14,9 +14,9 @@ CONTENTS = {
 """What a folder of each kind holds."""
 
 USERS = {
-    "latency": ("claim", "compare", "export", "figures", "report", "tables"),
-    "accuracy": ("export", "figures", "report", "tables"),
-    "max_context": ("export", "figures", "report", "tables"),
+    "latency": ("claim", "compare", "export", "figures", "merge", "report", "tables"),
+    "accuracy": ("export", "figures", "merge", "report", "tables"),
+    "max_context": ("export", "figures", "merge", "report", "tables"),
     "conversion": ("export", "figures", "tables"),
 }
 """The commands that can use a folder of each kind."""

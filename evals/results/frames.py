@@ -24,6 +24,7 @@ from evals.results.settings import (
     is_number,
     setting_columns,
     setting_phrase,
+    without_machine_settings,
 )
 
 NEEDED = {
@@ -223,6 +224,7 @@ def split(table: pd.DataFrame, swept: str, kind: str = "latency") -> "Iterator[t
         The settings in which the group differs from the others, with their values, and its rows.
     """
     fixed = [name for name in setting_columns(table, kind) if name != swept and varies_independently(table, swept, name)]
+    fixed = without_machine_settings(table, fixed)
     for values, rows in group_by(table, fixed):
         yield dict(zip(fixed, values, strict=True)), rows
 

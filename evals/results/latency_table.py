@@ -14,6 +14,7 @@ from evals.results.formatting import align_columns, format_value, wrap
 from evals.results.frames import rows_by_cell, split, swept_column, swept_values
 from evals.results.history import History, Process
 from evals.results.ledger import Record
+from evals.results.machines import MACHINE
 from evals.results.metrics import LATENCY, PEAK_MEMORY, SENT, SPEEDUP, Metric
 from evals.results.schema import columns, one_type
 from evals.results.settings import setting_phrase
@@ -164,7 +165,8 @@ def _peaks_by_machine(descriptions: Iterable[Record]) -> dict[tuple[Any, ...], P
 
 
 def _machine(description: Record) -> tuple[Any, ...]:
-    return tuple(description["settings"][key] for key in IDENTITY)
+    settings = description["settings"]
+    return (settings.get(MACHINE), *(settings[key] for key in IDENTITY))
 
 
 def _add_unmatched(rows: Iterable[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from evals.results.formatting import align_columns, wrap
 from evals.results.ledger import Record
 from evals.results.schema import columns, one_type
-from evals.results.settings import group_by, setting_columns, setting_phrase, varying
+from evals.results.settings import group_by, setting_columns, setting_phrase, varying, without_machine_settings
 
 COLUMNS = columns("max_context")
 
@@ -62,7 +62,7 @@ def render(table: pd.DataFrame) -> str:
 
 def split_searches(table: pd.DataFrame) -> "Iterator[tuple[dict[str, Any], pd.DataFrame]]":
     """Splits a table into groups of rows that differ in the attention alone, each with its other settings."""
-    names = varying(table, setting_columns(table, "max_context"))
+    names = without_machine_settings(table, varying(table, setting_columns(table, "max_context")))
     for values, rows in group_by(table, names, sort=False):
         yield dict(zip(names, values, strict=True)), rows
 

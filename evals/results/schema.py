@@ -29,6 +29,12 @@ def schema(table: str) -> dict[str, Any]:
     return read
 
 
+@cache
+def kinds() -> tuple[str, ...]:
+    """The names of all schemas."""
+    return tuple(sorted(path.name.partition(".")[0] for path in FOLDER.glob("*.schema.json")))
+
+
 def version(table: str) -> int:
     """The version of a table's schema that this checkout writes and reads."""
     return int(schema(table)["properties"][VERSION]["const"])

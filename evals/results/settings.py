@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from evals.results.formatting import format_setting
+from evals.results.machines import MACHINE
 from evals.results.schema import column_of, columns
 
 SETTINGS = {
@@ -53,7 +54,7 @@ TRAINING_DETAILS = (
 
 COMPARISON_SETTINGS = (
     *("workload", "scope", "device", "dtype", "threads", "batch_size", "seq_len"),
-    *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", "processor", "torch"),
+    *("hidden_dim", "num_heads", "ff_dim", "num_layers", "vocab_size", MACHINE, "processor", "torch"),
 )
 """All settings under which a timing can be compared with another; a sweep may vary further ones."""
 
@@ -134,6 +135,15 @@ def format_range(values: "pd.Series[Any]") -> str:
 def varying(rows: pd.DataFrame, settings: Iterable[str]) -> list[str]:
     """The `settings` that are columns with more than one value."""
     return [name for name in settings if name in rows and rows[name].nunique(dropna=False) > 1]
+
+
+def without_machine_settings(rows: pd.DataFrame, settings: Iterable[str]) -> list[str]:
+    """The `settings` without those that follow from the machine, such as its processor, where rows name their machine."""
+    names = list(settings)
+    if MACHINE not in names:
+        return names
+    machines = rows.groupby(MACHINE, dropna=False)
+    return [name for name in names if name == MACHINE or machines[name].nunique(dropna=False).gt(1).any()]
 
 
 def group_by(rows: pd.DataFrame, settings: list[str], *, sort: bool = True) -> "Iterable[tuple[tuple[Any, ...], pd.DataFrame]]":

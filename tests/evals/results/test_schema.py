@@ -21,10 +21,10 @@ from evals.paths import ROOT
 from evals.plots.style import FAILURES
 from evals.results import frames
 from evals.results.cells import read_cells
+from evals.results.csv_rows import parse_cell, read_rows
 from evals.results.folder import ResultFolder
 from evals.results.schema import FOLDER, VERSION, kind_of, schema, version, write_table
 from evals.tables import main
-from tests.evals.csv_rows import parse_cell, read_rows
 from tests.evals.results.test_latency_table import sweep as records_of_a_sweep
 
 PAPER = ROOT / "results" / "paper"
