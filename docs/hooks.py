@@ -11,9 +11,12 @@ Directives, which are expanded when the site is built:
     {{ finding <name> }}                                           a sentence or table of `evals.paper.findings`
     {{ figure <name> [optional] }}                                 a figure of `evals.paper.figures` with its caption
     {{ recipe }}                                                   the commands of conf/paper.yaml
+    {{ board <sweep> }}                                            the committed results/<machine>/<sweep> side by side
+    {{ false_alarms }}                                             how often the guard was wrong: docs/assets/guard.csv
 """
 
 import re
+import subprocess
 import xml.etree.ElementTree as etree
 from collections.abc import Callable
 from functools import cache
@@ -34,6 +37,7 @@ from evals.paper.draw import STUDY, missing_data
 from evals.paper.figures import FIGURES
 from evals.paper.findings import FINDINGS
 from evals.paper.recipe import recipe
+from evals.results.board import board
 from evals.results.formatting import format_value
 from evals.results.frames import read_table, rows_by_cell, swept_column
 from evals.results.markup import Table, markdown
@@ -161,6 +165,21 @@ def recipe_commands() -> str:
     return "\n\n".join(["```sh", *steps, "```"])
 
 
+def machine_board(sweep: str) -> str:
+    """The tables of all committed results of one sweep: those of the study, and of machines in results/<machine>."""
+    committed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    folders = [Path(path).parent for path in committed if Path(path).match(f"results/*/{sweep}/results.csv")]
+    return "\n\n".join(markdown(table) for table in board([ROOT / folder for folder in folders]))
+
+
+def false_alarms() -> str:
+    """How many runs of the guard on unchanged code found a regression."""
+    cells = pd.read_csv(ROOT / "docs" / "assets" / "guard.csv")
+    runs, alarms = (table["run"].nunique() for table in (cells, cells[cells["false_alarms"].notna()]))
+    low, high = (f"{cells['load_1m'].quantile(share):.0f}" for share in (0.05, 0.95))
+    return f"**{alarms} of {runs}** runs of unchanged code found a regression, at a load of {low} to {high} processes"
+
+
 DIRECTIVES: dict[str, Callable[..., str]] = {
     "value": value,
     "table": metric_table,
@@ -169,6 +188,8 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "finding": finding,
     "figure": figure,
     "recipe": recipe_commands,
+    "board": machine_board,
+    "false_alarms": false_alarms,
 }
 
 

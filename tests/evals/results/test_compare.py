@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu, ttest_ind
 
@@ -473,6 +474,22 @@ def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], words: str, 
     assert err.startswith("error: ")
     assert words in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("code", "words"), [(0, ""), (1, "a regression"), (2, "")])
+def test_the_workflow_fails_as_the_command_does_and_keeps_its_table(tmp_path: Path, code: int, words: str) -> None:
+    workflow = yaml.safe_load((ROOT / "docs" / "assets" / "bench.yml").read_text())
+    script = workflow["jobs"]["compare"]["steps"][-1]["run"].replace("${{ github.event.pull_request.base.sha }}", "abc")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > arguments\necho "{words}"\nexit {code}\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": "summary", **workflow["env"]}
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=variables, check=False, capture_output=True, text=True)
+    assert done.returncode == code
+    assert (tmp_path / "summary").read_text() == f"{words}\n"
+    given = (tmp_path / "arguments").read_text().split("\n")
+    assert given[:7] == ["-m", "evals.compare", "--base", "abc", "--markdown", "--threshold", "5%"]
+    assert given[7:-1] == ["sweep=seq_len", "attention=[standard,bsbr]", "shape.seq_len=512,2048"]
 
 
 # --- another commit -----------------------------------------------------------------------------
