@@ -167,9 +167,12 @@ def recipe_commands() -> str:
 
 def machine_board(sweep: str) -> str:
     """The tables of all committed results of one sweep: those of the study, and of machines in results/<machine>."""
-    committed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    folders = [Path(path).parent for path in committed if Path(path).match(f"results/*/{sweep}/results.csv")]
-    return "\n\n".join(markdown(table) for table in board([ROOT / folder for folder in folders]))
+    folders = sorted(ROOT.glob(f"results/*/{sweep}"))
+    if (ROOT / ".git").exists():  # an unpacked archive holds committed files alone
+        list_files = ["git", "ls-files", f"results/*/{sweep}/results.csv"]
+        committed = subprocess.run(list_files, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+        folders = [ROOT / Path(path).parent for path in committed]
+    return "\n\n".join(map(markdown, board(folders)))
 
 
 def false_alarms() -> str:

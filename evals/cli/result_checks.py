@@ -177,17 +177,33 @@ def _same(given: Cell, computed: Cell) -> bool:
 
 
 def certificates(submission: Submission) -> Iterator[Finding]:
-    """Every attention with a number has a certificate without a failure in certificates.jsonl of a folder above."""
+    """Every attention with a number has a certificate without a failure in certificates.jsonl of a folder above.
+
+    One certificate serves all names of the same code and options, and has the first of them: another form of the same class in the
+    folder will do for a name that has none.
+    """
     records: list[Record] = []
     for folder in submission.folder.resolve().parents[:3]:
-        records += Ledger(folder / "certificates.jsonl").read()[0]
-    certified = {record["attention"] for record in records if record.get("failure") == "" and "attention" in record}
+        records += [record for record in Ledger(folder / "certificates.jsonl").read()[0] if "attention" in record]
+    known = {record["attention"] for record in records}
+    certified = {record["attention"] for record in records if record["failure"] == ""}
+    classes = _classes(submission.ledger[0])
+    certified_classes = {classes[name] for name in certified if name in classes}
     missing: set[str] = set()
     for line, row in enumerate(submission.results, start=2):
         name = str(row.get("attention"))
-        if row.get("outcome") == "ok" and name not in certified | missing:
+        if row.get("outcome") != "ok" or name in certified | missing:
+            continue
+        if name in known or classes.get(name) not in certified_classes:
             missing.add(name)
             yield Finding(submission.path, line, f"{name} has a number, and no certificates.jsonl above holds its certificate")
+
+
+def _classes(records: Sequence[Record]) -> dict[str, str]:
+    """The class of each candidate of a ledger."""
+    nodes = {name: node for record in records if "candidates" in record for name, node in record["candidates"].items()}
+    targets = {name: node.get("node", node).get("_target_") for name, node in nodes.items()}
+    return {name: target for name, target in targets.items() if target}
 
 
 def origin(submission: Submission) -> Iterator[Finding]:

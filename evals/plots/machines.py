@@ -59,7 +59,7 @@ def machine_panels(members: Sequence[Sweep], metric: Metric) -> Figure | None:
     first, styles = members[0], style_of(members[0].attentions)
     values = sorted({value for sweep in members for value in sweep.values})
     own = [name for name in ("processor", "torch") if rows[name].nunique() > 1]
-    words = [conditions(rows.drop(columns=own), first.column), NOTES[metric], "; ".join(backends(rows))]
+    words = [conditions(rows.drop(columns=[MACHINE, *own]), first.column), NOTES[metric], "; ".join(backends(rows))]
     across = min(ACROSS, len(members))
     down = math.ceil(len(members) / across)
     figure = new_figure(f"{metric.title(first.reference)}, by machine", words, HEIGHT * down + 0.5)

@@ -108,8 +108,9 @@ def is_number(values: "pd.Series[Any]") -> bool:
 
 def conditions(rows: pd.DataFrame, swept: str) -> str:
     """Caption of a timing: every setting but the swept one, with a range if rows differ in it."""
-    present = {name: rows[name].dropna() for name in SETTINGS if name != swept and name in rows}
-    return ", ".join(SETTINGS[name].format(format_range(values)) for name, values in present.items() if not values.empty)
+    phrases = SETTINGS | {MACHINE: "on {}"}  # which merged results alone have
+    present = {name: rows[name].dropna() for name in phrases if name != swept and name in rows}
+    return ", ".join(phrases[name].format(format_range(values)) for name, values in present.items() if not values.empty)
 
 
 def training_conditions(rows: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from evals.plots.lines import line_plot
 from evals.plots.machines import machine_panels, machine_sweeps
 from evals.plots.style import render
 from evals.results.frames import check_table
@@ -36,6 +37,8 @@ def test_each_machine_has_a_panel_with_its_own_numbers(count: int) -> None:
         assert [one.get_gid() for one in axes.lines].count("bsbr oom") == (number == count)
     assert "no comparison of attentions" in words(picture)
     assert "P1" not in words(picture)  # the processor is that of one panel alone
+    assert "on machine-0" not in words(picture)
+    assert "on machine-1" in words(render(line_plot, members[1], LATENCY))  # type: ignore[arg-type]
 
 
 def test_other_settings_have_figures_of_their_own() -> None:
