@@ -19,7 +19,7 @@ from evals.cli.command import command
 from evals.cli.outputs import build_tables
 from evals.errors import OK, UsageError
 from evals.results.formatting import wrap
-from evals.results.machines import MACHINE
+from evals.results.machines import MACHINE, doubtful_names
 from evals.results.merge import merge
 from evals.results.merged_folder import read_source, read_target, write_ledgers
 from evals.results.schema import write_table
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merged = merge([*sources, *target], options.prefer)
     tables = build_tables(merged.records)
     write_ledgers(options.to, merged)
+    for doubt in doubtful_names(merged.records):
+        print(wrap(f"warning: {doubt}"), file=sys.stderr)
     for conflict in merged.conflicts:
         print(wrap(f"conflict: {conflict}"))
     for kind, rows in tables.items():

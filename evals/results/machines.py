@@ -16,6 +16,9 @@ MACHINE = "machine"
 JOBS = ("comparison", "search")
 """The kinds of jobs that a machine decides: their results are kept apart. Training gives the same anywhere."""
 
+BUILD = ("memory_bytes", "physical_cores", "cpu_capability")
+"""Facts of the provenance that do not change while a machine stays the same."""
+
 FILLERS = re.compile(r"\((r|tm)\)|\b(cpu|processor)\b|@ *[\d.]+ *ghz")
 
 
@@ -67,3 +70,19 @@ def told_apart(records: Iterable[Record], name: str | None = None) -> Iterator[R
             yield record | {kind: digest([key, machines[key]])}
         else:  # already told apart
             yield record
+
+
+def doubtful_names(records: Iterable[Record]) -> list[str]:
+    """A sentence for each name under which machines of different build measured, as hosts of a cloud may share a name."""
+    builds: dict[str, dict[str, set[object]]] = {}
+    for record in records:
+        if record.get("kind") in JOBS and MACHINE in record["settings"]:
+            known = builds.setdefault(record["settings"][MACHINE], {name: set() for name in BUILD})
+            for name in BUILD:
+                known[name] |= {record.get("provenance", {}).get(name)} - {None}
+    return [
+        f"{machine} has different {name} in different records, and may be two machines: --machine DIR=NAME tells them apart"
+        for machine, known in builds.items()
+        for name, values in known.items()
+        if len(values) > 1
+    ]

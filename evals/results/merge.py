@@ -100,13 +100,13 @@ class _Merging:
     # --- choices ------------------------------------------------------------------------------------
 
     def _choose_jobs(self) -> None:
-        """Finds cells that several jobs measured under the same settings, as another version of the code has another id.
+        """Finds cells that several jobs measured under the same settings: other code or limits of sampling give another id.
 
         A table shows the job that was begun last. A job is superseded if the preferred folder has all of its cells.
         """
         by_settings: dict[str, list[str]] = defaultdict(list)
         for key, job in self.jobs.items():
-            by_settings[json.dumps([job["kind"], job["settings"]], sort_keys=True)].append(key)
+            by_settings[json.dumps([job["kind"], job["settings"], job.get("limit_bytes")], sort_keys=True)].append(key)
         for keys in by_settings.values():
             if len(keys) < 2 or any(ids.issuperset(keys) for ids in self.ids.values()):
                 continue  # a folder that holds them all has decided already
@@ -114,7 +114,7 @@ class _Merging:
             names = {name for key in chosen for name in self.jobs[key]["candidates"]}
             others = [key for key in keys if key not in chosen and names & self.jobs[key]["candidates"].keys()]
             if others:
-                words = f"by other versions of the code; that of {self._counting(self.jobs[chosen[-1]])} counts"
+                words = f"with other code or sampling; that of {self._counting(self.jobs[chosen[-1]])} counts"
                 self._report(", ".join(sorted(names)), self.jobs[chosen[-1]], words, [self.jobs[key] for key in keys])
             for key in others:
                 if self.preferred and self.jobs[key]["candidates"].keys() <= names:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals import claim, export, figures
+from evals import claim, export, figures, merge
 from evals.compare import __main__ as compare
 from evals.paths import ROOT
 from evals.report import __main__ as report
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "compare": lambda folder, _: [str(folder), str(PAPER / "seq_len")],
     "export": lambda folder, _: [str(folder)],
     "figures": lambda folder, to: [str(folder), "--plots", str(to)],
+    "merge": lambda folder, to: [str(folder), "--to", str(to / "merged")],
     "report": lambda folder, to: [str(folder), "--to", str(to / "report.html")],
 }
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -24,6 +25,7 @@ MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare.main,
     "export": export.main,
     "figures": figures.main,
+    "merge": merge.main,
     "report": report.main,
 }
 

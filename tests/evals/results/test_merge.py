@@ -14,7 +14,7 @@ from evals.cli.outputs import build_tables
 from evals.merge import main
 from evals.results.frames import read_table
 from evals.results.ledger import Ledger, Record
-from evals.results.machines import machine_name, told_apart
+from evals.results.machines import doubtful_names, machine_name, told_apart
 from evals.results.merge import Merged, Source, content, merge
 from evals.results.schema import write_table
 from tests.evals.results.test_latency_table import PEAKS
@@ -124,11 +124,28 @@ def test_names_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (table["machine"].tolist(), table["seq_len"].tolist()) == (["cluster"] * 2, [128, 256])
 
 
+def test_two_machines_behind_one_name_are_doubted() -> None:
+    one, two = measured(), measured(day=1)
+    for records, memory in ((one, 2**34), (two, 2**35)):
+        records[1]["provenance"]["memory_bytes"] = memory
+    (doubt,) = doubtful_names(merge([source("x", one), source("y", two)]).records)
+    assert doubt.startswith(f"{NAMES[1]} has different memory_bytes in different records, and may be two machines")
+    assert doubtful_names(merge([source("x", one), source("x", one)]).records) == []
+
+
 def test_a_comparison_that_went_on_elsewhere_is_one_of_each_machine() -> None:
     first, second = measured("a"), measured("b", day=1)
     moved = [*first, {"kind": "restart", "comparison": "comparison 128", "host": "b", "time": second[0]["time"]}, *second[1:]]
     table = build_tables(merge([source("one", moved)]).records)["latency"]
     assert table.groupby("machine")["rounds"].unique().map(list).to_dict() == {NAMES[1]: [2], NAMES[2]: [2]}
+
+
+def test_the_nodes_of_a_cluster_wrote_a_ledger_each(tmp_path: Path) -> None:
+    one, two = measured("a"), measured("b", day=1)
+    Ledger(tmp_path / "samples.jsonl", "a").append(*one)
+    Ledger(tmp_path / "samples.jsonl", "b").append(*two)
+    records = Ledger(tmp_path / "samples.jsonl").read()[0]
+    assert facts(merge([source("cluster", records)])) == facts(merge([source("a", one), source("b", two)]))
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -219,7 +236,7 @@ def test_other_code_is_named_and_the_preferred_counts() -> None:
     sources = [source("old", old), source("new", new)]
     for preferred, factor in ((None, 3), (Path("new"), 3), (Path("old"), 1)):
         merged = merge(sources, preferred)
-        words = "was measured twice, in new and old, by other versions of the code; that of"
+        words = "was measured twice, in new and old, with other code or sampling; that of"
         assert merged.conflicts == [f"standard, twice seq_len=128 on {NAMES[1]} {words} {preferred or 'new'} counts"]
         rows = build_tables(merged.records)["latency"]
         assert rows["latency_s"].tolist() == pytest.approx([0.0128 / factor, 0.0064 / factor], rel=0.5)
