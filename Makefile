@@ -13,12 +13,13 @@ VENV ?= .venv
 ARGS ?=
 bin := $(VENV)/bin
 
-.PHONY: help sweep paper certify test clusters lint format docs clean
+.PHONY: help sweep paper certify test gpu clusters lint format docs clean
 
 help:
 	@echo "make sweep    compare eight attentions over sequence length: results/seq_len, plots/seq_len"
 	@echo "make test     run the tests"
 	@echo "make certify  check every attention against the contract"
+	@echo "make gpu      check the kernels on a GPU within ten minutes, and print a table for an issue"
 	@echo "make paper    measure and draw the whole study: results/paper, plots/paper; takes hours"
 	@echo "make docs     build the documentation: site/index.html"
 	@echo "make lint     run ruff, mypy and import-linter"
@@ -38,6 +39,9 @@ paper: $(VENV)/test-installed
 
 test: $(VENV)/test-installed
 	$(bin)/python -m pytest $(ARGS)
+
+gpu: $(VENV)/test-installed
+	$(bin)/python -m evals.gpu_check $(ARGS)
 
 clusters: $(VENV)/test-installed
 	BSBR_CLUSTERS=1 $(bin)/python -m pytest -n 1 -rs tests/clusters $(ARGS)

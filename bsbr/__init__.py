@@ -12,10 +12,14 @@ Elsewhere: `bsbr.context_parallel` runs one sequence across processes, `bsbr.ref
 with, `bsbr.backends` holds the implementations, and `bsbr.convert` converts pretrained Hugging Face models.
 """
 
-from bsbr.attention import BSBRAttention, bsbr_attention
-from bsbr.inputs import BSBRInputs, BSBROptions
-from bsbr.interface import Attention, MultiHeadAttention, State
-from bsbr.model import BSBRLayer, BSBRModel, CausalLM, TransformerLayer, TransformerModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bsbr.attention import BSBRAttention, bsbr_attention
+    from bsbr.inputs import BSBRInputs, BSBROptions
+    from bsbr.interface import Attention, MultiHeadAttention, State
+    from bsbr.model import BSBRLayer, BSBRModel, CausalLM, TransformerLayer, TransformerModel
 
 __all__ = [
     "Attention",
@@ -31,3 +35,23 @@ __all__ = [
     "TransformerModel",
     "bsbr_attention",
 ]
+
+
+# Modules are imported at the first use of a name: torch takes seconds, and `bsbr --help` and shell completion need none of them.
+_HOMES = {
+    "attention": ("BSBRAttention", "bsbr_attention"),
+    "inputs": ("BSBRInputs", "BSBROptions"),
+    "interface": ("Attention", "MultiHeadAttention", "State"),
+    "model": ("BSBRLayer", "BSBRModel", "CausalLM", "TransformerLayer", "TransformerModel"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"bsbr.{module}"), name)
+    raise AttributeError(f"module 'bsbr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,9 @@
 """`python -m evals.certify`: checks that attentions keep their contract, before anyone times them.
 
-Without arguments it checks every attention in `conf/attention/`; `'attention=[bsbr]'` checks one, and `--config-dir my/conf
-'attention=[mine]'` one of your own. It prints a table, and for each failed check the failure and its position. Exit code 1 if any
-fails. An attention that this machine cannot run is unsupported, which is no failure; `device=cuda` checks it on a GPU.
+Without arguments it checks every attention of `conf/attention/` and of other installed distributions; `'attention=[bsbr]'` checks
+one, and `--config-dir my/conf 'attention=[mine]'` one of your own. It prints a table, and for each failed check the failure and its
+position. Exit code 1 if any fails. An attention that this machine cannot run is unsupported, which is no failure; `device=cuda`
+checks it on a GPU.
 """
 
 import sys
@@ -12,7 +13,6 @@ from evals.cli import help_text, hydra_app
 from evals.cli.certificate_view import CertificateView
 from evals.cli.command import command
 from evals.errors import OK
-from evals.paths import CONF
 
 
 @command()
@@ -23,8 +23,7 @@ def main() -> int:
         print(help_text.certify_help(str(__doc__), descriptions, options.config_dir))
         return OK
     if not any(argument.startswith("attention=") for argument in sys.argv[1:]):
-        names = ",".join(sorted(path.stem for path in (CONF / "attention").glob("*.yaml")))
-        sys.argv.append(f"attention=[{names}]")
+        sys.argv.append(f"attention=[{','.join(help_text.attentions())}]")
     view = CertificateView()
     return hydra_app.run(view.certify, view.conclude)
 

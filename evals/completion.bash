@@ -1,10 +1,24 @@
-# Completes settings of `python -m evals.run` and `python -m evals.certify`, and file names of all other python commands.
-# Hydra's own script completes `python file.py` only, so this one asks Hydra for the candidates.
+# Completes, in bash and in zsh (after: autoload -U bashcompinit compinit && compinit && bashcompinit), the commands of bsbr, the settings
+# of its run and certify, the same after `python -m evals.run`, and file names elsewhere. Hydra's own script completes `python file.py`
+# only, so this one asks Hydra for the candidates.
 _bsbr_complete() {
     COMPREPLY=()
-    [[ ${COMP_LINE:0:COMP_POINT} =~ \ -m\ evals\.(run|certify)\ (.*)$ ]] || return
-    local typed=${BASH_REMATCH[2]//--dry-run/}
-    COMPREPLY=($(COMP_LINE="python run.py $typed" "${COMP_WORDS[0]}" -m evals.run -sc query=bash 2>/dev/null))
+    local line=${COMP_LINE:0:$COMP_POINT} typed
+    local program=${line%% *}
+    case $line in
+        *\ -m\ evals.run\ *) typed=${line#* -m evals.run } ;;
+        *\ -m\ evals.certify\ *) typed=${line#* -m evals.certify } ;;
+        *bsbr\ run\ *) typed=${line#* run } ;;
+        *bsbr\ certify\ *) typed=${line#* certify } ;;
+        *bsbr\ *\ *) return ;;
+        *bsbr\ *) COMPREPLY=($(compgen -W "@COMMANDS@" -- "${line#* }")); return ;;
+        *) return ;;
+    esac
+    typed=${typed//--dry-run/}
+    case $program in
+        *bsbr) COMPREPLY=($(COMP_LINE="python run.py $typed" "$program" run -sc query=bash 2>/dev/null)) ;;
+        *) COMPREPLY=($(COMP_LINE="python run.py $typed" "$program" -m evals.run -sc query=bash 2>/dev/null)) ;;
+    esac
 }
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _bsbr_complete python python3
+complete -o nospace -o default -F _bsbr_complete bsbr python python3

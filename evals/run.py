@@ -12,6 +12,8 @@ from pathlib import Path
 
 from evals.cli import help_text
 from evals.cli.command import RESUME, command
+from evals.cli.commands import modules
+from evals.cli.registered import register_attentions
 from evals.errors import OK
 from evals.isolation import forkserver
 from evals.paths import CONF
@@ -24,11 +26,13 @@ def main() -> int:
         print(help_text.run_help(str(__doc__), options.config_dir))
         return OK
     if options.shell_completion and others == ["install=bash"]:
-        print(Path(__file__).with_name("completion.bash").read_text(encoding="utf-8"))
+        script = Path(__file__).with_name("completion.bash").read_text(encoding="utf-8")
+        print(script.replace("@COMMANDS@", " ".join(modules())))
         return OK
     if options.shell_completion:  # Hydra answers it alone
         import hydra  # slow to import, and --help does not need it
 
+        register_attentions()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda _: None)()
         return OK
     # The server imports what measuring needs in the background, while this process imports the rest.

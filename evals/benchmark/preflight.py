@@ -16,6 +16,7 @@ from evals.config import Candidate, Comparison
 from evals.isolation.affinity import core_count
 from evals.isolation.worker import Result, Worker
 from evals.measure.clock import Stopwatch
+from evals.measure.gpu_status import marked
 from evals.measure.memory import available_bytes, cuda_peak_memory, peak_allocated_bytes, process_peak_bytes
 from evals.results.ids import digest
 from evals.results.ledger import Record
@@ -164,7 +165,7 @@ def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) 
         "called_s": called_s,
         "checked_s": stopwatch.seconds() - called_s,
         **work.counted(),
-        "impl": implementation(comparison, candidate),
+        "impl": marked(implementation(comparison, candidate), comparison.device.kind),
         **({"outcome": "uncertified", "detail": failure} if failure else {}),
         "certified_as": "" if failure else check.certified_as(),
         "precision": precision(prepared.module, comparison),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
+from bsbr.import_path import prefer_ours
 from evals.errors import BROKEN_PIPE, INTERRUPTED, USAGE, UsageError, describe_os_error, one_sentence
 
 P = ParamSpec("P")
@@ -50,6 +51,8 @@ def command(*mistakes: type[Exception], interrupted: str = "interrupted") -> Cal
         @wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
             write_any_character()
+            for note in prefer_ours():
+                print(f"note: {note}", file=sys.stderr)
             try:
                 try:
                     return main(*args, **kwargs)

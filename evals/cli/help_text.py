@@ -9,7 +9,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from evals.cli.registered import registered_attentions
 from evals.errors import EXIT_CODES, UsageError
+from evals.measure.gpu_status import marked
 from evals.paths import CONF
 
 WIDTH = 80
@@ -18,7 +20,7 @@ OPTIONS = {
     "-m, --multirun": "runs every combination of the values given, as in -m shape.batch_size=1,2,4",
     "--config-dir DIR": "adds a folder of your own attentions, sweeps, …, with the layout of conf/",
     "--cfg job": "prints all settings, and measures nothing",
-    "-sc install=bash": 'prints completion for bash: eval "$(python -m evals.run -sc install=bash)"',
+    "-sc install=bash": 'prints completion for bash: eval "$(bsbr run -sc install=bash)"',
     "-h, --help": "prints this; --hydra-help prints Hydra's own options",
 }
 EXAMPLES = {
@@ -57,11 +59,11 @@ def run_help(about: str, config_dir: Path | None = None) -> str:
     blocks = [
         "usage: python -m evals.run [option …] [setting=value …]",
         *_paragraphs(about),
-        _list("Sweeps, as in sweep=seq_len, and what each varies", sweeps),
-        _list("Choices, as in device=cuda", choices),
-        _list("Settings and their defaults", dict(_settings())),
-        _list("Options", OPTIONS),
-        _list("Exit code", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
+        columns("Sweeps, as in sweep=seq_len, and what each varies", sweeps),
+        columns("Choices, as in device=cuda", choices),
+        columns("Settings and their defaults", dict(_settings())),
+        columns("Options", OPTIONS),
+        columns("Exit code", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
         "Examples\n" + "\n".join(f"  {_wrap_command(command)}\n      {what}" for command, what in EXAMPLES.items()),
     ]
     return "\n\n".join(blocks)
@@ -72,12 +74,17 @@ def certify_help(about: str, checks: dict[str, str], config_dir: Path | None = N
     blocks = [
         "usage: python -m evals.certify [option …] ['attention=[…]'] [setting=value …]",
         *_paragraphs(about),
-        _list("Checks", checks),
-        _list("Attentions", {"attention=": ", ".join(_files(_config_folders(config_dir), "attention"))}),
-        _list("Options", {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}),
+        columns("Checks", checks),
+        columns("Attentions", {"attention=": ", ".join(attentions(config_dir))}),
+        columns("Options", {name: OPTIONS[name] for name in ("--config-dir DIR", "-h, --help")}),
         "Settings are those of python -m evals.run --help.",
     ]
     return "\n\n".join(blocks)
+
+
+def attentions(config_dir: Path | None = None) -> list[str]:
+    """Names of all attentions: of conf/, of the user's config folder, and of other installed distributions."""
+    return sorted(_files(_config_folders(config_dir), "attention"))
 
 
 def _paragraphs(docstring: str) -> list[str]:
@@ -87,7 +94,7 @@ def _paragraphs(docstring: str) -> list[str]:
     return [textwrap.fill(paragraph, WIDTH, break_on_hyphens=False) for paragraph in text.split("\n\n")]
 
 
-def _list(title: str, entries: dict[str, str]) -> str:
+def columns(title: str, entries: dict[str, str]) -> str:
     """A title above a two-column list of names and their meanings."""
     column = min(max(map(len, entries), default=0), 26)
     lines = []
@@ -115,7 +122,8 @@ def _config_folders(config_dir: Path | None) -> list[Path]:
 
 def _files(folders: Sequence[Path], group: str) -> dict[str, Path]:
     """The choices of a config group, by name."""
-    return {path.stem: path for path in sorted(path for folder in folders for path in (folder / group).glob("*.yaml"))}
+    files = {path.stem: path for path in sorted(path for folder in folders for path in (folder / group).glob("*.yaml"))}
+    return {**files, **registered_attentions()} if group == "attention" else files
 
 
 def _first_sentence(path: Path) -> str:
@@ -135,7 +143,8 @@ def _groups(folders: Sequence[Path]) -> Iterator[tuple[str, str, list[str]]]:
     groups = {path.name: None for folder in folders for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))}
     for group in dict.fromkeys([*comments, *groups]):
         if group != "sweep":
-            yield group, comments.get(group, "more"), list(_files(folders, group))
+            names = [marked(name, name) if group == "device" else name for name in _files(folders, group)]
+            yield group, comments.get(group, "more"), names
 
 
 def _settings() -> Iterator[tuple[str, str]]:

@@ -21,9 +21,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from bsbr.import_path import prefer_ours
 from evals.cli.cluster import RemoteJob, RemoteLaunch
 from evals.cli.launchers import check_launcher, launcher_settings
 from evals.cli.overrides import prepare_arguments, unknown_choice, unknown_setting
+from evals.cli.registered import register_attentions
 from evals.errors import OK, UsageError, one_sentence
 from evals.paths import CONF
 
@@ -195,6 +197,7 @@ def compose_jobs() -> Session:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     session = Session(is_composing=True)
     prepare_arguments()
+    register_attentions()
     with tempfile.TemporaryDirectory() as scratch:  # Hydra makes these folders
         _call_hydra(session.collect, session, f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}")
     session.is_composing = False
@@ -229,3 +232,4 @@ def add_import_paths() -> None:
         if source.provider == "command-line":
             config_dir = Path(source.path).resolve()
             sys.path[:0] = [str(folder) for folder in (config_dir, config_dir.parent) if str(folder) not in sys.path]
+    prefer_ours()  # a user's project may have a package `baselines`

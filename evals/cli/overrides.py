@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from evals.cli.help_text import OPTIONS
+from evals.cli.registered import registered_attentions
 from evals.errors import UsageError, did_you_mean, one_sentence
 
 
@@ -98,6 +99,7 @@ def unknown_choice(error: MissingConfigException) -> str:
     # Hydra lists the choices only for groups that take a single one, but names all the folders it looked into.
     folders = [Path(path) for path in re.findall(r"path=file://(\S+)", str(error))]
     known = set(error.options or ()) | {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    known |= registered_attentions().keys() if group == "attention" else set()
     if not known:
         return one_sentence(error)
     return (

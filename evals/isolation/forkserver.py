@@ -5,6 +5,7 @@ This module imports nothing but the standard library, so that a command can star
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -35,7 +36,8 @@ def start(preload: Sequence[str] = PRELOAD) -> None:
     with _main_module_lock, _hidden_command():
         _put_socket_into(scratch_folder())
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
-        forkserver.ensure_running()
+        with _same_path():
+            forkserver.ensure_running()
 
 
 def launch(function: Callable[..., None], *arguments: Any) -> tuple[ForkServerProcess, Connection]:
@@ -62,6 +64,25 @@ def _put_socket_into(folder: Path) -> None:
         util.get_temp_dir()
     finally:
         tempfile.tempdir = previous
+
+
+@contextmanager
+def _same_path() -> Iterator[None]:
+    """Gives processes that are started meanwhile the path of this one: the server would look into the working folder first.
+
+    Python before 3.13 hands the path to the server's children only, after the server has imported.
+    """
+    changed = {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from evals.cli.command import command
 from evals.errors import OK
 from evals.paper.plan import RUN, plan
-from evals.paths import ROOT
+from evals.paths import BASE
 
 
 @command(ValueError)
@@ -30,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"$ {line}", flush=True)
         if options.dry_run and not line.startswith(RUN):
             continue  # it has no --dry-run
-        code = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, check=False).returncode
+        module, *words = shlex.split(line)[2:]
+        # By `bsbr`, which finds our evals where the folder has another.
+        code = subprocess.run(
+            [sys.executable, "-m", "bsbr", module.removeprefix("evals."), *words], cwd=BASE, check=False
+        ).returncode
         if code:
             return code
     if not options.dry_run:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evals.paper.recipe import step_of
 from evals.paper.sources import Source
-from evals.paths import ROOT
+from evals.paths import BASE
 
 COMMAND = "python -m evals.figures paper"
 
@@ -35,4 +35,4 @@ def _origin(source: Source, results: Path) -> str:
 def typed_path(folder: Path) -> str:
     """The path of a folder relative to the repository, or absolute outside of it."""
     folder = folder.resolve()
-    return (folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder).as_posix()
+    return (folder.relative_to(BASE) if folder.is_relative_to(BASE) else folder).as_posix()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from evals.paths import ROOT
+from evals.paths import CONF
 
-RECIPE = ROOT / "conf" / "paper.yaml"
+RECIPE = CONF / "paper.yaml"
 GPU = "device=cuda"
 """The argument that selects the GPU half."""
 

@@ -27,7 +27,7 @@ def test_interpreted_kernels_match_the_reference() -> None:
     run_kernel_tests("1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_kernels_match_the_reference_on_a_gpu() -> None:
     run_kernel_tests("0")
 

@@ -15,8 +15,6 @@ from evals.measure.cuda_clock import CannotCapture, CudaClock
 from evals.measure.cuda_state import DeviceState, driver_version, read_state, throttle_reason
 from evals.measure.memory import cuda_peak_memory
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 US = 1e-6
 
 
@@ -393,7 +391,7 @@ def test_without_a_driver_there_is_no_version(monkeypatch: pytest.MonkeyPatch) -
 # --- the real thing -----------------------------------------------------------------------------
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_matrix_products_stay_below_the_data_sheet() -> None:
     """No NVIDIA GPU up to Blackwell does 5 PFLOP/s of dense bfloat16; an H200 does 0.99."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -406,7 +404,7 @@ def test_matrix_products_stay_below_the_data_sheet() -> None:
     assert burst.exposed == []
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_flushed_cache_is_slower_to_read_than_a_warm_one() -> None:
     half = torch.cuda.get_device_properties(0).L2_cache_size // 8
     source = torch.ones(half // 4, device="cuda")
@@ -421,7 +419,7 @@ def test_a_flushed_cache_is_slower_to_read_than_a_warm_one() -> None:
     assert cold > 1.1 * warm
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_launches_are_hidden_on_the_device() -> None:
     """A graph of the same kernels has no launches in between: hidden launches come near to its time."""
     x = torch.ones(1024, device="cuda")
@@ -440,7 +438,7 @@ def test_launches_are_hidden_on_the_device() -> None:
     assert min(replayed.host_s) < min(hidden.host_s)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_item_is_detected_on_the_device() -> None:
     x = torch.ones(1024, device="cuda")
     clock = CudaClock(lambda: float(x.sum()))
@@ -450,14 +448,14 @@ def test_item_is_detected_on_the_device() -> None:
     assert len(burst.exposed) > 10
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_item_cannot_be_captured_on_the_device() -> None:
     x = torch.ones(1024, device="cuda")
     with pytest.raises(CannotCapture, match="use mode eager"):
         CudaClock(lambda: float(x.sum()), mode="graph").first_call()
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_peak_memory_is_that_of_the_tensors() -> None:
     mebibyte = 2**20
     peak = cuda_peak_memory(lambda: torch.ones(64 * mebibyte, device="cuda", dtype=torch.uint8).add(1))
@@ -465,7 +463,7 @@ def test_peak_memory_is_that_of_the_tensors() -> None:
     assert peak.reserved_bytes >= peak.allocated_bytes
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_the_state_of_a_real_device_is_plausible() -> None:
     state = read_state()
     if state is None:

@@ -62,7 +62,7 @@ def test_a_cpu_measurement_names_no_gpu() -> None:
     assert {value for key, value in provenance("cpu").items() if key.startswith(("gpu", "cuda", "cudnn"))} == {None}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_is_named() -> None:
     facts = provenance("cuda")
     assert facts["gpu"] == torch.cuda.get_device_name()

@@ -48,7 +48,7 @@ def test_a_pass_goes_over_the_whole_working_set() -> None:
             assert moved.nbytes * 2 == size
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_the_peaks_of_a_gpu_are_plausible() -> None:
     measured = run_isolated(measure_peaks, "cuda", torch.bfloat16, 1, timeout_s=120).value
     assert 1e12 < measured.flops_per_s < 5e15
