@@ -131,12 +131,15 @@ def test_a_user_without_a_checkout_certifies_measures_and_draws_an_attention(env
     (tmp_path / "mine/conf/attention/cosine.yaml").write_text(settings)
     page = (ROOT / "docs/getting-started/installation.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r'^```sh title="in any folder"\n(.*?)^```$', page, flags=re.MULTILINE | re.DOTALL)
+    # No certificate of another attention, small sizes, and figures from their own command only.
+    small = "model.hidden_dim=32 model.num_heads=2 sampling.budget_s=0.1 sampling.min_rounds=2 figures=false"
+    commands = commands.replace("[standard,cosine]", "[cosine]").replace("sampling=quick", f"sampling=quick {small}")
     done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     rows = pd.read_csv(tmp_path / "results/seq_len/results.csv")
-    assert rows["attention"].tolist() == ["standard", "cosine"] * 2
-    assert set(rows["outcome"]) == {"ok"}
-    assert 'id="cosine"' in (tmp_path / "plots/seq_len/speedup.svg").read_text()
+    assert rows[["attention", "seq_len", "outcome"]].to_numpy().tolist() == [["cosine", 128, "ok"], ["cosine", 512, "ok"]]
+    assert "cosine" in (tmp_path / "results/certificates.jsonl").read_text()
+    assert 'id="cosine"' in (tmp_path / "plots/seq_len/latency.svg").read_text()
     assert "cosine" in (tmp_path / "results/seq_len/report.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "results", "plots"}
 
