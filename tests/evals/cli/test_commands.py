@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,24 @@ def test_every_command_is_listed_with_a_sentence_of_its_docstring() -> None:
 
 
 def test_a_command_gets_its_arguments_and_an_unknown_one_the_nearest_name() -> None:
-    done = call(commands.main, "figures", "--help")
-    assert "folder for the folders of figures" in done.stdout
+    done = call(commands.main, "claim", "bsbr is nice")
+    assert (done.returncode, "bsbr is nice" in done.stderr) == (USAGE, True)
+    done = call(commands.main, "tables", "no-such-folder")
+    assert (done.returncode, "no-such-folder holds no samples.jsonl" in done.stderr) == (USAGE, True)
     done = call(commands.main, "certfy")
     assert (done.returncode, done.stderr) == (
         USAGE,
         "error: bsbr has no command certfy (did you mean certify?); bsbr --help lists all\n",
     )
-    assert call(commands.main, "gpu_check", "--nonsense").returncode == call(commands.main, "gpu-check", "--nonsense").returncode
+    for spelling in ("context-parallel", "context_parallel"):
+        with pytest.raises(SystemExit) as end:  # by argparse
+            call(commands.main, spelling, "--help")
+        assert end.value.code == OK
 
 
-def bsbr(*words: str, folder: Path, path: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "bsbr", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def run_python(*words: str, folder: Path, path: Sequence[Path]) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_without_the_packages_of_the_harness_one_sentence_says_what_to_install() -> None:
@@ -69,14 +74,23 @@ def others(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("earlier", ["on the path", "in the working folder"])
 def test_packages_of_others_are_named_and_ours_are_used(others: Path, earlier: str) -> None:
-    path = os.pathsep.join([str(others), str(ROOT)] if earlier == "on the path" else [str(ROOT)])
-    # The worker that certifies, and the fork server that it comes from, must find ours as well.
-    done = bsbr("certify", "attention=[standard]", folder=others, path=path)
-    assert done.returncode == OK, done.stderr
-    assert done.stderr.splitlines() == [
-        f"note: {others / 'evals'} is earlier on the path than {ROOT / 'evals'}, which is used all the same"
-    ]
-    assert "standard, certified: " in done.stdout
+    path = [others, ROOT] if earlier == "on the path" else [ROOT]
+    done = run_python("-m", "bsbr", "--help", folder=others, path=path)
+    assert done.returncode == OK
+    assert "\n  certify " in done.stdout
+    assert done.stderr == f"note: {others / 'evals'} is earlier on the path than {ROOT / 'evals'}, which is used all the same\n"
+
+
+def test_workers_find_our_packages_where_others_have_their_names(others: Path) -> None:
+    """A worker is forked by the fork server, which imports first, in the working folder."""
+    program = (
+        "from bsbr.import_path import prefer_ours; prefer_ours(); from evals.isolation import forkserver; "
+        "forkserver.start(preload=['evals.isolation.worker']); from evals.isolation.worker import run_isolated; "
+        "print(*run_isolated(eval, \"[__import__(name).__file__ for name in ('evals', 'baselines')]\", timeout_s=200).value)"
+    )
+    done = run_python("-c", program, folder=others, path=[others, ROOT])
+    assert (done.returncode, done.stderr) == (OK, "")
+    assert done.stdout.split() == [str(ROOT / name / "__init__.py") for name in ("evals", "baselines")]
 
 
 def test_folders_without_modules_and_files_of_other_names_shadow_nothing(others: Path, monkeypatch: pytest.MonkeyPatch) -> None:
