@@ -50,7 +50,7 @@ def kernels_of_a_gpu() -> list[str]:
 def machine() -> dict[str, object]:
     """The GPU, the machine and the versions, in the order in which they are printed; None for what is not there."""
     facts = provenance("cuda")
-    versions = {}
+    versions: dict[str, object] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
