@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla
-from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs
+from baselines.kernels.chunkwise_delta_rule import chunkwise_delta_rule
+from baselines.kernels.recurrent import RecurrentAttention
 from baselines.kernels.unit_silu import unit_silu
 from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
@@ -53,83 +54,7 @@ def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tenso
     return torch.stack(outputs, dim=2)
 
 
-@without_autocast
-def _chunkwise(
-    chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """`delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state, by torch operations.
-
-    Within a chunk that begins with S, let T = (I + tril(diag(β) K Kᵀ, −1))⁻¹ diag(β), the WY form of arXiv:2406.06484, sec. 3.
-    Then the corrected values are E = T (V − K S), the outputs are Q S + tril(Q Kᵀ) E, and the state after the chunk is
-    S + Kᵀ E = S − M S + N with M = Kᵀ T K and N = Kᵀ T V. Such maps compose, so a scan computes all S
-    in O(log(n / chunk_size)) sequential steps.
-
-    With a single chunk and `initial` None no state is computed, and the final state is None.
-    """
-    time, kv_heads = k.shape[2], k.shape[1]
-    size, group = min(chunk_size, time), q.shape[1] // kv_heads
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    keys, values = to_chunks(k.to(dtype), size), to_chunks(v.to(dtype), size)
-    rates = to_chunks(beta.to(dtype).unsqueeze(3), size)
-    queries = group_queries(to_chunks(q.to(dtype), size), kv_heads)
-
-    solved = _solve(keys, rates)
-    starts = None if initial is None else initial.unsqueeze(2)
-    if keys.shape[2] > 1:
-        starts = _chunk_starts(keys, values, solved, starts)
-    corrections = solved @ (values if starts is None else values - keys @ starts)
-    scores = (queries @ keys.mT).unflatten(3, (group, size)).tril().flatten(3, 4)
-    outputs = scores @ corrections
-    final = None
-    if starts is not None:
-        outputs = outputs + queries @ starts
-        final = starts[:, :, -1] + keys[:, :, -1].mT @ corrections[:, :, -1]
-    return ungroup_outputs(outputs, group, time).to(q.dtype), final
-
-
-_RULE = kernel.DeltaRule(_chunkwise)
-
-# A function each, so that their intermediates are freed before the next is computed: inline they raise the peak by a quarter.
-
-
-def _solve(keys: Tensor, rates: Tensor) -> Tensor:
-    """T of every chunk, [batch, kv_heads, chunks, size, size], lower triangular."""
-    # By substitution. The Neumann series of the inverse is shorter, but with similar keys its terms grow like binomials and cancel.
-    overlaps = (rates * (keys @ keys.mT)).tril(-1)
-    solved: Tensor = torch.linalg.solve_triangular(overlaps, torch.diag_embed(rates.squeeze(4)), upper=False, unitriangular=True)
-    return solved
-
-
-def _chunk_starts(keys: Tensor, values: Tensor, solved: Tensor, first: Tensor | None) -> Tensor:
-    """S at the start of every chunk, [batch, kv_heads, chunks, d, e]; the first is zero unless given."""
-    written = keys.mT @ solved
-    maps = torch.cat([written @ keys, written @ values], dim=4)
-    if first is None:
-        first = maps.new_zeros(*maps.shape[:2], 1, keys.shape[4], values.shape[4])
-    return _scan(maps[:, :, :-1], first)
-
-
-def _scan(maps: Tensor, first: Tensor) -> Tensor:
-    """All states S_0 … S_m of S_0 = first, S_{i+1} = S_i − M_i S_i + N_i, in O(log m) steps and O(m) work.
-
-    Two maps in a row are one: [M₁ | N₁] + [M₂ | N₂] − M₂ [M₁ | N₁]. So the scan composes them in pairs, solves for every
-    second state, and takes one step from each of those (Blelloch 1990).
-
-    Args:
-        maps: [batch, heads, m, d, d + e], each [M | N].
-        first: [batch, heads, 1, d, e].
-    """
-    if maps.shape[2] == 0:
-        return first
-    dim = maps.shape[3]
-    early, late = maps[:, :, 0::2], maps[:, :, 1::2]
-    paired = early[:, :, : late.shape[2]]
-    evens = _scan(paired + late - late[..., :dim] @ paired, first)
-    steps = early.shape[2]
-    before_step = evens[:, :, :steps]
-    odds = before_step - early[..., :dim] @ before_step + early[..., dim:]
-    states = torch.stack([before_step, odds], dim=3).flatten(2, 3)
-    return torch.cat([states, evens[:, :, steps:]], dim=2)
+_RULE = kernel.DeltaRule(chunkwise_delta_rule)
 
 
 class DeltaNetAttention(RecurrentAttention):

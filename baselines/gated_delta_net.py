@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla, qwen3_next
-from baselines.kernels.recurrent import RecurrentAttention, group_queries, to_chunks, ungroup_outputs
+from baselines.kernels.chunkwise_delta_rule import chunkwise_delta_rule
+from baselines.kernels.recurrent import RecurrentAttention
 from baselines.kernels.unit_silu import unit_silu
 from bsbr.backends.selection import check_impl, select
-from bsbr.precision import to_float64, without_autocast
+from bsbr.precision import without_autocast
 
 
 def gated_delta_rule(
@@ -66,82 +67,7 @@ def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, lo
     return torch.stack(outputs, dim=2)
 
 
-@without_autocast
-def _chunkwise(
-    chunk_size: int, initial: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """`gated_delta_rule` after the state `initial` [batch, kv_heads, head_dim, head_dim], and the final state, by torch operations.
-
-    Within a chunk of c tokens that begins with S, let γ_i = α_1 … α_i, Γ = diag(γ), D_ij = γ_i / γ_j for j ≤ i and else 0, and
-    T = (I + tril(diag(β) K Kᵀ ⊙ D, −1))⁻¹ diag(β), the WY form with decay of arXiv:2412.06464, sec. 3.3. Then the corrected
-    values are E = T (V − Γ K S), and the outputs are Γ Q S + (Q Kᵀ ⊙ D) E. With K̃ = γ_c Γ⁻¹ K, the keys decayed to the end of
-    the chunk, the state after the chunk is γ_c S + K̃ᵀ E = A S + N with A = γ_c I − K̃ᵀ T Γ K and N = K̃ᵀ T V. Such maps compose,
-    so a scan computes all S in O(log(n / chunk_size)) sequential steps.
-
-    With a single chunk and `initial` None no state is computed, and the final state is None.
-    """
-    time, kv_heads = k.shape[2], k.shape[1]
-    size, group = min(chunk_size, time), q.shape[1] // kv_heads
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    keys, values = to_chunks(k.to(dtype), size), to_chunks(v.to(dtype), size)
-    rates = to_chunks(beta.to(dtype).unsqueeze(3), size)
-    queries = group_queries(to_chunks(q.to(dtype), size), kv_heads)
-
-    # Logarithms, because products of α underflow while their ratios do not; in float64, because differences of the sums are used.
-    # e^x is 0 from -750 on, so the clamp changes no decay, and -∞ - (-∞) does not arise.
-    log_decays = to_chunks(to_float64(log_alpha).clamp(min=-800).unsqueeze(3), size).cumsum(3)
-    since_start = log_decays.to(dtype).to(q.device).exp()
-    until_end = (log_decays[..., -1:, :] - log_decays).to(dtype).to(q.device).exp()
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    # Masked before exp: masked after it, an overflowed exp would have the gradient 0·∞.
-    between = (log_decays - log_decays.mT).to(dtype).to(q.device).masked_fill(future, -torch.inf).exp()
-
-    overlaps = (rates * (keys @ keys.mT) * between).tril(-1)
-    # By substitution, for the reason given in delta_net.
-    solved: Tensor = torch.linalg.solve_triangular(overlaps, torch.diag_embed(rates.squeeze(4)), upper=False, unitriangular=True)
-    starts = None if initial is None else initial.unsqueeze(2)
-    if keys.shape[2] > 1:
-        written = (keys * until_end).mT @ solved
-        decay = torch.eye(keys.shape[4], dtype=dtype, device=q.device) * since_start[..., -1:, :]
-        maps = torch.cat([decay - written @ (keys * since_start), written @ values], dim=4)
-        if starts is None:
-            starts = maps.new_zeros(*maps.shape[:2], 1, keys.shape[4], values.shape[4])
-        starts = _scan(maps[:, :, :-1], starts)
-    corrections = solved @ (values if starts is None else values - keys * since_start @ starts)
-    scores = (queries @ keys.mT).unflatten(3, (group, size)) * between.unsqueeze(3)
-    outputs = scores.flatten(3, 4) @ corrections
-    final = None
-    if starts is not None:
-        outputs = outputs + (queries.unflatten(3, (group, size)) * since_start.unsqueeze(3)).flatten(3, 4) @ starts
-        remaining = since_start[:, :, -1, -1:] * starts[:, :, -1]
-        final = remaining + (keys * until_end)[:, :, -1].mT @ corrections[:, :, -1]
-    return ungroup_outputs(outputs, group, time).to(q.dtype), final
-
-
-_RULE = kernel.DeltaRule(_chunkwise)
-
-
-def _scan(maps: Tensor, first: Tensor) -> Tensor:
-    """All states S_0 … S_m of S_0 = first, S_{i+1} = A_i S_i + N_i, in O(log m) steps and O(m) work.
-
-    Two maps in a row are one: A₂ [A₁ | N₁] + [0 | N₂]. So the scan composes them in pairs, solves for every second state, and
-    takes one step from each of those (Blelloch 1990).
-
-    Args:
-        maps: [batch, heads, m, d, d + e], each [A | N].
-        first: [batch, heads, 1, d, e].
-    """
-    if maps.shape[2] == 0:
-        return first
-    dim = maps.shape[3]
-    early, late = maps[:, :, 0::2], maps[:, :, 1::2]
-    paired = late[..., :dim] @ early[:, :, : late.shape[2]] + F.pad(late[..., dim:], (dim, 0))
-    evens = _scan(paired, first)
-    steps = early.shape[2]
-    before_step = evens[:, :, :steps]
-    odds = early[..., :dim] @ before_step + early[..., dim:]
-    states = torch.stack([before_step, odds], dim=3).flatten(2, 3)
-    return torch.cat([states, evens[:, :, steps:]], dim=2)
+_RULE = kernel.DeltaRule(chunkwise_delta_rule)
 
 
 class GatedDeltaNetAttention(RecurrentAttention):

@@ -242,7 +242,9 @@ class GatedAttentionUnit(Attention):
         return gau.KERNELS.unsupported(*tensors) if backend == "cpp" else None
 
     def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
-        u, v, z = (F.silu(projection(hidden_states)) for projection in (self.u_proj, self.v_proj, self.z_proj))
+        # In place where autograd does not need the projections: no second tensor of each is written.
+        in_place = not torch.is_grad_enabled()
+        u, v, z = (F.silu(projection(hidden_states), in_place) for projection in (self.u_proj, self.v_proj, self.z_proj))
         heads = [torch.addcmul(offset, z, scale) for scale, offset in zip(self.scale, self.offset, strict=True)]
         if self.rotary:
             heads = [rotate(head, start) for head in heads]

@@ -26,6 +26,7 @@ from bsbr.interface import (
     rotate,
     split_heads,
 )
+from bsbr.precision import is_autocast
 from bsbr.process_group import SequenceGroup
 from bsbr.streaming import StreamingState
 from bsbr.validation import check_inputs
@@ -318,7 +319,7 @@ class BSBRAttention(MultiHeadAttention):
 
     def extend_in_segments(self, hidden_states: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See `Attention.extend_in_segments`. The segments of a new sequence share one `ChunkRoom`."""
-        of_parameters = hidden_states.dtype == self.dtype and not torch.is_autocast_enabled(hidden_states.device.type)
+        of_parameters = hidden_states.dtype == self.dtype and not is_autocast()
         if state is not None or not of_parameters or not self._takes_segments(hidden_states):
             return super().extend_in_segments(hidden_states, state)
         check_hidden_states(hidden_states, self.hidden_dim)

@@ -24,6 +24,11 @@ def to_float64(x: Tensor) -> Tensor:
     return x.to(device_for_float64(x.device)).double()
 
 
+def is_autocast() -> bool:
+    """Whether autocast is enabled for any type of device."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Makes a function of tensors compute in the dtypes that it chooses, also under `torch.autocast`.
 
@@ -33,7 +38,7 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
 
     @functools.wraps(function)
     def run(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        if not torch._C._is_any_autocast_enabled():
+        if not is_autocast():
             return function(*arguments, **options)
         with torch.autocast(next(x.device.type for x in arguments if isinstance(x, Tensor)), enabled=False):
             return function(*arguments, **options)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines import gated_delta_net
 from baselines.delta_net import DeltaNetAttention, delta_rule
 from baselines.gated_delta_net import GatedDeltaNetAttention, gated_delta_rule
+from baselines.kernels.chunkwise_delta_rule import chunkwise_delta_rule
 from baselines.kernels.delta_rule import CHUNK, KERNELS, SEGMENT, DeltaRule
 from bsbr.backends.cpp import build
 
@@ -169,7 +169,7 @@ DECAYS: dict[str, float | list[float]] = {str(decay): decay for decay in (0.0, -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("decays", DECAYS.values(), ids=DECAYS.keys())
 def test_any_decay_is_that_of_the_recurrence(decays: float | list[float], dtype: torch.dtype, backend: str) -> None:
-    rule = RULE if backend == "cpp" else DeltaRule(gated_delta_net._chunkwise)
+    rule = RULE if backend == "cpp" else DeltaRule(chunkwise_delta_rule)
     for time in (1, 27):
         repeated = torch.tensor(decays, dtype=torch.float64).repeat(time)[:time]
         tensors = inputs(time, log_alpha=repeated, dtype=dtype)
@@ -240,8 +240,9 @@ def test_without_a_compiler_torch_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
     attention = DeltaNetAttention(16, 4)
-    with pytest.warns(RuntimeWarning, match="delta_rule runs on the torch backend, several times slower"):
+    with pytest.warns(RuntimeWarning, match="runs on the torch backend, several times slower") as caught:
         assert attention.implementation(*attention.project(torch.zeros(1, 3, 16))) == "torch"
+    assert {str(warning.message).split()[0] for warning in caught} == {"delta_rule", "unit_silu"}
     build.library.cache_clear()
 
 
