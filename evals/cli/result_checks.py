@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 from jsonschema import Draft202012Validator
 
 from evals.cli.outputs import build_tables
@@ -111,11 +110,11 @@ def copies(submission: Submission) -> Iterator[Finding]:
     for path, rows in submission.tables.items():
         copy = path.with_suffix(".parquet")
         try:
-            same = pq.read_table(copy).to_pylist() == rows
-        except (OSError, pa.ArrowException) as error:
+            table = pd.read_parquet(copy).astype(object)
+        except (OSError, ValueError) as error:
             yield Finding(copy, 0, f"cannot be read: {one_sentence(error)}")
             continue
-        if not same:
+        if table.where(table.notna(), None).to_dict("records") != rows:
             yield Finding(copy, 0, f"does not hold the rows of {path.name}")
 
 
