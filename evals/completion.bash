@@ -3,8 +3,7 @@
 # only, so this one asks Hydra for the candidates.
 _bsbr_complete() {
     COMPREPLY=()
-    local line=${COMP_LINE:0:$COMP_POINT} typed
-    local program=${line%% *}
+    local line=${COMP_LINE:0:$COMP_POINT} program=${COMP_WORDS[@]:0:1} typed
     case $line in
         *\ -m\ evals.run\ *) typed=${line#* -m evals.run } ;;
         *\ -m\ evals.certify\ *) typed=${line#* -m evals.certify } ;;

@@ -319,17 +319,24 @@ def test_a_beginner_s_mistake_gets_one_helpful_sentence(
         ("python -m evals.run --dry-run sweep=seq_len model.num_", ["model.num_heads=", "model.num_layers="]),
         ("python -m evals.certify attention=sparse", ["attention=sparse", "attention=sparse_flex"]),
         ("python -m http.server sweep=seq", []),
+        ("bsbr c", ["certify", "claim", "compare", "context-parallel"]),
+        ("bsbr certify attention=sparse", ["attention=sparse", "attention=sparse_flex"]),
+        ("bsbr claim sweep=seq", []),
     ],
 )
-def test_bash_completes_settings(line: str, completed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bash_completes_settings(line: str, completed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = line.partition(" ")[0]
+    program = tmp_path / name  # as where the command is installed
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {"-m bsbr" if name == "bsbr" else ""} "$@"\n')
+    program.chmod(0o755)
     completion = io.StringIO()
     monkeypatch.setattr(sys, "stdout", completion)
     monkeypatch.setattr(sys, "argv", ["run.py", "-sc", "install=bash"])
     assert run.main() == 0
     # Calls the function that `complete -p` names, with the variables that bash sets.
     script = f"""{completion.getvalue()}
-    COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_WORDS=({shlex.quote(sys.executable)})
-    $(complete -p python | sed 's/.*-F \\([^ ]*\\) python/\\1/')
+    COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_WORDS=({shlex.quote(str(program))})
+    $(complete -p {name} | sed 's/.*-F \\([^ ]*\\) {name}/\\1/')
     printf '%s\\n' "${{COMPREPLY[@]}}" """
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
