@@ -61,10 +61,10 @@ class Submission:
     def ledger(self) -> tuple[list[Record], list[str]]:
         return Ledger(self.folder / "samples.jsonl").read()
 
-    @property
+    @cached_property
     def results(self) -> list[Row]:
         """The rows of results.csv; none if it cannot be read."""
-        return self.tables.get(self.path, [])
+        return [] if unreadable(self.path) else list(read_rows(self.path))
 
     @property
     def path(self) -> Path:
@@ -157,6 +157,9 @@ def computed_again(submission: Submission) -> Iterator[Finding]:
         except (KeyError, ValueError, TypeError) as error:
             yield Finding(submission.folder / "samples.jsonl", 0, f"gives no table: {type(error).__name__} {one_sentence(error)}")
             return
+    for name in again:
+        if not (submission.folder / name).exists():
+            yield Finding(submission.folder / name, 0, "is missing: `python -m evals.tables` makes it from the samples")
     for path, rows in submission.tables.items():
         computed = again.get(path.name, [])
         if len(rows) != len(computed):

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from evals.cli.outputs import build_tables
+from evals.cli.result_checks import Submission, certificates, folders_below, intervals, origin, physics, verdicts
+from evals.paths import ROOT
 from evals.results import schema
 from evals.results.ledger import Ledger
 from evals.results.schema import write_table
@@ -94,6 +96,7 @@ def test_a_wrong_cell_is_found(
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "the table is missing": (lambda at: (at / "results.csv").unlink(), "results.csv: is missing"),
     "a column is missing": (
         lambda at: pd.read_csv(at / "results.csv").drop(columns="latency_low_s").to_csv(at / "results.csv", index=False),
         "'latency_low_s' is a required property",
@@ -148,6 +151,14 @@ def test_a_corruption_is_found(results: Path, capsys: pytest.CaptureFixture[str]
     code, found = checked(results, capsys)
     assert code == 1
     assert any(sentence in line for line in found), found
+
+
+def test_committed_results_can_be_repeated_and_are_certified() -> None:
+    """The quick checks; test_schema has the columns, and `python -m evals.tables --check results/paper` takes a minute."""
+    submissions = [Submission(folder) for folder in folders_below(ROOT / "results" / "paper")]
+    quick = (intervals, verdicts, physics, certificates, origin)
+    assert len(submissions) > 15
+    assert [str(finding) for one in submissions for check in quick for finding in check(one)] == []
 
 
 def test_a_folder_without_results_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
