@@ -50,6 +50,40 @@ class Display:
         """Prints a message on standard error. May be called by a signal handler."""
         print(message, file=sys.stderr)
 
+    def close(self) -> None:
+        """Ends the display of all comparisons."""
+
+
+class BarDisplay(Display):
+    """Shows one progress bar over all comparisons, in a notebook or on a terminal, and a line per failure."""
+
+    def __init__(self, jobs: int) -> None:
+        from tqdm.auto import tqdm
+
+        self.jobs = jobs
+        self.bar = tqdm(total=jobs, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+
+    def begin(self, title: str, conditions: str, table: ProgressTable) -> None:
+        super().begin(title, conditions, table)
+        self.title = title
+
+    def report(self, message: str, share: float) -> None:
+        self.bar.set_description_str(f"{self.title} {message}", refresh=False)
+        self.bar.n = share * self.jobs
+        self.bar.refresh()
+
+    def add(self, record: Record) -> None:
+        line = self.table.add(record)
+        if line is not None and record["outcome"] != "ok":
+            self.bar.write(line)
+
+    def end(self, *, finished: bool) -> None:
+        if finished:
+            self.bar.set_description_str(self.title)
+
+    def close(self) -> None:
+        self.bar.close()
+
 
 class LogDisplay(Display):
     """Prints a line when a comparison begins, one per noteworthy record, and one at its end."""

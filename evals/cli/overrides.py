@@ -1,10 +1,11 @@
 """Checks of the command line before Hydra sees it, and one-sentence messages for the errors that Hydra raises about it."""
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -46,8 +47,20 @@ def quote_text(word: str) -> str:
     key, equals, value = word.partition("=")
     if key not in TEXTS or not equals or value[:1] in ("'", '"', "") or (key == "relative_to" and "," in value):
         return word
-    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
-    return f"{key}='{escaped}'"
+    return f"{key}={quote(value)}"
+
+
+def quote(value: Any) -> str:
+    """Writes a value in Hydra's grammar, which reads it as the same value again: text, numbers, None, lists and dictionaries."""
+    if isinstance(value, str):
+        return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value) + "'"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{quote(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(quote, value))}]"
+    return str(value)
 
 
 def _refuse(message: str) -> NoReturn:

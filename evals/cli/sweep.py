@@ -100,11 +100,16 @@ class SweepRun(Plan):
         self.when_it_stops = "after this round"
 
     def run(self) -> int:
-        signal.signal(signal.SIGINT, self._interrupt)
+        """Runs what sys.argv asks for; returns the exit code. After Ctrl-C raises KeyboardInterrupt, once the outputs exist."""
+        handler = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            return hydra_app.run(self._run_job, self._finish, check=self.check, remote=self.remote)
+            return hydra_app.run(self._run_job, self.finish, check=self.check, remote=self.remote)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+
+    def make_display(self, *, quiet: bool) -> Display:
+        """The display of the jobs, made once there is something to measure."""
+        return make_display(len(self.jobs), quiet=quiet)
 
     def _run_job(self, config: hydra_app.JobConfig) -> None:
         job = self.jobs[len(self.job_ids)]
@@ -117,7 +122,7 @@ class SweepRun(Plan):
         if job.is_complete():
             return
         if not self.has_measured:
-            self.display = make_display(len(self.jobs), quiet=config.cfg.quiet)
+            self.display = self.make_display(quiet=config.cfg.quiet)
             self.has_measured = True
         if comparison.task:
             self.when_it_stops = "within seconds, and continues from the last checkpoint"
@@ -165,8 +170,8 @@ class SweepRun(Plan):
         self.is_interrupted = True
         self.display.notify(f"stops {self.when_it_stops}; Ctrl-C again stops at once")
 
-    def _finish(self, cfg: DictConfig) -> int:
-        """Writes the outputs of the sweep's folder, and shows those of this command."""
+    def finish(self, cfg: DictConfig) -> int:
+        """Writes the outputs of the sweep's folder, and shows those of this command. Returns the exit code."""
         self.job_ids += self.remote.started_ids()
         if self.job_ids and not self.has_measured and not self.remote.has_launched and not self.is_interrupted:
             folder = sweep_ledger(cfg).path.parent

@@ -3,10 +3,12 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
@@ -14,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from evals.plots.style import FAILURES, GREY, MARK, Style
+from evals.plots.style import FAILURES, GREY, MARK, RC, Style
 from evals.results.formatting import format_setting, shorten
 from evals.results.metrics import Metric
 
@@ -31,6 +33,16 @@ BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "bor
 # --- the page ----------------------------------------------------------------------------------------
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows, although pyplot did not make it."""
+
+    def _repr_png_(self) -> bytes:
+        image = BytesIO()
+        with style.context(["default", RC]):
+            self.savefig(image, format="png")
+        return image.getvalue()
+
+
 def new_figure(title: str, subtitle: Iterable[str], body: float = BODY) -> Figure:
     """Makes a figure with a title, a subtitle, and `body` inches beneath them, in which matplotlib arranges axes and legends.
 
@@ -42,7 +54,7 @@ def new_figure(title: str, subtitle: Iterable[str], body: float = BODY) -> Figur
     text = "\n".join(textwrap.fill(line, 134, break_on_hyphens=False) for line in subtitle if line)
     head = 0.38 + 0.118 * (text.count("\n") + 1)
     height = head + body
-    figure = Figure(figsize=(WIDTH, height))
+    figure = ShownFigure(figsize=(WIDTH, height))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, body / height), w_pad=0.06, h_pad=0.05)
     figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, size=9.5, weight="bold", va="top")
     figure.text(0.1 / WIDTH, 1 - 0.29 / height, text, size=7, color=GREY, va="top")

@@ -50,6 +50,7 @@ ACCURACY_FIGURES: dict[str, Callable[[AccuracySweep], Figure | None]] = {
 }
 """The figures of an accuracy table; a figure without data is None."""
 
+MAX_CONTEXT_FIGURES = {"max_context": max_context_plot}
 CONVERSION_FIGURES = {"perplexity": conversion.perplexity, "agreement": conversion.agreement}
 
 
@@ -94,9 +95,7 @@ def draw_sweep(
     Raises:
         ValueError: if a table lacks a required column or holds an invalid value, or an attention has two rows at one setting.
     """
-    fits = {kind: check_table(fit, kind) for kind, fit in (fits or {}).items()}
-    figures = sweep_figures(check_table(results), fits, raw_samples(records))
-    return save_all(figures, folder, [*FIGURES, *MACHINE_FIGURES, "distribution"])
+    return _draw("latency", {"latency": results, **(fits or {})}, folder, records)
 
 
 def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
@@ -107,15 +106,17 @@ def draw_max_context(results: pd.DataFrame, folder: Path) -> list[Path]:
     Raises:
         ValueError: if a column is missing, there is no row, a number is invalid, or an attention has two rows.
     """
-    results = check_table(results, "max_context")
-    groups = list(split_searches(results))
+    return _draw("max_context", {"max_context": results}, folder)
+
+
+def max_context_groups(results: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame]]]:
+    """Groups a table of the longest contexts by settings into the data of figures; raises ValueError as `draw_max_context`."""
+    groups = list(split_searches(check_table(results, "max_context")))
     for _, rows in groups:
         twice = rows["attention"][rows["attention"].duplicated()]
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} has more than one row: keep the one that counts")
-    data_sets = zip(suffixes(settings for settings, _ in groups), ((rows,) for _, rows in groups), strict=True)
-    figures = {"max_context": max_context_plot}
-    return save_all(_drawings(figures, data_sets), folder, figures)
+    return zip(suffixes(settings for settings, _ in groups), ((rows,) for _, rows in groups), strict=True)
 
 
 def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, AccuracySweep]]:
@@ -126,8 +127,7 @@ def checked_accuracy_sweeps(results: pd.DataFrame, curves: pd.DataFrame) -> Iter
 
 def draw_accuracy(results: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of an accuracy table and its training losses; raises ValueError as `checked_accuracy_sweeps`."""
-    data_sets = ((suffix, (sweep,)) for suffix, sweep in checked_accuracy_sweeps(results, curves))
-    return save_all(_drawings(ACCURACY_FIGURES, data_sets), folder, ACCURACY_FIGURES)
+    return _draw("accuracy", {"accuracy": results, "curves": curves}, folder)
 
 
 def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterator[tuple[str, tuple[pd.DataFrame, pd.DataFrame]]]:
@@ -138,7 +138,51 @@ def conversion_tables(results: pd.DataFrame, positions: pd.DataFrame) -> Iterato
 
 def draw_conversion(results: pd.DataFrame, positions: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figures of `python -m evals.distill`'s tables; raises ValueError as `conversion_tables`."""
-    return save_all(_drawings(CONVERSION_FIGURES, conversion_tables(results, positions)), folder, CONVERSION_FIGURES)
+    return _draw("conversion", {"conversion": results, "positions": positions}, folder)
+
+
+FIGURE_NAMES: dict[str, Sequence[str]] = {
+    "latency": (*FIGURES, *MACHINE_FIGURES, "distribution"),
+    "accuracy": tuple(ACCURACY_FIGURES),
+    "max_context": tuple(MAX_CONTEXT_FIGURES),
+    "conversion": tuple(CONVERSION_FIGURES),
+}
+"""The names of the figures that tables of each kind may have."""
+
+
+def figures(kind: str, tables: Mapping[str, pd.DataFrame], records: Iterable[Record] = ()) -> Iterator[Drawing]:
+    """Yields every figure of the tables of a result folder: its name, and a function that draws it.
+
+    Args:
+        kind: of the folder, and of the table of results.
+        tables: by the name of their schema, as `read_tables` reads them.
+        records: the records of the ledger, for the distribution of samples.
+
+    Raises:
+        ValueError: if a table lacks a required column or row, or holds an invalid value.
+    """
+    if kind == "max_context":
+        return _drawings(MAX_CONTEXT_FIGURES, max_context_groups(tables[kind]))
+    if kind == "conversion":
+        return _drawings(CONVERSION_FIGURES, conversion_tables(tables[kind], tables["positions"]))
+    if kind == "accuracy":
+        data_sets = checked_accuracy_sweeps(tables[kind], tables["curves"])
+        return _drawings(ACCURACY_FIGURES, ((suffix, (sweep,)) for suffix, sweep in data_sets))
+    fits = {name: check_table(tables[name], name) for name in ("scaling", "crossovers") if name in tables}
+    return sweep_figures(check_table(tables[kind]), fits, raw_samples(records))
+
+
+def _draw(kind: str, tables: Mapping[str, pd.DataFrame], folder: Path, records: Iterable[Record] = ()) -> list[Path]:
+    return save_all(figures(kind, tables, records), folder, FIGURE_NAMES[kind])
+
+
+def read_tables(folder: Path, kind: str) -> dict[str, pd.DataFrame]:
+    """Reads the tables that the figures of a result folder show, by the name of their schema."""
+    results = read_table(folder) if kind == "latency" else schema.read(folder / "results.csv")
+    further = {"conversion": "positions", "accuracy": "curves"}.get(kind)
+    if further:
+        return {kind: results, further: schema.read(folder / f"{further}.csv")}
+    return {kind: results, **(read_fits(folder) if kind == "latency" else {})}
 
 
 def draw_folder(results: Path, plots: Path) -> list[Path]:
@@ -149,11 +193,6 @@ def draw_folder(results: Path, plots: Path) -> list[Path]:
     Raises:
         ValueError: if there is no table, or it cannot be drawn; `FiguresNotDrawn` if some of its figures can.
     """
-    path, kind = results / "results.csv", check_folder(results, "figures")
-    if kind == "max_context":
-        return draw_max_context(schema.read(path), plots)
-    if kind == "conversion":
-        return draw_conversion(schema.read(path), schema.read(results / "positions.csv"), plots)
-    if kind == "accuracy":
-        return draw_accuracy(schema.read(path), schema.read(results / "curves.csv"), plots)
-    return draw_sweep(read_table(results), plots, read_fits(results), Ledger(results / "samples.jsonl").read()[0])
+    kind = check_folder(results, "figures")
+    records = Ledger(results / "samples.jsonl").read()[0] if kind == "latency" else []
+    return _draw(kind, read_tables(results, kind), plots, records)

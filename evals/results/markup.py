@@ -1,5 +1,6 @@
-"""A table of text as Markdown or LaTeX."""
+"""A table of text as Markdown, LaTeX or HTML."""
 
+import html
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,6 +106,15 @@ def latex(table: Table) -> str:
             r"\end{table}",
         ]
     )
+
+
+def html_table(table: Table) -> str:
+    """Renders a table as HTML, for a notebook."""
+    tags = ["th", *["td"] * (len(table.rows) - 1)]
+    cells = ("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) for tag, row in zip(tags, table.rows, strict=True))
+    rows = "".join(f"<tr>{row}</tr>" for row in cells)
+    notes = "<br>".join(map(html.escape, table.lines_below))
+    return f"<p><b>{html.escape(table.caption)}</b></p><table>{rows}</table><p><small>{notes}</small></p>"
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "latex": latex}
