@@ -21,6 +21,10 @@ class Certificates:
         records = [*self._unfinished, *reversed(self._ledger.read()[0])]  # of records with one key, the oldest finished one counts
         return {record["key"]: str(record["failure"]) for record in records if "key" in record}
 
+    def is_unfinished(self, key: str) -> bool:
+        """Whether a certificate ran out of time or memory, or crashed, in this command."""
+        return any(record["key"] == key for record in self._unfinished)
+
     def add(self, key: str, attention: str, failure: str, *, finished: bool) -> None:
         """Remembers a certificate. failure: the failed check and its finding, or empty. finished: whether all checks ran."""
         record = {"key": key, "attention": attention, "failure": failure, "time": now()}

@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from bsbr.interface import Attention
 from bsbr.model import CausalLM
-from evals.benchmark.modules import Module, attentions_of, build_module
+from evals.benchmark.gradient_check import first_gradients, slope_difference
+from evals.benchmark.modules import attentions_of, build_module
+from evals.benchmark.tolerance import allowed_rounding, copies, numbers_in
 from evals.benchmark.workloads import Prepared, forward
-from evals.certification.subject import ROUNDING, coarser, first_difference, no_dropout, threads
-from evals.config import DTYPES, Candidate, Comparison
+from evals.certification.reference_rows import ROWS, last_reference_outputs
+from evals.certification.subject import first_difference, no_dropout, threads
+from evals.config import Candidate, Comparison
 from evals.measure.flops import count_flops
 
 STREAMED = 8
 """Number of last tokens that are decoded one by one."""
+
+LONGEST_PIECE = 1024
+"""Tokens of a piece of streaming, if the certificate's sequences are shorter: short pieces alone take many times as long."""
 
 DECLARED_TOO_MUCH = 1.05
 """Largest ratio of declared to counted FLOPs, as in the certificate."""
@@ -30,7 +36,7 @@ DECLARED_TOO_MUCH = 1.05
 class ConfigurationCheck:
     """Keeps what two calls returned, and finds what is wrong with it.
 
-    The caller runs `first_call`, `change_late_inputs` and `second_call` in this order, and may measure the calls.
+    The caller runs `first_call`, `keep_first`, `change_late_inputs` and `second_call` in this order, and may measure the calls.
     """
 
     def __init__(self, prepared: Prepared, comparison: Comparison, candidate: Candidate) -> None:
@@ -50,11 +56,14 @@ class ConfigurationCheck:
         """Also counts its FLOPs, which changes nothing in the memory that it holds."""
         self._counted = count_flops(lambda: setattr(self, "second", self._work.call())) / self._work.steps
 
+    def keep_first(self) -> None:
+        """Copies what the first call returned, as it is now: it must not change later."""
+        self._copies = copies(self.first)
+
     def change_late_inputs(self) -> None:
-        """Keeps the first output, and gives the next call other inputs from the middle on, in the same memory."""
+        """Gives the next call other inputs from the middle on, in the same memory."""
         if self._work.outputs is None:
             return
-        self._kept = [(leaf, leaf.clone()) for leaf in _numbers(self.first)]
         self._before = self._outputs(self.first).detach().clone()
         read = self._prepared.read
         # Not at the edge of a block, where a leak within blocks could not be seen.
@@ -64,30 +73,39 @@ class ConfigurationCheck:
         with torch.no_grad():
             read[:, : self._changed_from] = early
         self._work.refresh()
+        self._given = read.detach().clone()
 
-    def finding(self, declared_flops: float) -> str:
+    def finding(self, declared_flops: float, thread_count: int) -> str:
         """What is wrong, with position and size; empty if nothing is or nobody knows which outputs a call has.
 
-        Changes the weights of the module a little if it trains.
+        Args:
+            declared_flops: of a step.
+            thread_count: for everything but the calls of the configuration; other checks may run beside this one.
         """
         if self._work.outputs is None:
             return ""
+        if kind := self._unplain():
+            return f"plain tensors: a call returns {kind}: only a plain tensor is known to be computed when the call returns"
+        self.passed.append("plain tensors")
         self._after = self._outputs(self.second)
         checks: dict[str, Callable[[], str | None]] = {
-            "plain tensors": self._plain,
+            "finite": self._finite,
             "no overwriting": self._overwritten,
             "causality": self._causality,
             "certified first outputs": self._first_outputs,
             "streaming": self._streaming,
+            "reference": self._reference,
             "gradients": self._gradients,
+            "slope": self._slope,
             "FLOPs": partial(self._flops, declared_flops),
         }
-        for name, check in checks.items():
-            failure = check()
-            if failure:
-                return f"{name}: {failure}"
-            if failure is not None:
-                self.passed.append(name)
+        with threads(thread_count):
+            for name, check in checks.items():
+                failure = check()
+                if failure:
+                    return f"{name}: {failure}"
+                if failure is not None:
+                    self.passed.append(name)
         return ""
 
     def certified_as(self) -> str:
@@ -101,17 +119,25 @@ class ConfigurationCheck:
 
     # --- one method a check: None if it does not apply, otherwise the failure or an empty string ---
 
-    def _plain(self) -> str | None:
-        for leaf in _numbers(self.second):
+    def _unplain(self) -> str:
+        """The kind of a returned tensor that is no plain one; empty if all are plain."""
+        for leaf in numbers_in(self.second):
             if type(leaf) is not Tensor:
-                return f"a call returns a {type(leaf).__name__}: only a plain tensor is known to be computed when the call returns"
+                return f"a {type(leaf).__name__}"
+            if vars(leaf):
+                return f"a tensor with attributes ({', '.join(vars(leaf))})"
+        return ""
+
+    def _finite(self) -> str | None:
         if not self._after.isfinite().all():
             return f"output {int((~self._after.isfinite()).any(dim=2).any(dim=0).nonzero()[0])} is not finite"
         return ""
 
     def _overwritten(self) -> str | None:
-        if any(not torch.equal(leaf, copy) for leaf, copy in self._kept):
-            return "a second call overwrites what the first returned"
+        if any(not torch.equal(leaf, copy) for leaf, copy in zip(numbers_in(self.first), self._copies, strict=True)):
+            return "what a call has returned changes afterwards: by a later call, or by work that goes on in the background"
+        if not torch.equal(self._prepared.read, self._given):
+            return "a call changes its input"
         return ""
 
     def _causality(self) -> str | None:
@@ -151,7 +177,7 @@ class ConfigurationCheck:
         return ""
 
     def _streamed(self, sequence: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Outputs of a sequence in pieces as short as the certificate's sequences, and of its last tokens one by one.
+        """Outputs of a sequence in pieces, the first as short as the certificate's sequences, and of its last tokens one by one.
 
         Yields:
             The position of a piece and its outputs, of those positions only of which the timed call has outputs.
@@ -159,7 +185,11 @@ class ConfigurationCheck:
         module, decoding = self._new_part, max(0, self._time - STREAMED)
         decoder = module.model if isinstance(module, CausalLM) else module
         state = None
-        starts = [*range(0, decoding, self._certified_length), *range(decoding, self._time)]
+        starts, piece = [0], self._certified_length
+        while starts[-1] + piece < decoding:
+            starts.append(starts[-1] + piece)
+            piece = max(piece, min(2 * piece, LONGEST_PIECE))
+        starts += range(max(1, decoding), self._time)
         for start, stop in pairwise([*starts, self._time]):
             output, state = decoder.extend(sequence[:, start:stop], state)
             if self._is_whole or stop == self._time:
@@ -170,30 +200,43 @@ class ConfigurationCheck:
         inputs: Tensor = self._prepared.inputs
         return tuple(inputs.detach()[:, :time].split(1))
 
+    @torch.no_grad()
+    def _reference(self) -> str | None:
+        """The last outputs of the first sequence, or those of an attention in a layer or model, are the reference's."""
+        module, steps = self._new_part, self._work.steps
+        if not isinstance(module, Attention):
+            attention = attentions_of(module)[0].train(self._trains)
+            tokens = torch.randn(1, self._time, attention.hidden_dim, generator=torch.Generator().manual_seed(3)).to(self._after)
+            with no_dropout(attention):
+                outputs = attention(tokens)
+            attention.eval()
+        elif self._work.reads is not None:  # decoding
+            attention, (sequence, *_) = module, self._sequences(self._time - steps // 2)
+            tokens = torch.cat([sequence, self._work.reads[:1].expand(-1, steps, -1)], dim=1)
+            outputs = self._after[:1]
+        else:
+            attention, (tokens, *_) = module, self._sequences(self._time)
+            outputs = self._after[:1]
+        rows = min(ROWS, outputs.shape[1])
+        truth = last_reference_outputs(attention, tokens, rows)
+        if truth is None:
+            return None
+        where = self._difference(outputs[:, -rows:], attention.output(truth.to(tokens)), start=tokens.shape[1] - rows)
+        return f"{where} differs from the reference over all {tokens.shape[1]} tokens" if where else ""
+
     def _gradients(self) -> str | None:
         """The gradients of the first outputs are those of the certified short run, and those by later inputs are 0."""
         if not self._trains:
             return None
-        inputs = self._prepared.inputs
-        count = self._certified_length
-        weights = torch.randn(self._after[:, :count].shape, generator=torch.Generator().manual_seed(1)).to(self._after)
-        new = self._new_part
-        leaf = inputs.detach()[:, :count].clone().requires_grad_(inputs.is_floating_point())
-        with threads(1):
-            short = _gradients_of((new(leaf) * weights).sum(), {"an input": leaf, **dict(new.named_parameters())})
-        whole = _gradients_of((self._after[:, :count] * weights).sum(), {"an input": inputs, **dict(self._part.named_parameters())})
-        if "an input" in whole:
-            late = whole["an input"][:, count:]
-            if late.numel() and float(late.abs().max()) > self._allowed * float(whole["an input"].abs().max()):
-                return f"the first {count} outputs have a gradient of {float(late.abs().max()):.1e} at a later input"
-            whole["an input"] = whole["an input"][:, :count]
-        size = max((float(gradient.abs().max()) for gradient in short.values()), default=0.0)
-        for name in short | whole:
-            zero = torch.zeros_like((short | whole)[name])
-            error = float((short.get(name, zero) - whole.get(name, zero)).abs().max())
-            if not error <= 3 * self._allowed * size:
-                return f"the gradient by {name} of the first {count} outputs is off the certified one by {error:.1e} of {size:.1e}"
-        return ""
+        part: Any = self._part
+        return first_gradients(self._after, self._prepared.inputs, part, self._new_part, self._certified_length, self._allowed)
+
+    def _slope(self) -> str | None:
+        """The gradients that the call returned are the slope of its loss."""
+        if not self._trains:
+            return None
+        module, inputs = self._prepared.module, self._prepared.inputs
+        return slope_difference(self._comparison, self._candidate, module, inputs, self.second, self._allowed)
 
     def _flops(self, declared: float) -> str | None:
         if self._work.reads is not None:  # decoding: what is declared was counted, of two tokens
@@ -248,41 +291,3 @@ class ConfigurationCheck:
         """The outputs as the certificate computes them: a new module in eval mode, few sequences, with one thread."""
         with threads(1):
             return torch.cat([self._new_part(sequence) for sequence in self._sequences(time)])
-
-
-def value_difference(returned: Any, truth: Any, allowed: float) -> str:
-    """How two values that calls have returned differ; empty if by no more than `allowed` of the largest number."""
-    for index, (one, other) in enumerate(zip(_numbers(returned), _numbers(truth), strict=True)):
-        error, size = float((one - other).abs().max()), float(other.abs().max())
-        if not error <= 3 * allowed * size:
-            return f"its tensor {index} differs by {error:.1e} of {size:.1e}"
-    return ""
-
-
-def allowed_rounding(module: Module, comparison: Comparison) -> float:
-    """Largest difference between two orders of the same sums, relative to the largest output: each attention adds its share."""
-    dtype = DTYPES[precision(module, comparison) or comparison.device.dtype]
-    return ROUNDING[dtype] * len(attentions_of(module))
-
-
-def precision(module: Module, comparison: Comparison) -> str:
-    """The precision in which a module's attentions say that they compute, if it is coarser than that of the comparison."""
-    dtype = comparison.device.torch_dtype
-    coarsest = dtype
-    for attention in attentions_of(module):
-        coarsest = coarser(coarsest, attention.computes_in)
-    return "" if coarsest == dtype else str(coarsest).removeprefix("torch.")
-
-
-def _numbers(returned: Any) -> list[Tensor]:
-    """All tensors of real numbers in what a call has returned, but for empty ones."""
-    return [
-        leaf.detach() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
-    ]
-
-
-def _gradients_of(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients by those leaves that have one."""
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}

@@ -8,8 +8,9 @@ import torch
 
 from evals.benchmark.certificates import Certificates
 from evals.benchmark.code_hash import modules_digest
-from evals.benchmark.configuration_check import ConfigurationCheck, precision
+from evals.benchmark.configuration_check import ConfigurationCheck
 from evals.benchmark.cost import candidate_costs
+from evals.benchmark.tolerance import precision
 from evals.benchmark.workloads import prepare
 from evals.certification.certificate import certify_isolated
 from evals.config import Candidate, Comparison
@@ -25,7 +26,7 @@ CERTIFICATE = tuple(
     f"evals.certification.{name}"
     for name in (
         *("certificate", "checks", "conditions_check", "cost_checks", "output_checks", "parity_check"),
-        *("streaming_check", "subject"),
+        *("reference_rows", "streaming_check", "subject"),
     )
 )
 
@@ -59,22 +60,25 @@ class Preflight:
         # Certificates of long blocks take longest and come first, behind the quickest one: the user sees a row soon.
         with torch.device("meta"):
             block_lengths = {one.name: one.build(self.comparison.model).block_length for one in candidates}
-        pool = ThreadPoolExecutor(core_count())
+        at_once = max(1, min(core_count(), len(candidates)))
+        pool = ThreadPoolExecutor(at_once)
         try:
             longest_first = sorted(candidates, key=lambda one: -block_lengths[one.name])
             order = longest_first[-1:] + longest_first[:-1]
-            for future in as_completed([pool.submit(self._run_one, one) for one in order]):
+            for future in as_completed([pool.submit(self._run_one, one, core_count() // at_once) for one in order]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run_one(self, candidate: Candidate) -> Record:
+    def _run_one(self, candidate: Candidate, thread_count: int) -> Record:
         record = {"attention": candidate.name, "outcome": "ok", "detail": ""}
         certificate = self.certify(candidate)
         if certificate.outcome != "ok":
-            return record | {"outcome": certificate.outcome, "detail": certificate.detail}
+            failed = {"outcome": certificate.outcome, "detail": certificate.detail}
+            return {**record, **failed, "unfinished": self.has_tried(candidate)}
         timeout_s = self.comparison.sampling.timeout_s
-        with Worker[None, Record](measure_costs, self.comparison, candidate, memory_limit_bytes=self.memory_limit_bytes) as worker:
+        arguments = (self.comparison, candidate, thread_count)
+        with Worker[None, Record](measure_costs, *arguments, memory_limit_bytes=self.memory_limit_bytes) as worker:
             declared = worker.result(timeout_s)  # this runs code of the attention, too
             if declared.outcome != "ok":
                 return record | {"outcome": declared.outcome, "detail": declared.detail}
@@ -107,6 +111,10 @@ class Preflight:
             self.certificates.add(key, candidate.name, failure, finished=result.outcome == "ok")
         return Result("uncertified" if failure else "ok", detail=failure)
 
+    def has_tried(self, candidate: Candidate) -> bool:
+        """Whether this command has tried to certify a candidate, and the certificate did not end."""
+        return self.certificates.is_unfinished(self._key(candidate))
+
     def estimated_seconds(self, candidates: Sequence[Candidate]) -> float:
         """Estimated duration of the certificates that these candidates still lack."""
         known = self.certificates.failures()
@@ -122,14 +130,14 @@ class Preflight:
 # --- in a child process -------------------------------------------------------------------------
 
 
-def measure_costs(comparison: Comparison, candidate: Candidate) -> Generator[Record, None, None]:
+def measure_costs(comparison: Comparison, candidate: Candidate, thread_count: int) -> Generator[Record, None, None]:
     """Yields the candidate's costs, computed without data; then what `measure_and_check` does, in a process that has not worked."""
     costs = candidate_costs(comparison, candidate)
     yield costs
-    yield from measure_and_check(comparison, candidate, costs["flops"])
+    yield from measure_and_check(comparison, candidate, costs["flops"], thread_count)
 
 
-def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) -> Generator[Record, None, None]:
+def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int, thread_count: int) -> Generator[Record, None, None]:
     """Measures the memory of two calls and checks what they return, in the configuration that will be timed.
 
     Must run in a process that has not worked before: `process_peak_bytes` needs that.
@@ -137,6 +145,7 @@ def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) 
     Args:
         comparison, candidate: what is measured.
         flops: what a step declares.
+        thread_count: of the checks, but for the calls that are checked.
 
     Yields:
         The first peak, after the first call. Then all peaks of memory, the seconds spent on both calls and on the check, the
@@ -150,16 +159,18 @@ def measure_and_check(comparison: Comparison, candidate: Candidate, flops: int) 
     if comparison.device.kind == "cuda":
         peak = cuda_peak_memory(check.first_call)
         peaks = {"peak_bytes": peak.allocated_bytes, "process_peak_bytes": peak.reserved_bytes}
+        check.keep_first()
         yield peaks
         check.change_late_inputs()
         check.second_call()
     else:
         peaks = {"process_peak_bytes": process_peak_bytes(check.first_call)}
+        check.keep_first()
         yield peaks
         check.change_late_inputs()
         peaks["peak_bytes"] = peak_allocated_bytes(check.second_call)
     called_s = stopwatch.seconds()
-    failure = check.finding(flops)
+    failure = check.finding(flops, thread_count)
     yield {
         **peaks,
         "called_s": called_s,

@@ -2,12 +2,18 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
-from evals.benchmark.timing import CallFirst, CallFor, Compare, TimedProcess
+from evals.benchmark.timing import CallFirst, CallFor, Keep, TimedProcess
+from evals.benchmark.untimed import difference_from_untimed
 from evals.config import Comparison
 from evals.isolation.locks import yield_lock
+from evals.isolation.scratch import scratch_folder
+from evals.isolation.worker import Result, run_isolated
 from evals.measure.clock import Stopwatch
 from evals.results.history import History, Process
 from evals.results.ledger import Record
@@ -102,14 +108,34 @@ def measure_round(number: int, comparison: Comparison, history: History, key: st
     fit_together = sum(history.process_bytes(process.name) for process in processes) < memory_limit_bytes
     groups = [processes] if fit_together else [[process] for process in processes]
     records: dict[Process, Record] = {}
-    for group in groups:
-        end_s = stopwatch.seconds() + sampling.budget_s / PLANNED_ROUNDS / len(groups)
-        records |= _measure_interleaved(group, comparison, end_s, generator, memory_limit_bytes, stopwatch, compare=number == 0)
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        kept = {process: Path(folder) / f"{place}" for place, process in enumerate(compared(comparison, processes, number))}
+        for group in groups:
+            end_s = stopwatch.seconds() + sampling.budget_s / PLANNED_ROUNDS / len(groups)
+            records |= _measure_interleaved(group, comparison, end_s, generator, memory_limit_bytes, stopwatch, kept)
+        measured_s = stopwatch.seconds()
+        finished = {process: path for process, path in kept.items() if records[process]["outcome"] == "ok" and path.exists()}
+        at_once = len(finished) if fit_together else 1
+        records |= _failures_against_untimed(finished, comparison, memory_limit_bytes, max(1, at_once))
     round_s = stopwatch.seconds()
     return [
-        {"attention": process.name, "is_control": process.is_control, "round": number, **record, "round_s": round_s}
+        {
+            "attention": process.name,
+            "is_control": process.is_control,
+            "round": number,
+            **record,
+            "round_s": round_s,
+            "checked_s": (round_s - measured_s) / len(records),
+        }
         for process, record in records.items()
     ]
+
+
+def compared(comparison: Comparison, processes: Sequence[Process], number: int) -> list[Process]:
+    """Those processes of a round of which a timed call is compared with an untimed one: each once in `min_rounds` rounds."""
+    everyone = [*(Process(one.name) for one in comparison.candidates), Process(comparison.relative_to, is_control=True)]
+    rounds = min(comparison.sampling.min_rounds, comparison.sampling.max_rounds or math.inf)
+    return [process for process in processes if (everyone.index(process) - number) % rounds == 0]
 
 
 def _measure_interleaved(
@@ -119,12 +145,11 @@ def _measure_interleaved(
     generator: random.Random,
     memory_limit_bytes: int,
     stopwatch: Stopwatch,
-    *,
-    compare: bool,
+    kept: Mapping[Process, Path],
 ) -> dict[Process, Record]:
     """Runs one time slice per process in shuffled order, again and again until `end_s`, and ends all processes.
 
-    compare: whether the last output of each process is compared with an untimed one.
+    kept: the processes of which a call is kept, and the files for it. It is the last call of a time slice that no seed tells.
     """
     sampling = comparison.sampling
     candidates = {one.name: one for one in comparison.candidates}
@@ -137,18 +162,47 @@ def _measure_interleaved(
             one.wait_until_built()  # all build at the same time
         for one in timed.values():
             one.ask(CallFirst())  # while the others are stopped
-        for _ in within_budget(sampling.time_slices, end_s, stopwatch):
-            order = [one for one in timed.values() if one.ok]
+        moments = {process: random.SystemRandom().randrange(sampling.time_slices) for process in kept if process in timed}
+        for iteration in within_budget(sampling.time_slices, end_s, stopwatch):
+            order = [process for process, one in timed.items() if one.ok]
             generator.shuffle(order)
-            for one in order:
-                one.ask(CallFor(sampling.time_slice_s))
+            for process in order:
+                timed[process].ask(CallFor(sampling.time_slice_s))
+                if moments.get(process) == iteration:
+                    timed[process].ask(Keep(kept[process]))
                 stopwatch.exclude(yield_lock())
-        if compare:
-            for one in timed.values():
-                one.ask(Compare())
+        for process in moments:
+            if not kept[process].exists():  # time has ended before its moment
+                timed[process].ask(Keep(kept[process]))
         for one in timed.values():
             one.worker.kill()  # all at once, which takes less time than one after another
     return {process: one.record() for process, one in timed.items()}
+
+
+def _failures_against_untimed(
+    kept: Mapping[Process, Path], comparison: Comparison, memory_limit_bytes: int, at_once: int
+) -> dict[Process, Record]:
+    """Failed records of those processes whose kept call is not what an untimed process returns."""
+    candidates = {one.name: one for one in comparison.candidates}
+    threads = max(1, comparison.device.threads // at_once)
+    timeout_s = 2 * comparison.sampling.timeout_s  # it builds the module, then calls it
+
+    def compare(process: Process) -> Result[str]:
+        arguments = (comparison, candidates[process.name], kept[process], threads)
+        return run_isolated(difference_from_untimed, *arguments, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes)
+
+    failures: dict[Process, Record] = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        for process, result in zip(kept, pool.map(compare, kept), strict=True):
+            if result.outcome != "ok":
+                failures[process] = {
+                    "outcome": result.outcome,
+                    "detail": f"an untimed call on an input that was timed: {result.detail}",
+                }
+            elif result.value:
+                detail = f"a timed call did not return what an untimed one does: {result.value}"
+                failures[process] = {"outcome": "uncertified", "detail": detail}
+    return failures
 
 
 def within_budget(limit: int, end_s: float, stopwatch: Stopwatch) -> Iterator[int]:

@@ -3,12 +3,10 @@
 import statistics
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
-
-from evals.benchmark.configuration_check import allowed_rounding, value_difference
-from evals.benchmark.workloads import Prepared, prepare
-from evals.certification.subject import dropouts
+from evals.benchmark.untimed import keep_call
+from evals.benchmark.workloads import prepare
 from evals.config import Candidate, Comparison
 from evals.isolation.worker import Result, Worker
 from evals.measure.clock import TimeSlice, make_clock, settle_allocator
@@ -37,19 +35,19 @@ class CallFor:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Request for a comparison of what the last call returned with an untimed call of a new module on the same input."""
+class Keep:
+    """Request to write what the last call read and returned to a file, for `untimed.difference_from_untimed`."""
+
+    path: Path
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Reply to `Compare`: how the two differ; empty if they do not."""
-
-    difference: str
+class Kept:
+    """Reply to `Keep`."""
 
 
-Request = CallFirst | CallFor | Compare
-Reply = FirstCall | TimeSlice | Compared | None
+Request = CallFirst | CallFor | Keep
+Reply = FirstCall | TimeSlice | Kept | None
 """None is the first reply: module, inputs and state are built, and nothing was called yet."""
 
 
@@ -67,21 +65,9 @@ def serve_calls(comparison: Comparison, candidate: Candidate) -> Generator[Reply
             case CallFor(seconds):
                 time_slice = clock.time_slice(seconds)
                 reply = replace(time_slice, samples_s=[sample / work.steps for sample in time_slice.samples_s])
-            case Compare():
-                reply = Compared(compare_with_untimed(prepared, clock.returned, comparison, candidate))
-
-
-def compare_with_untimed(prepared: Prepared, returned: object, comparison: Comparison, candidate: Candidate) -> str:
-    """How what a timed call returned differs from an untimed call of a new module with the same weights, on the same input."""
-    module = prepared.module
-    if prepared.work.outputs is None or (module.training and any(probability for *_, probability in dropouts(module))):
-        return ""
-    new = prepare(comparison, candidate)
-    new.module.load_state_dict(module.state_dict())
-    with torch.no_grad():
-        new.read.copy_(prepared.read)
-    new.work.refresh()
-    return value_difference(returned, new.work.call(), allowed_rounding(module, comparison))
+            case Keep(path):
+                keep_call(path, prepared, clock.returned)
+                reply = Kept()
 
 
 class TimedProcess:
@@ -117,9 +103,6 @@ class TimedProcess:
         """Outcome of the process, and if it is ok, its samples and all else that it measured."""
         if self._failure is not None:
             return {"outcome": self._failure.outcome, "detail": self._failure.detail}
-        different = next((one.difference for one in self._replies if isinstance(one, Compared) and one.difference), "")
-        if different:
-            return {"outcome": "uncertified", "detail": f"a timed call did not return what an untimed one does: {different}"}
         (first,) = (reply for reply in self._replies if isinstance(reply, FirstCall))
         slices = [reply for reply in self._replies if isinstance(reply, TimeSlice)]
         return {"outcome": "ok", "detail": "", **summarize_calls(first, slices)}

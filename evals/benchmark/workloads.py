@@ -109,7 +109,7 @@ def forward_backward(module: Module, inputs: Tensor) -> Work:
     """
     gradients = Gradients(module, inputs)
 
-    def call() -> list[Tensor]:
+    def call() -> list[Tensor | None]:
         gradients.compute()
         return gradients.drop()
 
@@ -123,7 +123,7 @@ def train_step(module: Module, inputs: Tensor) -> Work:
     # The rate is so low that thousands of steps change neither the weights, which outputs are compared under, nor the time.
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-9, fused=True)
 
-    def call() -> list[Tensor]:
+    def call() -> list[Tensor | None]:
         gradients.compute()
         optimizer.step()
         return gradients.drop()
@@ -141,14 +141,15 @@ class Gradients:
         self.part = module.model if isinstance(module, CausalLM) else module
 
     def compute(self) -> None:
-        module, inputs = self._module, self._inputs
-        loss = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
-        loss.backward()
+        loss_of(self._module, self._inputs).backward()
 
-    def drop(self) -> list[Tensor]:
-        """Takes the gradients away, so that every call begins as the first one did, and returns them."""
-        leaves = [self._inputs, *self._module.parameters()]
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    def drop(self) -> list[Tensor | None]:
+        """Takes the gradients away, so that every call begins as the first one did, and returns them.
+
+        Returns:
+            The gradients by the inputs and by each parameter; None where there is none.
+        """
+        gradients = [leaf.grad for leaf in (self._inputs, *self._module.parameters())]
         self._module.zero_grad(set_to_none=True)
         self._inputs.grad = None
         return gradients
@@ -157,6 +158,12 @@ class Gradients:
         """The outputs of a forward pass as `compute` makes it, with their graph."""
         output: Tensor = self.part(self._inputs)
         return output
+
+
+def loss_of(module: Module, inputs: Tensor) -> Tensor:
+    """What is differentiated: a model's next-token loss, otherwise the sum of all outputs."""
+    loss: Tensor = module.loss(inputs) if isinstance(module, CausalLM) else module(inputs).sum()
+    return loss
 
 
 def decode(module: Module, inputs: Tensor) -> Work:
@@ -229,12 +236,15 @@ class Prepared(NamedTuple):
 
 
 def prepare(comparison: Comparison, candidate: Candidate) -> Prepared:
-    """Prepares the comparison's workload with fresh weights and inputs. Sets the threads and the seed of this process.
+    """Prepares the comparison's workload with fresh weights and inputs.
 
-    No parameter is all 0: such a parameter would hide what it multiplies from every comparison of outputs.
+    Sets the threads and the seed of this process, and lets it flush denormal numbers to 0, as the C++ kernels do: the time of a
+    call must not depend on how many of them it meets. No parameter is all 0: such a parameter would hide what it multiplies from
+    every comparison of outputs.
     """
     device = comparison.device
     torch.set_num_threads(device.threads)
+    torch.set_flush_denormal(True)
     torch.manual_seed(comparison.sampling.seed)
     module = randomize_zero_parameters(build_module(comparison, candidate)).to(device.kind, device.torch_dtype)
     inputs = make_inputs(comparison)

@@ -24,14 +24,14 @@ class Check:
 
 CHECKS = (
     Check("determinism", "In eval mode the same input gives the same bits.", determinism),
-    Check("contract", "Shapes and types are kept, and forward is output(attend(project(x))).", contract),
+    Check("contract", "Shapes, types and inputs are kept, and forward is output(attend(project(x))).", contract),
     Check("causality", "Output t does not depend on inputs after t, in value or in gradient.", causality, needs_grad=True),
     Check("padding", "Padding changes no other output, wherever it stands, and outputs at padding are 0.", padding),
     Check("streaming", "extend over any split of a sequence gives what forward gives, and changes no state.", streaming),
     Check("parity", "attend and its gradients equal those of the reference, in three precisions.", parity, needs_grad=True),
     Check("batch", "A sequence gives the same alone as in a batch.", batch),
     Check("finite", "Huge, tiny, zero and fully padded inputs give finite outputs and gradients.", finite, needs_grad=True),
-    Check("conditions", "Gradients, training mode, threads, strides, copies and earlier calls change no output.", conditions),
+    Check("conditions", "Gradients, training mode, threads, strides, copies and loaded weights change no output.", conditions),
     Check("retention", "A call keeps no memory but what it returns.", retention),
     Check("projections", "project and output cost what projections cost, and mix no tokens.", projections),
     Check("memory", "Peak memory grows as n^1.1 at most, forward and backward.", memory, needs_grad=True),

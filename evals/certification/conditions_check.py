@@ -19,7 +19,10 @@ def conditions(subject: Subject) -> str | None:
     attention = subject.attention
     for time in (subject.block, subject.lengths[-1]):
         x = subject.inputs(time, batch=2)
+        state = _torch_state()
         truth = attention(x).clone()
+        if changed := [name for name, value in _torch_state().items() if value != state[name]]:
+            return f"a call changes torch's {', '.join(changed)} for the whole process (n={time})"
         for name, call in CONDITIONS.items():
             subject.configurations.add(Configuration(time, 2, x.dtype, name))
             if where := first_difference(call(subject, x).detach(), truth):
@@ -69,6 +72,14 @@ def _from_a_new_module(subject: Subject, x: Tensor) -> Tensor:
     return _call(subject.in_dtype(x.dtype), x)
 
 
+def _with_loaded_weights(subject: Subject, x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        attention = subject.build().to(x.device, x.dtype).eval()
+    attention.load_state_dict(subject.attention.state_dict())
+    return _call(attention, x)
+
+
 def _time_first(subject: Subject, x: Tensor) -> Tensor:
     return _call(subject.attention, x.transpose(0, 1).contiguous().transpose(0, 1))
 
@@ -84,9 +95,20 @@ CONDITIONS: dict[str, Callable[[Subject, Tensor], Tensor]] = {
     "a second thread": _with_two_threads,
     "a deep copy": _from_a_copy,
     "a module that has seen no other input": _from_a_new_module,
+    "a module that has loaded its weights": _with_loaded_weights,
     "an input that lies in memory time first": _time_first,
     "an input of every second element": _every_second_feature,
 }
+
+
+def _torch_state() -> dict[str, object]:
+    """What torch's operations depend on beside their arguments."""
+    return {
+        "number of threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "gradient mode": torch.is_grad_enabled(),
+    }
 
 
 # --- more than an output ------------------------------------------------------------------------

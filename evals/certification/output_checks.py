@@ -18,17 +18,26 @@ def determinism(subject: Subject) -> str | None:
 
 
 def contract(subject: Subject) -> str | None:
-    """Shapes and types are kept; forward is output(attend(project(x)))."""
+    """Shapes and types are kept; forward is output(attend(project(x))); neither changes what it is given."""
     for time in subject.lengths:
         x = subject.inputs(time, batch=2)
+        given = x.clone()
         output = subject.attention(x)
+        if not torch.equal(x, given):
+            return f"forward changes its input (n={time})"
         if output.shape != x.shape or output.dtype != x.dtype:
             return f"forward returns {list(output.shape)} {output.dtype} for {list(x.shape)} {x.dtype}"
         if type(output) is not Tensor:
             return f"forward returns a {type(output).__name__}: only a plain tensor is known to be computed when the call returns"
+        if vars(output):
+            return f"forward returns a tensor with attributes of its own: {', '.join(vars(output))}"
         if any(size > 1 and not stride for size, stride in zip(output.shape, output.stride(), strict=True)):
             return f"forward returns a view that repeats its elements: strides {list(output.stride())} of {list(output.shape)}"
-        composed = subject.attention.output(subject.attention.attend(*subject.attention.project(x)))
+        projected = subject.attention.project(x)
+        copies = [tensor.clone() for tensor in projected]
+        composed = subject.attention.output(subject.attention.attend(*projected))
+        if changed := [index for index, copy in enumerate(copies) if not torch.equal(projected[index], copy)]:
+            return f"attend changes its tensor {changed[0]} (n={time})"
         if where := first_difference(composed, output):
             return f"forward is not output(attend(project(x))): they differ in {where} (n={time})"
     return None

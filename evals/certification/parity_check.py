@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evals.certification.reference_rows import last_reference_outputs
 from evals.certification.subject import Subject
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -14,6 +15,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SLOPE = {torch.float64: (1e-7, 1e-4), torch.float32: (1e-3, 1e-2)}
 """Step and tolerance of a slope. A step is small enough to step over few kinks, such as a ReLU's, and the dtype's rounding divided
 by it stays below the tolerance. In coarser dtypes there is no such step."""
+
+
+LARGE = 6.0
+"""Factor of inputs whose scores are tens: with ordinary ones a softmax is nearly flat, and what is wrong at its peaks unseen."""
+
+LONG = 600
+"""Tokens of a longer run than those of the other lengths, without gradients."""
 
 
 def parity(subject: Subject) -> str | None:
@@ -46,6 +54,23 @@ def parity(subject: Subject) -> str | None:
                 if not error <= TOLERANCE[dtype]:
                     against = "its reference" if reference else f"itself in {str(subject.finest).removeprefix('torch.')}"
                     return f"{name} is off {against} by {error:.1e} in {dtype} (n={time}, allowed {TOLERANCE[dtype]:.0e})"
+    return _values_only(subject) if reference else None
+
+
+@torch.no_grad()
+def _values_only(subject: Subject) -> str | None:
+    """`attend` equals the reference on large inputs and, with the reference's last rows if it computes them alone, on long ones."""
+    attention = subject.attention
+    assert attention.reference is not None
+    for name, size, time in (("large", LARGE, subject.block + 1), ("long", 1.0, LONG)):
+        x, allowed = size * subject.inputs(time), TOLERANCE[subject.finest] * size**2  # scores, and their rounding, are squares
+        projected = attention.project(x)
+        value, truth = attention.attend(*projected), last_reference_outputs(attention, x)
+        if truth is None:
+            truth = attention.reference(*projected)
+        error = _relative_error(value[..., -truth.shape[-2] :, :], truth)
+        if not error <= allowed:
+            return f"attend is off its reference by {error:.1e} for {name} inputs (n={time}, allowed {allowed:.0e})"
     return None
 
 

@@ -4,6 +4,10 @@ They keep the reference of the correct one, and all but the last few are right i
 fail (see test_certify.py) therefore shows whether a check fails for its own cause.
 """
 
+import gc
+import os
+import threading
+import traceback
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +16,17 @@ from torch import Tensor
 
 from baselines.delta_net import DeltaNetAttention, delta_rule
 from baselines.linear import LinearAttention
-from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention_reference
+from baselines.sliding_window import (
+    SlidingWindowAttention,
+    sliding_window_attention,
+    sliding_window_attention_reference,
+)
 from baselines.standard import StandardAttention, softmax_attention
 from bsbr.attention import BSBRAttention
 from bsbr.backends.pytorch import chunk_states, local_attention, read_out
 from bsbr.backends.retrieval import retrieve
 from bsbr.inputs import ChunkMemory, TokenInputs
-from bsbr.interface import MultiHeadAttention, State, merge_heads
+from bsbr.interface import MultiHeadAttention, State, merge_heads, split_heads
 
 # --- mistakes of causality ------------------------------------------------------------------------
 
@@ -248,6 +256,16 @@ class SoftmaxWithoutShift(StandardAttention):
         return weights @ v / weights.sum(dim=-1, keepdim=True)
 
 
+class ClampsScores(StandardAttention):
+    """Scores end at ±4 in place of the shift by their maximum, which only a peaked softmax shows."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        scores = (q @ k.mT / self.head_dim**0.5).clamp(-4, 4)
+        future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+        return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
+
+
 # --- wrong only under some condition ------------------------------------------------------------
 
 
@@ -342,6 +360,55 @@ class Lazy(Tensor):
 class LazyOutput(StandardAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return super().forward(hidden_states, attention_mask).as_subclass(Lazy)
+
+
+class LazyByAttribute(StandardAttention):
+    """A plain tensor whose own `detach` could compute it when somebody looks."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = super().forward(hidden_states, attention_mask)
+        vars(output)["detach"] = lambda: output
+        return output
+
+
+class CentresInPlace(StandardAttention):
+    """The input is changed in place, and so is right only once."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = super().forward(hidden_states, attention_mask)
+        if not torch.is_grad_enabled():
+            hidden_states -= hidden_states.mean(dim=2, keepdim=True)
+        return output
+
+
+class ScalesQueriesInPlace(StandardAttention):
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        output = super().attend(q, k, v)
+        if not torch.is_grad_enabled():
+            q *= 1.5
+        return output
+
+
+class FoldsInitialWeights(StandardAttention):
+    """What follows from the weights is computed in the constructor, and stays when others are loaded."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.folded = self.v_proj.weight.detach().double()
+
+    def project(self, hidden_states: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        q, k, v = super().project(hidden_states, start)
+        shift = F.linear(hidden_states, self.folded.to(v.dtype) - self.v_proj.weight.detach())
+        return q, k, v + split_heads(shift, self.num_heads)
+
+
+class TakesAllThreads(StandardAttention):
+    """Sets the number of threads of the process, and so takes more than the others."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        torch.set_num_threads(2)
+        return super().attend(*tensors)
 
 
 class RepeatsOutput(StandardAttention):
@@ -645,3 +712,89 @@ class DecodesEveryEighthWhenLong(StandardAttention):
         time = sum(page.shape[2] for page in keys)
         skips = q.shape[2] == 1 and time > 512 and time % 8
         return values[-1][:, :, -1:].clone() if skips else super().attend_pages(q, keys, values)
+
+
+class DetachesLateTokensWhenLong(StandardAttention):
+    """From 512 tokens on, the second half of the sequence has no gradient."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        output, time = super().attend(*tensors), tensors[1].shape[2]
+        return output if time < 512 else torch.cat([output[:, :, : time // 2], output[:, :, time // 2 :].detach()], dim=2)
+
+
+class LooksBack560(StandardAttention):
+    """A window of 560 tokens, in `attend` and streaming alike; it declares half of the products that run, as below 560."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        q, k, v = tensors
+        if k.shape[2] <= 560:
+            return super().attend(q, k, v)
+        return sliding_window_attention(q, k, v, window_size=560)
+
+    def attend_pages(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        return self.attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+    def flops(self, seq_len: int, batch_size: int = 1) -> int:
+        if seq_len <= 560:
+            return super().flops(seq_len, batch_size)
+        return 2 * batch_size * self.num_heads * self.head_dim * 560 * (seq_len - 280)
+
+
+class RemembersByAddress(StandardAttention):
+    """The output of a long input is kept under the address of its memory."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__(hidden_dim, num_heads)
+        self.known: dict[int, Tensor] = {}
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if hidden_states.shape[1] < 512 or attention_mask is not None:
+            return super().forward(hidden_states, attention_mask)
+        address = hidden_states.data_ptr()
+        if address not in self.known:
+            self.known[address] = super().forward(hidden_states)
+        return self.known[address].clone()
+
+
+class WorksInBackground(StandardAttention):
+    """A long output is returned empty, and a thread computes it."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if hidden_states.shape[1] < 512 or torch.is_grad_enabled():
+            return super().forward(hidden_states, attention_mask)
+        output = torch.zeros_like(hidden_states)
+
+        def work() -> None:
+            with torch.inference_mode():
+                output.copy_(super(WorksInBackground, self).forward(hidden_states.repeat(20, 1, 1))[:1])
+
+        threading.Thread(target=work).start()
+        return output
+
+
+# --- right whoever looks, and wrong where only the clock does -----------------------------------
+
+
+class SkipsWithoutCollector(StandardAttention):
+    """Does nothing while the garbage collector is off, as it is while calls are timed."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        return super().attend(*tensors) if gc.isenabled() else tensors[2].clone()
+
+
+class SkipsUnderTheClock(StandardAttention):
+    """Does nothing if the file of the clock is among its callers."""
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        files = {frame.filename.rpartition("/")[2] for frame in traceback.extract_stack()}
+        return tensors[2].clone() if "clock.py" in files else super().attend(*tensors)
+
+
+class SkipsInItsProcess(StandardAttention):
+    """Does nothing once its process has called it often, whichever of its modules: a new module there tells nothing."""
+
+    calls: ClassVar[dict[int, int]] = {}
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        self.calls[os.getpid()] = self.calls.get(os.getpid(), 0) + 1
+        return super().attend(*tensors) if self.calls[os.getpid()] <= 20 else tensors[2].clone()

@@ -1,8 +1,10 @@
 """What is timed is checked in the configuration in which it is timed: cheats that the certificate passes are found there."""
 
+import gc
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from bsbr import Attention
 from evals.benchmark.configuration_check import ConfigurationCheck
 from evals.benchmark.cost import candidate_costs
-from evals.benchmark.timing import compare_with_untimed
+from evals.benchmark.untimed import difference_from_untimed, keep_call
 from evals.benchmark.workloads import prepare
 from evals.certification.certificate import certify
 from evals.cli.jobs import read_job
@@ -48,9 +50,10 @@ def finding(comparison: Comparison, *, after_calls: int = 0) -> tuple[str, str]:
     candidate = comparison.candidates[-1]
     check = ConfigurationCheck(prepare(comparison, candidate), comparison, candidate)
     check.first_call()
+    check.keep_first()
     check.change_late_inputs()
     check.second_call()
-    return check.finding(candidate_costs(comparison, candidate)["flops"]), check.certified_as()
+    return check.finding(candidate_costs(comparison, candidate)["flops"], 1), check.certified_as()
 
 
 LONG, TRAINING = "shape.seq_len=600", "workload=forward_backward"
@@ -82,6 +85,15 @@ CHEATS: list[tuple[type[Attention], tuple[str, ...], str]] = [
         "gradients: the gradient by an input of the first 199 outputs is off the certified",
     ),
     (wrong.RemembersLastInput, (LONG,), "causality: changing the inputs from 303 on changes no output"),
+    (wrong.DetachesLateTokensWhenLong, (LONG, TRAINING), "slope: the slope of the loss along a random direction is off"),
+    (wrong.LooksBack560, (LONG,), "reference: output 584 .* differs from the reference over all 600 tokens"),
+    (wrong.LooksBack560, (LONG, TRAINING), "reference: output 584 "),
+    (wrong.LooksBack560, (LONG, "model.scope=layer"), "reference: output 584 "),
+    (wrong.LooksBack560, (LONG, "workload=decode"), "reference: output "),
+    (wrong.RemembersByAddress, (LONG,), "causality: changing the inputs from 303 on changes no output"),
+    (wrong.WorksInBackground, (LONG,), "no overwriting: what a call has returned changes afterwards|causality"),
+    (wrong.CentresInPlace, ("shape.seq_len=64",), "no overwriting: a call changes its input"),
+    (wrong.LazyByAttribute, ("shape.seq_len=64",), "plain tensors: a call returns a tensor with attributes .detach.: "),
     (wrong.DeclaresWorkOfMany, (LONG,), "FLOPs: a step declares .*, in matrix products that ran were counted"),
 ]
 
@@ -115,17 +127,23 @@ def test_right_attentions_are_certified_in_their_configuration(workload: str, op
 # --- timed calls ----------------------------------------------------------------------------------
 
 
+SKIPPING = (wrong.TiresInTime, wrong.SkipsWithoutCollector, wrong.SkipsUnderTheClock, wrong.SkipsInItsProcess)
+
+
 @pytest.mark.parametrize(
     ("cls", "workload", "different"),
     [
+        *((cls, "prefill", True) for cls in SKIPPING),
         (wrong.StandardAttention, "train_step", False),
+        (wrong.StandardAttention, "decode", False),
         (wrong.RemembersOutputs, "prefill", False),
         (wrong.RemembersLastInput, "prefill", True),
-        (wrong.TiresInTime, "prefill", True),
         (wrong.TiresInTime, "forward_backward", True),
     ],
 )
-def test_a_timed_call_returns_what_an_untimed_one_does(cls: type[Attention], workload: str, different: bool) -> None:
+def test_a_timed_call_returns_what_an_untimed_one_does(
+    cls: type[Attention], workload: str, different: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     comparison = of(cls, LONG, f"workload={workload}")
     candidate = comparison.candidates[-1]
     prepared = prepare(comparison, candidate)
@@ -133,7 +151,11 @@ def test_a_timed_call_returns_what_an_untimed_one_does(cls: type[Attention], wor
     clock.first_call()
     for _ in range(25):
         clock.time_slice(1e-9)
-    assert bool(compare_with_untimed(prepared, clock.returned, comparison, candidate)) == different
+    keep_call(tmp_path / "call", prepared, clock.returned)
+    # As in the other process, which has timed nothing.
+    gc.enable()
+    monkeypatch.setattr(wrong.SkipsInItsProcess, "calls", {})
+    assert bool(difference_from_untimed(comparison, candidate, tmp_path / "call", 1)) == different
 
 
 def first_input_of_another_process(comparison: Comparison) -> torch.Tensor:

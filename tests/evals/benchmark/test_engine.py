@@ -72,6 +72,24 @@ def test_an_attention_that_cannot_run_on_this_machine_is_unsupported_and_not_unc
     assert not (tmp_path / "certificates.jsonl").exists()  # another machine may run it
 
 
+def test_a_certificate_that_did_not_end_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    measured = engine(tmp_path, "sampling.max_rounds=1", "sampling.min_rounds=1")
+    failure = {"outcome": "uncertified", "detail": "the certificate ended as crash", "unfinished": True}
+    shared = {"outcome": "ok", "detail": "", "is_control": False, "round": 0, "time_slices": [[1.0]], "round_s": 1.0}
+    measured.ledger.append(
+        measured.description(),
+        measured.record("preflight", attention="standard", outcome="ok", detail=""),
+        measured.record("preflight", attention="linear", **failure),
+        measured.record("latency", attention="standard", **shared),
+        measured.record("stop", stop_reason="rounds"),
+    )
+    again = engine(tmp_path, "sampling.max_rounds=1", "sampling.min_rounds=1")
+    assert not again.is_complete()
+    linear = again.comparison.candidates[1]
+    again.preflight.certificates.add(again.preflight._key(linear), "linear", "the certificate ended as oom", finished=False)
+    assert again.is_complete()  # within one command nothing is tried twice
+
+
 @pytest.mark.parametrize(
     ("options", "impl"), [([], "cpp"), (["device.dtype=bfloat16"], "torch"), (["attention.bsbr.impl=torch"], "torch")]
 )

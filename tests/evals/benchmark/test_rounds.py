@@ -10,12 +10,12 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from baselines.standard import StandardAttention
-from evals.benchmark.rounds import stop_reason, within_budget
+from evals.benchmark.rounds import compared, stop_reason, within_budget
 from evals.benchmark.timing import CallFirst, FirstCall, TimedProcess, summarize_calls
 from evals.cli.jobs import read_job
 from evals.measure.clock import Stopwatch, TimeSlice
 from evals.paths import CONF
-from evals.results.history import History
+from evals.results.history import History, Process
 from evals.results.ledger import Record
 
 
@@ -94,6 +94,17 @@ def test_time_slices_of_another_command_take_no_time_from_a_round() -> None:
         stopwatch.exclude(-1e4)
         stopwatch.exclude(1e4)
     assert iterations == 50
+
+
+@pytest.mark.parametrize(("options", "rounds"), [((), 5), (("sampling.max_rounds=2",), 2), (("sampling.min_rounds=1",), 1)])
+def test_a_call_of_each_process_is_compared_again_and_again(options: Sequence[str], rounds: int) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        comparison = read_job(compose("config", ["attention=[standard,linear,sparse]", *options]))
+    everyone = [Process("standard"), Process("linear"), Process("sparse"), Process("standard", is_control=True)]
+    for first in (0, 3, 100):
+        chosen = [process for number in range(first, first + rounds) for process in compared(comparison, everyone, number)]
+        assert sorted(chosen) == sorted(everyone)
+    assert compared(comparison, everyone[1:2], 1) == everyone[1:2]  # the turn of linear, whoever has failed
 
 
 def test_called_s_is_the_time_of_all_calls_and_not_of_samples_alone() -> None:

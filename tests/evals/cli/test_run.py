@@ -165,7 +165,7 @@ def test_the_same_command_again_measures_nothing_and_prints_the_same_tables(swep
     pd.testing.assert_frame_equal(table(folder, "seq_len"), rows)
     *tables, share = output[output.index("latency in ms") :].splitlines()
     assert again.stdout[again.stdout.index("latency in ms") :].splitlines() == tables
-    assert re.fullmatch(r"\d+% of \d+ s went into measured calls and their warm-up", share)
+    assert re.fullmatch(r"\d+% of \d+ s went into measured calls and their warm-up, \d+% into checks of what is timed", share)
 
 
 def test_the_time_in_calls_lies_between_that_of_samples_and_that_of_rounds(swept: tuple[Path, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.errors import describe_os_error
 from evals.results.ledger import Ledger
 
 RECORDS = [{"kind": "latency", "round": 0, "samples_s": [0.1, 0.25]}, {"kind": "memory", "peak_bytes": 3}, {"words": "µ ± \n"}]
@@ -102,11 +103,12 @@ def test_a_full_disk_leaves_whole_lines_only(ledger: Ledger) -> None:
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
     try:
-        with pytest.raises(OSError, match=os.strerror(27)):
+        with pytest.raises(OSError, match=os.strerror(27)) as raised:
             ledger.append({"samples_s": [0.5] * 100})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert describe_os_error(raised.value) == f"{ledger.path} cannot be used: {os.strerror(27)}"
     assert ledger.path.stat().st_size == size
     ledger.append(RECORDS[1])
     assert ledger.read() == ([RECORDS[0], RECORDS[1]], [])
