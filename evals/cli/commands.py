@@ -15,8 +15,9 @@ from evals.cli.help_text import columns
 from evals.errors import OK, UsageError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[1]
-INSTALL = 'pip install "bsbr[extras]"'
 OWN = ("bsbr", "baselines", "evals")
+EXTRAS = {"transformers": "convert"}
+"""The extra of pyproject.toml that installs a package, if it is not `extras`."""
 
 
 @command()
@@ -36,7 +37,8 @@ def main() -> int:
         package = str(error.name).partition(".")[0]
         if package in OWN:
             raise
-        raise UsageError(f"bsbr {name} needs {package}, which is not installed: {INSTALL}") from error
+        extra = EXTRAS.get(package, "extras")
+        raise UsageError(f'bsbr {name} needs {package}, which is not installed: pip install "bsbr[{extra}]"') from error
     sys.argv = [f"{program} {name}", *words[1:]]
     return int(module.main())
 

@@ -63,6 +63,19 @@ def test_without_the_packages_of_the_harness_one_sentence_says_what_to_install()
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("package", "extra"), [("seaborn.objects", "extras"), ("transformers", "convert")])
+def test_a_command_without_its_packages_says_which_extra_has_them(
+    package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"needs_{extra}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(commands, "modules", lambda: {"mine": f"needs_{extra}"})
+    done = call(commands.main, "mine")
+    needed = package.partition(".")[0]
+    assert done.stderr == f'error: bsbr mine needs {needed}, which is not installed: pip install "bsbr[{extra}]"\n'
+    assert done.returncode == USAGE
+
+
 @pytest.fixture
 def others(tmp_path: Path) -> Path:
     """A folder with packages `evals` and `baselines` of somebody else, which must not be imported."""
