@@ -10,8 +10,11 @@ from torch import Tensor
 from baselines.delta_net import DeltaNetAttention, delta_rule, delta_rule_reference
 from baselines.gated_delta_net import GatedDeltaNetAttention, gated_delta_rule, gated_delta_rule_reference
 from baselines.gau import GatedAttentionUnit
+from baselines.gla import GatedLinearAttention
 from baselines.hopfield import HopfieldAttention, hopfield_attention, hopfield_attention_reference
+from baselines.kda import KimiDeltaAttention
 from baselines.linear import LinearAttention, linear_attention, linear_attention_reference
+from baselines.mamba2 import Mamba2Attention
 from baselines.ring import RingAttention
 from baselines.sliding_window import SlidingWindowAttention, sliding_window_attention, sliding_window_attention_reference
 from baselines.sparse import SparseAttention, sparse_attention, sparse_attention_reference
@@ -33,6 +36,10 @@ BUILDERS: dict[str, tuple[type[Attention], dict[str, Any]]] = {
     "sliding_window": (SlidingWindowAttention, {"window_size": BLOCK}),
     "sparse": (SparseAttention, {"block_size": BLOCK, "summary_size": 2}),
     "gau": (GatedAttentionUnit, {"chunk_size": BLOCK, "key_dim": 8}),
+    "mamba2": (Mamba2Attention, {"chunk_size": BLOCK}),
+    "retention": (Mamba2Attention, {"chunk_size": BLOCK, "decay": "constant"}),
+    "gla": (GatedLinearAttention, {"chunk_size": BLOCK}),
+    "kda": (KimiDeltaAttention, {"chunk_size": BLOCK}),
 }
 every_attention = pytest.mark.parametrize("name", BUILDERS)
 BOUNDED = [name for name, (cls, _) in BUILDERS.items() if cls.bounded_state]
