@@ -4,10 +4,9 @@
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels.recurrent import group_queries, to_chunks, ungroup_outputs
+from baselines.kernels.recurrent import group_queries, scan, to_chunks, ungroup_outputs
 from bsbr.precision import to_float64, without_autocast
 
 
@@ -90,30 +89,7 @@ def _chunk_starts(
     """S at the start of every chunk, [batch, kv_heads, chunks, d, e]; the first is zero unless given."""
     written = written_keys.mT @ solved
     identity = torch.eye(read_keys.shape[4], dtype=values.dtype, device=values.device)
-    maps = torch.cat([(identity if kept is None else identity * kept) - written @ read_keys, written @ values], dim=4)
+    maps, writes = (identity if kept is None else identity * kept) - written @ read_keys, written @ values
     if first is None:
-        first = maps.new_zeros(*maps.shape[:2], 1, read_keys.shape[4], values.shape[4])
-    return _scan(maps[:, :, :-1], first)
-
-
-def _scan(maps: Tensor, first: Tensor) -> Tensor:
-    """All states S_0 … S_m of S_0 = first, S_{i+1} = A_i S_i + N_i, in O(log m) steps and O(m) work.
-
-    Two maps in a row are one: A₂ [A₁ | N₁] + [0 | N₂]. So the scan composes them in pairs, solves for every second state, and
-    takes one step from each of those (Blelloch 1990).
-
-    Args:
-        maps: [batch, heads, m, d, d + e], each [A | N].
-        first: [batch, heads, 1, d, e].
-    """
-    if maps.shape[2] == 0:
-        return first
-    dim = maps.shape[3]
-    early, late = maps[:, :, 0::2], maps[:, :, 1::2]
-    paired = late[..., :dim] @ early[:, :, : late.shape[2]] + F.pad(late[..., dim:], (dim, 0))
-    evens = _scan(paired, first)
-    steps = early.shape[2]
-    before_step = evens[:, :, :steps]
-    odds = early[..., :dim] @ before_step + early[..., dim:]
-    states = torch.stack([before_step, odds], dim=3).flatten(2, 3)
-    return torch.cat([states, evens[:, :, steps:]], dim=2)
+        first = torch.zeros_like(writes[:, :, :1])
+    return scan(torch.matmul, maps[:, :, :-1], writes[:, :, :-1], first)

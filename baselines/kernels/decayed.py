@@ -4,13 +4,11 @@
 and in the shape of the decay; the recurrence, its chunkwise form, its cost and the module that streams it are here.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.kernels.recurrent import RecurrentAttention, check_inputs, to_chunks, ungroup_outputs
+from baselines.kernels.recurrent import RecurrentAttention, check_inputs, scan, to_chunks, ungroup_outputs
 from bsbr.interface import require_positive
 from bsbr.precision import without_autocast
 
@@ -163,33 +161,6 @@ def _solve(keys: Tensor, logs: Tensor, rates: Tensor) -> Tensor:
     overlaps = rates * decayed_products(keys, keys, logs, strict=True)
     solved: Tensor = torch.linalg.solve_triangular(overlaps, torch.diag_embed(rates.squeeze(4)), upper=False, unitriangular=True)
     return solved
-
-
-def scan(apply: Callable[[Tensor, Tensor], Tensor], maps: Tensor, writes: Tensor, first: Tensor) -> Tensor:
-    """All states S_0 … S_m of S_0 = first, S_{i+1} = A_i(S_i) + N_i, in O(log m) steps and O(m) work.
-
-    Two maps in a row are one: A₂ A₁ and A₂(N₁) + N₂. So the scan composes them in pairs, solves for every second state, and takes
-    one step from each of those (Blelloch 1990).
-
-    Args:
-        apply: `torch.matmul` for maps [batch, heads, m, d, d], `torch.mul` for diagonal ones [batch, heads, m, d or 1, 1].
-        maps: A_0 … A_{m-1}.
-        writes: N_0 … N_{m-1}, [batch, heads, m, d, e].
-        first: [batch, heads, 1, d, e].
-
-    Returns:
-        [batch, heads, m + 1, d, e].
-    """
-    if maps.shape[2] == 0:
-        return first
-    early, late = maps[:, :, 0::2], maps[:, :, 1::2]
-    pairs = late.shape[2]
-    pair_writes = apply(late, writes[:, :, 0::2][:, :, :pairs]) + writes[:, :, 1::2]
-    evens = scan(apply, apply(late, early[:, :, :pairs]), pair_writes, first)
-    steps = early.shape[2]
-    odds = apply(early, evens[:, :, :steps]) + writes[:, :, 0::2]
-    states = torch.stack([evens[:, :, :steps], odds], dim=3).flatten(2, 3)
-    return torch.cat([states, evens[:, :, steps:]], dim=2)
 
 
 def flops(seq_len: int, chunk_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, erases: bool) -> int:

@@ -5,6 +5,7 @@ a state S [head_dim, value columns] per key head from chunk to chunk.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -68,6 +69,33 @@ def ungroup_outputs(outputs: Tensor, group: int, time: int) -> Tensor:
     """Inverse of `group_queries` and the padding: [batch, kv_heads, chunks, group · size, dim] -> [batch, heads, time, dim]."""
     ungrouped: Tensor = outputs.unflatten(3, (group, outputs.shape[3] // group)).transpose(2, 3)
     return ungrouped.flatten(1, 2).flatten(2, 3)[:, :, :time]
+
+
+def scan(apply: Callable[[Tensor, Tensor], Tensor], maps: Tensor, writes: Tensor, first: Tensor) -> Tensor:
+    """All states S_0 … S_m of S_0 = first, S_{i+1} = A_i(S_i) + N_i, in O(log m) steps and O(m) work.
+
+    Two maps in a row are one: A₂ A₁ and A₂(N₁) + N₂. So the scan composes them in pairs, solves for every second state, and takes
+    one step from each of those (Blelloch 1990).
+
+    Args:
+        apply: `torch.matmul` for maps [batch, heads, m, d, d], `torch.mul` for diagonal ones [batch, heads, m, d or 1, 1].
+        maps: A_0 … A_{m-1}.
+        writes: N_0 … N_{m-1}, [batch, heads, m, d, e].
+        first: [batch, heads, 1, d, e].
+
+    Returns:
+        [batch, heads, m + 1, d, e].
+    """
+    if maps.shape[2] == 0:
+        return first
+    early, late = maps[:, :, 0::2], maps[:, :, 1::2]
+    pairs = late.shape[2]
+    pair_writes = apply(late, writes[:, :, 0::2][:, :, :pairs]) + writes[:, :, 1::2]
+    evens = scan(apply, apply(late, early[:, :, :pairs]), pair_writes, first)
+    steps = early.shape[2]
+    odds = apply(early, evens[:, :, :steps]) + writes[:, :, 0::2]
+    states = torch.stack([evens[:, :, :steps], odds], dim=3).flatten(2, 3)
+    return torch.cat([states, evens[:, :, steps:]], dim=2)
 
 
 def unit_norm(x: Tensor) -> Tensor:
