@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bsbr.inputs import BSBRInputs, BSBROptions
     from bsbr.interface import Attention, MultiHeadAttention, State
     from bsbr.model import BSBRLayer, BSBRModel, CausalLM, TransformerLayer, TransformerModel
+    from bsbr.token_retrieval.attention import TokenRetrievalAttention
 
 __all__ = [
     "Attention",
@@ -31,6 +32,7 @@ __all__ = [
     "CausalLM",
     "MultiHeadAttention",
     "State",
+    "TokenRetrievalAttention",
     "TransformerLayer",
     "TransformerModel",
     "bsbr_attention",
@@ -43,6 +45,7 @@ _HOMES = {
     "inputs": ("BSBRInputs", "BSBROptions"),
     "interface": ("Attention", "MultiHeadAttention", "State"),
     "model": ("BSBRLayer", "BSBRModel", "CausalLM", "TransformerLayer", "TransformerModel"),
+    "token_retrieval.attention": ("TokenRetrievalAttention",),
 }
 
 

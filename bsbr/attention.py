@@ -5,7 +5,8 @@
 """
 
 import math
-from typing import Literal, get_args
+from importlib import import_module
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,12 @@ GAIN_SCALE = 16
 """The gain divided by its parameter. The gain starts at 0 and must grow to about 1 before retrieval contributes. An optimizer
 such as Adam changes a parameter by about the learning rate per step; with this factor the gain grows 16 times as fast."""
 
+FORMS = {
+    "chunk": ("bsbr.attention", "BSBRAttention"),
+    "token": ("bsbr.token_retrieval.attention", "TokenRetrievalAttention"),
+}
+"""Module and class of each value of `retrieval`, whose module is loaded when the class is first made: it depends on this one."""
+
 Pooling = Literal["mean", "last"]
 ChunkStates = Literal["delta", "sum"]
 
@@ -114,7 +121,9 @@ class BSBRAttention(MultiHeadAttention):
     Args:
         hidden_dim, num_heads, num_kv_heads, rotary, dropout: see `MultiHeadAttention`.
         chunk_size: B, tokens in a chunk.
-        compression_factor: head_dim / d_r, a divisor of head_dim; None means 1.
+        retrieval: "chunk" as above; "token" makes a `bsbr.token_retrieval.TokenRetrievalAttention`, which has options of its own.
+        compression_factor, feature_expansion: d_r = head_dim / compression_factor · feature_expansion. The factor divides
+            head_dim; None means 1.
         chunk_overlap: number of tokens before its chunk that a token also sees.
         retrieval_top_k: `top_k` of `bsbr_attention`.
         feature_map: "quadratic" or "linear", see `bsbr.features`.
@@ -132,13 +141,24 @@ class BSBRAttention(MultiHeadAttention):
     backends = tuple(dispatch.BACKENDS)
     bounded_state = True
 
+    def __new__(cls, *_: Any, retrieval: str = "chunk", **__: Any) -> Self:
+        """Makes an object of the class that `retrieval` names."""
+        if retrieval not in FORMS:
+            raise ValueError(f"retrieval must be one of {', '.join(sorted(FORMS))}, got {retrieval!r}")
+        if cls is not BSBRAttention:
+            return super().__new__(cls)
+        module, name = FORMS[retrieval]
+        return super().__new__(getattr(import_module(module), name))
+
     def __init__(
         self,
         hidden_dim: int,
         num_heads: int,
         *,
+        retrieval: str = "chunk",
         chunk_size: int = 128,
         compression_factor: int | None = None,
+        feature_expansion: int = 1,
         chunk_overlap: int = 0,
         retrieval_top_k: int | None = None,
         feature_map: FeatureMap = "quadratic",
@@ -155,7 +175,7 @@ class BSBRAttention(MultiHeadAttention):
         super().__init__(hidden_dim, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, impl=impl)
         BSBROptions(chunk_size, chunk_overlap, retrieval_top_k)  # raises for options out of range
         compression_factor = 1 if compression_factor is None else compression_factor
-        require_positive(compression_factor=compression_factor)
+        require_positive(compression_factor=compression_factor, feature_expansion=feature_expansion)
         if self.head_dim % compression_factor:
             raise ValueError(
                 f"compression_factor must divide head_dim = {self.head_dim} ({hidden_dim} / {num_heads}), got {compression_factor}"
@@ -173,7 +193,7 @@ class BSBRAttention(MultiHeadAttention):
         self.retrieval_top_k = retrieval_top_k
         self.retrieval_norm = retrieval_norm
         self.meta_pooling: Pooling = meta_pooling
-        self.feature_dim = self.head_dim // compression_factor
+        self.feature_dim = self.head_dim // compression_factor * feature_expansion
         self.meta_q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False) if meta_projections else None
         self.meta_k_proj = nn.Linear(hidden_dim, self.num_kv_heads * self.head_dim, bias=False) if meta_projections else None
         self.features = build_feature_map(feature_map, hidden_dim, num_heads, self.num_kv_heads, self.feature_dim, impl)
@@ -207,7 +227,8 @@ class BSBRAttention(MultiHeadAttention):
             hidden_states: [batch, time, hidden_dim].
             start: position of the first token, a multiple of chunk_size.
         """
-        if start == 0 and hidden_states.shape[1] <= self.chunk_size and not torch.is_grad_enabled():
+        first_chunk = start == 0 and hidden_states.shape[1] <= self.chunk_size
+        if first_chunk and self.feature_dim <= self.head_dim and not torch.is_grad_enabled():
             return self._project_first_chunk(hidden_states).tensors()
         return self._project_chunks(hidden_states, start, (hidden_states.shape[1] - 1) // self.chunk_size).tensors()
 

@@ -119,13 +119,13 @@ def open_chunks(
         [batch, heads, time, head_dim], and the state after the tokens.
     """
     tokens = inputs.q.shape[2]
-    keys, values = _joined(state.keys, inputs.k), _joined(state.values, inputs.v)
-    joined = inputs._replace(k=keys, v=values)
+    keys, values = joined(state.keys, inputs.k), joined(state.values, inputs.v)
+    with_cached = inputs._replace(k=keys, v=values)
     if room is None:
-        segment = attend_segment(impl, joined, options, state.memory)
+        segment = attend_segment(impl, with_cached, options, state.memory)
         memory = _with_chunks(state.memory, inputs.meta_key, segment.states)
     else:
-        segment, memory = attend_segment_in_room(impl, joined, options, room), state.memory
+        segment, memory = attend_segment_in_room(impl, with_cached, options, room), state.memory
     assert inputs.k_features is not None  # a module always gives the features
     rest = tokens // options.chunk_size * options.chunk_size  # the first token of the incomplete last chunk
     beta = None if inputs.beta is None else inputs.beta[:, :, rest:]
@@ -134,7 +134,7 @@ def open_chunks(
         keys=keys,
         values=values,
         retrieved=segment.retrieved.clone(),  # a view would keep the retrieved states of all chunks in memory
-        open_state=_updated(empty, inputs.k_features[:, :, rest:], inputs.v[:, :, rest:], beta),
+        open_state=updated_state(empty, inputs.k_features[:, :, rest:], inputs.v[:, :, rest:], beta),
         open_hidden=hidden_states[:, rest:].to(state.open_hidden.dtype).sum(dim=1),
         memory=memory,
         position=state.position + tokens,
@@ -166,7 +166,7 @@ def continue_chunk(
     after = state._replace(
         keys=keys,
         values=values,
-        open_state=_updated(state.open_state, tokens.k_features, tokens.v, tokens.beta),
+        open_state=updated_state(state.open_state, tokens.k_features, tokens.v, tokens.beta),
         open_hidden=state.open_hidden + hidden_states.to(state.open_hidden.dtype).sum(dim=1),
         position=state.position + time,
     )
@@ -184,7 +184,7 @@ def close_chunk(state: StreamingState, meta_key: Tensor, options: BSBROptions) -
 
 
 @without_autocast
-def _updated(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
+def updated_state(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
     """The state of an open chunk after more of its tokens, in the dtype of `state`."""
     k_features, v = k_features.to(state.dtype), v.to(state.dtype)
     return state + k_features.mT @ (v if beta is None else pseudo_values(k_features, v, beta, state))
@@ -192,11 +192,14 @@ def _updated(state: Tensor, k_features: Tensor, v: Tensor, beta: Tensor | None) 
 
 def _with_visible_tokens(state: StreamingState, options: BSBROptions) -> StreamingState:
     """Drops the keys and values that the next token does not attend to."""
-    start = state.keys.shape[2] - options.cached_tokens(state.position)
-    keys, values = state.keys, state.values
-    if start:  # cloned: a view would keep all keys in memory and could not be saved
-        keys, values = (x[:, :, start:].clone(memory_format=torch.contiguous_format) for x in (keys, values))
-    return state._replace(keys=keys.contiguous(), values=values.contiguous())
+    cached = options.cached_tokens(state.position)
+    return state._replace(keys=last_tokens(state.keys, cached), values=last_tokens(state.values, cached))
+
+
+def last_tokens(x: Tensor, count: int) -> Tensor:
+    """The last `count` rows of [batch, kv_heads, tokens, dim]; a copy if it drops any, so that the others are freed."""
+    start = x.shape[2] - count
+    return (x[:, :, start:].clone(memory_format=torch.contiguous_format) if start else x).contiguous()
 
 
 def new_room(hidden_states: Tensor, sizes: HeadSizes, options: BSBROptions) -> ChunkRoom:
@@ -214,10 +217,10 @@ def leave_room(state: StreamingState, room: ChunkRoom) -> StreamingState:
 
 def _with_chunks(memory: ChunkMemory, meta_key: Tensor, states: Tensor) -> ChunkMemory:
     """Appends the meta keys and states of more chunks to the memory."""
-    return ChunkMemory(_with_rows(memory.meta_keys, meta_key), _with_rows(memory.states, states))
+    return ChunkMemory(append_rows(memory.meta_keys, meta_key), append_rows(memory.states, states))
 
 
-def _with_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
+def append_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
     """Appends `new` to pages of at most `PAGE` rows along dimension 2."""
     if not new.shape[2]:
         return [*pages]
@@ -230,6 +233,6 @@ def _with_rows(pages: Sequence[Tensor], new: Tensor) -> list[Tensor]:
     return [*pages, *(page.clone(memory_format=torch.contiguous_format) for page in new.split(PAGE, dim=2))]
 
 
-def _joined(before: Tensor, after: Tensor) -> Tensor:
+def joined(before: Tensor, after: Tensor) -> Tensor:
     """Concatenates along time; returns `after` itself, not a copy, if `before` is empty."""
     return torch.cat([before, after], dim=2) if before.shape[2] else after

@@ -43,7 +43,8 @@ def library(source: Path) -> ctypes.CDLL | str:
 def _build(source: Path) -> Path:
     """Compiles `source` unless it is cached as it is, for this processor; processes may call it at the same time."""
     compiler = os.environ.get("CXX", "c++")
-    parts = sorted(source.with_suffix("").glob("*.h"))  # a source's own headers are in a folder of its name
+    # A source's own headers are in a folder of its name; those of bsbr.cpp serve others too.
+    parts = sorted({*source.with_suffix("").glob("*.h"), *Path(__file__).with_name("bsbr").glob("*.h")})
     texts = [path.read_text(encoding="utf-8") for path in (source, *parts, *INCLUDES)]
     identity = [*texts, compiler, *FLAGS[:-1], platform.machine(), torch.__version__, _processor_features()]
     name = f"{source.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"

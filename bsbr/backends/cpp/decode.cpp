@@ -19,24 +19,6 @@ struct TokenSizes {
 
 constexpr index PARALLEL = 1 << 17;  // numbers below which a thread takes longer to wake than to work
 
-/// Products of a query with `count` keys, times `scale`; LANES keys at a time, so that lanes are summed only once. Writes whole vectors.
-template <class T>
-void score(const T* query, const T* keys, index row, index count, index size, T scale, T* to) {
-    operations += 2 * count * size;
-    for (index start = 0; start < count; start += LANES<T>) {
-        Vector<T> sums[LANES<T>];
-        for (int i = 0; i < LANES<T>; ++i) {
-            const T* key = keys + std::min<index>(start + i, count - 1) * row;
-            Vector<T> sum{};
-            index j = 0;
-            for (; j + LANES<T> <= size; j += LANES<T>) sum += vector(query + j) * vector(key + j);
-            for (; j < size; ++j) sum[0] += query[j] * key[j];
-            sums[i] = sum;
-        }
-        vector(to + start) = reduce<T>(sums, [](Vector<T> a, Vector<T> b) { return a + b; }) * scale;
-    }
-}
-
 /// Adds the weighted sum of the rows of x [rows, size], times `factor`, to `to`.
 template <class T>
 void add_weighted(const T* x, index row, const T* weights, index rows, index size, T factor, T* to) {

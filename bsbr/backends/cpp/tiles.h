@@ -125,6 +125,24 @@ inline void by_rows(index rows, Body&& body, index start = 0) {
     if constexpr (M > 1) by_rows<(M > 8 ? 8 : M > 4 ? 4 : M > 2 ? 2 : 1)>(rows, body, start);
 }
 
+/// Products of a query with `count` keys, times `scale`; LANES keys at a time, so that lanes are summed only once. Writes whole vectors.
+template <class T>
+void score(const T* query, const T* keys, index row, index count, index size, T scale, T* to) {
+    operations += 2 * count * size;
+    for (index start = 0; start < count; start += LANES<T>) {
+        Vector<T> sums[LANES<T>];
+        for (int i = 0; i < LANES<T>; ++i) {
+            const T* key = keys + std::min<index>(start + i, count - 1) * row;
+            Vector<T> sum{};
+            index j = 0;
+            for (; j + LANES<T> <= size; j += LANES<T>) sum += vector(query + j) * vector(key + j);
+            for (; j < size; ++j) sum[0] += query[j] * key[j];
+            sums[i] = sum;
+        }
+        vector(to + start) = reduce<T>(sums, [](Vector<T> a, Vector<T> b) { return a + b; }) * scale;
+    }
+}
+
 // --- packing ------------------------------------------------------------------------------------
 
 constexpr int AHEAD = 16;  // rows
