@@ -46,11 +46,14 @@ class Plan:
         """Reads the jobs from their configs.
 
         Raises:
-            UsageError: if one cannot be run, if two would have the same row of the table, or if an output could not be written.
+            UsageError: if there is none, if one cannot be run, if two would have the same row of the table, or if an output could
+                not be written.
         """
         if session.config is not None:
             check_outputs(session.config)
             ledger, certificates = sweep_ledger(session.config), sweep_certificates(session.config)
+            if not session.jobs:
+                raise UsageError("this command has no comparison: one of the settings that it varies has no values")
             self.jobs = [make_job(read_job(one.cfg, one.varied), ledger, certificates) for one in session.jobs]
         rows: dict[tuple[str, str], str] = {}
         for job in self.jobs:

@@ -21,19 +21,18 @@ def build(results: pd.DataFrame, records: Sequence[Record]) -> dict[str, pd.Data
     """Builds the tables `scaling` and `crossovers` from the table of latencies and the records of its ledger.
 
     Returns:
-        Both tables, with a fit for each group of rows that differ in the swept setting alone; none if the swept setting
-        is not a positive number, or if an option of an attention varies too.
+        Both tables, with a fit for each group of rows that differ in the swept setting alone, after columns with the other
+        settings and options that vary; none if the swept setting is not a positive number.
     """
     swept = swept_column(results)
     ok = results[results["outcome"] == "ok"]
     if not is_number(results[swept]) or not results[swept].between(0, math.inf, inclusive="neither").all() or ok.empty:
         return {}
-    if any(settings.keys() - {*COMPARISON_SETTINGS} for settings, _ in split(results, swept)):
-        return {}  # the schema has no column that would tell the fits of a varied option apart
     histories = {key: History(records, key) for key in ok["comparison"].unique()}
     # With matched parameters ff_dim follows from the attention and the swept size, and separates no groups.
     dependent = {swept, "ff_dim"} if results["match"].eq("params").all() else {swept}
-    fixed = varying(results, [setting for setting in COMPARISON_SETTINGS if setting not in dependent])
+    options = dict.fromkeys(name for settings, _ in split(results, swept) for name in settings if name not in COMPARISON_SETTINGS)
+    fixed = [*varying(results, [setting for setting in COMPARISON_SETTINGS if setting not in dependent]), *options]
     scaling: list[Row] = []
     crossing: list[Row] = []
     for values, rows in group_by(ok, fixed):

@@ -128,7 +128,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, 
 @pytest.mark.parametrize(
     ("time", "d_r", "options"),
     [
-        *((time, d_r, {}) for time in (1, 15, 16, 17) for d_r in (None, 8)),
+        *((time, d_r, {}) for time, d_r in ((1, None), (15, 8), (16, None), (17, None), (17, 8))),
         *((53, 8, options) for options in ({}, {"chunk_overlap": 1}, {"chunk_overlap": 47}, {"top_k": 2, "chunk_overlap": 5})),
         *((53, None, options) for options in ({}, {"chunk_overlap": 1000}, {"top_k": 1})),
     ],
@@ -140,7 +140,7 @@ def test_values_and_gradients_for_lengths_and_options(time: int, d_r: int | None
 @pytest.mark.parametrize(
     ("time", "chunk_size", "sizes", "options"),
     [
-        (20, 1, {}, {"chunk_overlap": 3}),
+        (9, 1, {}, {"chunk_overlap": 3}),
         (10, 2, {"heads": 2, "kv_heads": 2, "batch": 2}, {"top_k": 3}),
         (13, 5, {"heads": 6, "kv_heads": 2, "head_dim": 48}, {}),
         (95, 37, {"spare_keys": 3}, {"chunk_overlap": 40}),
@@ -181,8 +181,12 @@ def test_half_precision(dtype: torch.dtype, d_r: int | None, options: dict[str, 
 )
 def test_the_delta_rule_and_normalised_retrieval(time: int, d_r: int | None, options: dict[str, Any]) -> None:
     dtype = options.pop("dtype", torch.float32)
-    for beta, normalise in ((True, True), (True, False), (False, True)):
-        compare(inputs(time, 16, d_r=d_r, beta=beta, dtype=dtype), chunk_size=16, normalise=normalise, **options)
+    compare(inputs(time, 16, d_r=d_r, beta=True, dtype=dtype), chunk_size=16, normalise=True, **options)
+
+
+@pytest.mark.parametrize(("beta", "normalise"), [(True, False), (False, True)])
+def test_the_delta_rule_or_normalised_retrieval_alone(beta: bool, normalise: bool) -> None:
+    compare(inputs(37, 16, d_r=8, beta=beta), chunk_size=16, normalise=normalise)
 
 
 def test_the_default_gain_is_one() -> None:
@@ -193,7 +197,7 @@ def test_the_default_gain_is_one() -> None:
 
 @pytest.mark.parametrize(("d_r", "options"), [(None, {}), (8, {"top_k": 1})], ids=str)
 def test_views_need_no_copy(d_r: int | None, options: dict[str, int]) -> None:
-    tensors = inputs(37, 16, d_r=d_r, batch=2)
+    tensors = inputs(20, 16, d_r=d_r, batch=2)
     expected = triton_attention(**tensors, chunk_size=16, **options)
     views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for name, x in tensors.items()}
     assert not views["q"].is_contiguous()
@@ -219,7 +223,7 @@ def test_the_upstream_gradient_may_be_expanded() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "chunk_overlap": 20}], ids=str)
 def test_earlier_outputs_have_the_same_bits_for_all_later_inputs(options: dict[str, int]) -> None:
-    tensors = inputs(70, 16)
+    tensors = inputs(55, 16)
     whole = triton_attention(**tensors, chunk_size=16, **options)
     for cut in (32, 47):
         changed = {name: x.clone() for name, x in tensors.items()}
@@ -235,10 +239,10 @@ def test_earlier_outputs_have_the_same_bits_for_all_later_inputs(options: dict[s
 
 
 def test_top_k_selects_the_earliest_of_equal_scores() -> None:
-    tensors = inputs(24, 2)
+    tensors = inputs(14, 2)
     tensors["meta_query"] = torch.zeros_like(tensors["meta_query"])
     compare(tensors, chunk_size=2, top_k=3)
-    _, chosen = top_k.select(tensors["meta_query"], tensors["meta_key"], 11, 3)
+    _, chosen = top_k.select(tensors["meta_query"], tensors["meta_key"], 6, 3)
     assert chosen[0, :, 2:].unique(dim=1).tolist() == [[[0, 1, 2]]] * 2
 
 

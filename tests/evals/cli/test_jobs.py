@@ -17,7 +17,7 @@ from evals.cli import outputs
 from evals.cli.hydra_app import compose_jobs
 from evals.cli.sweep import DryRun
 from evals.errors import INCOMPLETE, OK, USAGE, UsageError
-from evals.results import frames
+from evals.results import frames, scaling_table
 from evals.results.ledger import Record
 from evals.results.schema import write_table
 from tests.evals.commands import call
@@ -129,12 +129,48 @@ def test_every_comparison_of_a_command_has_rows_of_its_own(
 
 
 @pytest.mark.parametrize(
+    ("given", "columns"),
+    [
+        (["attention.mine.size=8,16"], {"size"}),
+        (["attention.mine.size=auto,null"], {"size"}),
+        (["attention.mine.size=8,16", "attention.other.size=1,2", "shape.batch_size=1,2"], {"attention.mine.size", "batch_size"}),
+        (["+block=8,16"], {"block"}),
+    ],
+    ids=str,
+)
+def test_a_sweep_over_lengths_and_options_has_fits_for_each_option(
+    given: list[str], columns: set[str], tmp_path: Path, mine: Path
+) -> None:
+    """However many settings vary, each sweep of the figures has the fits to its own rows, which are those of it alone."""
+    lengths = ["shape.seq_len=32,64,128,256", "swept=shape.seq_len"]
+    jobs, _ = planned(tmp_path, mine, "-m", "attention=[standard,bsbr,mine,other]", *lengths, *given)
+    records = measured(jobs)
+    for name, table in outputs.build_tables(records).items():
+        write_table(table, tmp_path, name)
+    results, fits = frames.read_table(tmp_path), frames.read_fits(tmp_path)
+    assert columns <= set(fits["scaling"]) & set(fits["crossovers"])
+    parts = [part for _, part in frames.sweeps(results, fits)]
+    assert len(parts) == len(jobs) / 4 > 1
+    for part in parts:
+        assert part.scaling is not None
+        assert part.crossovers is not None
+        assert sorted(part.scaling["attention"].unique()) == ["bsbr", "mine", "other", "standard"]
+        assert not part.scaling.duplicated(["attention", "quantity"]).any()
+        alone = scaling_table.build(part.rows, records)
+        pd.testing.assert_series_equal(
+            part.scaling["exponent"], alone["scaling"]["exponent"], check_index=False, check_names=False, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
     ("given", "sentence"),
     [
         (["'attention=[bsbr],[linear]'"], "attention cannot be swept: the attentions that are compared are one list"),
         (["search=null,max_context"], "search cannot be swept: a folder holds timings or searches"),
         (["sweep=seq_len,decode"], "sweep cannot be swept: a command makes one sweep, or sweep=all"),
         (["quiet=true,false"], "quiet cannot be swept: all comparisons of a command share it"),
+        (["shape.seq_len=range(16,16)"], "this command has no comparison: one of the settings that it varies has no values"),
+        (["shape.seq_len=glob(*)"], "this command has no comparison"),
         (["shape.seq_len=16,-1"], "shape.seq_len must be a positive integer, got -1"),
         (["shape.seq_len=16,32", "hydra.launcher.n_jobs=2", "launcher=joblib"], "would time 2 comparisons at once on the cores"),
     ],
