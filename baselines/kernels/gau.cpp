@@ -209,6 +209,8 @@ index backward(
      Tensor states, Tensor d_u, Tensor d_v, Tensor d_quad_q, Tensor d_quad_k, Tensor d_lin_q, Tensor d_lin_k, T* memory
 ) {
     const index row = s.score_row<T>();
+    for (const Tensor& x : {d_u, d_v}) prefer_huge_pages<T>(x.data, s.batch * s.time * s.value_dim);
+    for (const Tensor& x : {d_quad_q, d_quad_k, d_lin_q, d_lin_k}) prefer_huge_pages<T>(x.data, s.batch * s.time * s.key_dim);
     return in_parallel(s.batch * s.chunks(), s, memory, [&](index task, Scratch<T> scratch) {
         const index item = task / s.chunks(), number = task % s.chunks(), start = number * s.chunk_size, length = s.length(start);
         const bool read = past.data || start, written = s.writes(start, d_final.data);
