@@ -237,6 +237,6 @@ def _details(results: pd.DataFrame, swept: str) -> list[str]:
     details = []
     for settings, rows in split(results, swept):
         where = "".join(f", {name}={value}" for name, value in settings.items())
-        for _, row in rows[rows["detail"].astype(bool)].iterrows():
+        for _, row in rows[rows["detail"].fillna("").astype(bool)].iterrows():
             details.append(wrap(f"{row['attention']} at {swept}={row[swept]}{where}: {row['outcome']}, {row['detail']}"))
     return details

@@ -72,5 +72,9 @@ def _block(table: pd.DataFrame, head: str) -> str:
     tokens = [f"{length:.0f}" if length > 0 else "none" for length in ordered["max_context"]]
     peaks = [f"{peak / 2**20:.1f}" if peak > 0 else "" for peak in ordered["peak_bytes"]]
     text = align_columns(["longest context", *ordered["attention"]], [["tokens", *tokens], ["peak MiB", *peaks]])
-    reasons = [wrap(f"{row['attention']} at the next length: {row['detail']}") for _, row in ordered.iterrows() if row["detail"]]
+    reasons = [
+        wrap(f"{row['attention']} at the next length: {row['detail']}")
+        for _, row in ordered.fillna({"detail": ""}).iterrows()
+        if row["detail"]
+    ]
     return "\n\n".join([*([wrap(f"--- {head} ---")] if head else []), text, *(["\n".join(reasons)] if reasons else [])])

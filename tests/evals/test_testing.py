@@ -20,9 +20,6 @@ def test_a_right_attention_of_a_test_passes() -> None:
             return self.sign * super().attend(*tensors)
 
     assert re.fullmatch(r"certified: \d+ checks, \d+ configurations", check_attention(Mine, hidden_dim=16, num_heads=2, sign=1.0))
-    with pytest.raises(AssertionError, match=r"^\S*Mine is not certified:\n  parity: ") as caught:
-        check_attention(Mine, hidden_dim=16, num_heads=2, sign=-1.0)
-    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_wrong_attention_fails_with_a_sentence_for_each_failed_check() -> None:

@@ -170,6 +170,7 @@ def test_results_are_drawn_reported_and_loaded(measured: Measured) -> None:
     pd.testing.assert_frame_equal(loaded.table(), results.table())
     assert repr(loaded) == repr(results)
     assert "speed-up over standard" in repr(results)
+    assert ": ok" not in repr(results)  # the reason of a row that has none
     shown = results._repr_html_()
     assert shown.count("<table>") == 3
     assert all(f"<td>{name}</td>" in shown for name in NAMES)
