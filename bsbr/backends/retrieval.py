@@ -1,6 +1,7 @@
 """Retrieval between chunks in torch operations: scores, softmax or top-k selection, and the weighted sum of chunk states.
 
-The torch backend and the C++ backend use it; the C++ backend replaces the top-k selection and the sum by functions in C++.
+The torch backend uses it, and the C++ backend with top_k and for segments that follow earlier ones; without gradients, it replaces
+the top-k selection and the sum by functions in C++.
 """
 
 import math

@@ -111,6 +111,32 @@ def test_any_strides_are_supported() -> None:
     assert torch.equal(by_sum, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
 
 
+def test_a_result_without_contiguous_rows_is_refused() -> None:
+    """`Kernels.call` copies a tensor without contiguous rows; what is written to the copy would be lost."""
+    x = torch.randn(1, 2, 5, 3)
+    features = torch.empty(1, 2, 4, 5).mT
+    with pytest.raises(ValueError, match=r"^quadratic_features writes features in contiguous rows, got strides \(40, 20, 1, 5\)"):
+        torch.ops.bsbr.quadratic_features(x, features)
+
+
+def test_tensors_of_several_dtypes_are_refused() -> None:
+    """The function of the first tensor's dtype would read the others as that dtype."""
+    x = torch.randn(1, 2, 5, 3)
+    with pytest.raises(TypeError, match=r"^quadratic_features takes tensors of one dtype, got torch.float32 and torch.float64"):
+        torch.ops.bsbr.quadratic_features(x, torch.empty(1, 2, 5, 4, dtype=torch.float64))
+
+
+def test_a_retrieved_state_of_zero_has_the_gradient_zero() -> None:
+    """With `normalise` its factor would be a million, which float32 gradients of values do not survive."""
+    tensors = inputs(3 * CHUNK, features=3, beta=True)
+    tensors["v"] = torch.zeros_like(tensors["v"]).requires_grad_()
+    out = bsbr_attention(**tensors, chunk_size=CHUNK, normalise=True, impl="cpp")
+    alone = bsbr_attention(**tensors | {"gain": torch.zeros(4, dtype=torch.float64)}, chunk_size=CHUNK, normalise=True, impl="cpp")
+    upstream = torch.randn_like(out)
+    found, expected = (torch.autograd.grad(x, tensors["v"], upstream)[0] for x in (out, alone))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_softmax_of_scores_of_any_size_matches_torch() -> None:
     """The polynomial of e^x is tested over its whole range, and where the result is 0."""
     scores = torch.linspace(-120, 3, 64)

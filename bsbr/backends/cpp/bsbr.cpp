@@ -15,7 +15,7 @@ struct SequenceSizes {
         threads;
 
     ChunkSizes tokens(index time, index before, index chunks, index seen, bool unit_norm, index heads) const {
-        return {batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, seen, head_dim, features, unit_norm, normalise, threads};
+        return {batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, seen, head_dim, features, unit_norm, normalise, false, threads};
     }
     WeightSizes weights(index rows, index chunks, index seen) const {
         return {batch, heads, kv_heads, rows, chunks, seen, head_dim, threads};
@@ -84,10 +84,12 @@ index forward(
     FUNCTION(chunk_states_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6])                                     \
     FUNCTION(select_top_k, RetrievalSizes, TYPE, T, x[0], x[1])                                                                        \
     FUNCTION(mix_states, RetrievalSizes, TYPE, T, x[0], x[1], x[2])                                                                    \
+    FUNCTION(mix_states_backward, RetrievalSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4])                                               \
+    FUNCTION(retrieval_weights_backward, WeightSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5])                                     \
     FUNCTION(quadratic_features, FeatureSizes, TYPE, T, x[0], x[1])                                                                    \
     FUNCTION(quadratic_features_backward, FeatureSizes, TYPE, T, x[0], x[1], x[2])                                                     \
     FUNCTION(attend, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6])                                                    \
-    FUNCTION(attend_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
+    FUNCTION(attend_backward, ChunkSizes, TYPE, T, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12])
 extern "C" {
 FUNCTIONS(float32, float)
 FUNCTIONS(float64, double)

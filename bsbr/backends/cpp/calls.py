@@ -38,12 +38,27 @@ class Kernels:
         self._names: list[str] = []
 
     def operator(self, signature: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-        """Registers a function as the operator with this signature; its results are tensors that the caller allocated."""
+        """Registers a function as the operator with this signature; its results are tensors that the caller allocated.
+
+        The operator raises ValueError for a result without contiguous rows, of which `call` would write a copy.
+        """
+        schema = torch._C.parse_schema(signature)
+        written = [i for i, x in enumerate(schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
 
         def register(function: Callable[..., int]) -> Callable[..., int]:
-            name = signature.partition("(")[0]
+            def checked(*arguments: Any) -> int:
+                for i in written:
+                    x = arguments[i]
+                    if x is not None and x.stride(-1) != 1:
+                        raise ValueError(
+                            f"{schema.name} writes {schema.arguments[i].name} in contiguous rows, got strides {x.stride()}; "
+                            "pass a contiguous tensor"
+                        )
+                return function(*arguments)
+
+            name = schema.name
             self._library.define(signature)
-            self._library.impl(name, function, "CPU")
+            self._library.impl(name, checked, "CPU")
             self._library.impl(name, lambda *_: 0, "Meta")  # tensors without data: nothing is computed
             self._names.append(name)
             return function
@@ -78,6 +93,9 @@ class Kernels:
 
         Returns:
             Number of floating point operations in the matrix products that it ran.
+
+        Raises:
+            TypeError: if the tensors have several dtypes.
         """
         # Several microseconds, which count in decoding: one pass over the tensors, and no objects of classes.
         strided: list[int] = []  # `Tensor` of tensors.h for each: an address, and the strides of batch, head and row
@@ -87,9 +105,11 @@ class Kernels:
             if x is None:
                 strided += 0, 0, 0, 0
                 continue
+            if x.dtype is not first.dtype and x.dtype is not torch.int64:
+                raise TypeError(f"{function} takes tensors of one dtype, got {first.dtype} and {x.dtype}; convert them first")
             if not x.numel():
                 return 0
-            if x.stride(-1) != 1:  # C++ takes any other strides. Tensors that are written have contiguous rows already.
+            if x.stride(-1) != 1:  # C++ takes any other strides
                 copies.append(x := x.contiguous())
             strided += x.data_ptr(), *x.stride()[:3]
         threads = torch.get_num_threads()

@@ -50,6 +50,7 @@ class ChunkSizes(NamedTuple):
     features: int
     unit_norm: int
     normalise: int
+    add: int
 
 
 class RetrievalSizes(NamedTuple):
@@ -63,6 +64,18 @@ class RetrievalSizes(NamedTuple):
     seen: int
     size: int
     add: int
+
+
+class WeightSizes(NamedTuple):
+    """`WeightSizes` of bsbr/sizes.h: sizes of a function that works on the weights of retrieval."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    rows: int
+    chunks: int
+    seen: int
+    head_dim: int
 
 
 class FeatureSizes(NamedTuple):
@@ -89,9 +102,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, meta_query: Tensor, meta_key: Tens
     The tokens may be a segment that begins with chunk `first`: `states` and meta_key then have those of all chunks of the sequence,
     and k and v may begin before q.
 
-    weights: scratch [batch, heads, group, chunks rounded up to 32]. mixed: [batch, heads, group, d_r, head_dim], receives the
-    retrieved states of the last group of chunks, before gain and normalisation. gain: [1, 1, heads, 1]; beta: [batch, kv_heads,
-    time, 1].
+    weights [batch, heads, group, chunks rounded up to 32] and mixed [batch, heads, group, d_r, head_dim] receive the weights of
+    retrieval and the retrieved states of the last group of chunks, before gain and normalisation. gain: [1, 1, heads, 1]; beta:
+    [batch, kv_heads, time, 1].
     """
     q_features, k_features, beta, gain, states, weights, mixed, out, chunk_size, overlap, normalise, first = rest
     batch, heads, time, head_dim = q.shape
@@ -119,19 +132,22 @@ def _chunk_states(keys: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, 
 
 @KERNELS.operator(
     "chunk_states_backward(Tensor keys, Tensor v, Tensor? beta, Tensor d_states, Tensor(a!) d_keys, Tensor(b!) d_v, "
-    "Tensor(c!)? d_beta, int chunk_size, bool unit_norm) -> int"
+    "Tensor(c!)? d_beta, int chunk_size, bool unit_norm, bool add) -> int"
 )
 def _chunk_states_backward(keys: Tensor, v: Tensor, beta: Tensor | None, d_states: Tensor, *rest: Any) -> int:
-    """Writes `d_keys`, `d_v` and `d_beta` of the tokens of the chunks that `d_states` has."""
-    *gradients, chunk_size, unit_norm = rest
-    sizes = _state_sizes(keys, v, d_states, chunk_size, unit_norm)
+    """Writes `d_keys`, `d_v` and `d_beta` of the tokens of the chunks that `d_states` has.
+
+    add: adds to `d_v` instead, and to `d_keys` if `unit_norm`: the attention inside chunks has gradients of the same tensors.
+    """
+    *gradients, chunk_size, unit_norm, add = rest
+    sizes = _state_sizes(keys, v, d_states, chunk_size, unit_norm)._replace(add=add)
     return KERNELS.call("chunk_states_backward", sizes, keys, v, beta, d_states, *gradients)
 
 
 def _state_sizes(keys: Tensor, v: Tensor, states: Tensor, chunk_size: int, unit_norm: bool) -> ChunkSizes:
     batch, kv_heads, time, features = keys.shape
     chunks = states.shape[2]
-    return ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, 0, v.shape[3], features, unit_norm, False)
+    return ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, 0, v.shape[3], features, unit_norm, False, False)
 
 
 # --- retrieval ----------------------------------------------------------------------------------
@@ -160,6 +176,30 @@ def _mix_states(weights: Tensor, states: Tensor, mixed: Tensor, seen: int, add: 
     return KERNELS.call("mix_states", sizes, weights, states, mixed)
 
 
+@KERNELS.operator(
+    "mix_states_backward(Tensor weights, Tensor d_mixed, Tensor states, Tensor(a!) d_weights, Tensor(b!) d_states) -> int"
+)
+def _mix_states_backward(weights: Tensor, d_mixed: Tensor, states: Tensor, d_weights: Tensor, d_states: Tensor) -> int:
+    """Writes the gradients of `mix_states` where row i sees the first i chunks, [batch, heads or kv_heads, rows or chunks, size].
+
+    weights and d_weights: [batch, heads, rows, chunks rounded up to 32]; of `d_weights` only what a row sees is written.
+    """
+    (batch, heads, rows, size), (_, kv_heads, chunks, _) = d_mixed.shape, states.shape
+    sizes = RetrievalSizes(batch, heads, kv_heads, rows, chunks, 0, size, False)
+    return KERNELS.call("mix_states_backward", sizes, weights, d_mixed, states, d_weights, d_states)
+
+
+@KERNELS.operator(
+    "retrieval_weights_backward(Tensor weights, Tensor(a!) d_weights, Tensor meta_query, Tensor meta_key, Tensor(b!) d_meta_query, "
+    "Tensor(c!) d_meta_key) -> int"
+)
+def _retrieval_weights_backward(weights: Tensor, d_weights: Tensor, meta_query: Tensor, meta_key: Tensor, *written: Tensor) -> int:
+    """Writes `d_meta_query` and `d_meta_key`; overwrites `d_weights` by the gradient of the scores. See `mix_states_backward`."""
+    (batch, heads, rows, head_dim), (_, kv_heads, chunks, _) = meta_query.shape, meta_key.shape
+    sizes = WeightSizes(batch, heads, kv_heads, rows, chunks, 0, head_dim)
+    return KERNELS.call("retrieval_weights_backward", sizes, weights, d_weights, meta_query, meta_key, *written)
+
+
 # --- output -------------------------------------------------------------------------------------
 
 
@@ -179,21 +219,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved:
 
 
 @KERNELS.operator(
-    "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor(a!) d_q, "
-    "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, int chunk_size, int overlap, int seen) -> int"
+    "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? features, Tensor retrieved, Tensor? gain, Tensor(a!) d_q, "
+    "Tensor(b!) d_k, Tensor(c!) d_v, Tensor(d!)? d_features, Tensor(e!) d_retrieved, Tensor(f!)? d_gain, int chunk_size, "
+    "int overlap, int seen, bool normalise) -> int"
 )
 def _attend_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, retrieved: Tensor, *rest: Any) -> int:
-    """Writes the gradients of `attend` without gain and normalisation; with an overlap, adds to `d_k` and `d_v` instead."""
-    *gradients, chunk_size, overlap, seen = rest
-    sizes = _output_sizes(q, k, retrieved, chunk_size, overlap, seen)
-    return KERNELS.call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *gradients)
+    """Writes the gradients of `attend`; with an overlap, adds to `d_k` and `d_v` instead.
+
+    d_gain: [batch, heads, chunks, 1], the share of each chunk in the gradient of the gain.
+    """
+    *tensors, chunk_size, overlap, seen, normalise = rest
+    sizes = _output_sizes(q, k, retrieved, chunk_size, overlap, seen)._replace(normalise=normalise)
+    return KERNELS.call("attend_backward", sizes, d_out, q, k, v, features, retrieved, *tensors)
 
 
 def _output_sizes(q: Tensor, k: Tensor, retrieved: Tensor, chunk_size: int, overlap: int, seen: int) -> ChunkSizes:
     batch, heads, time, head_dim = q.shape
     chunks, features = retrieved.shape[2:4]
     before = k.shape[2] - time
-    return ChunkSizes(batch, heads, k.shape[1], time, before, chunk_size, overlap, chunks, seen, head_dim, features, False, False)
+    sizes = chunk_size, overlap, chunks, seen, head_dim, features
+    return ChunkSizes(batch, heads, k.shape[1], time, before, *sizes, False, False, False)
 
 
 # --- features -----------------------------------------------------------------------------------

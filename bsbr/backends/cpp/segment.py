@@ -1,12 +1,19 @@
 """BSBR of a segment by the C++ operators."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bsbr.backends.cpp.functions import chunk_states, empty_like_heads, output
+from bsbr.backends.cpp.functions import (
+    SequenceResult,
+    chunk_states,
+    empty_like_heads,
+    gain_column,
+    output,
+    run_sequence,
+    whole_sequence,
+)
 from bsbr.backends.cpp.operators import KERNELS
 from bsbr.backends.retrieval import mix_states, norm_factors, retrieve
 from bsbr.inputs import EMPTY_MEMORY, BSBRInputs, BSBROptions, ChunkMemory, ChunkRoom, Segment
@@ -26,9 +33,11 @@ def unsupported(inputs: BSBRInputs, options: BSBROptions) -> str | None:
 
 def attend(inputs: BSBRInputs, options: BSBROptions) -> Tensor:
     """BSBR of a whole sequence of inputs that are supported: [batch, heads, time, head_dim]; differentiable."""
-    if _needs_gradients(inputs, EMPTY_MEMORY) or options.top_k is not None:
+    if options.top_k is not None:
         return segment(inputs, options).output
-    return _whole_sequence(inputs, options).output
+    if _needs_gradients(inputs, EMPTY_MEMORY):
+        return whole_sequence(*inputs, options)
+    return run_sequence(inputs, options, GROUP).output
 
 
 def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_MEMORY) -> Segment:
@@ -37,17 +46,17 @@ def segment(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory = EMPTY_
         return _differentiable_segment(inputs, options, past)
     if past.num_chunks or options.top_k is not None:
         return _segment_in_groups(inputs, options, past)
-    return _segment_of(_whole_sequence(inputs, options), inputs, options, 0)
+    return _segment_of(run_sequence(inputs, options, GROUP), inputs, options, 0)
 
 
 def segment_in_room(inputs: BSBRInputs, options: BSBROptions, room: ChunkRoom) -> Segment:
     """`segment` in one operator, without gradients and `top_k`, after the chunks of `room`, which receives its states."""
     stored = room.filled + inputs.meta_key.shape[2]
     memory = room.meta_keys[:, :, :stored], room.states[:, :, :stored]
-    return _segment_of(_whole_sequence(inputs, options, memory, room.filled), inputs, options, room.filled)
+    return _segment_of(run_sequence(inputs, options, GROUP, memory, room.filled), inputs, options, room.filled)
 
 
-def _segment_of(sequence: "_Sequence", inputs: BSBRInputs, options: BSBROptions, first: int) -> Segment:
+def _segment_of(sequence: SequenceResult, inputs: BSBRInputs, options: BSBROptions, first: int) -> Segment:
     last = sequence.mixed[:, :, (inputs.meta_query.shape[2] - 1) % sequence.mixed.shape[2]]
     if first + inputs.meta_query.shape[2] == 1:  # the first chunk retrieves nothing
         last = torch.zeros_like(last)
@@ -76,41 +85,6 @@ def _differentiable_segment(inputs: BSBRInputs, options: BSBROptions, past: Chun
     return Segment(output(*attended, size, options.chunk_overlap, past.num_chunks), states, retrieved[:, :, -1])
 
 
-class _Sequence(NamedTuple):
-    """Result of the operator `forward`; `mixed` are the retrieved states of the last group, before gain and normalisation."""
-
-    output: Tensor
-    states: Tensor
-    mixed: Tensor
-
-
-def _whole_sequence(
-    inputs: BSBRInputs, options: BSBROptions, memory: tuple[Tensor, Tensor] | None = None, first: int = 0
-) -> _Sequence:
-    """A sequence, or its tokens from chunk `first` on, in one call, without gradients.
-
-    memory: meta keys and states of all chunks; the states of the tokens' own chunks are written.
-    """
-    q, k, v, meta_query, meta_key, q_features, k_features, beta, _ = inputs
-    batch, heads, _, head_dim = q.shape
-    rows, chunks, features = meta_query.shape[2], meta_key.shape[2], head_dim if q_features is None else q_features.shape[3]
-    meta_key, states = memory or (meta_key, v.new_empty(batch, k.shape[1], chunks, features, head_dim))
-    group = min(rows, GROUP)
-    sequence = _Sequence(
-        output=empty_like_heads(q),
-        states=states,
-        mixed=v.new_empty(batch, heads, group, features, head_dim),
-    )
-    weights = v.new_empty(batch, heads, group, -(-(first + rows) // 32) * 32)
-    torch.ops.bsbr.forward(
-        q, k, v, meta_query, meta_key, q_features, k_features,
-        None if beta is None else beta.to(v.dtype).unsqueeze(3), _gain(inputs),
-        sequence.states, weights, sequence.mixed, sequence.output,
-        options.chunk_size, options.chunk_overlap, options.normalise, first,
-    )  # fmt: skip
-    return sequence
-
-
 def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemory) -> Segment:
     """Stores, mixes and reads out `GROUP` chunks at a time, without gradients."""
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -119,6 +93,7 @@ def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemo
     rows, chunks = inputs.meta_query.shape[2], inputs.meta_key.shape[2]
     states = v.new_empty(*v.shape[:2], chunks, keys.shape[3], v.shape[3])
     beta = None if inputs.beta is None else inputs.beta.to(v.dtype).unsqueeze(3)
+    gain = gain_column(inputs.gain)
     written = empty_like_heads(q)
     for start in range(0, rows, GROUP):
         stop = min(rows, start + GROUP)
@@ -137,15 +112,10 @@ def _segment_in_groups(inputs: BSBRInputs, options: BSBROptions, past: ChunkMemo
         )
         features = None if inputs.q_features is None else inputs.q_features[:, :, tokens]
         visible = slice(max(0, before + tokens.start - options.chunk_overlap), before + tokens.stop)
-        attended = q[:, :, tokens], k[:, :, visible], v[:, :, visible], features, retrieved, _gain(inputs), written[:, :, tokens]
+        attended = q[:, :, tokens], k[:, :, visible], v[:, :, visible], features, retrieved, gain, written[:, :, tokens]
         seen = past.num_chunks + start
         torch.ops.bsbr.attend(*attended, size, options.chunk_overlap, seen, options.normalise)
     return Segment(written, states, _scaled(retrieved[:, :, -1:], inputs, options).squeeze(2))
-
-
-def _gain(inputs: BSBRInputs) -> Tensor | None:
-    """The gain as the operators take it."""
-    return None if inputs.gain is None else inputs.gain.view(1, 1, -1, 1)
 
 
 def _scaled(mixed: Tensor, inputs: BSBRInputs, options: BSBROptions) -> Tensor:

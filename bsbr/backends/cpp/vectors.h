@@ -241,13 +241,16 @@ inline T inverse_norm(const T* x, index size) {
     return 1 / std::sqrt(dot(x, x, size) + T(1e-6));
 }
 
-/// Gradient of y = x * inverse(x) with respect to x, from that with respect to y: to = (g - y (y.g)) * inverse.
+/// Gradient of y = x * inverse(x) with respect to x, from that with respect to y: to = (g - y (y.g)) * inverse, or added to `to`.
 template <class T>
-inline void unit_norm_backward(const T* gradient, const T* normed, T inverse, index size, T* to) {
+inline void unit_norm_backward(const T* gradient, const T* normed, T inverse, index size, T* to, bool add = false) {
     const T along = dot(gradient, normed, size);
     index i = 0;
-    for (; i + LANES<T> <= size; i += LANES<T>) vector(to + i) = (vector(gradient + i) - vector(normed + i) * along) * inverse;
-    for (; i < size; ++i) to[i] = (gradient[i] - normed[i] * along) * inverse;
+    for (; i + LANES<T> <= size; i += LANES<T>) {
+        const Vector<T> found = (vector(gradient + i) - vector(normed + i) * along) * inverse;
+        vector(to + i) = add ? vector(to + i) + found : found;
+    }
+    for (; i < size; ++i) to[i] = (gradient[i] - normed[i] * along) * inverse + (add ? to[i] : T(0));
 }
 
 }  // namespace

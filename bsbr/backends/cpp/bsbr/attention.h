@@ -6,14 +6,29 @@
 
 namespace {
 
-/// The factor of a retrieved state: the head's gain, and with `normalise` that to the norm √head_dim.
+/// The factors of a retrieved state: the head's gain, and with `normalise` that to the norm √head_dim.
 template <class T>
-T retrieval_factor(const ChunkSizes& s, const Tensor& gain, index head, const T* state) {
-    const T factor = gain.data ? static_cast<const T*>(gain.data)[head * gain.row] : T(1);
-    if (!s.normalise) return factor;
-    const index size = s.features * s.head_dim;
-    return factor * std::sqrt(T(s.head_dim)) / std::sqrt(dot(state, state, size) + T(1e-12));
-}
+struct RetrievalFactors {
+    T gain, norm = 1, inverse_square = 0;  // of the state's norm, with `normalise`
+
+    RetrievalFactors(const ChunkSizes& s, const Tensor& gains, index head, const T* state)
+        : gain(gains.data ? static_cast<const T*>(gains.data)[head * gains.row] : T(1)) {
+        if (!s.normalise) return;
+        const T square = dot(state, state, s.features * s.head_dim);
+        inverse_square = 1 / (square + T(1e-12));
+        norm = square > 0 ? std::sqrt(T(s.head_dim) * inverse_square) : T(0);  // a state of 0 has the gradient 0, not a million
+    }
+
+    /// Replaces the gradient of gain · norm · state by that of the state, and returns that of the gain.
+    T backward(const T* state, T* gradient, index size) const {
+        const T along = dot(state, gradient, size), by = along * inverse_square;
+        index i = 0;
+        for (; i + LANES<T> <= size; i += LANES<T>)
+            vector(gradient + i) = (vector(gradient + i) - vector(state + i) * by) * (gain * norm);
+        for (; i < size; ++i) gradient[i] = (gradient[i] - state[i] * by) * (gain * norm);
+        return along * norm;
+    }
+};
 
 /// softmax(QKᵀ/√d ⊙ M_in) V + φ(Q) F̄. φ(Q) is `features`, or the unit norm of q if that is null.
 template <class T>
@@ -22,7 +37,17 @@ index attend(
 ) {
     const index row = score_row<T>(s.max_keys()), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
-    return in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
+    const auto announce = [&](index task, Upcoming& upcoming) {
+        const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
+        const Chunk chunk(s, number);
+        for (const Tensor& x : {k, v}) upcoming.add(at<T>(x, item, head / group, chunk.first_key), x.row, s.head_dim, chunk.keys);
+        if (s.seen + number > 0) {
+            upcoming.add(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features);
+            if (features.data) upcoming.add(at<T>(features, item, head, chunk.start), features.row, s.features, chunk.length);
+        }
+        upcoming.add(at<T>(q, item, head, chunk.start), q.row, s.head_dim, chunk.length);
+    };
+    return in_parallel(s.batch * s.chunks * s.heads, s, memory, announce, [&](index task, Scratch<T> scratch, Upcoming& upcoming) {
         const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
         const Chunk chunk(s, number);
         T* keys = scratch.take(s.head_dim * padded<T>(chunk.keys));
@@ -33,16 +58,15 @@ index attend(
         const bool reads = s.seen + number > 0;  // the first chunk retrieves nothing
         if (reads) {
             const T* from = at<T>(retrieved, item, head, number);
-            const T factor = retrieval_factor(s, gain, head, from);
+            const RetrievalFactors<T> factors(s, gain, head, from);
             pack(from, s.head_dim, s.features, s.head_dim, state);
-            scaled(state, factor, s.features * padded<T>(s.head_dim), state);
+            scaled(state, factors.gain * factors.norm, s.features * padded<T>(s.head_dim), state);
         }
         T* scores = scratch.take(ROWS * row);
         T* phi_rows = scratch.take(ROWS * s.features);
         by_rows(chunk.length, [&](index i, auto m) {
             const T* query = at<T>(q, item, head, chunk.start + i);
             const index visible = chunk.seen_before + i + m;
-            for (int a = 0; a < m; ++a) fetch(query + (a + m) * q.row, s.head_dim);
             products<T, m()>(query, q.row, keys, s.head_dim, visible, scores, row);
             T sums[m()];
             exponentials<T, m()>(scores, row, visible - m + 1, visible, scale, sums);
@@ -55,6 +79,7 @@ index attend(
                 for (int a = 0; a < m; ++a)
                     scaled(query + a * q.row, inverse_norm(query + a * q.row, s.features), s.features, phi_rows + a * s.features);
             }
+            upcoming.fetch(6 * m);  // more than five rows a token: all is fetched when the task ends
             for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
                 Tile<T, m()> tile;
                 tile.add_product(scores, row, 1, values + column * chunk.keys, visible);
@@ -66,18 +91,34 @@ index attend(
     });
 }
 
-/// Gradients of `attend` without gain and `normalise`. The softmax is computed again, so that the forward pass keeps nothing but
-/// its inputs.
+/// Gradients of `attend`. The softmax is computed again, so that the forward pass keeps nothing but its inputs.
+/// d_gain: [batch, heads, chunks, 1], the share of each chunk; null if not asked for.
 template <class T>
 index attend_backward(
-    const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor d_q, Tensor d_k,
-    Tensor d_v, Tensor d_features, Tensor d_retrieved, T* memory
+    const ChunkSizes& s, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor features, Tensor retrieved, Tensor gain, Tensor d_q,
+    Tensor d_k, Tensor d_v, Tensor d_features, Tensor d_retrieved, Tensor d_gain, T* memory
 ) {
     const index row = score_row<T>(s.max_keys()), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
     // Chunks that overlap add to the gradients of the same keys; then one thread takes all chunks of a head, in order.
     const index together = s.overlap ? s.chunks : 1;
-    return in_parallel(s.batch * (s.chunks / together) * s.kv_heads, s, memory, [&](index task, const Scratch<T> whole) {
+    const auto announce = [&](index task, Upcoming& upcoming) {
+        const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
+        const index number = together > 1 ? 0 : task / s.kv_heads % s.chunks;
+        const Chunk chunk(s, number);
+        const index head = kv_head * group;  // the first of its group
+        for (const Tensor& x : {k, v}) upcoming.add(at<T>(x, item, kv_head, chunk.first_key), x.row, s.head_dim, chunk.keys);
+        for (const Tensor& x : {q, d_out}) upcoming.add(at<T>(x, item, head, chunk.start), x.row, s.head_dim, chunk.length);
+        if (s.seen + number > 0) {
+            upcoming.add(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features);
+            if (features.data) upcoming.add(at<T>(features, item, head, chunk.start), features.row, s.features, chunk.length);
+        }
+    };
+    prefer_huge_pages<T>(d_q.data, s.batch * s.heads * s.time * s.head_dim);
+    prefer_huge_pages<T>(d_features.data, s.batch * s.heads * s.time * s.features);
+    for (void* data : {d_k.data, d_v.data}) prefer_huge_pages<T>(data, s.batch * s.kv_heads * (s.before + s.time) * s.head_dim);
+    const index tasks = s.batch * (s.chunks / together) * s.kv_heads;
+    return in_parallel(tasks, s, memory, announce, [&](index task, const Scratch<T> whole, Upcoming& upcoming) {
         const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
         const index first = together > 1 ? 0 : task / s.kv_heads % s.chunks;
         for (index number = first; number < first + together; ++number) {
@@ -102,7 +143,12 @@ index attend_backward(
 
             for (index head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                 const T *query = at<T>(q, item, head, chunk.start), *d_rows = at<T>(d_out, item, head, chunk.start);
-                if (reads) pack_transposed(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features, state);
+                const T* mixed = at<T>(retrieved, item, head, number);
+                if (reads) {
+                    const RetrievalFactors<T> factors(s, gain, head, mixed);
+                    pack_transposed(mixed, s.head_dim, s.head_dim, s.features, state);
+                    scaled(state, factors.gain * factors.norm, s.head_dim * padded<T>(s.features), state);
+                }
                 pack(query, q.row, chunk.length, s.head_dim, queries);
                 pack(d_rows, d_out.row, chunk.length, s.head_dim, d_outs);
                 by_rows(chunk.length, [&](index i, auto m) {
@@ -131,6 +177,7 @@ index attend_backward(
                         for (; j < wide + WIDTH<T>; j += LANES<T>) vector(d + j) = Vector<T>{};
                     }
 
+                    upcoming.fetch(7 * m);
                     // Gradients of φ(Q), and through it of Q.
                     T* d_query = at<T>(d_q, item, head, chunk.start + i);
                     T inverse[ROWS];
@@ -180,6 +227,9 @@ index attend_backward(
                         tile.store(d_state + f * s.head_dim + column, s.head_dim, s.head_dim - column);
                     }
                 });
+                T along = 0;
+                if (reads) along = RetrievalFactors<T>(s, gain, head, mixed).backward(mixed, d_state, s.features * s.head_dim);
+                if (d_gain.data) *at<T>(d_gain, item, head, number) = along;
             }
         }
     });

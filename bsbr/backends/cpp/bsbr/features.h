@@ -37,6 +37,7 @@ T weight(bool differ) {
 /// Products of the unit vector's numbers i and i + step, for step = 0, 1, …, in this order.
 template <class T>
 index quadratic_features(const FeatureSizes& s, Tensor x, Tensor features, T* memory) {
+    prefer_huge_pages<T>(features.data, s.batch * s.heads * s.time * s.size);
     return for_each_unit_row(s, x, memory, [&](index item, index head, index token, const T* unit, T, T* line) {
         // In whole vectors. What they write past the end of their step is overwritten by the next step.
         for (index step = 0; step * s.factors < s.size; ++step) {

@@ -17,9 +17,9 @@ index score_row(index keys) {
 
 /// Sizes of a function that works on tokens, chunk by chunk. before: rows of k and v before the first row of q. seen: chunks before
 /// the first one. features: d_r. unit_norm: whether φ is the unit norm of what is passed as keys. normalise: whether retrieved
-/// states are scaled to the norm of sqrt(head_dim).
+/// states are scaled to the norm of sqrt(head_dim). add: whether gradients are added to what is there.
 struct ChunkSizes {
-    std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, seen, head_dim, features, unit_norm, normalise, threads;
+    std::int64_t batch, heads, kv_heads, time, before, chunk_size, overlap, chunks, seen, head_dim, features, unit_norm, normalise, add, threads;
 
     /// The most keys that a chunk attends to.
     index max_keys() const { return std::min(chunk_size, time) + overlap; }
@@ -36,13 +36,13 @@ struct ChunkSizes {
 };
 
 /// Sizes of retrieval from `chunks` states by `rows` chunks, of which row i sees the first `seen` + i. size: numbers of a state, or
-/// how many chunks are selected. add: whether results are added to what is there.
+/// how many chunks are selected. add: whether sums are added to what is there.
 struct RetrievalSizes {
     std::int64_t batch, heads, kv_heads, rows, chunks, seen, size, add, threads;
 
     template <class T>
     index scratch_size() const {
-        return panels(std::max<index>(DEPTH * COLUMNS, size), 16) * 16;
+        return panels(std::max<index>(DEPTH * padded<T>(COLUMNS), size), 16) * 16;
     }
 };
 
@@ -52,7 +52,7 @@ struct WeightSizes {
 
     template <class T>
     index scratch_size() const {
-        return padded<T>(chunks) * panels(head_dim, 16) * 16;
+        return (padded<T>(chunks) + padded<T>(rows)) * padded<T>(head_dim);
     }
 };
 

@@ -47,7 +47,7 @@ void sum_state(const ChunkSizes& s, const Stored<T>& chunk, index key_row, index
 template <class T>
 void sum_state_backward(
     const ChunkSizes& s, const Stored<T>& chunk, index key_row, index value_row, const T* d_state, T* d_key, index d_key_row,
-    T* d_value, index d_value_row, Scratch<T> scratch
+    T* d_value, index d_value_row, bool add, Scratch<T> scratch
 ) {
     const index row = s.features + WIDTH<T>;
     T* by_feature = scratch.take(s.features * padded<T>(s.head_dim));
@@ -61,7 +61,7 @@ void sum_state_backward(
         for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
             Tile<T, m()> tile;
             tile.add_product(features, row, 1, by_feature + column * s.features, s.features);
-            tile.store(d_value + i * d_value_row + column, d_value_row, s.head_dim - column);
+            tile.store(d_value + i * d_value_row + column, d_value_row, s.head_dim - column, add);
         }
         for (index column = 0; column < s.features; column += WIDTH<T>) {
             Tile<T, m()> tile;
@@ -70,7 +70,7 @@ void sum_state_backward(
         }
         for (int a = 0; a < m; ++a) {
             T *to = d_key + (i + a) * d_key_row, *from = gradient + a * row;
-            if (s.unit_norm) unit_norm_backward(from, features + a * row, inverse[a], s.features, to);
+            if (s.unit_norm) unit_norm_backward(from, features + a * row, inverse[a], s.features, to, add);
             else std::copy(from, from + s.features, to);
         }
     });
@@ -176,7 +176,7 @@ void transpose_packed(const T* packed, index rows, index columns, T* to, T* flat
 template <class T>
 void delta_state(
     const ChunkSizes& s, const Stored<T>& chunk, index key_row, index value_row, const T* rate, index rate_row, T* state,
-    Scratch<T> scratch
+    Scratch<T> scratch, Upcoming& upcoming
 ) {
     DeltaBlock<T> block(s, scratch);
     T *packed = scratch.take(s.features * padded<T>(s.head_dim)), *x = scratch.take(BLOCK * padded<T>(s.head_dim));
@@ -184,6 +184,7 @@ void delta_state(
         const index count = std::min<index>(BLOCK, s.chunk_size - start);
         block.load(s, chunk.key + start * key_row, key_row, rate + start * rate_row, rate_row, count);
         pack(chunk.value + start * value_row, value_row, count, s.head_dim, x, BLOCK);
+        upcoming.fetch(2 * BLOCK);
         for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
             T *panel = x + column * BLOCK, *of_state = packed + column * s.features;
             solve_values(block, start ? of_state : nullptr, s.features, panel);
@@ -197,7 +198,7 @@ void delta_state(
 template <class T>
 void delta_state_backward(
     const ChunkSizes& s, const Stored<T>& chunk, index key_row, index value_row, const T* rate, index rate_row, const T* d_state,
-    T* d_key, index d_key_row, T* d_value, index d_value_row, T* d_rate, index d_rate_row, Scratch<T> scratch
+    T* d_key, index d_key_row, T* d_value, index d_value_row, T* d_rate, index d_rate_row, bool add, Scratch<T> scratch
 ) {
     const index dim = padded<T>(s.head_dim), size = s.features * dim, blocks = panels(s.chunk_size, BLOCK);
     DeltaBlock<T> block(s, scratch);
@@ -248,8 +249,11 @@ void delta_state_backward(
         for (index i = 0; i < count; ++i) d_rate[(start + i) * d_rate_row] = along[i];
         unpack(y, BLOCK, s.head_dim, y_rows, s.head_dim);
         unpack(u, BLOCK, s.head_dim, rows, s.head_dim);
-        for (index i = 0; i < count; ++i)
-            std::copy(y_rows + i * s.head_dim, y_rows + (i + 1) * s.head_dim, d_value + (start + i) * d_value_row);
+        for (index i = 0; i < count; ++i) {
+            const T* from = y_rows + i * s.head_dim;
+            T* to = d_value + (start + i) * d_value_row;
+            for (index e = 0; e < s.head_dim; ++e) to[e] = from[e] + (add ? to[e] : T(0));
+        }
 
         // G = −tril(Y Uᵀ, −1) and its transpose
         pack_transposed(rows, s.head_dim, s.head_dim, BLOCK, u_by_dim);
@@ -278,7 +282,7 @@ void delta_state_backward(
             });
         for (index i = 0; i < count; ++i) {
             T *to = d_key + (start + i) * d_key_row, *from = gradient + i * row;
-            if (s.unit_norm) unit_norm_backward(from, block.keys + i * block.row, block.inverse[i], s.features, to);
+            if (s.unit_norm) unit_norm_backward(from, block.keys + i * block.row, block.inverse[i], s.features, to, add);
             else std::copy(from, from + s.features, to);
         }
     }
@@ -289,19 +293,26 @@ void delta_state_backward(
 /// F_s of every chunk; φ(k) is the key or its unit norm. Without beta, the sum.
 template <class T>
 index chunk_states(const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor states, T* memory) {
-    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
+    const auto announce = [&](index task, Upcoming& upcoming) {
+        const Stored<T> chunk(s, keys, v, task);
+        upcoming.add(chunk.key, keys.row, s.features, s.chunk_size);
+        upcoming.add(chunk.value, v.row, s.head_dim, s.chunk_size);
+    };
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, announce, [&](index task, Scratch<T> scratch, Upcoming& upcoming) {
         const Stored<T> chunk(s, keys, v, task);
         T* state = at<T>(states, chunk.item, chunk.head, chunk.number);
-        if (beta.data) delta_state(s, chunk, keys.row, v.row, at<T>(beta, chunk.item, chunk.head, chunk.start), beta.row, state, scratch);
+        if (beta.data) delta_state(s, chunk, keys.row, v.row, at<T>(beta, chunk.item, chunk.head, chunk.start), beta.row, state, scratch, upcoming);
         else sum_state(s, chunk, keys.row, v.row, state, scratch);
     });
 }
 
-/// Gradients of keys, values and beta, from that of the states.
+/// Gradients of keys, values and beta, from that of the states. With `add`, those of the values, and of the keys if `unit_norm`, are
+/// added to what is there.
 template <class T>
 index chunk_states_backward(
     const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor d_states, Tensor d_keys, Tensor d_v, Tensor d_beta, T* memory
 ) {
+    prefer_huge_pages<T>(d_keys.data, s.batch * s.kv_heads * s.time * s.features);
     return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
         const Stored<T> chunk(s, keys, v, task);
         const T* d_state = at<T>(d_states, chunk.item, chunk.head, chunk.number);
@@ -310,10 +321,10 @@ index chunk_states_backward(
             const T* rate = at<T>(beta, chunk.item, chunk.head, chunk.start);
             T* d_rate = at<T>(d_beta, chunk.item, chunk.head, chunk.start);
             delta_state_backward(
-                s, chunk, keys.row, v.row, rate, beta.row, d_state, d_key, d_keys.row, d_value, d_v.row, d_rate, d_beta.row, scratch
+                s, chunk, keys.row, v.row, rate, beta.row, d_state, d_key, d_keys.row, d_value, d_v.row, d_rate, d_beta.row, s.add, scratch
             );
         } else {
-            sum_state_backward(s, chunk, keys.row, v.row, d_state, d_key, d_keys.row, d_value, d_v.row, scratch);
+            sum_state_backward(s, chunk, keys.row, v.row, d_state, d_key, d_keys.row, d_value, d_v.row, s.add, scratch);
         }
     });
 }
