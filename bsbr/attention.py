@@ -148,7 +148,8 @@ class BSBRAttention(MultiHeadAttention):
         if cls is not BSBRAttention:
             return super().__new__(cls)
         module, name = FORMS[retrieval]
-        return super().__new__(getattr(import_module(module), name))
+        form: type[Self] = getattr(import_module(module), name)
+        return super().__new__(form)
 
     def __init__(
         self,
