@@ -54,7 +54,10 @@ class _Function(torch.autograd.Function):
             arguments[place] = tensor
         # create_graph=True: the gradients are to be differentiated. A batch of gradients, which torch.func.vmap and
         # is_grads_batched=True make, is no tensor that a kernel can read.
-        is_batched = is_transformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, gradients))
+        # Compiled code makes none, and torch.compile cannot trace the question.
+        is_batched = is_transformed() or (
+            not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, gradients))
+        )
         if torch.is_grad_enabled() or is_batched:
             return None, *_gradients_of_torch_form(ctx.function.torch_form, arguments, gradients)
         saved = tensors[len(ctx.tensor_places) :]
