@@ -43,8 +43,9 @@ def gpu_steps(folder: Path) -> list[Step]:
 
 def kernels_of_a_gpu() -> list[str]:
     """The attentions of conf/attention that name a kernel which runs on a GPU only, such as impl: fla."""
-    nodes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))[path.stem] for path in CONF.glob("attention/*.yaml")}
-    return sorted(name for name, node in nodes.items() if node.get("impl", "auto") != "auto")
+    files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONF.glob("attention/*.yaml")}
+    # A file that lists several others has no attention of its own.
+    return sorted(name for name, file in files.items() if name in file and file[name].get("impl", "auto") != "auto")
 
 
 def machine() -> dict[str, object]:
