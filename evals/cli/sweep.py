@@ -50,11 +50,12 @@ class Plan:
                 not be written.
         """
         if session.config is not None:
-            check_outputs(session.config)
-            ledger, certificates = sweep_ledger(session.config), sweep_certificates(session.config)
             if not session.jobs:
                 raise UsageError("this command has no comparison: one of the settings that it varies has no values")
-            self.jobs = [make_job(read_job(one.cfg, one.varied), ledger, certificates) for one in session.jobs]
+            comparisons = [read_job(one.cfg, one.varied) for one in session.jobs]
+            check_outputs(session.config)
+            ledger, certificates = sweep_ledger(session.config), sweep_certificates(session.config)
+            self.jobs = [make_job(comparison, ledger, certificates) for comparison in comparisons]
         rows: dict[tuple[str, str], str] = {}
         for job in self.jobs:
             for candidate in job.comparison.candidates:

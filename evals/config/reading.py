@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from evals.config.rules import FOLDER_NAME, NAME, SIZE, TEXT, Rule, check_fields, check_keys, mapping_with_target
 from evals.config.settings import (
@@ -56,9 +57,13 @@ def read_comparison(cfg: DictConfig, varied: Mapping[str, Any]) -> Comparison:
             `swept` key.
 
     Raises:
-        UsageError: for an unknown or missing key, a value that breaks its rule, or an attention that cannot be built.
+        UsageError: for an unknown or missing key, an interpolation without a value, a value that breaks its rule, or an attention
+            that cannot be built.
     """
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    try:
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # of an interpolation ${...}, which is resolved only here
+        raise UsageError(f"config key '{error.full_key}' has no value: {str(error).splitlines()[0]}") from error
     if "sweeps" in values:
         raise UsageError("sweep=all is many sweeps, which python -m evals.run makes one after the other; name a single one here")
     nodes = values.get("attention")

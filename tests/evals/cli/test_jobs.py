@@ -170,6 +170,8 @@ def test_a_sweep_over_lengths_and_options_has_fits_for_each_option(
         (["sweep=seq_len,decode"], "sweep cannot be swept: a command makes one sweep, or sweep=all"),
         (["quiet=true,false"], "quiet cannot be swept: all comparisons of a command share it"),
         (["shape.seq_len=range(16,16)"], "this command has no comparison: one of the settings that it varies has no values"),
+        (["shape.seq_len=${oc.env:NO_LENGTH}"], "config key 'shape.seq_len' has no value: KeyError raised while resolving"),
+        (["results_dir=${nowhere}"], "config key 'results_dir' has no value: Interpolation key 'nowhere' not found"),
         (["shape.seq_len=glob(*)"], "this command has no comparison"),
         (["shape.seq_len=16,-1"], "shape.seq_len must be a positive integer, got -1"),
         (["shape.seq_len=16,32", "hydra.launcher.n_jobs=2", "launcher=joblib"], "would time 2 comparisons at once on the cores"),
