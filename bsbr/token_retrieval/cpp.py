@@ -92,7 +92,7 @@ def segment(inputs: TokenRetrievalInputs, options: TokenRetrievalOptions, chunks
 def _stored(keys: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, ones: Tensor, chunk_size: int) -> int:
     """Writes F_s and z_s of as many chunks as `states` [batch, kv_heads, chunks, d_r, head_dim] has; beta: [.., time, 1]."""
     (batch, kv_heads, time, features), chunks = keys.shape, states.shape[2]
-    sizes = ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, 0, v.shape[3], features, False, False)
+    sizes = ChunkSizes(batch, kv_heads, kv_heads, time, 0, chunk_size, 0, chunks, 0, v.shape[3], features, False, False, False)
     return KERNELS.call("stored", sizes, keys, v, beta, states, ones)
 
 
@@ -101,7 +101,7 @@ def _local(q: Tensor, k: Tensor, v: Tensor, out: Tensor, chunk_size: int, overla
     """Writes softmax(QKᵀ/√d ⊙ M_in) V to `out`; k and v may begin before q."""
     batch, heads, time, head_dim = q.shape
     before, chunks = k.shape[2] - time, -(-time // chunk_size)
-    sizes = ChunkSizes(batch, heads, k.shape[1], time, before, chunk_size, overlap, chunks, 0, head_dim, 0, False, False)
+    sizes = ChunkSizes(batch, heads, k.shape[1], time, before, chunk_size, overlap, chunks, 0, head_dim, 0, False, False, False)
     return KERNELS.call("local", sizes, q, k, v, out)
 
 
