@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <atomic>
-
 #include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -83,66 +81,22 @@ class FlushDenormals {
 #endif
 };
 
-/// Rows that the next task of a thread reads. `fetch` brings them to its L2 cache, a few at a time, while the current task computes:
-/// rows of a head are too far apart for the processor's own prefetcher, and many at once would wait for memory.
-class Upcoming {
-    struct Rows {
-        const char* next;
-        index stride, bytes, left;
-    };
-    Rows blocks[8];
-    int count = 0, current = 0;
-
-  public:
-    /// Adds `number` rows of `size` elements, `stride` elements apart.
-    template <class T>
-    void add(const T* first, index stride, index size, index number) {
-        blocks[count++] = {reinterpret_cast<const char*>(first), index(stride * sizeof(T)), index(size * sizeof(T)), number};
-    }
-
-    /// Prefetches the next `number` rows.
-    void fetch(index number) {
-        for (; number > 0 && current < count; --number) {
-            Rows& block = blocks[current];
-            for (index i = 0; i < block.bytes; i += 64) __builtin_prefetch(block.next + i, 0, 2);
-            block.next += block.stride;
-            if (--block.left <= 0) ++current;
-        }
-    }
-};
-
-/// Calls body(task, scratch of its thread, upcoming) for all tasks, on up to s.threads threads. Before, announce(task, upcoming) adds
-/// the rows that the thread's next task reads; the body fetches them. A structure of sizes has `threads`, and
+/// Calls body(task, scratch of its thread) for all tasks, on up to s.threads threads. A structure of sizes has `threads`, and
 /// scratch_size<T>(), the elements of scratch memory that one thread needs: a whole number of cache lines.
 /// Returns the floating point operations of the tasks' products.
-template <class T, class S, class Announce, class Body>
-index in_parallel(index tasks, const S& s, T* memory, Announce&& announce, Body&& body) {
+template <class T, class S, class Body>
+index in_parallel(index tasks, const S& s, T* memory, Body&& body) {
     const int threads = static_cast<int>(std::clamp<index>(s.threads, 1, std::max<index>(tasks, 1)));
     const index size = s.template scratch_size<T>();
-    std::atomic<index> unclaimed{0};
     index total = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : total)
-    {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1) reduction(+ : total)
+    for (index task = 0; task < tasks; ++task) {
         const FlushDenormals flush;
         operations = 0;
-        index task = unclaimed++;
-        while (task < tasks) {
-            const index next = unclaimed++;
-            Upcoming upcoming;
-            if (next < tasks) announce(next, upcoming);
-            body(task, Scratch<T>{memory + omp_get_thread_num() * size}, upcoming);
-            task = next;
-        }
+        body(task, Scratch<T>{memory + omp_get_thread_num() * size});
         total += operations;
     }
     return total;
-}
-
-/// Calls body(task, scratch of its thread) for all tasks; the rest as above.
-template <class T, class S, class Body>
-index in_parallel(index tasks, const S& s, T* memory, Body&& body) {
-    const auto nothing = [](index, Upcoming&) {};
-    return in_parallel(tasks, s, memory, nothing, [&](index task, Scratch<T> scratch, Upcoming&) { body(task, scratch); });
 }
 
 }  // namespace

@@ -37,17 +37,7 @@ index attend(
 ) {
     const index row = score_row<T>(s.max_keys()), group = s.heads / s.kv_heads;
     const T scale = 1 / std::sqrt(T(s.head_dim));
-    const auto announce = [&](index task, Upcoming& upcoming) {
-        const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
-        const Chunk chunk(s, number);
-        for (const Tensor& x : {k, v}) upcoming.add(at<T>(x, item, head / group, chunk.first_key), x.row, s.head_dim, chunk.keys);
-        if (s.seen + number > 0) {
-            upcoming.add(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features);
-            if (features.data) upcoming.add(at<T>(features, item, head, chunk.start), features.row, s.features, chunk.length);
-        }
-        upcoming.add(at<T>(q, item, head, chunk.start), q.row, s.head_dim, chunk.length);
-    };
-    return in_parallel(s.batch * s.chunks * s.heads, s, memory, announce, [&](index task, Scratch<T> scratch, Upcoming& upcoming) {
+    return in_parallel(s.batch * s.chunks * s.heads, s, memory, [&](index task, Scratch<T> scratch) {
         const index head = task % s.heads, number = task / s.heads % s.chunks, item = task / s.heads / s.chunks;
         const Chunk chunk(s, number);
         T* keys = scratch.take(s.head_dim * padded<T>(chunk.keys));
@@ -67,6 +57,7 @@ index attend(
         by_rows(chunk.length, [&](index i, auto m) {
             const T* query = at<T>(q, item, head, chunk.start + i);
             const index visible = chunk.seen_before + i + m;
+            for (int a = 0; a < m; ++a) fetch(query + (a + m) * q.row, s.head_dim);
             products<T, m()>(query, q.row, keys, s.head_dim, visible, scores, row);
             T sums[m()];
             exponentials<T, m()>(scores, row, visible - m + 1, visible, scale, sums);
@@ -79,7 +70,6 @@ index attend(
                 for (int a = 0; a < m; ++a)
                     scaled(query + a * q.row, inverse_norm(query + a * q.row, s.features), s.features, phi_rows + a * s.features);
             }
-            upcoming.fetch(6 * m);  // more than five rows a token: all is fetched when the task ends
             for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
                 Tile<T, m()> tile;
                 tile.add_product(scores, row, 1, values + column * chunk.keys, visible);
@@ -102,23 +92,11 @@ index attend_backward(
     const T scale = 1 / std::sqrt(T(s.head_dim));
     // Chunks that overlap add to the gradients of the same keys; then one thread takes all chunks of a head, in order.
     const index together = s.overlap ? s.chunks : 1;
-    const auto announce = [&](index task, Upcoming& upcoming) {
-        const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
-        const index number = together > 1 ? 0 : task / s.kv_heads % s.chunks;
-        const Chunk chunk(s, number);
-        const index head = kv_head * group;  // the first of its group
-        for (const Tensor& x : {k, v}) upcoming.add(at<T>(x, item, kv_head, chunk.first_key), x.row, s.head_dim, chunk.keys);
-        for (const Tensor& x : {q, d_out}) upcoming.add(at<T>(x, item, head, chunk.start), x.row, s.head_dim, chunk.length);
-        if (s.seen + number > 0) {
-            upcoming.add(at<T>(retrieved, item, head, number), s.head_dim, s.head_dim, s.features);
-            if (features.data) upcoming.add(at<T>(features, item, head, chunk.start), features.row, s.features, chunk.length);
-        }
-    };
     prefer_huge_pages<T>(d_q.data, s.batch * s.heads * s.time * s.head_dim);
     prefer_huge_pages<T>(d_features.data, s.batch * s.heads * s.time * s.features);
     for (void* data : {d_k.data, d_v.data}) prefer_huge_pages<T>(data, s.batch * s.kv_heads * (s.before + s.time) * s.head_dim);
     const index tasks = s.batch * (s.chunks / together) * s.kv_heads;
-    return in_parallel(tasks, s, memory, announce, [&](index task, const Scratch<T> whole, Upcoming& upcoming) {
+    return in_parallel(tasks, s, memory, [&](index task, const Scratch<T> whole) {
         const index kv_head = task % s.kv_heads, item = task / s.kv_heads / (s.chunks / together);
         const index first = together > 1 ? 0 : task / s.kv_heads % s.chunks;
         for (index number = first; number < first + together; ++number) {
@@ -177,7 +155,6 @@ index attend_backward(
                         for (; j < wide + WIDTH<T>; j += LANES<T>) vector(d + j) = Vector<T>{};
                     }
 
-                    upcoming.fetch(7 * m);
                     // Gradients of φ(Q), and through it of Q.
                     T* d_query = at<T>(d_q, item, head, chunk.start + i);
                     T inverse[ROWS];

@@ -176,7 +176,7 @@ void transpose_packed(const T* packed, index rows, index columns, T* to, T* flat
 template <class T>
 void delta_state(
     const ChunkSizes& s, const Stored<T>& chunk, index key_row, index value_row, const T* rate, index rate_row, T* state,
-    Scratch<T> scratch, Upcoming& upcoming
+    Scratch<T> scratch
 ) {
     DeltaBlock<T> block(s, scratch);
     T *packed = scratch.take(s.features * padded<T>(s.head_dim)), *x = scratch.take(BLOCK * padded<T>(s.head_dim));
@@ -184,7 +184,6 @@ void delta_state(
         const index count = std::min<index>(BLOCK, s.chunk_size - start);
         block.load(s, chunk.key + start * key_row, key_row, rate + start * rate_row, rate_row, count);
         pack(chunk.value + start * value_row, value_row, count, s.head_dim, x, BLOCK);
-        upcoming.fetch(2 * BLOCK);
         for (index column = 0; column < s.head_dim; column += WIDTH<T>) {
             T *panel = x + column * BLOCK, *of_state = packed + column * s.features;
             solve_values(block, start ? of_state : nullptr, s.features, panel);
@@ -293,15 +292,10 @@ void delta_state_backward(
 /// F_s of every chunk; φ(k) is the key or its unit norm. Without beta, the sum.
 template <class T>
 index chunk_states(const ChunkSizes& s, Tensor keys, Tensor v, Tensor beta, Tensor states, T* memory) {
-    const auto announce = [&](index task, Upcoming& upcoming) {
-        const Stored<T> chunk(s, keys, v, task);
-        upcoming.add(chunk.key, keys.row, s.features, s.chunk_size);
-        upcoming.add(chunk.value, v.row, s.head_dim, s.chunk_size);
-    };
-    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, announce, [&](index task, Scratch<T> scratch, Upcoming& upcoming) {
+    return in_parallel(s.batch * s.chunks * s.kv_heads, s, memory, [&](index task, Scratch<T> scratch) {
         const Stored<T> chunk(s, keys, v, task);
         T* state = at<T>(states, chunk.item, chunk.head, chunk.number);
-        if (beta.data) delta_state(s, chunk, keys.row, v.row, at<T>(beta, chunk.item, chunk.head, chunk.start), beta.row, state, scratch, upcoming);
+        if (beta.data) delta_state(s, chunk, keys.row, v.row, at<T>(beta, chunk.item, chunk.head, chunk.start), beta.row, state, scratch);
         else sum_state(s, chunk, keys.row, v.row, state, scratch);
     });
 }
