@@ -19,7 +19,8 @@ def memory(subject: Subject) -> str | None:
     """With four times the tokens, peak memory grows as n^1.1 at most, forward and backward: there is no n×n tensor."""
     (dtype,) = subject.dtypes(torch.float32)
     attention = subject.in_dtype(dtype)
-    lengths = max(1024, 4 * subject.block) * torch.tensor([1, 4])
+    # From 16 blocks on: before, an attention that selects among earlier blocks still has fewer of them than it selects.
+    lengths = max(1024, 16 * subject.block) * torch.tensor([1, 4])
     for name, work in (("a forward pass", _forward), ("a forward and backward pass", _forward_backward)):
         peaks = []
         for time in lengths.tolist():

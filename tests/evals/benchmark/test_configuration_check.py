@@ -105,7 +105,7 @@ def test_a_cheat_is_found_in_the_configuration_that_is_timed(
     assert re.match(message, finding(of(cls, *overrides))[0])
 
 
-@pytest.mark.parametrize("cls", [wrong.ForgetsMaskWhenLong, wrong.DropsOldestPage, wrong.RemembersLastInput])
+@pytest.mark.parametrize("cls", [wrong.DropsOldestPage, wrong.RemembersLastInput])
 def test_the_certificate_alone_passes_these_cheats(cls: Any) -> None:
     assert [str(found) for found in certify(partial(cls, 16, 2)) if not found.passed] == []
 
