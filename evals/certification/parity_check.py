@@ -62,8 +62,9 @@ def _values_only(subject: Subject) -> str | None:
     """`attend` equals the reference on large inputs and, with the reference's last rows if it computes them alone, on long ones."""
     attention = subject.attention
     assert attention.reference is not None
+    tolerance = min(TOLERANCE[dtype] for dtype in subject.dtypes(*TOLERANCE))
     for name, size, time in (("large", LARGE, subject.block + 1), ("long", 1.0, LONG)):
-        x, allowed = size * subject.inputs(time), TOLERANCE[subject.finest] * size**2  # scores, and their rounding, are squares
+        x, allowed = size * subject.inputs(time), tolerance * size**2  # scores, and their rounding, are squares
         projected = attention.project(x)
         value, truth = attention.attend(*projected), last_reference_outputs(attention, x)
         if truth is None:

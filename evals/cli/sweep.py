@@ -191,7 +191,7 @@ class SweepRun(Plan):
         code = write_outputs(cfg, self.job_ids, self.command)
         if self.called_s:
             seconds = process_age_s()
-            checked = f"{self.checked_s / seconds:.0%} into checks of what is timed"
+            checked = f"{self.checked_s / seconds:.0%} into checks"
             print(f"{self.called_s / seconds:.0%} of {seconds:.0f} s went into measured calls and their warm-up, {checked}")
         return code
 

@@ -31,6 +31,7 @@ LEARNED = (
     "recall",
     "recall_length",
     "recall_sizes",
+    "token_retrieval",
 )  # left out of sweep=all: they take hours
 EXTRA = ("conversion",)  # left out of sweep=all: it needs the extra `convert`
 SMALL = ("model.hidden_dim=32", "model.num_heads=2", "model.ff_dim=64", "shape.seq_len=40")

@@ -518,6 +518,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("compare").resolve() / "repository"
     for name in ("bsbr", "baselines", "evals", "conf", "schemas"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
     (tree / ".gitignore").write_text("/results\n__pycache__\n")
     (tree / "conf" / "attention" / "probe.yaml").write_text("probe:\n  _target_: baselines.probe.Probe\n")
     (tree / "baselines" / "probe.py").write_text(PROBE.format(size=2**16))
