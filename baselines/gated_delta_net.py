@@ -3,7 +3,6 @@
 Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from baselines.kernels import delta_rule as kernel
 from baselines.kernels import fla, qwen3_next
 from baselines.kernels.chunkwise_delta_rule import chunkwise_delta_rule
-from baselines.kernels.recurrent import RecurrentAttention
+from baselines.kernels.recurrent import RecurrentAttention, decay_parameters
 from baselines.kernels.unit_silu import unit_silu
 from bsbr.backends.selection import check_impl, select
 from bsbr.precision import without_autocast
@@ -99,10 +98,7 @@ class GatedDeltaNetAttention(RecurrentAttention):
         self.computes_in = qwen3_next.COMPUTES_IN if impl == "transformers" else None
         self.beta_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
         self.decay_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
-        # Initialisation of Mamba-2 (arXiv:2405.21060): exp(a) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1.
-        steps = torch.empty(self.num_kv_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.log_rate = nn.Parameter(torch.empty(self.num_kv_heads).uniform_(1, 16).log())
-        self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+        self.log_rate, self.step_bias = decay_parameters(self.num_kv_heads, self.num_kv_heads)
 
     def unsupported(self, backend: str, *tensors: Tensor) -> str | None:
         return kernel.KERNELS.unsupported(*tensors) if backend == "cpp" else None

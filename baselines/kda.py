@@ -3,15 +3,13 @@
 Kimi Team 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture", arXiv:2510.26692.
 """
 
-import math
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.kernels.decayed import DecayedAttention, decayed_rule, decayed_rule_reference
-from baselines.kernels.recurrent import unit_norm
+from baselines.kernels.recurrent import decay_parameters, unit_norm
 from bsbr.interface import split_heads
 
 
@@ -68,10 +66,7 @@ class KimiDeltaAttention(DecayedAttention):
         self.decay_proj = nn.Sequential(
             nn.Linear(hidden_dim, self.head_dim, bias=False), nn.Linear(self.head_dim, width, bias=False)
         )
-        # As in Mamba-2: exp(a) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1.
-        steps = torch.empty(width).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.log_rate = nn.Parameter(torch.empty(self.num_kv_heads).uniform_(1, 16).log())
-        self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+        self.log_rate, self.step_bias = decay_parameters(self.num_kv_heads, width)
 
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project_heads(hidden_states)

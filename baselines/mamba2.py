@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.kernels.decayed import DecayedAttention, decayed_rule, decayed_rule_reference
+from baselines.kernels.recurrent import decay_parameters
 
 
 def state_space_duality(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -73,10 +74,7 @@ class Mamba2Attention(DecayedAttention):
         if decay == "constant":
             return
         self.step_proj = nn.Linear(hidden_dim, self.num_kv_heads, bias=False)
-        # Initialisation of Mamba-2: exp(a) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1.
-        steps = torch.empty(self.num_kv_heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.log_rate = nn.Parameter(torch.empty(self.num_kv_heads).uniform_(1, 16).log())
-        self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+        self.log_rate, self.step_bias = decay_parameters(self.num_kv_heads, self.num_kv_heads)
 
     def project_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project_heads(hidden_states)

@@ -4,13 +4,14 @@
 a state S [head_dim, value columns] per key head from chunk to chunk.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsbr.interface import (
     MultiHeadAttention,
@@ -102,6 +103,18 @@ def unit_norm(x: Tensor) -> Tensor:
     """x / ‖x‖ over the last dimension, and 0 where x is 0."""
     # In float32 or better: the square of a float16 overflows at 256.
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6).to(x.dtype)
+
+
+def decay_parameters(num_rates: int, num_steps: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """a and b of log α = −exp(a) · softplus(… + b), initialised as in Mamba-2 (arXiv:2405.21060).
+
+    Args:
+        num_rates: numbers of a, with exp(a) uniform in 1 … 16.
+        num_steps: numbers of b, with softplus(b) log-uniform in 0.001 … 0.1.
+    """
+    steps = torch.empty(num_steps).uniform_(math.log(0.001), math.log(0.1)).exp()
+    rates = torch.empty(num_rates).uniform_(1, 16)
+    return nn.Parameter(rates.log()), nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
 
 
 # --- the module -------------------------------------------------------------------------------------
