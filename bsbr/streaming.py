@@ -4,7 +4,7 @@ The open chunk is the one that is not complete yet. A state holds the keys and v
 before it, the meta keys and states of all complete chunks, the retrieved state of the open chunk, and running sums over it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,9 +78,7 @@ class StreamingState(NamedTuple):
             pairs += [(f"meta_keys.{i}", meta_key, (batch, kv_heads, stored, dim))]
             pairs += [(f"states.{i}", state, (batch, kv_heads, stored, sizes.feature_dim, dim))]
             left -= stored
-        for name, tensor, shape in pairs:
-            if tensor.shape != shape:
-                raise ValueError(f"a state of this attention and batch has {name} {list(shape)}, got {list(tensor.shape)}")
+        check_shapes(pairs)
         if left or len(self.memory.meta_keys) != len(self.memory.states):
             raise ValueError(f"a state after {self.position} tokens has {chunks} chunks in its pages, got {chunks - left}")
 
@@ -96,6 +94,13 @@ class StreamingState(NamedTuple):
             **{f"states.{index}": page for index, page in enumerate(self.memory.states)},
             "position": position_counter(self.position),
         }
+
+
+def check_shapes(expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]) -> None:
+    """Raises ValueError for the first tensor of a state, given with its name and expected shape, that has another shape."""
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"a state of this attention and batch has {name} {list(shape)}, got {list(tensor.shape)}")
 
 
 def open_chunks(
@@ -158,19 +163,30 @@ def continue_chunk(
     Returns:
         [batch, heads, time, head_dim], and the state after the tokens.
     """
-    keys, values = torch.cat([state.keys, tokens.k], dim=2), torch.cat([state.values, tokens.v], dim=2)
-    time, visible = tokens.q.shape[2], None
-    if time > 1:  # all cached keys are visible: they are those of the open chunk and its overlap
-        visible = torch.ones(time, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - time)
-    local = sdpa(tokens.q, keys, values, visible, options.dropout_p)
+    local, keys, values = attend_open_chunk(tokens, state.keys, state.values, options.dropout_p)
     after = state._replace(
         keys=keys,
         values=values,
         open_state=updated_state(state.open_state, tokens.k_features, tokens.v, tokens.beta),
         open_hidden=state.open_hidden + hidden_states.to(state.open_hidden.dtype).sum(dim=1),
-        position=state.position + time,
+        position=state.position + tokens.q.shape[2],
     )
     return local + tokens.q_features @ state.retrieved, after
+
+
+def attend_open_chunk(
+    tokens: TokenInputs, cached_keys: Tensor, cached_values: Tensor, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of tokens inside the open chunk, of which all cached keys are visible: they are its own and its overlap's.
+
+    Returns:
+        [batch, heads, time, head_dim], and the keys and values with those of the tokens behind the cached ones.
+    """
+    keys, values = torch.cat([cached_keys, tokens.k], dim=2), torch.cat([cached_values, tokens.v], dim=2)
+    time, visible = tokens.q.shape[2], None
+    if time > 1:
+        visible = torch.ones(time, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - time)
+    return sdpa(tokens.q, keys, values, visible, dropout_p), keys, values
 
 
 def close_chunk(state: StreamingState, meta_key: Tensor, options: BSBROptions) -> StreamingState:

@@ -120,7 +120,7 @@ def retrieve(readers: Readers, memory: Memory, options: TokenRetrievalOptions) -
 
 
 def _part_bounds(position: int, time: int, options: TokenRetrievalOptions) -> list[int]:
-    """Where tokens are cut into parts of about as many candidates: at chunks 1, 2, 4, … up to the number of candidates."""
+    """Positions where tokens are cut into parts of about as many candidates: at chunks 1, 2, 4, … up to `options.candidates`."""
     bounds, chunk = {0, time}, 1
     while (start := chunk * options.chunk_size - position) < time:
         if start > 0:

@@ -11,12 +11,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bsbr.backends.sdpa import sdpa
 from bsbr.cost import HeadSizes
 from bsbr.inputs import TokenInputs
 from bsbr.interface import State, next_position, position_counter
 from bsbr.paging import state_pages
-from bsbr.streaming import PAGE, append_rows, joined, last_tokens, updated_state
+from bsbr.streaming import PAGE, append_rows, attend_open_chunk, check_shapes, joined, last_tokens, updated_state
 from bsbr.token_retrieval import cpp
 from bsbr.token_retrieval.inputs import ChunkTable, Memory, TokenRetrievalInputs, TokenRetrievalOptions
 from bsbr.token_retrieval.pytorch import Readers, retrieve
@@ -91,9 +90,7 @@ class TokenStreamingState(NamedTuple):
             if table.scales is not None:
                 expected += [(f"chunk_scales.{index}", table.scales, (batch, kv_heads, stored, 1, dim))]
             left -= stored
-        for name, tensor, shape in expected:
-            if tensor.shape != shape:
-                raise ValueError(f"a state of this attention and batch has {name} {list(shape)}, got {list(tensor.shape)}")
+        check_shapes(expected)
         if left:
             chunks = self.position // options.chunk_size
             raise ValueError(f"a state after {self.position} tokens has {chunks} chunks in its tables, got {chunks - left}")
@@ -149,11 +146,8 @@ def continue_chunk(
     Returns:
         [batch, heads, time, head_dim], and the state after the tokens.
     """
-    keys, values = joined(state.keys, tokens.k), joined(state.values, tokens.v)
-    time, visible = tokens.q.shape[2], None
-    if time > 1:  # all cached keys are visible: they are those of the open chunk and its overlap
-        visible = torch.ones(time, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - time)
-    output = sdpa(tokens.q, keys, values, visible, options.dropout_p)
+    output, keys, values = attend_open_chunk(tokens, state.keys, state.values, options.dropout_p)
+    time = tokens.q.shape[2]
     if state.memory and time == 1 and impl != "torch" and cpp.decodes(readers, options):
         output = output.contiguous()
         cpp.retrieve_token(readers, state.memory, options, output)
