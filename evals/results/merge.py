@@ -179,7 +179,7 @@ class _Merging:
     # --- helpers ------------------------------------------------------------------------------------
 
     def _rank(self, text: str) -> tuple[bool, str, str]:
-        """Of two records the one with the higher rank counts."""
+        """Sort key of a record: of two, the one with the higher key counts."""
         return (self.preferred in self.folders[text], *_order(self.records[text]))
 
     def _supersede(self, texts: Iterable[str]) -> None:
