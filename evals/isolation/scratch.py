@@ -1,5 +1,6 @@
 """The scratch folder of a process: its temporary files are removed at its end, or by the next command if it was killed."""
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -28,8 +29,9 @@ def scratch_folder() -> Path:
     with (root / f"bsbr-scratch-{os.getuid()}.lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is being created is not locked yet, and must not be removed
         for folder in root.glob(f"{PREFIX}[0-9]*-*/"):
-            if folder.stat().st_uid == os.getuid():
-                _remove_if_abandoned(folder)
+            with contextlib.suppress(FileNotFoundError):  # its process has ended meanwhile, and removed it
+                if folder.stat().st_uid == os.getuid():
+                    _remove_if_abandoned(folder)
         scratch = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
         fcntl.flock(os.open(scratch, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, for as long as the process lives
     # After multiprocessing has removed its folder in it, at priority -100; not by a fork of this process.

@@ -50,6 +50,23 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def test_a_folder_that_vanishes_while_others_are_looked_at_is_no_error(folder: Path) -> None:
+    """A process removes its own folder at its end, whoever looks at it then."""
+    (folder / "bsbr-1-gone").mkdir()
+    vanishing = (
+        "import pathlib\n"
+        "glob = pathlib.Path.glob\n"
+        "def vanish(self, pattern):\n"
+        "    for path in list(glob(self, pattern)):\n"
+        "        path.rmdir()\n"
+        "        yield path\n"
+        "pathlib.Path.glob = vanish\n"
+    )
+    process, used = start(vanishing + WAITING, folder)
+    assert temporary(folder) == {used}
+    end(process)
+
+
 def test_the_next_process_removes_folders_of_killed_processes_and_no_others(folder: Path) -> None:
     (killed, left), (living, used) = start(WAITING, folder), start(WAITING, folder)
     assert temporary(folder) == {left, used}
