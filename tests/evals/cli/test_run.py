@@ -359,7 +359,8 @@ def test_an_interrupted_sweep_keeps_its_records_and_resumes(certified: Path, how
             "interrupted; what was measured is kept, and the same command goes on from there\n"
         )
         assert table(certified, "seq_len")["seq_len"].tolist() == [50, 50]
-    assert run_sweep(certified, *arguments).returncode == 0
+    resumed = run_sweep(certified, *arguments)
+    assert resumed.returncode == 0, resumed.stdout
     records = measurements(certified, "seq_len")
     assert records[: len(before)] == before
     whole = {(m["comparison"], m["attention"], m["kind"], m.get("round"), m.get("is_control")) for m in records}
