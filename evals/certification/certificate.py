@@ -83,7 +83,7 @@ def _shows_float32(subject: Subject) -> bool:
     if subject.finest != torch.float64:
         return False
     try:
-        with torch.no_grad():
+        with threads(1), torch.no_grad():
             attended = subject.attention.attend(*subject.attention.project(subject.inputs(subject.lengths[-1])))
     except Exception:  # noqa: BLE001  the attention may be anybody's code, and a check has reported this already
         return False

@@ -278,9 +278,10 @@ def test_kernels_without_float64_are_certified_in_their_finest_dtype(finest: tor
         assert "state_size" in failed(wrong.StateBytesOfOneHead)
 
 
-def test_certifying_leaves_the_process_as_it_was() -> None:
+@pytest.mark.parametrize("cls", [wrong.Raises, wrong.TakesAllThreads])
+def test_certifying_leaves_the_process_as_it_was(cls: type[Attention]) -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    failures(partial(wrong.Raises, 16, 2))
+    assert failures(partial(cls, 16, 2))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
